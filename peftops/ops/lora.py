@@ -1,0 +1,238 @@
+"""LoRA: y = g ⊙ (x·Ŵᵀ + s · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._op import expect, op
+
+FEW = 64  # rows up to which one pass over the base, written for few rows, wins
+
+
+@op
+def lora_fwd(
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    form: str,
+    block: int,
+    p: float,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (m, k) · base · a (r, k) · b (n, r or e·r)  ->  y (m, n) · h (m, r) · bits (m, 4⌈k/32⌉ or 0) · z (m, n or 0)"""
+    m, k, n, r = *x.shape, b.shape[0], a.shape[0]
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form)
+    expect("lora", "seed", seed, (1,), torch.int64)
+    expect_probability(p)
+    if p and seed is None:
+        raise ValueError(f"lora: p must come with a seed, got {p} and None")
+    bits = x.new_empty(m, 4 * -(-k // 32) if p else 0, dtype=torch.uint8)
+    return x.new_empty(m, n), x.new_empty(m, r), bits, x.new_empty(m, n if keep_z else 0)
+
+
+@op
+def lora_bwd(
+    dy: Tensor,
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    h: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    gate: Tensor | None,
+    z: Tensor,
+    form: str,
+    block: int,
+    p: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, a, b, bias, gain and gate, each in its own dtype, empty where `need` is False."""
+    m, k, n, r = *x.shape, b.shape[0], a.shape[0]
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form)
+    expect("lora", "dy", dy, (m, n), x.dtype)
+    expect("lora", "h", h, (m, r), x.dtype)
+    expect("lora", "bits", bits, (m, 4 * -(-k // 32) if p else 0), torch.uint8)
+    expect("lora", "z", z, (m, n if need[4] else 0), x.dtype)
+    like = x, a, b, bias, gain, gate
+    return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(like, need, strict=True))
+
+
+@op
+def lora_gemv(
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    gate: Tensor | None,
+    form: str,
+    block: int,
+) -> Tensor:
+    """lora_fwd for few rows and no dropout: y (m, n) alone, in one pass over the base."""
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form)
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+@op
+def lora_mask(seed: Tensor, m: int, k: int, p: float) -> Tensor:
+    """keep (m, k) bool: the dropout that lora_fwd applies for this seed"""
+    expect("lora", "seed", seed, (1,), torch.int64)
+    expect_probability(p)
+    return seed.new_empty(m, k, dtype=torch.bool)
+
+
+FORMS = {"dense": lambda m, n, k: (n, k), "transposed": lambda m, n, k: (k, n), "given": lambda m, n, k: (m, n)}
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def expect_lora(x, base, a, b, scale, bias, gain, gate, form):
+    """base may be empty where the product is given and only gradients are asked for."""
+    m, k, n, r, dtype = *x.shape, *b.shape, x.dtype
+    experts = 1 if gate is None else gate.shape[1]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    expect("lora", "x", x, (m, k), *DTYPES)
+    if base:
+        expect("lora", "y0" if form == "given" else "w", base[0], FORMS[form](m, n, k), dtype)
+    expect("lora", "a", a, (a.shape[0], k), dtype, wide)
+    expect("lora", "b", b, (n, a.shape[0] if r == a.shape[0] else experts * a.shape[0]), dtype, wide)
+    expect("lora", "scale", scale, (1,), wide)
+    expect("lora", "bias", bias, (n,), dtype, wide)
+    expect("lora", "gain", gain, (n,), wide)
+    expect("lora", "gate", gate, (m, experts), wide)
+    if r < 1 or r % experts:
+        raise ValueError(f"lora: b must have at least one column and as many for each of {experts} experts, got {r}")
+
+
+def expect_probability(p):
+    if not 0 <= p <= 1:
+        raise ValueError(f"lora: p must be in [0, 1], got {p}")
+
+
+class Base(NamedTuple):
+    """x·Ŵᵀ or what it is made of: "dense" [w (n, k)], "transposed" [w (k, n)], "given" [y0 (..., n)]."""
+
+    form: str
+    tensors: list[Tensor]
+    block: int = 0
+
+    @staticmethod
+    def of(weight):
+        if isinstance(weight, Base):
+            return weight
+        if weight.requires_grad:
+            raise ValueError("lora: w must be frozen, got one that requires grad")
+        columns = not weight.is_contiguous() and weight.T.is_contiguous()  # GPT-2's Conv1D: read where it lies
+        return Base("transposed", [weight.T]) if columns else Base("dense", [weight])
+
+
+def rows(t):
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def forward(ctx, x, a, b, bias, gain, gate, scale, seed, form, block, p, *base):
+    """y, and what backward needs in ctx where there is one."""
+    shape, x, gate = x.shape, rows(x), rows(gate)
+    base = [rows(t) for t in base]
+    keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[4]
+    h = bits = z = None
+    if x.shape[0] <= FEW and not p and not keep_z:
+        y = lora_gemv(x, base, a, b, scale, bias, gain, gate, form, block)
+    else:
+        y, h, bits, z = lora_fwd(x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z)
+    if ctx is not None:
+        ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, gate, z, *(base if form != "given" else ()))
+        ctx.form, ctx.block, ctx.p, ctx.shape = form, block, p, shape
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+
+
+class LoRA(torch.autograd.Function):
+    forward = staticmethod(forward)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, a, b, scale, h, bits, bias, gain, gate, z, *base = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[:6])
+        if h is None:  # few rows: cheaper to make again than to keep
+            h = torch.mm(x, a.to(x.dtype).T)
+            bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
+        args = x, base, a, b, scale, h, bits, bias, gain, gate, z, ctx.form, ctx.block, ctx.p, need
+        grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
+        if need[0]:
+            grads[0] = grads[0].view(ctx.shape)
+        if need[5]:
+            grads[5] = grads[5].view(*ctx.shape[:-1], gate.shape[1])
+        dbase = [None] * (len(ctx.needs_input_grad) - 11)
+        if dbase and ctx.needs_input_grad[11]:
+            dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
+        return *grads, None, None, None, None, None, *dbase
+
+
+def lora_linear(
+    x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, training=True, gain=None, gate=None
+):
+    """y = gain ⊙ (x·Wᵀ + scaling · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias, differentiable in all but the frozen weight.
+
+    x (..., k); weight (n, k), or a Base; lora_A (r, k); lora_B (n, r), or (n, e·r) under gate (..., e); bias (n,);
+    gain (n,) and gate fp32; scaling a number or a (1,) fp32 tensor. Returns (..., n) in x's dtype.
+
+    lora_A and lora_B are in x's dtype or fp32. They, drop(x)·Aᵀ and the gated product are rounded to x's dtype, sums
+    are fp32, and gradients come from fp32 sums in each argument's own dtype. This is what PEFT computes under
+    autocast; without autocast it makes an fp32 copy of x and multiplies that by fp32 adapters.
+    dropout_p acts on the input of lora_A alone; dropout_mask tells which entries a seed keeps.
+
+    Raises ValueError for shapes and for a weight that requires grad, TypeError for dtypes.
+    Source: Hu et al., LoRA, arXiv 2106.09685.
+    """
+    base = Base.of(weight)
+    device = x.device
+    if torch.is_autocast_enabled(device.type) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        x, base = x.to(dtype), base._replace(tensors=[t.to(dtype) for t in base.tensors])
+        with torch.autocast(device.type, enabled=False):
+            return lora_linear(
+                x, base, lora_A, lora_B, bias,
+                scaling=scaling, dropout_p=dropout_p, training=training, gain=gain, gate=gate,
+            )  # fmt: skip
+    p = dropout_p if training else 0.0
+    seed = torch.randint(2**62, (1,), device=device) if p else None
+    if not isinstance(scaling, Tensor):
+        scaling = scale_of(scaling, torch.float64 if x.dtype is torch.float64 else torch.float32, device)
+    args = x, lora_A, lora_B, bias, gain, gate, scaling, seed, base.form, base.block, p, *base.tensors
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        return LoRA.apply(*args)
+    return forward(None, *args)
+
+
+def scale_of(scaling, dtype, device):
+    """A (1,) tensor, kept between calls where it is safe to: not from a capture, nor from a tracer."""
+    if torch.compiler.is_compiling():
+        return torch.ones(1, dtype=dtype, device=device) * scaling  # torch.full would compile anew for every value
+    if torch._C._len_torch_dispatch_stack() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return torch.full((1,), scaling, dtype=dtype, device=device)
+    return kept_scale(float(scaling), dtype, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def kept_scale(scaling, dtype, device):
+    with torch.inference_mode(False):  # else training could not save it for backward
+        return torch.full((1,), scaling, dtype=dtype, device=device)
+
+
+def dropout_mask(seed, m, k, p):
+    """keep (m, k) bool, what lora_linear keeps of x for this (1,) int64 seed; drop(x) is keep ⊙ x / (1 - p)."""
+    return lora_mask(seed, m, k, p)

@@ -1,0 +1,71 @@
+"""The specification of LoRA. a, b, h, gated h, dz and dh are rounded to x's dtype, all else is scale's dtype."""
+
+from .lora_dropout import drop, keep, keep_bits
+
+
+def lora_fwd(y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z):
+    wide, rounded = roundings(x, scale)
+    if p:
+        bits.copy_(keep_bits(seed, *x.shape, p))
+    h.copy_(drop(wide(x), bits, p) @ rounded(a).T)
+    acc = product(wide(x), wide(base[0]), form) + scale * (rounded(spread(wide(h), gate, b)) @ rounded(b).T)
+    if keep_z:
+        z.copy_(acc)
+    y.copy_(acc * (1 if gain is None else gain) + (0 if bias is None else bias))
+
+
+def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
+    h, none = x.new_empty(x.shape[0], a.shape[0]), x.new_empty(0)
+    lora_fwd(y, h, none, none, x, base, a, b, scale, bias, gain, gate, None, form, block, 0.0, False)
+
+
+def lora_mask(kept, seed, m, k, p):
+    kept.copy_(keep(keep_bits(seed, m, k, p), k))
+
+
+def lora_bwd(
+    dx, da, db, dbias, dgain, dgate, dy, x, base, a, b, scale, h, bits, bias, gain, gate, z, form, block, p, need
+):
+    wide, rounded = roundings(x, scale)
+    dy, h = wide(dy), wide(h)
+    dz = dy if gain is None else rounded(dy * gain)
+    dhg = scale * (dz @ rounded(b))
+    dh = rounded(fold(dhg, gate, a, b))
+    if need[0]:
+        dx.copy_(product_bwd(dz, [wide(t) for t in base], form) + drop(dh @ rounded(a), bits, p))
+    if need[1]:
+        da.copy_(dh.T @ drop(wide(x), bits, p))
+    if need[2]:
+        db.copy_(scale * (dz.T @ rounded(spread(h, gate, b))))
+    if need[3]:
+        dbias.copy_(dy.sum(0))
+    if need[4]:
+        dgain.copy_((dy * wide(z)).sum(0))
+    if need[5]:
+        dgate.copy_((dhg * repeat(h, b)).unflatten(1, (gate.shape[1], -1)).sum(2))
+
+
+def roundings(x, scale):
+    return lambda t: t.to(scale.dtype), lambda t: t.to(x.dtype).to(scale.dtype)
+
+
+def product(x, w, form):
+    return w if form == "given" else x @ (w if form == "transposed" else w.T)
+
+
+def product_bwd(dz, base, form):
+    return 0 if form == "given" else dz @ (base[0].T if form == "transposed" else base[0])
+
+
+def repeat(h, b):
+    return h.repeat(1, b.shape[1] // h.shape[1])
+
+
+def spread(h, gate, b):
+    """(m, e·r): each expert's columns of h times its gate"""
+    return h if gate is None else repeat(h, b) * gate.repeat_interleave(b.shape[1] // gate.shape[1], 1)
+
+
+def fold(dhg, gate, a, b):
+    """(m, r): the transpose of spread"""
+    return dhg if gate is None else spread(dhg, gate, b).unflatten(1, (-1, a.shape[0])).sum(1)

@@ -1,0 +1,69 @@
+"""The one law: at most twice the reference's own error in the same dtype, and one rounding of the output."""
+
+import pytest
+import torch
+from peftops.bench.cases import CASES, SHAPES
+
+import peftops.functional  # noqa: F401  registers the ops
+from peftops import backends
+from peftops._op import CONTRACTS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if name != "cuda" and backends.cell(name, op)]
+
+
+def call(op, backend, args):
+    with backends.backend(backend):
+        outputs = getattr(torch.ops.peftops, op)(*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def double(arg):
+    if isinstance(arg, list):
+        return [double(item) for item in arg]
+    return arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+
+
+def error(out, exact):
+    assert out.shape == exact.shape
+    if not exact.is_floating_point():
+        return (out != exact).sum().item()
+    return ((out.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item() if exact.numel() else 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op, backend", CELLS)
+def test_law(op, backend, shape, dtype):
+    for label, args in CASES[op](shape, dtype):
+        exact, same = call(op, "reference", double(args)), call(op, "reference", args)
+        for i, out in enumerate(call(op, backend, args)):
+            bound = 2 * error(same[i], exact[i]) + (torch.finfo(out.dtype).eps if out.is_floating_point() else 0)
+            assert error(out, exact[i]) <= bound, f"{label}, output {i}"
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # raw ops have no gradient
+@pytest.mark.parametrize("op", CONTRACTS)
+def test_opcheck(op):
+    for _, args in CASES[op]((5, 16, 24, 4), torch.float32):
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32:
+                arg.requires_grad_()
+        torch.library.opcheck(getattr(torch.ops.peftops, op).default, args)
+
+
+def test_memory_is_made_ready():
+    _, args = next(CASES["lora_fwd"]((5, 16, 24, 4), torch.float32))
+    expected = call("lora_fwd", "cpu", args)[0]
+    shifted = torch.empty(5 * 16 + 1)[1:].view(5, 16).copy_(args[0])
+    strided = torch.empty(16, 5).T.copy_(args[0])
+    for x in (shifted, strided):
+        assert torch.equal(call("lora_fwd", "cpu", [x, *args[1:]])[0], expected)
+
+
+def test_forced_backend_never_falls_back():
+    _, args = next(CASES["lora_bwd"]((5, 16, 24, 4), torch.float32))
+    with pytest.raises(NotImplementedError, match="lora_bwd: not on cuda"):
+        call("lora_bwd", "cuda", args)
+    with pytest.raises(NotImplementedError, match=r"not on cpu for torch\.float64"):
+        call("lora_bwd", "cpu", double(args))
