@@ -198,9 +198,6 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
   for (int64_t j = 0; j < padded; j += 8) {
     __m512 acc[8][2] = {};
     float* at = v + j * ldv + c;
-    if (!first)
-      for (int e = 0; e < 8; ++e)
-        acc[e][0] = _mm512_loadu_ps(at + e * ldv), acc[e][1] = _mm512_loadu_ps(at + e * ldv + 16);
     for (int64_t i = i0; i < i1; i += 2) {
       const __m512i u0 = row(i), u1 = i + 1 < i1 ? row(i + 1) : _mm512_setzero_si512();
       const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(u0, u1), hi = (__m512bh)_mm512_unpackhi_epi16(u0, u1);
@@ -211,6 +208,11 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
         acc[e][0] = _mm512_dpbf16_ps(acc[e][0], lo, t_h), acc[e][1] = _mm512_dpbf16_ps(acc[e][1], hi, t_h);
       }
     }
+    if (!first)
+      for (int e = 0; e < 8; ++e) {
+        acc[e][0] = _mm512_add_ps(acc[e][0], _mm512_loadu_ps(at + e * ldv));
+        acc[e][1] = _mm512_add_ps(acc[e][1], _mm512_loadu_ps(at + e * ldv + 16));
+      }
     if (last) {  // the unpacks left the columns as 0–3 8–11 16–19 24–27 and 4–7 12–15 20–23 28–31
       const __m512i lo = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
       const __m512i hi = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
@@ -299,10 +301,14 @@ bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colum
   float* sum = t_panel.get<float>(r + experts);
   for (int64_t i = 0; i < m; ++i) {
     memset(sum, 0, size_t(r + experts) * sizeof(float));
+    float part = 0;
     for (int64_t j = 0; j < columns; ++j) {
       const float d = s * u[i * padded + j];
       sum[j % r] += as<float>(gate)[i * experts + j / each] * d;
-      sum[r + j / each] += d * widen(as<bf16>(h)[i * r + j % r]);
+      part += d * widen(as<bf16>(h)[i * r + j % r]);
+      if ((j + 1) % each && j % 16 < 15) continue;
+      sum[r + j / each] += part;
+      part = 0;
     }
     for (int64_t j = 0; j < r; ++j) narrow(sum[j], dh + i * r + j);
     if (dgate.data) memcpy(as<float>(dgate) + i * experts, sum + r, size_t(experts) * sizeof(float));

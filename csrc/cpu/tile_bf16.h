@@ -106,23 +106,36 @@ void pack_rows(const T* from, int64_t ld, int64_t rows, int64_t columns, uint32_
     }
 }
 
+template <int MR, int NV>
+PEFTOPS_INLINE void multiply_pair(const bf16* const (&row)[MR], int64_t c, const uint32_t* w, __m512 (&acc)[MR][NV]) {
+  __m512bh t_w[NV];
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) t_w[v] = pairs(w + 16 * v);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    const __m512bh t_x = pair(row[i] + 2 * c);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], t_w[v], t_x);
+  }
+}
+
 // acc[i][16 v + lane] += x[i][0 … k) · w, with w[k / 2][column] pairs
 template <int MR, int NV>
 PEFTOPS_INLINE void multiply(const bf16* x, int64_t ldx, int64_t k, const uint32_t* w, int64_t ldw,
                              __m512 (&acc)[MR][NV]) {
   const bf16* row[MR];
   for (int i = 0; i < MR; ++i) row[i] = x + i * ldx;
-  for (int64_t c = 0; c < k / 2; ++c) {
-    __m512bh t_w[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) t_w[v] = pairs(w + c * ldw + 16 * v);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const __m512bh t_x = pair(row[i] + 2 * c);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], t_w[v], t_x);
+  int64_t c = 0;
+  if constexpr (MR * NV <= 12) {  // too few sums to hide the latency of one: every second pair has its own
+    __m512 odd[MR][NV] = {};
+    for (; c + 2 <= k / 2; c += 2) {
+      multiply_pair(row, c, w + c * ldw, acc);
+      multiply_pair(row, c + 1, w + (c + 1) * ldw, odd);
     }
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_add_ps(acc[i][v], odd[i][v]);
   }
+  for (; c < k / 2; ++c) multiply_pair(row, c, w + c * ldw, acc);
   if (k % 2)
     for (int i = 0; i < MR; ++i)
       for (int v = 0; v < NV; ++v)

@@ -1,0 +1,91 @@
+// LoRA for one to four rows in fp32 arithmetic, for every dtype and instruction set: the weight is read once.
+#include "tile.h"
+
+#include "ops.h"
+
+namespace peftops::ISA {
+namespace {
+
+thread_local Scratch t_few;  // of the caller, read by its team
+
+// out[i] = w · x[i]
+template <int MX, class T>
+inline void dots(const T* w, const float* x, int64_t k, float* out) {
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t c = 0; c < k; ++c) {
+    const float t_w = widen(w[c]);
+    s0 += t_w * x[c];
+    if (MX > 1) s1 += t_w * x[k + c];
+    if (MX > 2) s2 += t_w * x[2 * k + c];
+    if (MX > 3) s3 += t_w * x[3 * k + c];
+  }
+  const float sums[4] = {s0, s1, s2, s3};
+  for (int i = 0; i < MX; ++i) out[i] = sums[i];
+}
+
+template <class T>
+float rounded(float v) {
+  T out;
+  narrow(v, &out);
+  return widen(out);
+}
+
+template <class T>
+float* widened(float* out, Tensor t) {
+  const int64_t count = t.shape[0] * t.shape[1];
+  with_type(t.dtype, [&](auto e) {
+    for (int64_t i = 0; i < count; ++i) out[i] = rounded<T>(widen(as<decltype(e)>(t)[i]));
+  });
+  return out + count;
+}
+
+// hg (m, columns) = gate ⊙ x·aᵀ, times s, from all of a's ranks
+template <class T>
+void spread(float* out, const float* h, Tensor gate, int64_t m, int64_t r, int64_t columns, float s) {
+  const int64_t experts = gate.data ? gate.shape[1] : 1;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const float value = h[i * r + j % r], g = gate.data ? as<float>(gate)[i * experts + j / (columns / experts)] : 1;
+      out[i * columns + j] = s * (gate.data ? rounded<T>(value * g) : value);
+    }
+}
+
+template <int MX, class T>
+void few(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, float s, Tensor bias, Tensor gain, Tensor gate) {
+  const int64_t k = x.shape[1], n = b.shape[0], r = a.shape[0], columns = b.shape[1];
+  float* xf = t_few.get<float>(MX * (k + r + columns) + r * k + n * columns);
+  float *h = xf + MX * k, *hs = h + MX * r, *af = hs + MX * columns, *bf = widened<T>(af, a);
+  widened<T>(xf, x);
+  widened<T>(bf, b);
+  for (int64_t j = 0; j < r; ++j) {
+    float out[MX];
+    dots<MX>(af + j * k, xf, k, out);
+    for (int i = 0; i < MX; ++i) h[i * r + j] = rounded<T>(out[i]);
+  }
+  spread<T>(hs, h, gate, MX, r, columns, s);
+#pragma omp parallel for num_threads(threads_for(MX * n * k)) schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    float out[MX], delta[MX], added = 0;
+    dots<MX>(as<T>(w) + c * k, xf, k, out);
+    dots<MX>(bf + c * columns, hs, columns, delta);
+    with_type(bias.data ? bias.dtype : Dtype::none, [&](auto e) { added = widen(as<decltype(e)>(bias)[c]); });
+    for (int i = 0; i < MX; ++i)
+      narrow((out[i] + delta[i]) * (gain.data ? as<float>(gain)[c] : 1.0f) + added, as<T>(y) + i * n + c);
+  }
+}
+
+}  // namespace
+
+void lora_few(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate) {
+  with_type(x.dtype, [&](auto e) {
+    using T = decltype(e);
+    const float s = *as<float>(scale);
+    if (x.shape[0] == 1) few<1, T>(y, x, w, a, b, s, bias, gain, gate);
+    if (x.shape[0] == 2) few<2, T>(y, x, w, a, b, s, bias, gain, gate);
+    if (x.shape[0] == 3) few<3, T>(y, x, w, a, b, s, bias, gain, gate);
+    if (x.shape[0] == 4) few<4, T>(y, x, w, a, b, s, bias, gain, gate);
+  });
+}
+
+}  // namespace peftops::ISA

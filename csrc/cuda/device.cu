@@ -1,0 +1,35 @@
+// What peftops doctor asks of CUDA: which driver and runtime there are, and whether this library runs on a GPU.
+#include <cuda_runtime.h>
+
+namespace {
+
+__global__ void device_runs_kernel() {}
+
+}  // namespace
+
+// 13000 is 13.0; 0 where there is no driver
+extern "C" int device_driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+extern "C" int device_runtime() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+// 0 where a kernel of this library ran on the GPU of this index, otherwise CUDA's error: 209 is no machine code for it
+extern "C" int device_runs(int index) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(index);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // else torch would meet it
+    return error;
+  }
+  device_runs_kernel<<<1, 1>>>();
+  error = cudaGetLastError();
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  cudaSetDevice(before);
+  return error;
+}
