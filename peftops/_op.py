@@ -35,9 +35,8 @@ def op(contract):
     overload = getattr(torch.ops.peftops, name).default
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not plain(args):
-            return overload(*args)
-        return run(*args)
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
+        return overload(*args) if torch.compiler.is_compiling() or watched or not plain(args) else run(*args)
 
     call.overload = overload
     return call

@@ -75,6 +75,7 @@ void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator
     const int64_t end = min(block + 8, m);
     if (generator)
       for (int64_t i = block; i < end; ++i) generator->draw(bits + i * bytes, i, bytes);
+    prefetch(as<bf16>(x) + end * k, k, min(8, m - end), k);
     const bf16* from = dropped(as<bf16>(x) + block * k, k, bits ? bits + block * bytes : nullptr, end - block);
     const int64_t ld = bits ? 8 * bytes : k;
     by_ranks(padded, [&](int64_t group, auto vectors) {
@@ -140,9 +141,10 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
     }
 }
 
-// pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on. Threads take equal runs of (panel, six rows).
-template <class W, class B>
-void product(const Product& t, W pack_w, B pack_b) {
+// pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on, hint(c, i, j) asks for the part [i, j) of k of
+// what pack_w will read for c. Threads take equal runs of (panel, six rows).
+template <class W, class B, class H>
+void product(const Product& t, W pack_w, B pack_b, H hint) {
   const int64_t panels = ceil_div(t.n, PANEL), blocks = ceil_div(t.m, 6);
 #pragma omp parallel num_threads(threads_for(t.m * t.n * (t.k + t.r)))
   {
@@ -155,7 +157,11 @@ void product(const Product& t, W pack_w, B pack_b) {
       if (t.x) pack_w(w, c);
       pack_b(b, c);
       by_rows<6, 4, 2, 1>(item % blocks * 6, min(t.m, (stop - panel * blocks) * 6),
-                          [&](int64_t i, auto rows) { tile<decltype(rows)::value>(t, i, c, w, b); });
+                          [&](int64_t i, auto rows) {
+                            constexpr int MR = decltype(rows)::value;
+                            if (t.x && c + PANEL < t.n) hint(c + PANEL, t.k * i / t.m, t.k * (i + MR) / t.m);
+                            tile<MR>(t, i, c, w, b);
+                          });
       item = stop;
     }
   }
@@ -179,6 +185,12 @@ void product_with(const Product& t, Form form, bool backward, Tensor w, Tensor d
           else
             pack_columns(from + c * t.r, t.r, min(PANEL, t.n - c), t.r, out, PANEL);
         });
+      },
+      [&](int64_t c, int64_t i, int64_t j) {
+        if (along_rows)
+          prefetch(as<bf16>(w) + i * t.n + c, t.n, j - i, PANEL);
+        else
+          prefetch(as<bf16>(w) + c * t.k + i * PANEL, 0, 1, (j - i) * PANEL);
       });
 }
 
@@ -244,6 +256,8 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
       const int64_t i1 = min(i0 + tall, m);
       for (int64_t c0 = begin; c0 < end; c0 += wide) {
         const int64_t c1 = min(c0 + wide, end);
+        const int64_t next = c1 < end ? i0 : i1, to = c1 < end ? c1 : begin;
+        prefetch(from + next * n + to, n, min(tall, m - next), min(wide, end - to));
         if (u)
           by_ranks(padded, [&](int64_t rank, auto vectors) {
             constexpr int NV = decltype(vectors)::value, MR = NV == 4 ? 4 : 8;

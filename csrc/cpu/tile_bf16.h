@@ -41,6 +41,12 @@ PEFTOPS_INLINE __m512i scaled(__m512i v, __m512 lo, __m512 hi) {
   return narrow32(_mm512_mul_ps(low(v), lo), _mm512_mul_ps(high(v), hi));
 }
 
+// Hints for a block that is read next, in short rows that no hardware prefetcher follows.
+PEFTOPS_INLINE void prefetch(const bf16* p, int64_t ld, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < columns; c += 32) _mm_prefetch((const char*)(p + i * ld + c), _MM_HINT_T0);
+}
+
 // Sixteen rows of sixteen 32-bit lanes, transposed.
 PEFTOPS_INLINE void transpose(__m512i (&v)[16]) {
   __m512i t[16];
@@ -69,10 +75,11 @@ PEFTOPS_INLINE void transpose(__m512i (&v)[16]) {
 template <class T>
 void pack_columns(const T* from, int64_t ld, int64_t rows, int64_t columns, uint32_t* out, int64_t width,
                   const float* gain = nullptr) {
-  for (int64_t c = 0; c < columns; c += 32)
-    for (int64_t r = 0; r < width; r += 16) {
+  for (int64_t r = 0; r < width; r += 16)
+    for (int64_t c = 0; c < columns; c += 32) {
       __m512i v[16];
       for (int64_t i = 0; i < 16; ++i) {
+        _mm_prefetch((const char*)(from + (r + i + 16) * ld + c), _MM_HINT_T0);
         v[i] = r + i < rows ? load32(from + (r + i) * ld + c, columns - c) : _mm512_setzero_si512();
         if (gain)
           v[i] = scaled(v[i], _mm512_maskz_loadu_ps(mask16(columns - c), gain + c),
