@@ -11,6 +11,8 @@ namespace {
 
 thread_local Scratch t_h, t_spread;  // of the caller, read by its team
 
+constexpr int64_t AHEAD = 16384;  // bytes between what is read and what is asked for
+
 struct Few {
   bf16* y;
   const bf16 *x, *w;
@@ -43,28 +45,34 @@ PEFTOPS_INLINE __m512 sums(const __m512 (&v)[16]) {
 PEFTOPS_INLINE __m512i whole32(const bf16* p) { return _mm512_loadu_si512(p); }
 PEFTOPS_INLINE __m512i whole32(const float* p) { return narrow32(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)); }
 
+// acc + w · x lane by lane, one weight row as one stream
+template <class T>
+PEFTOPS_INLINE __m512 dot(const T* w, const bf16* x, int64_t k, __m512 acc) {
+  __m512 s[4] = {acc};
+  int64_t c = 0;
+  for (; c + 128 <= k; c += 128)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      _mm_prefetch((const char*)(w + c + 32 * q) + AHEAD, _MM_HINT_T0);
+      s[q] = _mm512_dpbf16_ps(s[q], (__m512bh)whole32(w + c + 32 * q), pairs(x + c + 32 * q));
+    }
+  for (; c < k; c += 32) s[1] = _mm512_dpbf16_ps(s[1], (__m512bh)load32(w + c, k - c), (__m512bh)load32(x + c, k - c));
+  return _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
+}
+
 // acc[MX · e + i] += w[e] · x[i] lane by lane
 template <int MX, int NW, class T>
 PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]) {
-  __m512 odd[NW] = {};  // one row alone would wait for its own sums
-  const int64_t ahead = k < 2048 ? NW * k : 1024;  // the next block, or what is left of this one
+  if constexpr (MX == 1) {
+    for (int e = 0; e < NW; ++e) acc[e] = dot(w + e * k, x, k, acc[e]);
+    return;
+  }
   int64_t c = 0;
-  if constexpr (MX == 1)
-    for (; c + 64 <= k; c += 64) {
-      const __m512bh x0 = pairs(x + c), x1 = pairs(x + c + 32);
-#pragma GCC unroll 8
-      for (int e = 0; e < NW; ++e) {
-        const T* at = w + e * k + c;
-        acc[e] = _mm512_dpbf16_ps(acc[e], (__m512bh)whole32(at), x0);
-        odd[e] = _mm512_dpbf16_ps(odd[e], (__m512bh)whole32(at + 32), x1);
-        _mm_prefetch((const char*)(at + ahead), _MM_HINT_T0), _mm_prefetch((const char*)(at + ahead + 32), _MM_HINT_T0);
-      }
-    }
   for (; c + 32 <= k; c += 32)
 #pragma GCC unroll 8
     for (int e = 0; e < NW; ++e) {
       const __m512bh t_w = (__m512bh)whole32(w + e * k + c);
-      _mm_prefetch((const char*)(w + e * k + c + ahead), _MM_HINT_T0);
+      _mm_prefetch((const char*)(w + e * k + c) + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 8
       for (int i = 0; i < MX; ++i)
         acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, pairs(x + i * k + c));
@@ -75,8 +83,6 @@ PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]
         const __m512bh t_w = (__m512bh)load32(w + e * k + c, k - c), t_x = (__m512bh)load32(x + i * k + c, k - c);
         acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, t_x);
       }
-  if constexpr (MX == 1)
-    for (int e = 0; e < NW; ++e) acc[e] = _mm512_add_ps(acc[e], odd[e]);
 }
 
 // y[i][c] for MX rows of x and NW columns from c on, or h for w = a; the delta enters the sums before the product
@@ -99,15 +105,19 @@ PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, 
     for (int i = 0; i < MX; ++i) store(out[MX * e + i], i0 + i, c + e);
 }
 
-// NW columns for all rows, four rows at a time: the weights come from memory once
+// NW columns for all rows, four rows at a time, so that the weights come from memory once; 16 for one row, 8 for two
 template <int NW, class T, class B, class STORE>
 PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
                             int64_t c, STORE store) {
-  int64_t i = 0;
-  for (; i + 4 <= m; i += 4) block<4, (NW > 4 ? 4 : NW)>(w, x, k, h, b, r, i, c, store);
-  if (m - i == 3) block<3, (NW > 4 ? 4 : NW)>(w, x, k, h, b, r, i, c, store);
-  if (m - i == 2) block<2, NW>(w, x, k, h, b, r, i, c, store);
-  if (m - i == 1) block<1, NW>(w, x, k, h, b, r, i, c, store);
+  if constexpr (NW > 4) {
+    block<16 / NW, NW>(w, x, k, h, b, r, 0, c, store);
+  } else {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) block<4, NW>(w, x, k, h, b, r, i, c, store);
+    if (m - i == 3) block<3, NW>(w, x, k, h, b, r, i, c, store);
+    if (m - i == 2) block<2, NW>(w, x, k, h, b, r, i, c, store);
+    if (m - i == 1) block<1, NW>(w, x, k, h, b, r, i, c, store);
+  }
 }
 
 template <int NW, class T, class B, class STORE>
@@ -152,7 +162,9 @@ void lora_gemv(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, Tensor scale, T
   const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1], ra = a.shape[0];
   const Few t{as<bf16>(y), as<bf16>(x), as<bf16>(w), m, n, k, r, *as<float>(scale), as<float>(gain), bias};
   const auto run = [&](auto* a_rows, auto* b_rows) {
-    if (m <= 2)
+    if (m == 1)
+      few<16>(t, a_rows, ra, b_rows, gate);
+    else if (m == 2)
       few<8>(t, a_rows, ra, b_rows, gate);
     else
       few<4>(t, a_rows, ra, b_rows, gate);
