@@ -7,7 +7,7 @@ from . import backends
 
 LIBRARY = torch.library.Library("peftops", "FRAGMENT")
 CONTRACTS = {}
-PLAIN = frozenset({Tensor, nn.Parameter, type(None), str, bool, int, float})
+SCALARS = frozenset({type(None), str, bool, int, float})
 
 
 def op(contract):
@@ -18,8 +18,7 @@ def op(contract):
     name = contract.__name__
     CONTRACTS[name] = contract
 
-    def run(*args):
-        args = [ready(arg) for arg in args]
+    def run(args):
         outputs = contract(*args)
         fill = backends.find(name, args[0])
         fill(*outputs, *args) if isinstance(outputs, tuple) else fill(outputs, *args)
@@ -27,7 +26,7 @@ def op(contract):
 
     def dispatched(*args):
         with torch._C._AutoDispatchBelowAutograd():  # else out= refuses inputs that require grad
-            return run(*args)
+            return run(ready(args, subclasses=True))
 
     LIBRARY.define(name + torch.library.infer_schema(contract, mutates_args=()))
     LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
@@ -35,32 +34,40 @@ def op(contract):
     overload = getattr(torch.ops.peftops, name).default
 
     def call(*args):
+        if torch.compiler.is_compiling():
+            return overload(*args)
         watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
-        return overload(*args) if torch.compiler.is_compiling() or watched or not plain(args) else run(*args)
+        plain = None if watched else ready(args)
+        return overload(*args) if plain is None else run(plain)
 
-    call.overload = overload
     return call
 
 
-def plain(args):
-    """No tensor subclass, so no __torch_dispatch__ waits for the op."""
-    kinds = set(map(type, args)) - PLAIN
-    return not kinds or (kinds == {list} and all(plain(arg) for arg in args if type(arg) is list))
+def ready(args, subclasses=False):
+    """What kernels may rely on: every tensor is contiguous and starts at a multiple of 16 bytes.
 
-
-def ready(arg):
-    """What kernels may rely on: every tensor is contiguous and starts at a multiple of 16 bytes."""
-    if isinstance(arg, Tensor):
-        aligned = arg.is_contiguous() and arg.data_ptr() % 16 == 0
-        return arg if aligned else arg.clone(memory_format=torch.contiguous_format)
-    return [ready(item) for item in arg] if isinstance(arg, list) else arg
+    None where a tensor is of a subclass, whose __torch_dispatch__ may wait for the op.
+    """
+    out = []
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is nn.Parameter or (subclasses and isinstance(arg, Tensor)):
+            if not arg.is_contiguous() or arg.data_ptr() % 16:
+                arg = arg.clone(memory_format=torch.contiguous_format)
+        elif kind is list:
+            arg = ready(arg, subclasses)
+            if arg is None:
+                return None
+        elif kind not in SCALARS:
+            return None
+        out.append(arg)
+    return out
 
 
 def expect(row, name, tensor, shape, *dtypes):
     """The one check and the one error form; None is always as expected."""
-    if tensor is None:
+    if tensor is None or (tensor.shape == shape and tensor.dtype in dtypes):
         return
     if tensor.shape != shape:
         raise ValueError(f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")
+    raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")

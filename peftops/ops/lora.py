@@ -146,7 +146,7 @@ def rows(t):
 def forward(ctx, x, a, b, bias, gain, gate, scale, seed, form, block, p, *base):
     """y, and what backward needs in ctx where there is one."""
     shape, x, gate = x.shape, rows(x), rows(gate)
-    base = [rows(t) for t in base]
+    base = [rows(t) for t in base] if form == "given" else list(base)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[4]
     h = bits = z = None
     if x.shape[0] <= FEW and not p and not keep_z:
@@ -156,7 +156,7 @@ def forward(ctx, x, a, b, bias, gain, gate, scale, seed, form, block, p, *base):
     if ctx is not None:
         ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, gate, z, *(base if form != "given" else ()))
         ctx.form, ctx.block, ctx.p, ctx.shape = form, block, p, shape
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+    return y if len(shape) == 2 else y.view(shape[:-1] + y.shape[1:])
 
 
 class LoRA(torch.autograd.Function):
