@@ -21,7 +21,12 @@ def op(contract):
     def run(args):
         outputs = contract(*args)
         fill = backends.find(name, args[0])
-        fill(*outputs, *args) if isinstance(outputs, tuple) else fill(outputs, *args)
+        filled = outputs if isinstance(outputs, tuple) else (outputs,)
+        if args[0].is_cuda:
+            with torch.cuda.device(args[0].device):  # kernels run on the current device
+                fill(*filled, *args)
+        else:
+            fill(*filled, *args)
         return outputs
 
     def dispatched(*args):

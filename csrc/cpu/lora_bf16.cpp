@@ -2,43 +2,14 @@
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
-#include "tile_bf16.h"
-
 #include "ops.h"
+#include "tile_bf16.h"
 
 namespace peftops::ISA {
 namespace {
 
-thread_local Scratch t_panel, t_delta, t_rows;              // of each thread of a team
+thread_local Scratch t_panel, t_delta, t_rows;               // of each thread of a team
 thread_local Scratch t_a, t_b, t_h, t_parts, t_grad, t_sum;  // of the caller, read by its team
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// f(i, Count) for blocks of rows of the sizes MR, …, each as often as it fits.
-template <int MR, int... REST, class F>
-PEFTOPS_INLINE void by_rows(int64_t i, int64_t end, F f) {
-  for (; i + MR <= end; i += MR) f(i, Count<MR>{});
-  if constexpr (sizeof...(REST) > 0) by_rows<REST...>(i, end, f);
-}
-
-// f(rank, vectors) for the ranks of r, sixteen to a vector.
-template <class F>
-PEFTOPS_INLINE void by_ranks(int64_t padded, F f) {
-  by_rows<4, 2, 1>(0, padded / 16, f);
-}
-
-template <class F>
-void with_operand(Tensor t, F f) {
-  if (t.dtype == Dtype::f32)
-    f(as<float>(t));
-  else
-    f(as<bf16>(t));
-}
-
-int64_t pad16(int64_t r) { return (r + 15) / 16 * 16; }
 
 // ap[k / 2][pad16(r)] from a (r, k), by the whole team
 uint32_t* pack_a(Tensor a) {
@@ -46,8 +17,7 @@ uint32_t* pack_a(Tensor a) {
   uint32_t* out = t_a.get<uint32_t>((k + 1) / 2 * width);
   with_operand(a, [&](auto* from) {
 #pragma omp parallel for num_threads(threads_for(32 * r * k))
-    for (int64_t c = 0; c < k; c += step)
-      pack_columns(from + c, k, r, min(step, k - c), out + c / 2 * width, width);
+    for (int64_t c = 0; c < k; c += step) pack_columns(from + c, k, r, min(step, k - c), out + c / 2 * width, width);
   });
   return out;
 }
@@ -146,7 +116,7 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
 template <class W, class B, class H>
 void product(const Product& t, W pack_w, B pack_b, H hint) {
   const int64_t panels = ceil_div(t.n, PANEL), blocks = ceil_div(t.m, 6);
-#pragma omp parallel num_threads(threads_for(t.m * t.n * (t.k + t.r)))
+#pragma omp parallel num_threads(threads_for(t.m* t.n*(t.k + t.r)))
   {
     const int64_t team = omp_get_num_threads(), id = omp_get_thread_num();
     uint32_t* w = t_panel.get<uint32_t>((t.k + 1) / 2 * PANEL);
@@ -156,12 +126,11 @@ void product(const Product& t, W pack_w, B pack_b, H hint) {
       const int64_t panel = item / blocks, c = panel * PANEL, stop = min(end, (panel + 1) * blocks);
       if (t.x) pack_w(w, c);
       pack_b(b, c);
-      by_rows<6, 4, 2, 1>(item % blocks * 6, min(t.m, (stop - panel * blocks) * 6),
-                          [&](int64_t i, auto rows) {
-                            constexpr int MR = decltype(rows)::value;
-                            if (t.x && c + PANEL < t.n) hint(c + PANEL, t.k * i / t.m, t.k * (i + MR) / t.m);
-                            tile<MR>(t, i, c, w, b);
-                          });
+      by_rows<6, 4, 2, 1>(item % blocks * 6, min(t.m, (stop - panel * blocks) * 6), [&](int64_t i, auto rows) {
+        constexpr int MR = decltype(rows)::value;
+        if (t.x && c + PANEL < t.n) hint(c + PANEL, t.k * i / t.m, t.k * (i + MR) / t.m);
+        tile<MR>(t, i, c, w, b);
+      });
       item = stop;
     }
   }
@@ -251,7 +220,8 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
   const int threads = threads_for(m * n * padded);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
-    const int64_t begin = group * n / groups / 32 * 32, end = group + 1 < groups ? (group + 1) * n / groups / 32 * 32 : n;
+    const int64_t begin = group * n / groups / 32 * 32,
+                  end = group + 1 < groups ? (group + 1) * n / groups / 32 * 32 : n;
     for (int64_t i0 = 0; i0 < m; i0 += tall) {
       const int64_t i1 = min(i0 + tall, m);
       for (int64_t c0 = begin; c0 < end; c0 += wide) {
@@ -274,8 +244,7 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
             });
           });
         if (v)
-          for (int64_t c = c0; c < c1; c += 32)
-            outer(v, ldv, from, n, bits, h, padded, i0, i1, c, i0 == 0, i1 == m);
+          for (int64_t c = c0; c < c1; c += 32) outer(v, ldv, from, n, bits, h, padded, i0, i1, c, i0 == 0, i1 == m);
       }
     }
   }
@@ -391,7 +360,8 @@ void lora_bwd(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x
   const bf16* dh = ungated(dgate, h, gate, u, columns, padded, s);
   if (dx.data) {
     const bf16* dz = form == Form::given ? nullptr : as<bf16>(dy);  // with g in the packed w
-    const Product t{as<bf16>(dx), nullptr, dz, dh, nullptr, m, k, n, r, inverse(p), as<uint8_t>(bits), nullptr, nullptr};
+    const Product t{as<bf16>(dx), nullptr,           dz,      dh,     nullptr, m, k, n, r,
+                    inverse(p),   as<uint8_t>(bits), nullptr, nullptr};
     product_with(t, form, true, base, a, g);
   }
   if (da.data) {

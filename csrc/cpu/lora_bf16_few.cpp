@@ -2,9 +2,8 @@
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
-#include "tile_bf16.h"
-
 #include "ops.h"
+#include "tile_bf16.h"
 
 namespace peftops::ISA {
 namespace {
@@ -74,8 +73,7 @@ PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]
       const __m512bh t_w = (__m512bh)whole32(w + e * k + c);
       _mm_prefetch((const char*)(w + e * k + c) + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 8
-      for (int i = 0; i < MX; ++i)
-        acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, pairs(x + i * k + c));
+      for (int i = 0; i < MX; ++i) acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, pairs(x + i * k + c));
     }
   if (c < k)
     for (int e = 0; e < NW; ++e)
@@ -145,7 +143,7 @@ template <int NW, class A, class B>
 void few(const Few& t, const A* a, int64_t ra, const B* b, Tensor gate) {
   bf16* h = t_h.get<bf16>(t.m * ra);
   float* hs = t_spread.get<float>(t.m * t.r);
-#pragma omp parallel num_threads(threads_for(t.m * t.n * t.k))
+#pragma omp parallel num_threads(threads_for(t.m* t.n* t.k))
   {
     all_columns<NW>(a, t.x, t.m, t.k, nullptr, b, 0, ra,
                     [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ra + j); });

@@ -1,7 +1,6 @@
 // LoRA for one to four rows in fp32 arithmetic, for every dtype and instruction set: the weight is read once.
-#include "tile.h"
-
 #include "ops.h"
+#include "tile.h"
 
 namespace peftops::ISA {
 namespace {

@@ -1,0 +1,93 @@
+"""What the host decides: the machine, the tiles of a matrix product, and whether torch's own product is the better."""
+
+import functools
+
+import torch
+import triton
+
+INTERPRET = triton.knobs.runtime.interpret
+KINDS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (11, 0): "sm_100"}
+SHARED = {  # bytes a program may use
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+}
+
+
+def tile(warps, stages, **sizes):
+    return {**sizes, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def gemm(bm, bn, bk, warps, stages):
+    return tile(warps, stages, BM=bm, BN=bn, BK=bk)
+
+
+TILES = {  # of 16-bit products, the largest that gives every multiprocessor a program is taken
+    "sm_80": (gemm(128, 128, 64, 8, 4), gemm(64, 128, 64, 4, 4), gemm(64, 64, 64, 4, 4)),
+    "sm_86": (gemm(128, 128, 64, 8, 3), gemm(64, 128, 64, 4, 3), gemm(64, 64, 64, 4, 3)),  # 8.6, 8.9, 12.0
+    "sm_90": (gemm(128, 256, 64, 8, 3), gemm(128, 128, 64, 8, 3), gemm(64, 128, 64, 4, 4)),
+    "sm_100": (gemm(128, 128, 64, 8, 4), gemm(64, 128, 64, 4, 4)),
+    "gfx942": (gemm(128, 128, 64, 8, 2), gemm(64, 128, 64, 4, 2), gemm(64, 64, 64, 4, 2)),
+    "interpret": (gemm(32, 32, 32, 4, 1),),
+}
+EPILOGUE = {2: gemm(64, 128, 64, 4, 1), 4: gemm(32, 64, 32, 4, 1)}  # of passes over y or dx, by bytes an element
+SLOWER = {  # ops a byte of the machine, and how much slower than cuBLAS our product is taken to be: not measured yet
+    "sm_80": (350, 0.05),
+    "sm_86": (160, 0.03),
+    "sm_90": (367, 0.08),
+    "sm_100": (480, 0.20),
+    "gfx942": (325, 0.15),
+}
+
+
+@functools.cache
+def machine(device):
+    """The key of the tables, and the number of multiprocessors."""
+    if INTERPRET:
+        return "interpret", 4
+    properties = torch.cuda.get_device_properties(device)
+    kind = "gfx942" if torch.version.hip else KINDS.get((properties.major, properties.minor), "sm_86")
+    return kind, properties.multi_processor_count
+
+
+def path(n, k, x, passes=1):
+    """ "fused", or "cublas" followed by an epilogue, for x·Ŵᵀ with n columns and a sum of length k.
+
+    An epilogue reads and writes the result once more, 2·ops/(bytes·k) of the product's time, and `passes` counts
+    such costs: our product may lose as much to cuBLAS and still be the faster. Without 16-byte rows it loses more.
+    """
+    kind, _ = machine(x.device)
+    if x.dtype is torch.float32:
+        return "cublas"
+    if kind == "interpret":
+        return "fused"
+    budget, slower = SLOWER[kind]
+    return "fused" if n % 8 == k % 8 == 0 and k * slower <= budget * passes else "cublas"
+
+
+def pick(m, n, x):
+    """The tile of a fused product with m rows and n columns."""
+    kind, processors = machine(x.device)
+    for t in TILES[kind]:
+        if triton.cdiv(m, t["BM"]) * triton.cdiv(n, t["BN"]) >= processors:
+            break
+    return t
+
+
+def epilogue(x):
+    return TILES["interpret"][0] if INTERPRET else EPILOGUE[x.element_size()]
+
+
+def rank(r, most=64):
+    """How many columns a tile of rank r holds: more take turns."""
+    return min(max(16, triton.next_power_of_2(r)), 16 if INTERPRET else most)
+
+
+def stripes(length, block, programs, x, most=1024):
+    """(number, length): the stripes, of whole blocks, that give every multiprocessor two programs."""
+    wanted = min(triton.cdiv(2 * machine(x.device)[1], programs), most)
+    blocks = max(1, triton.cdiv(length, block))
+    span = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, span), span * block

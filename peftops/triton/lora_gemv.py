@@ -1,0 +1,154 @@
+"""LoRA for few rows: what is read of the base is all that counts."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _gemm
+from ._gemm import tile
+from ._tile import cast, dot, load_tile, store_tile
+from .lora_rank import base_tile, gate_columns, widen
+
+
+@triton.jit
+def gemv_kernel(
+    Y, X, W, A, B, SCALE, BIAS, GAIN, GATE, M, N, K, R, RB, E,
+    FORM: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """y = gain ⊙ (x·Ŵᵀ + s · (gate ⊙ x·aᵀ)·bᵀ) + bias, every program making its own x·aᵀ"""
+    if EVEN:
+        N, K = N // 8 * 8, K // 8 * 8
+    i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m, o_n, o_r = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BR)
+    acc, t_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        t_x = load_tile(X, o_m, o_k, M, K)
+        acc = dot(t_x, base_tile(W, o_n, k, N, K, FORM, BK), acc)
+        t_h = dot(t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h)
+    t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
+    for first in range(0, RB, R):
+        o_b = tl.where(o_r < R, first + o_r, RB)
+        t_b = cast(load_tile(B, o_n, o_b, N, RB), X.dtype.element_ty)
+        delta = dot(gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta)
+    store_tile(Y, widen(acc + tl.load(SCALE) * delta, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
+
+
+@triton.jit
+def product(
+    X, W, o_m, o_n, first, last, M, N, K,
+    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(first, last, BK):
+        t_w = cast(base_tile(W, o_n, k, N, K, FORM, BK), X.dtype.element_ty)
+        acc = dot(load_tile(X, o_m, k + tl.arange(0, BK), M, K), t_w, acc)
+    return acc
+
+
+@triton.jit
+def parts_kernel(
+    YP, HP, X, W, A, M, N, K, R, KS,
+    FORM: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Over a stripe of KS columns: x·aᵀ by the first programs, x·Ŵᵀ by the rest"""
+    if EVEN:
+        N, K = N // 8 * 8, K // 8 * 8
+    i_n, i_s, i_m = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_m, first, ranks = i_m * BM + tl.arange(0, BM), tl.program_id(1) * KS, tl.cdiv(R, BN)
+    last = min(first + KS, K)
+    if i_n < ranks:
+        o_r = i_n * BN + tl.arange(0, BN)
+        acc = product(X, A, o_m, o_r, first, last, M, R, K, "dense", BM, BN, BK)
+        store_tile(HP + i_s * M * R, acc, o_m, o_r, M, R)
+    elif FORM != "given":
+        o_n = (i_n - ranks).to(tl.int64) * BN + tl.arange(0, BN)
+        acc = product(X, W, o_m, o_n, first, last, M, N, K, FORM, BM, BN, BK)
+        store_tile(YP + i_s * M * N, acc, o_m, o_n, M, N)
+
+
+@triton.jit
+def finish_kernel(
+    Y, YP, HP, B, SCALE, BIAS, GAIN, GATE, M, N, R, RB, E,
+    YPARTS: tl.constexpr, HPARTS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """y = gain ⊙ (Σ yp + s · (gate ⊙ Σ hp)·bᵀ) + bias"""
+    if EVEN:
+        N = N // 8 * 8
+    i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m, o_n, acc = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.zeros((BM, BN), tl.float32)
+    for r in tl.range(0, RB, BR, num_stages=1):
+        o_r, t_h = r + tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
+        inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
+        for p in tl.static_range(HPARTS):
+            t_h += tl.load(HP + (p * M + o_m[:, None]) * R + (o_r % R)[None, :], mask=inside, other=0.0)
+        t_h = gate_columns(cast(t_h, Y.dtype.element_ty), GATE, o_m, o_r, M, RB, E)
+        acc = dot(t_h, tl.trans(cast(load_tile(B, o_n, o_r, N, RB), Y.dtype.element_ty)), acc)
+    acc *= tl.load(SCALE)
+    for p in tl.static_range(YPARTS):
+        inside = (o_m[:, None] < M) & (o_n[None, :] < N)
+        acc += tl.load(YP + (p * M + o_m[:, None]) * N + o_n[None, :], mask=inside, other=0.0)
+    store_tile(Y, widen(acc, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
+
+
+STAGES = {"sm_80": 4, "sm_86": 3, "sm_90": 4, "sm_100": 4, "gfx942": 2, "interpret": 1}
+SMALL, FINISH = tile(4, 1, BN=32, BK=32), tile(4, 1, BM=16, BN=64)
+
+
+def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
+    (m, k), (n, rb), r = x.shape, b.shape, a.shape[0]
+    if m == 0:
+        return
+    w, kind = base[0], path(m, n, k, r, form, x)
+    if kind == "cublas":
+        torch.mm(x, w if form == "transposed" else w.T, out=y)
+        w = y
+    experts, even = 1 if gate is None else gate.shape[1], n % 8 == k % 8 == 0
+    bm = min(max(16, triton.next_power_of_2(m)), 64)
+    if kind == "one launch":
+        sizes = one_launch(n, bm, x)
+        gemv_kernel[(triton.cdiv(n, sizes["BN"]), triton.cdiv(m, bm))](
+            y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
+            FORM=form, EVEN=even, BM=bm, BR=max(16, triton.next_power_of_2(r)), **sizes,
+        )  # fmt: skip
+        return
+    yp, hp = two_launches(x, w, a, n, form if kind == "two launches" else "given", even, bm)
+    finish_kernel[(triton.cdiv(n, FINISH["BN"]), triton.cdiv(m, FINISH["BM"]))](
+        y, yp, hp, b, scale, bias, gain, gate, m, n, r, rb, experts,
+        YPARTS=yp.numel() // y.numel(), HPARTS=len(hp), EVEN=n % 8 == 0, BR=_gemm.rank(rb), **FINISH,
+    )  # fmt: skip
+
+
+def path(m, n, k, r, form, x):
+    """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors."""
+    kind, processors = _gemm.machine(x.device)
+    if form == "given":
+        return "given"
+    if x.dtype is torch.float32 or (kind != "interpret" and (n % 8 or k % 8)):
+        return "cublas"
+    return "one launch" if 4 * processors * r <= n and r <= 32 else "two launches"
+
+
+def one_launch(n, bm, x):
+    kind, processors = _gemm.machine(x.device)
+    if kind == "interpret":
+        return SMALL
+    bn = min(max(32, triton.next_power_of_2(n // processors + 1) // 2), 128)
+    return tile(4 if bm < 64 else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
+
+
+def two_launches(x, w, a, n, form, even, bm):
+    """The parts of x·Ŵᵀ and x·aᵀ, or w itself where it is the product."""
+    (m, k), r, kind = x.shape, a.shape[0], _gemm.machine(x.device)[0]
+    narrow = x.element_size() == 2 and kind != "interpret"
+    sizes = tile(8, STAGES[kind], BN=64, BK=128) if narrow else SMALL
+    programs = triton.cdiv(r, sizes["BN"]) + (0 if form == "given" else triton.cdiv(n, sizes["BN"]))
+    count, span = _gemm.stripes(k, sizes["BK"], programs * triton.cdiv(m, bm), x, most=16)
+    yp = w if form == "given" else x.new_empty(count, m, n, dtype=torch.float32)
+    hp = x.new_empty(count, m, r, dtype=torch.float32)
+    parts_kernel[(programs, count, triton.cdiv(m, bm))](
+        None if form == "given" else yp, hp, x, None if form == "given" else w, a, m, n, k, r, span,
+        FORM=form, EVEN=even, BM=bm, **sizes,
+    )  # fmt: skip
+    return yp, hp

@@ -1,0 +1,189 @@
+"""LoRA's gradients: one pass over dy for those of rank's size and of columns, one over x for da, one product for dx."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _gemm
+from ._gemm import tile
+from ._tile import add_parts, cast, dot, load_keep, load_tile, parts_of, store_tile, tile_of
+from .lora_rank import base_tile, gated
+
+
+@triton.jit
+def grads_kernel(
+    DHG, DB, DBIAS, DGAIN, DY, Z, B, H, SCALE, GAIN, GATE, M, N, R, RB, E, NS,
+    EVEN: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dhg = s · dz·b over NS columns; db = s · dzᵀ·(gate ⊙ h), dbias = Σ dy, dgain = Σ dy ⊙ z over a block of rows"""
+    if EVEN:
+        N = N // 8 * 8
+    i_m, i_s, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    o_m, o_r, scale = i_m * BM + tl.arange(0, BM), i_r * BR + tl.arange(0, BR), tl.load(SCALE)
+    if DB is not None:
+        t_h = gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED)
+    acc = tl.zeros((BM, BR), tl.float32)
+    for n in range(i_s * NS, min(i_s * NS + NS, N), BN):
+        o_n = n + tl.arange(0, BN)
+        t_dy = load_tile(DY, o_m, o_n, M, N)
+        mine = o_n < tl.where(i_r == 0, N, 0)
+        if DBIAS is not None:
+            tl.store(DBIAS + i_m * N + o_n, cast(tl.sum(t_dy.to(tl.float32), 0), DBIAS.dtype.element_ty), mask=mine)
+        if DGAIN is not None:
+            t_z = load_tile(Z, o_m, o_n, M, N)
+            tl.store(DGAIN + i_m * N + o_n, tl.sum(t_dy.to(tl.float32) * t_z.to(tl.float32), 0), mask=mine)
+        if GAIN is not None:
+            t_dy = cast(t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :], DY.dtype.element_ty)
+        if DHG is not None:
+            t_b = cast(load_tile(B, o_n, o_r, N, RB), DY.dtype.element_ty)
+            acc = dot(t_dy, t_b, acc)
+        if DB is not None:
+            t_db = dot(tl.trans(t_dy), t_h, tl.zeros((BN, BR), tl.float32))
+            store_tile(DB + i_m * N * RB, t_db * scale, o_n, o_r, N, RB)
+    if DHG is not None:
+        store_tile(DHG + i_s.to(tl.int64) * M * RB, acc * scale, o_m, o_r, M, RB)
+
+
+@triton.jit
+def da_kernel(
+    DA, X, DH, BITS, factor, M, K, R, MS,
+    DROP: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """da = factor · dhᵀ·(keep ⊙ x) over a stripe of MS rows"""
+    if EVEN:
+        K = K // 8 * 8
+    i_k, i_s, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_k, o_r = i_k * BK + tl.arange(0, BK), i_r * BR + tl.arange(0, BR)
+    acc = tl.zeros((BK, BR), tl.float32)
+    for m in range(i_s * MS, min(i_s * MS + MS, M), BM):
+        o_m = m + tl.arange(0, BM)
+        t_x = load_tile(X, o_m, o_k, M, K)
+        if DROP:
+            t_x = tl.where(load_keep(BITS, o_m, i_k * BK, M, K, BM, BK), t_x, 0.0)
+        acc = dot(tl.trans(t_x), load_tile(DH, o_m, o_r, M, R), acc)
+    store_tile(DA + i_s.to(tl.int64) * R * K, tl.trans(acc * factor), o_r, o_k, R, K)
+
+
+@triton.jit
+def dgrad_kernel(
+    DX, DY, W, DH, A, BITS, GAIN, factor, M, N, K, R,
+    FORM: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, RANKS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dx = factor · keep ⊙ (dh·a) + dz·Ŵ; BN of the K columns, BK of the N that are summed over"""
+    TURNED: tl.constexpr = "transposed" if FORM == "dense" else "dense"
+    if EVEN:
+        N, K = N // 8 * 8, K // 8 * 8
+    i_m, i_k = tile_of(tl.program_id(0), M, K, BM, BN, 8)
+    o_m, o_k = i_m * BM + tl.arange(0, BM), i_k * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for r in tl.range(0, RANKS * BR, BR, num_stages=1):
+        o_r = r + tl.arange(0, BR)
+        t_a = cast(load_tile(A, o_r, o_k, R, K), DH.dtype.element_ty)
+        acc = dot(load_tile(DH, o_m, o_r, M, R), t_a, acc)
+    acc *= factor
+    if DROP:
+        acc = tl.where(load_keep(BITS, o_m, i_k * BN, M, K, BM, BN), acc, 0.0)
+    if FORM == "given":
+        if W is not None:
+            acc += load_tile(W, o_m, o_k, M, K)
+    else:
+        for n in range(0, N, BK):
+            o_n = n + tl.arange(0, BK)
+            t_dy = load_tile(DY, o_m, o_n, M, N)
+            if GAIN is not None:
+                t_dy = cast(t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :], DY.dtype.element_ty)
+            acc = dot(t_dy, base_tile(W, o_k, n, K, N, TURNED, BK), acc)
+    store_tile(DX, acc, o_m, o_k, M, K)
+
+
+GRADS = {  # of the pass over dy: tall, as a block of rows leaves (n, r) partial sums
+    "sm_80": tile(8, 3, BM=128, BN=64),
+    "sm_86": tile(8, 3, BM=128, BN=64),
+    "sm_90": tile(8, 3, BM=256, BN=64),
+    "sm_100": tile(8, 3, BM=256, BN=64),
+    "gfx942": tile(8, 2, BM=128, BN=64),
+    "interpret": tile(4, 1, BM=32, BN=32),
+}
+GRADS_ODD = tile(8, 1, BM=128, BN=32)  # rows that do not start at multiples of 16 bytes
+GRADS_FP32 = tile(4, 1, BM=32, BN=32)  # without tensor cores tiles live in registers
+DA, DA_FP32 = tile(4, 3, BM=64, BK=128), tile(4, 1, BM=32, BK=32)
+
+
+def lora_bwd(
+    dx, da, db, dbias, dgain, dgate, dy, x, base, a, b, scale, h, bits, bias, gain, gate, z, form, block, p, need
+):
+    if x.shape[0] == 0:
+        for sums in (da, db, dbias, dgain):
+            sums.zero_()
+        return
+    ranked = need[0] or need[1] or need[5]
+    dhg = None
+    if ranked:
+        dhg = b.new_empty(x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32)
+    dy_pass(
+        dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
+        dy, z, b, h, scale, gain, gate,
+    )  # fmt: skip
+    dh = dhg if gate is None or not ranked else fold(dhg, gate, a.shape[0], x.dtype)
+    factor = 1 / (1 - p) if p < 1 else 0.0
+    if need[5]:
+        torch.sum((dhg.unflatten(1, (-1, h.shape[1])) * h[:, None]).view(*gate.shape, -1), 2, out=dgate)
+    if need[1]:
+        x_pass(da, x, dh, bits, factor, p > 0)
+    if need[0]:
+        dgrad(dx, dy, base, dh, a, bits, gain, factor, form, p > 0)
+
+
+def dy_pass(dhg, db, dbias, dgain, dy, z, b, h, scale, gain, gate):
+    """What a read of dy gives, in blocks of rows and stripes of columns whose parts are added in order."""
+    (m, n), (rb, r) = dy.shape, (b.shape[1], h.shape[1])
+    outputs = dhg, db, dbias, dgain
+    if all(out is None for out in outputs):
+        return
+    sizes = GRADS_ODD if n % 8 and not _gemm.INTERPRET else GRADS[_gemm.machine(dy.device)[0]]
+    sizes = GRADS_FP32 if dy.element_size() == 4 else sizes
+    br = _gemm.rank(rb)
+    blocks, ranks = triton.cdiv(m, sizes["BM"]), triton.cdiv(rb, br)
+    count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
+    parts = [None if out is None else parts_of(out, count if out is dhg else blocks) for out in outputs]
+    grads_kernel[(blocks, count, ranks)](
+        *parts, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
+        EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
+    )  # fmt: skip
+    for out, part in zip(outputs, parts, strict=True):
+        if out is not None:
+            add_parts(out, part)
+
+
+def fold(dhg, gate, r, dtype):
+    """(m, r): each expert's columns times its gate, added where experts share them"""
+    spread = dhg.view(*gate.shape, -1) * gate[:, :, None]
+    return spread.view(dhg.shape[0], -1, r).sum(1).to(dtype)
+
+
+def x_pass(da, x, dh, bits, factor, drop):
+    (m, k), r, br = x.shape, dh.shape[1], _gemm.rank(dh.shape[1])
+    sizes = DA_FP32 if x.element_size() == 4 or _gemm.INTERPRET else DA
+    columns, ranks = triton.cdiv(k, sizes["BK"]), triton.cdiv(r, br)
+    count, span = _gemm.stripes(m, sizes["BM"], columns * ranks, x)
+    parts = parts_of(da, count)
+    da_kernel[(columns, count, ranks)](
+        parts, x, dh, bits, factor, m, k, r, span, DROP=drop, EVEN=k % 8 == 0, BR=br, **sizes
+    )
+    add_parts(da, parts)
+
+
+def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, drop):
+    (m, k), n, r, br = dx.shape, dy.shape[1], dh.shape[1], _gemm.rank(dh.shape[1], 32)
+    w, sizes = base[0] if form != "given" else None, _gemm.pick(m, k, dx)
+    if form != "given" and _gemm.path(k, n, dx, passes=1 if gain is None else 2) == "cublas":
+        dz = dy if gain is None else (dy * gain).to(dy.dtype)
+        torch.mm(dz, w.T if form == "transposed" else w, out=dx)
+        w, form = dx, "given"
+    if form == "given":
+        sizes, n = _gemm.epilogue(dx), 0
+    dgrad_kernel[(triton.cdiv(m, sizes["BM"]) * triton.cdiv(k, sizes["BN"]),)](
+        dx, dy, w, dh, a, bits, gain, factor, m, n, k, r,
+        FORM=form, DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=triton.cdiv(r, br), BR=br, **sizes,
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""What LoRA's kernels share: tiles of the base, the gated h, and what follows the sum."""
+
+import triton
+import triton.language as tl
+
+from ._tile import cast, load_tile
+
+
+@triton.jit
+def base_tile(W, o_n, k, N, K, FORM: tl.constexpr, BK: tl.constexpr):
+    """(BK, BN) of Ŵᵀ from row k on; W is (N, K), or (K, N) where transposed"""
+    o_k = tl.arange(0, BK)
+    if FORM == "transposed":  # the row moves the pointer, so that no product is left for each element
+        t_w = load_tile(W + tl.full((), k, tl.int64) * N, o_k, o_n, K - k, N)
+    else:
+        t_w = tl.trans(load_tile(W, o_n, k + o_k, N, K))
+    return t_w
+
+
+@triton.jit
+def gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED: tl.constexpr):
+    """gate ⊙ h: column o of RB is column o % R of h, times the gate of its expert, and rounded"""
+    inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
+    o_h = o_r % R if SHARED else o_r
+    t_h = tl.load(H + o_m[:, None].to(tl.int64) * R + o_h[None, :], mask=inside, other=0.0)
+    return gate_columns(t_h, GATE, o_m, o_r, M, RB, E)
+
+
+@triton.jit
+def gate_columns(t_h, GATE, o_m, o_r, M, RB, E):
+    if GATE is not None:
+        inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
+        t_g = tl.load(GATE + o_m[:, None].to(tl.int64) * E + (o_r // (RB // E))[None, :], mask=inside, other=0.0)
+        t_h = cast(t_h * t_g, t_h.dtype)
+    return t_h
+
+
+@triton.jit
+def widen(acc, GAIN, BIAS, o_n, N):
+    """gain ⊙ acc + bias"""
+    if GAIN is not None:
+        acc *= tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :]
+    if BIAS is not None:
+        acc += tl.load(BIAS + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    return acc
