@@ -1,5 +1,7 @@
 """@op: from a contract, which checks an op's inputs and allocates its outputs, to a torch op."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from . import backends
 
 LIBRARY = torch.library.Library("peftops", "FRAGMENT")
 CONTRACTS = {}
+HERE = contextlib.nullcontext()
 SCALARS = frozenset({type(None), str, bool, int, float})
 
 
@@ -20,13 +23,9 @@ def op(contract):
 
     def run(args):
         outputs = contract(*args)
-        fill = backends.find(name, args[0])
-        filled = outputs if isinstance(outputs, tuple) else (outputs,)
-        if args[0].is_cuda:
-            with torch.cuda.device(args[0].device):  # kernels run on the current device
-                fill(*filled, *args)
-        else:
-            fill(*filled, *args)
+        fill, x = backends.find(name, args[0]), args[0]
+        with torch.cuda.device(x.device) if x.is_cuda else HERE:  # kernels run on the current device
+            fill(*outputs, *args) if isinstance(outputs, tuple) else fill(outputs, *args)
         return outputs
 
     def dispatched(*args):
@@ -39,10 +38,8 @@ def op(contract):
     overload = getattr(torch.ops.peftops, name).default
 
     def call(*args):
-        if torch.compiler.is_compiling():
-            return overload(*args)
-        watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
-        plain = None if watched else ready(args)
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        plain = None if watched or torch._C._get_tracing_state() else ready(args)
         return overload(*args) if plain is None else run(plain)
 
     return call
@@ -60,8 +57,7 @@ def ready(args, subclasses=False):
             if not arg.is_contiguous() or arg.data_ptr() % 16:
                 arg = arg.clone(memory_format=torch.contiguous_format)
         elif kind is list:
-            arg = ready(arg, subclasses)
-            if arg is None:
+            if (arg := ready(arg, subclasses)) is None:
                 return None
         elif kind not in SCALARS:
             return None

@@ -1,6 +1,7 @@
 """The specification of LoRA. a, b, h, gated h, dz and dh are rounded to x's dtype, all else is scale's dtype."""
 
 from .lora_dropout import drop, keep, keep_bits
+from .lora_gate import fold, repeat, spread
 
 
 def lora_fwd(y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z):
@@ -55,17 +56,3 @@ def product(x, w, form):
 
 def product_bwd(dz, base, form):
     return 0 if form == "given" else dz @ (base[0].T if form == "transposed" else base[0])
-
-
-def repeat(h, b):
-    return h.repeat(1, b.shape[1] // h.shape[1])
-
-
-def spread(h, gate, b):
-    """(m, e·r): each expert's columns of h times its gate"""
-    return h if gate is None else repeat(h, b) * gate.repeat_interleave(b.shape[1] // gate.shape[1], 1)
-
-
-def fold(dhg, gate, a, b):
-    """(m, r): the transpose of spread"""
-    return dhg if gate is None else spread(dhg, gate, b).unflatten(1, (-1, a.shape[0])).sum(1)

@@ -1,0 +1,44 @@
+"""The one law, for doctor and bench: what a backend makes of an op's cases against the fp64 reference.
+
+error = max|out − exact| / max|exact| must be at most twice the same-dtype reference's own, and one eps of the output.
+"""
+
+import torch
+
+from peftops import backends
+
+from .cases import CASES
+
+
+def check(op, backend, shape, dtype, device="cpu"):
+    """(label, error, bound) of the worst output of each case; it is right where error <= bound."""
+    for label, args in CASES[op](shape, dtype, device):
+        exact, same = call(op, "reference", double(args)), call(op, "reference", args)
+        outs = call(op, backend, args)
+        errors = [(error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)]
+        wrong = [pair for pair in errors if not pair[0] <= pair[1]]  # NaN is wrong too
+        yield label, *(wrong or [max(errors)])[0]
+
+
+def call(op, backend, args):
+    with backends.backend(backend):
+        outputs = getattr(torch.ops.peftops, op)(*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def double(arg):
+    if isinstance(arg, list):
+        return [double(item) for item in arg]
+    return arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+
+
+def error(out, exact):
+    if out.shape != exact.shape:
+        return float("inf")
+    if not exact.is_floating_point():
+        return float((out != exact).sum())
+    return ((out.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item() if exact.numel() else 0.0
+
+
+def bound(out, same, exact):
+    return 2 * error(same, exact) + (torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0)

@@ -1,0 +1,87 @@
+"""A patched model under torch.compile."""
+
+import copy
+
+import pytest
+import torch
+from law import bound, error
+from torch._dynamo.testing import CompileCounterWithBackend
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tiny import TOKENS, exactly, install_our_mask, single, step, tiny
+
+import peftops
+from peftops.integrations.peft import FusedLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def ops_of(graphs):
+    return [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def captured(model, *args):
+    """The aot graphs of one training step."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    out = torch.compile(model, backend=backend, fullgraph=True)(*args)
+    out.sum().backward()
+    return graphs
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_more_graph_breaks_than_stock(kind):
+    stock = tiny(kind, lora_dropout=0.1, lora_bias=True)
+    patched = peftops.patch(copy.deepcopy(stock))
+    before, after = (torch._dynamo.explain(model)(input_ids=TOKENS, labels=TOKENS) for model in (stock, patched))
+    assert (after.graph_count, after.graph_break_count) == (before.graph_count, before.graph_break_count)
+
+
+def test_the_compiled_graph_holds_the_fused_ops():
+    model = peftops.patch(single(lora_dropout=0.1))
+    forward, backward = captured(model, torch.randn(70, 16))
+    assert torch.ops.peftops.lora_fwd.default in ops_of([forward])
+    assert torch.ops.peftops.lora_bwd.default in ops_of([backward])
+    assert peftops.report(model).calls == {}
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_equals_stock(compiler, monkeypatch):
+    install_our_mask(monkeypatch)
+    stock = tiny(lora_dropout=0.3)
+    exact, same = step(exactly(stock)), step(stock)
+    patched = peftops.patch(copy.deepcopy(stock))
+    with torch._inductor.config.patch(fallback_random=True):  # eager's random numbers
+        out = step(torch.compile(patched, backend=compiler))
+    for ours, theirs, truth in zip(out, same, exact, strict=True):
+        assert error(ours, truth) <= bound(theirs, truth)
+    assert peftops.report(patched).calls == {}  # so nothing ran outside of the graphs
+
+
+def test_changing_scaling_recompiles_at_most_once():
+    stock = tiny()
+    patched = peftops.patch(copy.deepcopy(stock))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(patched, backend=counter)
+    for scale in (1.0, 0.5, 0.25, 0.75, 3.0):
+        for model in (stock, patched):
+            for name, layer in model.named_modules():
+                if name.endswith("_proj"):
+                    layer.set_scale("default", scale)
+        truth = step(exactly(stock))
+        for ours, theirs, exact in zip(step(compiled), step(stock), truth, strict=True):
+            assert error(ours, exact) <= bound(theirs, exact)
+    assert counter.frame_count <= 2, counter.frame_count
+    assert all(isinstance(layer, FusedLinear) for name, layer in patched.named_modules() if name.endswith("_proj"))

