@@ -65,8 +65,11 @@ def lora_bwd(
     expect("lora", "h", h, (m, r), x.dtype)
     expect("lora", "bits", bits, (m, 4 * -(-k // 32) if p else 0), torch.uint8)
     expect("lora", "z", z, (m, n if need[4] else 0), x.dtype)
-    like = x, a, b, bias, gain, gate
-    return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(like, need, strict=True))
+    like, plain = (x, a, b, bias, gain, gate), torch.contiguous_format
+    return tuple(
+        torch.empty_like(t, memory_format=plain) if wanted else x.new_empty(0)
+        for t, wanted in zip(like, need, strict=True)
+    )
 
 
 @op
@@ -203,11 +206,6 @@ def lora_linear(
     if torch.is_autocast_enabled(device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         x, base = x.to(dtype), base._replace(tensors=[t.to(dtype) for t in base.tensors])
-        with torch.autocast(device.type, enabled=False):
-            return lora_linear(
-                x, base, lora_A, lora_B, bias,
-                scaling=scaling, dropout_p=dropout_p, training=training, gain=gain, gate=gate,
-            )  # fmt: skip
     p = dropout_p if training else 0.0
     seed = torch.randint(2**62, (1,), device=device) if p else None
     if not isinstance(scaling, Tensor):

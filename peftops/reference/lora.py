@@ -1,9 +1,12 @@
 """The specification of LoRA. a, b, h, gated h, dz and dh are rounded to x's dtype, all else is scale's dtype."""
 
+from . import outside_autocast
+from .lora_base import product, product_bwd
 from .lora_dropout import drop, keep, keep_bits
 from .lora_gate import fold, repeat, spread
 
 
+@outside_autocast
 def lora_fwd(y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z):
     wide, rounded = roundings(x, scale)
     if p:
@@ -24,6 +27,7 @@ def lora_mask(kept, seed, m, k, p):
     kept.copy_(keep(keep_bits(seed, m, k, p), k))
 
 
+@outside_autocast
 def lora_bwd(
     dx, da, db, dbias, dgain, dgate, dy, x, base, a, b, scale, h, bits, bias, gain, gate, z, form, block, p, need
 ):
@@ -48,11 +52,3 @@ def lora_bwd(
 
 def roundings(x, scale):
     return lambda t: t.to(scale.dtype), lambda t: t.to(x.dtype).to(scale.dtype)
-
-
-def product(x, w, form):
-    return w if form == "given" else x @ (w if form == "transposed" else w.T)
-
-
-def product_bwd(dz, base, form):
-    return 0 if form == "given" else dz @ (base[0].T if form == "transposed" else base[0])
