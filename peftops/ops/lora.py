@@ -146,9 +146,9 @@ def rows(t):
     return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def forward(ctx, x, a, b, bias, gain, gate, scale, seed, form, block, p, *base):
+def forward(ctx, x, a, b, bias, gain, gate, scale, seed, constants, *base):
     """y, and what backward needs in ctx where there is one."""
-    shape, x, gate = x.shape, rows(x), rows(gate)
+    shape, x, gate, (form, block, p) = x.shape, rows(x), rows(gate), constants
     base = [rows(t) for t in base] if form == "given" else list(base)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[4]
     h = bits = z = None
@@ -158,7 +158,7 @@ def forward(ctx, x, a, b, bias, gain, gate, scale, seed, form, block, p, *base):
         y, h, bits, z = lora_fwd(x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z)
     if ctx is not None:
         ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, gate, z, *(base if form != "given" else ()))
-        ctx.form, ctx.block, ctx.p, ctx.shape = form, block, p, shape
+        ctx.constants, ctx.shape = constants, shape
     return y if len(shape) == 2 else y.view(shape[:-1] + y.shape[1:])
 
 
@@ -173,16 +173,16 @@ class LoRA(torch.autograd.Function):
         if h is None:  # few rows: cheaper to make again than to keep
             h = torch.mm(x, a.to(x.dtype).T)
             bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
-        args = x, base, a, b, scale, h, bits, bias, gain, gate, z, ctx.form, ctx.block, ctx.p, need
+        args = x, base, a, b, scale, h, bits, bias, gain, gate, z, *ctx.constants, need
         grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
         if need[0]:
             grads[0] = grads[0].view(ctx.shape)
         if need[5]:
             grads[5] = grads[5].view(*ctx.shape[:-1], gate.shape[1])
-        dbase = [None] * (len(ctx.needs_input_grad) - 11)
-        if dbase and ctx.needs_input_grad[11]:
+        dbase = [None] * (len(ctx.needs_input_grad) - 9)
+        if dbase and ctx.needs_input_grad[9]:
             dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
-        return *grads, None, None, None, None, None, *dbase
+        return *grads, None, None, None, *dbase
 
 
 def lora_linear(
@@ -210,7 +210,7 @@ def lora_linear(
     seed = torch.randint(2**62, (1,), device=device) if p else None
     if not isinstance(scaling, Tensor):
         scaling = scale_of(scaling, torch.float64 if x.dtype is torch.float64 else torch.float32, device)
-    args = x, lora_A, lora_B, bias, gain, gate, scaling, seed, base.form, base.block, p, *base.tensors
+    args = x, lora_A, lora_B, bias, gain, gate, scaling, seed, (base.form, base.block, p), *base.tensors
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return LoRA.apply(*args)
     return forward(None, *args)
