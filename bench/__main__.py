@@ -16,7 +16,7 @@ from peftops.cli.doctor import installed
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-ROWS = ("lora",)
+ROWS = ("lora", "model")
 MARKS = "<!-- bench -->", "<!-- /bench -->"
 SHORTEST = 0.005  # seconds of a sample
 
@@ -46,7 +46,7 @@ def main(argv=None):
         return readme(HERE.parent / "README.md", o.out or RESULTS)
     if o.row not in ROWS:
         raise BadInput(f"there is no row {o.row!r}; there are {', '.join(ROWS)}")
-    need("torch", "peft", "transformers")
+    need("torch", "peft", "transformers", *(("gguf",) if o.row == "model" else ()))
     device = find_device(o.device)
     import torch
 
@@ -59,7 +59,7 @@ def main(argv=None):
     if why:
         print(f"Results are only shown, since {why}.")
     about = describe(device) | {"row": o.row, "dtype": o.dtype}
-    for line in measure(row, o, dtype, device):
+    for line in row.measure(o, dtype, device, race):
         show(line, row)
         if folder:
             append(folder / f"{slug(about['device'])}.jsonl", about | line)
@@ -86,39 +86,9 @@ def unlawful(row, dtype, device):
     return None
 
 
-def measure(row, o, dtype, device):
-    """A result for each layer, dropout and pass; and one for the time that Python takes."""
-    import torch
-
-    rounds = 5 if o.quick else 15
-    for name, sizes in [("as asked", o.shape)] if o.shape else row.layers(device, o.quick):
-        drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
-        for p in drops if sizes[0] > row.FEW else (0.0,):
-            layers = row.contenders(sizes, dtype, device, p)
-            calls = {label: row.passes(layer, sizes, dtype, device) for label, layer in layers.items()}
-            common = {"layer": name, "shape": sizes, "dropout": p, "backend": path(layers[row.OURS])}
-            yield from race(calls, row, rounds, device, common | rates(row, sizes, dtype))
-    layers = row.contenders(row.HOST[1], torch.float32, device, 0.0)
-    calls = {label: row.host(layer, device) for label, layer in layers.items()}
-    common = {"layer": row.HOST[0], "shape": row.HOST[1], "dropout": 0.0, "backend": path(layers[row.OURS])}
-    common["dtype"] = "fp32"
-    yield from race(calls, row, rounds, device, common)
-
-
-def path(layer):
-    from peftops import backends
-
-    return backends.find("lora_fwd", layer.get_base_layer().weight).__module__.split(".")[1]
-
-
-def rates(row, sizes, dtype):
-    flops, size = row.cost(*sizes, dtype.itemsize)
-    return {"forward_flops": flops, "forward_bytes": size}
-
-
-def race(calls, row, rounds, device, common):
+def race(calls, ours, rounds, device, common):
     """A result for each pass: contenders take turns, round by round; ratios are medians of those within a round."""
-    for kind in calls[row.OURS]:
+    for kind in calls[ours]:
         runs = {label: call[kind] for label, call in calls.items() if kind in call}
         repeats = {label: warm(run, device) for label, run in runs.items()}
         times = {label: [] for label in runs}
@@ -126,9 +96,9 @@ def race(calls, row, rounds, device, common):
             for label, run in runs.items():
                 times[label].append(sample(run, repeats[label], device))
         ratio = {
-            label: round(median(a / b for a, b in zip(times[row.OURS], values, strict=True)), 4)
+            label: round(median(a / b for a, b in zip(times[ours], values, strict=True)), 4)
             for label, values in times.items()
-            if label != row.OURS
+            if label != ours
         }
         yield common | {"pass": kind, "ms": {label: spread(t) for label, t in times.items()}, "ratio": ratio}
 
@@ -244,9 +214,7 @@ def tables(lines):
         yield "| layer | m, k, n, r | dtype | dropout | pass | PEFT | PEFT, bf16 adapters | **peftops** | speed-up |"
         yield "|---|---|---|---|---|---|---|---|---|"
         for line in shown:
-            times = {
-                label: line["ms"][label][1] / line["ms"]["frozen linear"][1] for label in names if label in line["ms"]
-            }
+            times = {label: line["ms"][label][1] / line["ms"]["frozen"][1] for label in names if label in line["ms"]}
             cells = [f"{times[label]:.2f}" if label in times else "–" for label in names]
             cells[-1], sizes = f"**{cells[-1]}**", ", ".join(map(str, line["shape"]))
             facts = line["layer"], sizes, line["dtype"], line["dropout"], line["pass"]

@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 import peftops
+from peftops.integrations.peft import path
 
 OPS = ("lora_fwd", "lora_bwd", "lora_gemv", "lora_mask")
-OURS, BASE = "peftops", "frozen linear"
+OURS, BASE = "peftops", "frozen"
 LAYERS = {  # of a model, by name: (m, k, n, r)
     "SmolLM2 q, o": (512, 576, 576, 16),
     "SmolLM2 k, v": (512, 576, 192, 16),
@@ -19,6 +20,28 @@ QUICK = ("SmolLM2 k, v",)
 GPU = ("Llama-3.1-8B q, o",)
 FEW = 64  # rows of a generation: no gradient, no dropout, no autocast
 HOST = ("host time, 2 rows of 16", (2, 16, 16, 4))
+
+
+def measure(o, dtype, device, race):
+    """A result for each layer, dropout and pass; and one for the time that Python takes."""
+    rounds = 5 if o.quick else 15
+    for name, sizes in [("as asked", o.shape)] if o.shape else layers(device, o.quick):
+        drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
+        for p in drops if sizes[0] > FEW else (0.0,):
+            found = contenders(sizes, dtype, device, p)
+            calls = {label: passes(layer, sizes, dtype, device) for label, layer in found.items()}
+            flops, size = cost(*sizes, dtype.itemsize)
+            common = {"layer": name, "shape": sizes, "dropout": p, "backend": backend(found[OURS])}
+            yield from race(calls, OURS, rounds, device, common | {"forward_flops": flops, "forward_bytes": size})
+    name, sizes = HOST
+    found = contenders(sizes, torch.float32, device, 0.0)
+    calls = {label: host(layer, device) for label, layer in found.items()}
+    common = {"layer": name, "shape": sizes, "dropout": 0.0, "backend": backend(found[OURS]), "dtype": "fp32"}
+    yield from race(calls, OURS, rounds, device, common)
+
+
+def backend(layer):
+    return path(layer.get_base_layer().weight)
 
 
 def layers(device, quick):

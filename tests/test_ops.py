@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peftops.bench.cases import CASES, SHAPES
+from peftops.bench.law import call, check, double
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
@@ -12,34 +13,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if name != "cuda" and backends.cell(name, op)]
 
 
-def call(op, backend, args):
-    with backends.backend(backend):
-        outputs = getattr(torch.ops.peftops, op)(*args)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def double(arg):
-    if isinstance(arg, list):
-        return [double(item) for item in arg]
-    return arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
-
-
-def error(out, exact):
-    assert out.shape == exact.shape
-    if not exact.is_floating_point():
-        return (out != exact).sum().item()
-    return ((out.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item() if exact.numel() else 0.0
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op, backend", CELLS)
 def test_law(op, backend, shape, dtype):
-    for label, args in CASES[op](shape, dtype):
-        exact, same = call(op, "reference", double(args)), call(op, "reference", args)
-        for i, out in enumerate(call(op, backend, args)):
-            bound = 2 * error(same[i], exact[i]) + (torch.finfo(out.dtype).eps if out.is_floating_point() else 0)
-            assert error(out, exact[i]) <= bound, f"{label}, output {i}"
+    for label, error, bound in check(op, backend, shape, dtype):
+        assert error <= bound, label
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # raw ops have no gradient
