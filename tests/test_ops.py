@@ -21,6 +21,16 @@ def test_law(op, backend, shape, dtype):
         assert error <= bound, label
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(200, 300, 260, 70), (16, 700, 650, 17)], ids=str)
+@pytest.mark.parametrize("op", CONTRACTS)
+def test_law_where_threads_share_the_work(op, shape, dtype):
+    if not backends.cell("cpu", op):
+        pytest.skip("the extension is not built")
+    for label, error, bound in check(op, "cpu", shape, dtype):
+        assert error <= bound, label
+
+
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # raw ops have no gradient
 @pytest.mark.parametrize("op", CONTRACTS)
 def test_opcheck(op):
