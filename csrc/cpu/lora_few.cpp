@@ -24,13 +24,6 @@ inline void dots(const T* w, const float* x, int64_t k, float* out) {
 }
 
 template <class T>
-float rounded(float v) {
-  T out;
-  narrow(v, &out);
-  return widen(out);
-}
-
-template <class T>
 float* widened(float* out, Tensor t) {
   const int64_t count = t.shape[0] * t.shape[1];
   with_type(t.dtype, [&](auto e) {
