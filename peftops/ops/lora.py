@@ -228,7 +228,7 @@ def scale_of(scaling, dtype, device):
 @functools.lru_cache(maxsize=1024)
 def kept_scale(scaling, dtype, device):
     with torch.inference_mode(False):  # else training could not save it for backward
-        return torch.full((1,), scaling, dtype=dtype, device=device)
+        return torch.full((1,), scaling, dtype=dtype).to(device)  # a copy, so it is there for every stream
 
 
 def dropout_mask(seed, m, k, p):
