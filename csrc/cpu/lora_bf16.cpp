@@ -77,6 +77,8 @@ struct Product {
 
 template <int MR>
 PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t* w, const uint32_t* b) {
+  for (int e = 0; e < MR; ++e)  // asked for now, written after the sums
+    for (int v = 0; v < 2; ++v) __builtin_prefetch(t.out + (i + e) * t.n + c + 32 * v, 1);
   __m512 acc[MR][4] = {};
   multiply<MR, 4>(t.h + i * t.r, t.r, t.r, b, PANEL, acc);
   const int64_t bytes = mask_bytes(t.n), left = t.n - c;
@@ -111,24 +113,31 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
     }
 }
 
+constexpr int64_t TALL = 768;  // rows of x that are walked for every panel before the next ones: they stay in the cache
+
 // pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on, hint(c, i, j) asks for the part [i, j) of k of
-// what pack_w will read for c. Threads take equal runs of (panel, six rows).
+// what pack_w will read for c. Threads take equal runs of (slab of rows, panel, six rows).
 template <class W, class B, class H>
 void product(const Product& t, W pack_w, B pack_b, H hint) {
-  const int64_t panels = ceil_div(t.n, PANEL), blocks = ceil_div(t.m, 6);
-#pragma omp parallel num_threads(threads_for(t.m* t.n*(t.k + t.r)))
+  const int64_t panels = ceil_div(t.n, PANEL), slabs = ceil_div(t.m, TALL);
+  const int64_t blocks = slabs ? ceil_div(ceil_div(t.m, slabs), 6) : 0, rows = 6 * blocks;
+  const int threads = threads_for(t.m * t.n * (t.k + t.r));
+#pragma omp parallel num_threads(threads)
   {
     const int64_t team = omp_get_num_threads(), id = omp_get_thread_num();
     uint32_t* w = t_panel.get<uint32_t>((t.k + 1) / 2 * PANEL);
     uint32_t* b = t_delta.get<uint32_t>((t.r + 1) / 2 * PANEL);
-    const int64_t end = panels * blocks * (id + 1) / team;
-    for (int64_t item = panels * blocks * id / team; item < end;) {
-      const int64_t panel = item / blocks, c = panel * PANEL, stop = min(end, (panel + 1) * blocks);
+    const int64_t end = slabs * panels * blocks * (id + 1) / team;
+    for (int64_t item = slabs * panels * blocks * id / team; item < end;) {
+      const int64_t run = item / blocks, c = run % panels * PANEL, next = c + PANEL < t.n ? c + PANEL : 0;
+      const int64_t first = run / panels * rows, stop = min(end, (run + 1) * blocks);
       if (t.x) pack_w(w, c);
       pack_b(b, c);
-      by_rows<6, 4, 2, 1>(item % blocks * 6, min(t.m, (stop - panel * blocks) * 6), [&](int64_t i, auto rows) {
-        constexpr int MR = decltype(rows)::value;
-        if (t.x && c + PANEL < t.n) hint(c + PANEL, t.k * i / t.m, t.k * (i + MR) / t.m);
+      const int64_t from = first + item % blocks * 6, to = min(t.m, first + (stop - run * blocks) * 6);
+      by_rows<6, 4, 2, 1>(from, to, [&](int64_t i, auto count) {
+        constexpr int MR = decltype(count)::value;
+        if (t.x) hint(next, t.k * (i - first) / rows, t.k * (i - first + MR) / rows);
+        if (t.x && !c) prefetch(t.x + (i + MR) * t.k, 0, 1, MR * t.k);
         tile<MR>(t, i, c, w, b);
       });
       item = stop;
@@ -213,7 +222,7 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
 void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, const uint32_t* h, const uint32_t* b,
             int64_t padded) {
   const int64_t m = t.shape[0], n = t.shape[1], wide = 128, tall = 64;
-  const int64_t tiles = ceil_div(n, wide), groups = u ? min(4, tiles) : tiles;
+  const int64_t groups = min(4, ceil_div(n, wide));
   const bf16* from = as<bf16>(t);
   if (v && !m) memset(v, 0, size_t(padded * ldv) * sizeof(float));
   float* parts = u ? t_parts.get<float>(groups * m * padded) : nullptr;
