@@ -143,7 +143,8 @@ template <int NW, class A, class B>
 void few(const Few& t, const A* a, int64_t ra, const B* b, Tensor gate) {
   bf16* h = t_h.get<bf16>(t.m * ra);
   float* hs = t_spread.get<float>(t.m * t.r);
-#pragma omp parallel num_threads(threads_for(t.m* t.n* t.k))
+  const int threads = threads_for(t.m * t.n * t.k);
+#pragma omp parallel num_threads(threads)
   {
     all_columns<NW>(a, t.x, t.m, t.k, nullptr, b, 0, ra,
                     [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ra + j); });
