@@ -30,7 +30,8 @@ def measure(o, dtype, device, race):
         calls[BASE] = {"step without optimizer": lambda: t.frozen_seconds(base, batch, dtype)}
         about = common | {"shape": (batch.numel(), width, width, RANK), "dropout": p}
         yield from race(calls, OURS, rounds, device, about)
-    calls = {label: {f"generate {TOKENS} tokens": generate(model, batch)} for label, model in (models | {BASE: base}).items()}
+    everyone = models | {BASE: base}
+    calls = {label: {f"generate {TOKENS} tokens": generate(model, batch)} for label, model in everyone.items()}
     yield from race(calls, OURS, rounds, device, common | {"shape": (1, width, width, RANK), "dropout": 0.0})
 
 

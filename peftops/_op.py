@@ -1,30 +1,28 @@
 """@op: from a contract, which checks an op's inputs and allocates its outputs, to a torch op."""
 
-import contextlib
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
 
-LIBRARY = torch.library.Library("peftops", "FRAGMENT")
-CONTRACTS = {}
-HERE = contextlib.nullcontext()
+LIBRARY, CONTRACTS = torch.library.Library("peftops", "FRAGMENT"), {}
+NO_DEVICE = nullcontext()
 SCALARS = frozenset({type(None), str, bool, int, float})
 
 
 def op(contract):
     """Registers torch.ops.peftops.<contract>: its schema and its fake kernel are the contract itself.
 
-    What is returned calls the body directly where nobody could tell, which saves the dispatcher's 11 µs.
-    """
+    Returns what calls the body directly where nobody could tell, which saves the dispatcher's 11 µs."""
     name = contract.__name__
     CONTRACTS[name] = contract
 
     def run(args):
         outputs = contract(*args)
         fill, x = backends.find(name, args[0]), args[0]
-        with torch.cuda.device(x.device) if x.is_cuda else HERE:  # kernels run on the current device
+        with torch.cuda.device(x.device) if x.is_cuda else NO_DEVICE:  # kernels run on the current device
             fill(*outputs, *args) if isinstance(outputs, tuple) else fill(outputs, *args)
         return outputs
 

@@ -83,6 +83,19 @@ def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
     assert done.returncode == 0 and "all is well" in done.stdout and "reference" not in done.stdout, done
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_touching_a_kernel_rebuilds_its_objects_alone(tree, tmp_path):
+    def objects():
+        return {file: file.stat().st_mtime_ns for file in (tree / "build").rglob("*.o")}
+
+    make_wheel(tree, tmp_path / "before")
+    before = objects()
+    (tree / "csrc/cpu/lora_few.cpp").touch()
+    make_wheel(tree, tmp_path / "after")
+    rebuilt = {file.name.partition(".")[0] for file, time in objects().items() if before.get(file) != time}
+    assert before and rebuilt == {"lora_few"}
+
+
 def test_without_a_compiler_it_installs_as_pure_python_and_says_so(tree, tmp_path):
     copy = tmp_path / "tree"
     shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))

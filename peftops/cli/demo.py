@@ -39,6 +39,8 @@ def main(argv=None):
     from .training import METHODS, OURS
 
     methods = (o.compare or o.method).split(",")
+    if len(set(methods)) < len(methods):
+        raise BadInput(f"--compare names a method twice: {o.compare}")
     if unknown := [method for method in methods if method not in METHODS]:
         raise BadInput(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     labels = [label for method in methods for label in METHODS[method]]
@@ -48,7 +50,7 @@ def main(argv=None):
     except OSError as error:
         raise BadInput(f"cannot write to {o.out}: {error.strerror}") from None
     console = Console()
-    console.print(f"{' against '.join(labels)}: {o.steps} steps by turns; about four minutes on two cores.")
+    console.print(f"{' against '.join(labels)}: {o.steps} steps by turns.")
     with heard(console):
         result = run(o, labels, {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype], device, console)
     console.print(table(result))
@@ -190,7 +192,7 @@ def table(result):
 
 def remarks(result):
     """What a reader of the table should know."""
-    from .training import OURS, STOCK
+    from .training import FULL, OURS, STOCK
 
     runs = result["contenders"]
     yield f"The frozen model's forward + backward alone takes {result['frozen_s']:.3f} s (measured in the same rounds)."
@@ -198,10 +200,13 @@ def remarks(result):
         stock, ours = runs[STOCK], runs[OURS]
         most = max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True))
         why = "the dropout masks differ" if result["dropout"] else "same arithmetic, other roundings"
-        yield f"peftops takes {ours['step_s'] / stock['step_s']:.2f} × the time of PEFT for a step."
+        doubt = " Too few steps to be sure." if result["steps"] < 10 + WARM_UP else ""
+        yield f"peftops takes {ours['step_s'] / stock['step_s']:.2f} × the time of PEFT for a step.{doubt}"
         yield f"Their training losses differ by {most:.4f} at most ({why})."
         for reason, layers in ours["reasons"].items():
             yield f"{layers} layers fell back to PEFT's own forward: {reason}."
+    if FULL in runs:
+        yield "The checkpoint of full fine-tuning is not written; its size is that of the weights in the model's dtype."
     how = "growth of resident memory" if result["device_type"] == "cpu" else "memory that torch allocated"
     yield f"Peak memory is the {how} in a process of its own, weights included."
 

@@ -35,7 +35,12 @@ def load_model(name, dtype, device):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options, source = {}, name
+    local = name is not None and (Path(name).is_absolute() or name.startswith("."))
+    if local and not Path(name).is_dir():
+        raise BadInput(f"there is no folder {name}")
     file = default_gguf() if name is None else next(Path(name).glob("*.gguf"), Path(name))
+    if local and file.suffix != ".gguf" and not Path(name, "config.json").is_file():
+        raise BadInput(f"{name} holds no model: neither config.json nor a GGUF file")
     if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
         options, source = {"gguf_file": file.name}, str(file.parent)
     dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}

@@ -135,9 +135,15 @@ class Base(NamedTuple):
     @staticmethod
     def of(weight):
         if isinstance(weight, Base):
-            return weight
-        if weight.requires_grad:
+            if weight.form not in FORMS:
+                raise ValueError(f"lora: form must be {' or '.join(FORMS)}, got {weight.form!r}")
+            frozen = () if weight.form == "given" else weight.tensors
+        else:
+            frozen = (weight,)
+        if any(t.requires_grad for t in frozen):
             raise ValueError("lora: w must be frozen, got one that requires grad")
+        if isinstance(weight, Base):
+            return weight
         columns = not weight.is_contiguous() and weight.T.is_contiguous()  # GPT-2's Conv1D: read where it lies
         return Base("transposed", [weight.T]) if columns else Base("dense", [weight])
 
@@ -188,7 +194,7 @@ class LoRA(torch.autograd.Function):
 def lora_linear(
     x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, training=True, gain=None, gate=None
 ):
-    """y = gain ⊙ (x·Wᵀ + scaling · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias, differentiable in all but the frozen weight.
+    """y = gain ⊙ (x·Wᵀ + scaling · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias, differentiable in all but weight and scaling.
 
     x (..., k); weight (n, k), or a Base; lora_A (r, k); lora_B (n, r), or (n, e·r) under gate (..., e); bias (n,);
     gain (n,) and gate fp32; scaling a number or a (1,) fp32 tensor. Returns (..., n) in x's dtype.
@@ -198,22 +204,37 @@ def lora_linear(
     autocast; without autocast it makes an fp32 copy of x and multiplies that by fp32 adapters.
     dropout_p acts on the input of lora_A alone; dropout_mask tells which entries a seed keeps.
 
-    Raises ValueError for shapes and for a weight that requires grad, TypeError for dtypes.
+    Raises ValueError for shapes and for a weight or scaling that requires grad, TypeError for dtypes.
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    base = Base.of(weight)
-    device = x.device
-    if torch.is_autocast_enabled(device.type) and x.dtype is not torch.float64:
+    if not (x.dim() and lora_A.dim() == lora_B.dim() == 2):
+        expect_dims(x, lora_A, lora_B)
+    base, device = Base.of(weight), x.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         x, base = x.to(dtype), base._replace(tensors=[t.to(dtype) for t in base.tensors])
     p = dropout_p if training else 0.0
     seed = torch.randint(2**62, (1,), device=device) if p else None
-    if not isinstance(scaling, Tensor):
+    if isinstance(scaling, Tensor):
+        if scaling.requires_grad:
+            raise ValueError("lora: scaling must be a constant, got one that requires grad")
+    else:
         scaling = scale_of(scaling, torch.float64 if x.dtype is torch.float64 else torch.float32, device)
     args = x, lora_A, lora_B, bias, gain, gate, scaling, seed, (base.form, base.block, p), *base.tensors
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return LoRA.apply(*args)
     return forward(None, *args)
+
+
+def expect_dims(x, lora_A, lora_B):
+    """Raises for the first that is not what its name says; the contract takes the number of dimensions for granted."""
+    for name, shape, t, right in (
+        ("x", "(..., k)", x, x.dim()),
+        ("a", "(r, k)", lora_A, lora_A.dim() == 2),
+        ("b", "(n, r)", lora_B, lora_B.dim() == 2),
+    ):
+        if not right:
+            raise ValueError(f"lora: {name} must be {shape}, got {tuple(t.shape)}")
 
 
 def scale_of(scaling, dtype, device):
