@@ -70,7 +70,7 @@ def test_doctor_without_compiled_kernels(capsys, monkeypatch):
         (["demo", "--device", "cuda:77"], "no device 'cuda:77'"),
         (["demo", "--compare", "lora,magic"], "no method 'magic'"),
         (["demo", "--text", "/nowhere.txt"], "cannot read the text"),
-        (["demo", "--model", "/nowhere"], "cannot load the model /nowhere"),
+        (["demo", "--model", "/nowhere"], "there is no folder /nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
