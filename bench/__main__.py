@@ -202,7 +202,10 @@ def readme(target, folder):
 
 
 def tables(lines):
-    """Markdown: a table for each device, times as multiples of the frozen linear layer's."""
+    """Markdown: a table for each device, times as multiples of the frozen layer's.
+
+    From the medians of ratios within a round, which a machine that slows down for a while does not move.
+    """
     names = ("PEFT", "PEFT, bfloat16 adapters", "peftops")
     for name in sorted({line["device"] for line in lines}):
         mine = [line for line in lines if line["device"] == name]
@@ -214,7 +217,8 @@ def tables(lines):
         yield "| layer | m, k, n, r | dtype | dropout | pass | PEFT | PEFT, bf16 adapters | **peftops** | speed-up |"
         yield "|---|---|---|---|---|---|---|---|---|"
         for line in shown:
-            times = {label: line["ms"][label][1] / line["ms"]["frozen"][1] for label in names if label in line["ms"]}
+            ours = line["ratio"]["frozen"]
+            times = {label: ours / line["ratio"].get(label, 1) for label in names if label in line["ms"]}
             cells = [f"{times[label]:.2f}" if label in times else "–" for label in names]
             cells[-1], sizes = f"**{cells[-1]}**", ", ".join(map(str, line["shape"]))
             facts = line["layer"], sizes, line["dtype"], line["dropout"], line["pass"]
