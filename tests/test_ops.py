@@ -10,13 +10,15 @@ from peftops import backends
 from peftops._op import CONTRACTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if name != "cuda" and backends.cell(name, op)]
+CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if backends.cell(name, op)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op, backend", CELLS)
-def test_law(op, backend, shape, dtype):
+def test_law(op, backend, shape, dtype, request):
+    if backend == "cuda":
+        request.getfixturevalue("cuda_on_cpu")
     for label, error, bound in check(op, backend, shape, dtype):
         assert error <= bound, label
 

@@ -1,12 +1,14 @@
 """LoRA: y = g ⊙ (x·Ŵᵀ + s · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias"""
 
 import functools
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import backends
 from .._op import expect, op
 
 FEW = 64  # rows up to which one pass over the base, written for few rows, wins
@@ -224,6 +226,14 @@ def lora_linear(
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return LoRA.apply(*args)
     return forward(None, *args)
+
+
+def way(x, m, n, k, r, p=0.0, form="dense"):
+    """(op, backend, its own word for what it does) where lora_linear gets m rows like x, of its dtype and device."""
+    op = "lora_gemv" if m <= FEW and not p else "lora_fwd"
+    name = backends.find(op, x).__module__.split(".")[1]
+    path = getattr(import_module(f"peftops.{name}.lora"), "path", None)
+    return op, name, path(op, x, m, n, k, r, form) if path else ""
 
 
 def expect_dims(x, lora_A, lora_B):

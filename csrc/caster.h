@@ -1,0 +1,71 @@
+// How pybind11 makes a Tensor of a torch tensor and a Form of its name, without a header of torch.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "tensor.h"
+
+namespace py = pybind11;
+using peftops::Dtype;
+using peftops::Form;
+using peftops::Tensor;
+
+namespace {
+
+struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before we are
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* dtypes[6];
+  Names() {
+    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};  // in the order of Dtype
+    auto torch = py::module_::import("torch");
+    for (int i = 0; i < 6; ++i) dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
+  }
+};
+
+py::object own(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+Tensor view(PyObject* source) {
+  static const Names& names = *new Names;
+  Tensor tensor{nullptr, {1, 1}, Dtype::none};
+  tensor.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(source, names.data_ptr)).ptr());
+  const auto shape = own(PyObject_GetAttr(source, names.shape));
+  const auto dtype = own(PyObject_GetAttr(source, names.dtype));
+  const auto dims = PyTuple_GET_SIZE(shape.ptr());
+  int64_t numel = 1;
+  for (Py_ssize_t i = 0; i < dims; ++i) {
+    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    numel *= tensor.shape[i < 2 ? i : 1] = size;
+  }
+  for (int i = 0; i < 6; ++i)
+    if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (tensor.dtype == Dtype::none) throw py::type_error("peftops: no kernel for " + std::string(py::str(dtype)));
+  if (!tensor.data && numel) throw py::value_error("peftops: a kernel got a tensor without memory");
+  return tensor;
+}
+
+}  // namespace
+
+template <>
+struct pybind11::detail::type_caster<Tensor> {
+  PYBIND11_TYPE_CASTER(Tensor, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    value = source.is_none() ? Tensor{nullptr, {0, 0}, Dtype::none} : view(source.ptr());
+    return true;
+  }
+};
+
+template <>
+struct pybind11::detail::type_caster<Form> {
+  PYBIND11_TYPE_CASTER(Form, const_name("str"));
+  bool load(handle source, bool) {
+    if (!PyUnicode_Check(source.ptr()) || !PyUnicode_GET_LENGTH(source.ptr())) return false;
+    const Py_UCS4 first = PyUnicode_READ_CHAR(source.ptr(), 0);
+    value = first == 'd' ? Form::dense : first == 't' ? Form::transposed : Form::given;
+    return first == 'd' || first == 't' || first == 'g';
+  }
+};

@@ -1,0 +1,23 @@
+// The CUDA launchers in Python, where an error of CUDA is raised: one line for each op.
+#pragma once
+#include <utility>
+
+#include "../caster.h"
+#include "ops.h"
+
+template <class... Args>
+auto raising(const char* name, int (*launcher)(Args...)) {
+  return [name, launcher](Args... args) {
+    if (const int code = launcher(std::move(args)...))
+      throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(code) + ", " + device_error(code));
+  };
+}
+
+#define BIND_CUDA(name) m.def(#name, raising(#name, name))  // a launch returns at once: it keeps the GIL
+
+inline void bind_cuda(pybind11::module_& m) {
+  m.def("driver", device_driver);
+  m.def("runtime", device_runtime);
+  m.def("runs", device_runs);
+  BIND_CUDA(lora_gemv);
+}

@@ -1,0 +1,187 @@
+// LoRA for five rows and more on tensor cores: tiles of w and x stream through shared memory, each read once by a
+// block.
+#include "lora.cuh"
+
+namespace peftops::cuda {
+namespace {
+
+constexpr int THREADS = 256, BK = 128, CHUNKS = BK / 8;
+constexpr int MOST = 32;  // ranks whose h a block makes itself
+
+// Eight warps are BN / 16 along the columns of y times WARPS_K along k, within each tile.
+template <int BM, int BN>
+struct Shape {
+  static constexpr int WARPS_N = BN / 16, WARPS_K = THREADS / 32 / WARPS_N, STAGES = BN == 64 ? 4 : 6;
+  static constexpr int ROWS = BN + BM, WIDTH = BN + 4, WIDTH_H = MOST + 4;  // + 4, so that no two lanes meet in a bank
+  static_assert(STAGES * ROWS * BK * 2 >= 4 * (WARPS_K * BM * (WIDTH + WIDTH_H) + BM * MOST),
+                "sums lie where tiles lay");
+
+  static size_t shared(int ranks) { return size_t(STAGES) * (ROWS + ranks) * BK * 2; }
+};
+
+// Where a chunk of eight columns lies: rows that ldmatrix reads at once are in different banks
+DEVICE int chunk_at(int row, int chunk) { return (row * CHUNKS + (chunk ^ (row & 7))) * 8; }
+
+// y (m, n) in tiles of BM rows and BN columns: wᵀ is the left operand, so that columns of y fill its sixteen rows
+// limits: registers 48-176, shared 0, mma 4-, ldsm 4-, async 6-
+template <int BM, int BN, class T>
+__global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gemv g) {
+  using S = Shape<BM, BN>;
+  extern __shared__ __align__(128) unsigned char s_memory[];
+  T* s_tiles = reinterpret_cast<T*>(s_memory);
+  const int tid = threadIdx.x, lane = tid % 32, i_n = tid / 32 % S::WARPS_N, i_k = tid / 32 / S::WARPS_N;
+  const int groups = (g.m + BM - 1) / BM, m0 = blockIdx.x % groups * BM, n0 = blockIdx.x / groups * BN;
+  const int ranks = g.inside ? (g.r + 15) / 16 * 16 : 0, size = (S::ROWS + ranks) * BK, tiles = (g.k + BK - 1) / BK;
+  const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w), *a = static_cast<const T*>(g.a);
+
+  auto copy = [&](T* tile, int row, int chunk, const T* matrix, int64_t at, bool inside, int k) {
+    inside &= k + chunk * 8 < g.k;
+    copy_async(tile + chunk_at(row, chunk), inside ? matrix + at * g.k + k + chunk * 8 : matrix, inside ? 16 : 0);
+  };
+  auto start = [&](int t) {
+    T* tile = s_tiles + t % S::STAGES * size;
+    const int k = t * BK;
+#pragma unroll
+    for (int q = 0; q < S::ROWS * CHUNKS / THREADS; ++q) {
+      const int row = (tid + q * THREADS) / CHUNKS, chunk = tid % CHUNKS, i = m0 + row - BN;
+      if (row < BN)
+        copy(tile, row, chunk, w, n0 + row, n0 + row < g.n, k);
+      else
+        copy(tile, row, chunk, x, i, i < g.m, k);
+    }
+    if (!g.wide_a)
+#pragma unroll 1
+      for (int row = tid / CHUNKS; row < ranks; row += THREADS / CHUNKS)
+        copy(tile, S::ROWS + row, tid % CHUNKS, a, row, row < g.r, k);
+  };
+  // fp32 rows of a cannot be copied as they are: they wait in registers for the tile before to be computed
+  float r_a[MOST / 16][8];
+  auto fetch = [&](int t) {
+    const int k = t * BK + tid % CHUNKS * 8;
+#pragma unroll
+    for (int q = 0; q < MOST / 16; ++q) {
+      const int row = tid / CHUNKS + q * 16;
+      if (row < g.r && k < g.k)
+        widen(r_a[q], load(static_cast<const float*>(g.a) + int64_t(row) * g.k + k));
+      else
+        for (int e = 0; e < 8; ++e) r_a[q][e] = 0;
+    }
+  };
+  auto keep = [&](int t) {
+    T* tile = s_tiles + t % S::STAGES * size;
+#pragma unroll
+    for (int q = 0; q < MOST / 16; ++q)
+      if (q * 16 < ranks)
+        *reinterpret_cast<uint4*>(tile + chunk_at(S::ROWS + tid / CHUNKS + q * 16, tid % CHUNKS)) = narrow<T>(r_a[q]);
+  };
+  const bool fetches = g.inside && g.wide_a;
+
+#pragma unroll 1
+  for (int t = 0; t < S::STAGES - 1; ++t) {
+    if (t < tiles) {
+      start(t);
+      if (fetches) fetch(t), keep(t);
+    }
+    commit_copies();
+  }
+  float acc[BM / 8][4] = {}, acc_h[BM / 8][4] = {};
+#pragma unroll 1
+  for (int t = 0; t < tiles; ++t) {
+    const int next = t + S::STAGES - 1;
+    wait_copies<S::STAGES - 2>();
+    __syncthreads();
+    if (next < tiles) start(next);
+    commit_copies();
+    if (fetches && next < tiles) fetch(next);
+    const T* tile = s_tiles + t % S::STAGES * size;
+#pragma unroll
+    for (int kk = 0; kk < BK / 16 / S::WARPS_K; ++kk) {
+      const int chunk = (kk * S::WARPS_K + i_k) * 2;
+      uint32_t r_w[4], r_a[4];
+      load_matrices(r_w, tile + chunk_at(i_n * 16 + lane % 16, chunk + lane / 16));
+      const bool mine = i_n * 16 < ranks;
+      if (mine) load_matrices(r_a, tile + chunk_at(S::ROWS + i_n * 16 + lane % 16, chunk + lane / 16));
+#pragma unroll
+      for (int j = 0; j < BM / 16; ++j) {
+        uint32_t r_x[4];
+        load_matrices(r_x, tile + chunk_at(BN + j * 16 + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
+        multiply<T>(acc[2 * j], r_w, r_x[0], r_x[1]);
+        multiply<T>(acc[2 * j + 1], r_w, r_x[2], r_x[3]);
+        if (mine) {
+          multiply<T>(acc_h[2 * j], r_a, r_x[0], r_x[1]);
+          multiply<T>(acc_h[2 * j + 1], r_a, r_x[2], r_x[3]);
+        }
+      }
+    }
+    if (fetches && next < tiles) keep(next);
+  }
+
+  // Sums of the warps along k, in their order
+  wait_copies<0>();
+  __syncthreads();
+  float* s_y = reinterpret_cast<float*>(s_memory);
+  float *s_parts = s_y + S::WARPS_K * BM * S::WIDTH, *s_h = s_parts + S::WARPS_K * BM * S::WIDTH_H;
+#pragma unroll
+  for (int j = 0; j < BM / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = i_k * BM + j * 8 + lane % 4 * 2 + e % 2, column = i_n * 16 + lane / 4 + e / 2 * 8;
+      s_y[row * S::WIDTH + column] = acc[j][e];
+      if (i_n * 16 < ranks) s_parts[row * S::WIDTH_H + column] = acc_h[j][e];
+    }
+  __syncthreads();
+  auto sum_of = [&](const float* parts, int row, int column, int width) {
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < S::WARPS_K; ++part) sum += parts[(part * BM + row) * width + column];
+    return sum;
+  };
+  const int rows = min(BM, g.m - m0), columns = min(BN, g.n - n0);
+  if (g.inside) {
+#pragma unroll 1
+    for (int o = tid; o < rows * g.r; o += THREADS)
+      s_h[o / g.r * MOST + o % g.r] = rounded<T>(sum_of(s_parts, o / g.r, o % g.r, S::WIDTH_H));
+    __syncthreads();
+  } else {
+    wait_for_launch_before();
+  }
+#pragma unroll 1
+  for (int o = tid; o < rows * BN; o += THREADS) {
+    const int row = o / BN, c = o % BN;
+    const float* h = g.inside ? s_h + row * MOST : g.h + int64_t(m0 + row) * g.r;
+    if (c < columns) store<T>(g, m0 + row, n0 + c, sum_of(s_y, row, c, S::WIDTH), h);
+  }
+}
+
+struct Choice {
+  void (*kernel)(Gemv);
+  size_t shared;
+  int bm, bn;
+};
+
+template <class T, int BN>
+Choice choose(const Gemv& g, int most) {
+  const int ranks = g.inside ? (g.r + 15) / 16 * 16 : 0;
+  const size_t shared = Shape<64, BN>::shared(ranks);
+  if (g.m > 16 && shared <= size_t(most)) return {lora_mma_kernel<64, BN, T>, shared, 64, BN};
+  return {lora_mma_kernel<16, BN, T>, Shape<16, BN>::shared(ranks), 16, BN};
+}
+
+}  // namespace
+
+// Columns in tiles of 64 where these give every second multiprocessor one, else of 32; rows in as large tiles as the
+// shared memory of the device lets them be.
+int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const bool wide = 2 * ((g.n + 63) / 64) > processors;
+  const Choice c = dtype == Dtype::f16 ? wide ? choose<__half, 64>(g, most) : choose<__half, 32>(g, most)
+                   : wide              ? choose<__nv_bfloat16, 64>(g, most)
+                                       : choose<__nv_bfloat16, 32>(g, most);
+  const int64_t blocks = int64_t((g.m + c.bm - 1) / c.bm) * ((g.n + c.bn - 1) / c.bn);
+  return launch(c.kernel, dim3(blocks), THREADS, c.shared, stream, !g.inside, g);
+}
+
+}  // namespace peftops::cuda

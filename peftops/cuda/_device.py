@@ -1,0 +1,15 @@
+"""What launchers ask of the GPU."""
+
+import functools
+
+import torch
+
+
+@functools.cache
+def processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stream(device):
+    """The handle of torch's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index)

@@ -1,0 +1,348 @@
+// A block's threads as fibers of one CPU thread, which switch where they wait: at barriers and within warps.
+// Compiled without sanitizers, whose hooks are weak symbols here: ThreadSanitizer is told of each fiber, and that only
+// barriers order them, so one run finds every race, whatever the order it took.
+#include "machine.h"
+
+#include <sys/mman.h>
+
+#include <numeric>
+#include <random>
+
+#define WEAK(...) extern "C" __VA_ARGS__ __attribute__((weak))
+WEAK(void* __tsan_get_current_fiber());
+WEAK(void* __tsan_create_fiber(unsigned));
+WEAK(void __tsan_destroy_fiber(void*));
+WEAK(void __tsan_switch_to_fiber(void*, unsigned));
+WEAK(void __tsan_acquire(void*));
+WEAK(void __tsan_release(void*));
+WEAK(void __sanitizer_start_switch_fiber(void**, const void*, size_t));
+WEAK(void __sanitizer_finish_switch_fiber(void*, const void**, size_t*));
+WEAK(void __asan_poison_memory_region(const volatile void*, size_t));
+WEAK(void __asan_unpoison_memory_region(const volatile void*, size_t));
+#define HOOK(name, ...) (name ? name(__VA_ARGS__) : decltype(name(__VA_ARGS__))())
+extern "C" void switch_stacks(void** save, void* load);
+asm(R"(.text
+.type switch_stacks,@function
+switch_stacks:
+  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+  mov %rsp,(%rdi); mov %rsi,%rsp
+  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+  ret
+.size switch_stacks,.-switch_stacks
+)");
+
+namespace emulator {
+
+Thread* self;
+Launch launch;
+u64 dynamic_shared;
+Schedule schedule;
+Counts counts;
+
+namespace {
+
+constexpr u64 STACK = 64 << 10, ARENA = 2 << 20, GAP = 64, SHIFT = 1ull << 60;
+
+struct Meeting {
+  int arrived = 0;
+  u32 generation = 0, mask = 0;
+  const char* site = "";
+  void* brought[32];
+};
+struct Fiber : Thread {
+  void *pointer = nullptr, *tsan = nullptr;
+  char* stack = nullptr;
+  bool done = false;
+  const Meeting* waits = nullptr;  // until its generation is another
+  u32 generation = 0, group = 0;
+  std::vector<std::pair<Copy, u32>> copies;
+  size_t next = 0;
+};
+struct Engine {  // of one launch
+  std::vector<Fiber> fibers;
+  Fiber host;
+  std::vector<int> order;
+  std::vector<std::array<Meeting, 4>> warps;  // up to four masks of a warp meet at a time
+  Meeting block;
+  size_t at = 0;
+  std::mt19937 random{1};
+  std::string error;
+  std::function<std::string()> before;
+  const Kernel* kernel;
+  const unsigned char* parameters;
+  char start, end, behind, barrier, lanes[32];  // what ThreadSanitizer takes for locks
+}* engine;
+
+unsigned char* const arena = static_cast<unsigned char*>(
+    mmap(nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0));
+size_t used;  // of the arena; a launch within a launch takes what is behind
+
+Fiber* me() { return static_cast<Fiber*>(self); }
+void acquire(char& lock) { HOOK(__tsan_acquire, &lock); }
+void release(char& lock) { HOOK(__tsan_release, &lock); }
+std::string text(Dim d) { return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z); }
+
+void switch_to(Fiber& to) {
+  Fiber* from = me();
+  if (&to == from) return;
+  self = &to;
+  HOOK(__tsan_switch_to_fiber, to.tsan, 1);  // 1: it orders nothing
+  void* fake = nullptr;
+  HOOK(__sanitizer_start_switch_fiber, from->done ? nullptr : &fake, to.stack, STACK);
+  switch_stacks(&from->pointer, to.pointer);
+  HOOK(__sanitizer_finish_switch_fiber, fake, nullptr, nullptr);
+}
+
+void yield() {  // to the next that can run, or to the host where none can
+  for (size_t i = 0; i < engine->order.size(); ++i) {
+    engine->at = (engine->at + 1) % engine->order.size();
+    Fiber& next = engine->fibers[engine->order[engine->at]];
+    if (!next.done && !(next.waits && next.waits->generation == next.generation)) return switch_to(next);
+  }
+  switch_to(engine->host);
+}
+
+void begin() {
+  HOOK(__sanitizer_finish_switch_fiber, nullptr, nullptr, nullptr);
+  acquire(engine->start);
+  engine->kernel->body(engine->parameters);
+  release(engine->end);
+  me()->done = true;
+  yield();
+  abort();
+}
+
+// True for the last of `expected` to come, who then has to part() the others; false for these, once they may go on.
+bool meet(Meeting& meeting, int expected, const char* site) {
+  if (meeting.arrived && strcmp(site, meeting.site))
+    fail(std::string("threads meet at different places: ") + meeting.site + " and " + site);
+  meeting.site = site;
+  if (++meeting.arrived == expected) return true;
+  me()->waits = &meeting, me()->generation = meeting.generation;
+  yield();
+  me()->waits = nullptr;
+  return false;
+}
+
+void part(Meeting& meeting) {
+  meeting.arrived = 0;
+  ++meeting.generation;
+  if (schedule.order == "random" && engine->random() & 1) yield();
+}
+
+// The last lane of the mask to come does `act` on what all of them bring.
+template <class T, class F> void together(Any mask, const char* site, T& brought, F act) {
+  const u32 lanes = as<u32>(mask), there = std::min<size_t>(32, engine->fibers.size() - self->warp * 32);
+  if (!(lanes >> self->lane & 1)) fail(std::string("a lane outside of its own mask at ") + site);
+  if (there < 32 && lanes >> there) fail(std::string("a mask of lanes that do not exist at ") + site);
+  Meeting* found = nullptr;
+  for (Meeting& m : engine->warps[self->warp])
+    if (m.arrived ? m.mask == lanes : !found) found = &m;
+  if (!found) fail("more than four masks of a warp at a time");
+  found->mask = lanes;
+  found->brought[self->lane] = &brought;
+  if (!meet(*found, std::popcount(lanes), site)) return;
+  act(reinterpret_cast<T**>(found->brought), lanes);
+  part(*found);
+}
+
+void run_block() {
+  Engine& e = *engine;
+  for (Fiber& f : e.fibers) {
+    f.done = false, f.waits = nullptr, f.group = 0, f.next = 0;
+    f.copies.clear();
+    HOOK(__asan_unpoison_memory_region, f.stack, STACK);
+    void** top = reinterpret_cast<void**>(f.stack + STACK) - 2;
+    top[0] = reinterpret_cast<void*>(&begin), top[1] = nullptr;  // begin() finds the stack aligned as after a call
+    f.pointer = top - 6;
+  }
+  e.block = {};
+  std::fill(e.warps.begin(), e.warps.end(), std::array<Meeting, 4>{});
+  e.at = e.order.size() - 1;
+  release(e.start);
+  yield();
+  acquire(e.end);
+  std::string places;
+  for (Fiber& f : e.fibers)
+    if (!f.done && f.waits && places.find(f.waits->site) == std::string::npos)
+      places += " thread " + text(f.tid) + " at " + f.waits->site;
+  if (e.error.empty() && !places.empty()) e.error = "some threads wait for others that do not come:" + places;
+}
+
+u64 place(size_t align, size_t size) {  // of shared memory, between gaps that AddressSanitizer guards
+  used = (used + GAP + align - 1) / align * align;
+  unsigned char* const at = arena + std::exchange(used, used + size);
+  HOOK(__asan_unpoison_memory_region, at, size);
+  return u64(at);
+}
+
+}  // namespace
+
+std::map<std::string, Kernel>& kernels() {
+  static std::map<std::string, Kernel> all;
+  return all;
+}
+
+void fail(const std::string& what) {
+  engine->error = what + " in block " + text(launch.block) + " thread " + text(self->tid);
+  switch_to(engine->host);
+  abort();
+}
+
+void sync_block(const char* site) {
+  release(engine->barrier);
+  if (meet(engine->block, engine->fibers.size(), site)) part(engine->block);
+  acquire(engine->barrier);
+}
+
+void sync_warp(Any mask, const char* site) {
+  release(engine->lanes[self->warp]);
+  together(mask, site, *self, [](Thread**, u32) {});
+  acquire(engine->lanes[self->warp]);
+}
+
+void wait_for_launch_before() {
+  if (auto before = std::exchange(engine->before, nullptr)) {
+    if (const std::string error = before(); !error.empty()) fail(error);
+    release(engine->behind);
+  }
+  acquire(engine->behind);
+}
+
+std::array<u64, 32> gather(Any mask, u64 value, const char* site) {
+  struct Brought { u64 value; std::array<u64, 32> all; } mine{value, {}};
+  together(mask, site, mine, [](Brought** lanes, u32 mask) {
+    for (int i = 0; i < 32; ++i)
+      for (int j = 0; j < 32 && mask >> i & 1; ++j)
+        if (mask >> j & 1) lanes[i]->all[j] = lanes[j]->value;
+  });
+  return mine.all;
+}
+
+std::array<u64, 2> shuffle(char kind, Any value, Any lane, Any clamp, Any mask, const char* site) {
+  const int l = self->lane, b = as<s32>(lane), c = as<u32>(clamp) & 31, segment = as<u32>(clamp) >> 8 & 31;
+  const int most = (l & segment) | (c & ~segment), in_segment = (l & segment) | (b & ~segment & 31);
+  const int from = kind == 'u' ? l - b : kind == 'd' ? l + b : kind == 'b' ? l ^ b : in_segment;
+  const bool inside = kind == 'u' ? from >= most : from <= most;
+  const auto values = gather(mask, value.bits, site);
+  if (inside && !(mask.bits >> from & 1)) fail(std::string("a shuffle reads a lane outside of the mask at ") + site);
+  return {values[inside ? from : l], inside};
+}
+
+// PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, A holds rows g and g + 8 of columns 2t, 2t + 1 and then of
+// those 8 further, B the same rows of its column g, and D columns 2t, 2t + 1 of rows g and g + 8.
+std::array<f32, 4> multiply(bool brain, const Any (&a)[4], const Any (&b)[2], const Any (&c)[4], const char* site) {
+  struct Brought { const Any (&a)[4], (&b)[2]; std::array<f32, 4> d; } mine{a, b, {}};
+  for (int q = 0; q < 4; ++q) mine.d[q] = as<f32>(c[q]);
+  together(~0u, site, mine, [brain](Brought** lanes, u32) {
+    ++counts.mma;
+    float wa[16][16], wb[16][8];
+    auto half = [&](u64 bits) { return brain ? float(as<bf16>(bits)) : float(as<f16>(bits)); };
+    for (int i = 0; i < 64; ++i) {
+      const int l = i / 2, g = l / 4, t = l % 4 * 2 + i % 2;
+      for (int q = 0; q < 4; ++q) wa[g + q % 2 * 8][t + q / 2 * 8] = half(lanes[l]->a[q].bits >> i % 2 * 16);
+      for (int q = 0; q < 2; ++q) wb[t + q * 8][g] = half(lanes[l]->b[q].bits >> i % 2 * 16);
+    }
+    for (int i = 0; i < 128; ++i) {
+      const int l = i / 4, q = i % 4;
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += wa[l / 4 + q / 2 * 8][k] * wb[k][l % 4 * 2 + q % 2];
+      lanes[l]->d[q] += sum;
+    }
+  });
+  return mine.d;
+}
+
+// PTX ISA, ldmatrix: lane 8m + i names row i of matrix m, and lane l gets columns l % 4 * 2 and the next of row l / 4.
+void transpose_matrices(int count, bool turned, u64 address, const u16* row, u32* out, const char* site) {
+  struct Brought { u64 address; const u16* row; u32* out; } mine{address, row, out};
+  together(~0u, site, mine, [=](Brought** lanes, u32) {
+    for (int m = 0; m < count; ++m) {
+      int hits[8] = {}, worst = 0;
+      for (int i = 0; i < 8; ++i) worst = std::max(worst, ++hits[lanes[8 * m + i]->address / 16 % 8]);
+      counts.conflicts += worst - 1;
+      ++counts.matrices;
+      auto at = [&](int i, int j) { return u32(turned ? lanes[8 * m + j]->row[i] : lanes[8 * m + i]->row[j]); };
+      for (int l = 0; l < 32; ++l) lanes[l]->out[m] = at(l / 4, l % 4 * 2) | at(l / 4, l % 4 * 2 + 1) << 16;
+    }
+  });
+}
+
+u64 from_shared(u64 address) { return address + SHIFT; }
+
+u64 checked(Space space, u64 address, u32 size, const char* site) {
+  if (space == Space::generic && address >= SHIFT) space = Space::shared, address -= SHIFT;
+  const bool in_arena = address - u64(arena) < ARENA;
+  if (address % size)
+    fail("address " + std::to_string(address) + " is no multiple of " + std::to_string(size) + " at " + site);
+  if (address < 4096 || in_arena != (space == Space::shared))
+    fail(std::string("an address of another space, or of none, at ") + site);
+  return address;
+}
+
+bool postponed(Copy copy) {
+  if (schedule.lazy) me()->copies.push_back({copy, me()->group});
+  return schedule.lazy;
+}
+void commit_copies() { ++me()->group; }
+bool due_copy(u32 groups_left, Copy& copy) {
+  Fiber& f = *me();
+  if (f.next == f.copies.size() || f.copies[f.next].second + groups_left >= f.group) return false;
+  copy = f.copies[f.next++].first;
+  return true;
+}
+
+std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
+                const std::vector<unsigned char>& parameters, std::function<std::string()> before) {
+  const u64 count = u64(threads.x) * threads.y * threads.z, total = u64(blocks.x) * blocks.y * blocks.z;
+  if (!count || count > 1024 || !total || blocks.y > 65535 || blocks.z > 65535) return "no such grid";
+  Engine mine;
+  Engine* const outer = std::exchange(engine, &mine);
+  Thread* const caller = std::exchange(self, &mine.host);
+  const auto saved = std::make_tuple(launch, used, dynamic_shared);
+  mine.kernel = &kernel, mine.before = std::move(before), mine.parameters = parameters.data();
+
+  HOOK(__asan_poison_memory_region, arena + used, ARENA - used);
+  std::vector<std::pair<u64, size_t>> shared;
+  for (const Shared& variable : kernel.shared)
+    shared.push_back({* variable.at = place(variable.align, variable.size), variable.size});
+  shared.push_back({dynamic_shared = place(128, dynamic), dynamic});
+
+  char* const stacks = static_cast<char*>(
+      mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  mine.host.stack =
+      outer ? static_cast<Fiber*>(caller)->stack : static_cast<char*>(__builtin_frame_address(0)) - STACK / 2;
+  mine.host.tsan = HOOK(__tsan_get_current_fiber);
+  mine.warps.resize((count + 31) / 32);
+  mine.fibers = std::vector<Fiber>(count);
+  for (u32 i = 0; i < count; ++i) {
+    Fiber& f = mine.fibers[i];
+    f.tid = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
+    f.lane = i % 32, f.warp = i / 32, f.stack = stacks + i * STACK, f.tsan = HOOK(__tsan_create_fiber, 0);
+    f.copies.reserve(256);  // else a sanitizer would say that a fiber allocates
+    mine.order.push_back(i);
+  }
+  std::vector<u64> order(total);
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule.order == "reverse")
+    std::reverse(order.begin(), order.end()), std::reverse(mine.order.begin(), mine.order.end());
+  if (schedule.order == "random") std::shuffle(order.begin(), order.end(), mine.random);
+  ++counts.launches;
+  for (u64 i : order) {
+    if (!mine.error.empty()) break;
+    ++counts.blocks;
+    launch = {blocks, threads, {u32(i % blocks.x), u32(i / blocks.x % blocks.y), u32(i / blocks.x / blocks.y)}};
+    for (auto [at, size] : shared)  // NaN, without memset, which sanitizers watch
+      for (size_t q = 0; q < size; ++q) reinterpret_cast<volatile unsigned char*>(at)[q] = 0xff;
+    if (schedule.order == "random") std::shuffle(mine.order.begin(), mine.order.end(), mine.random);
+    run_block();
+  }
+  if (mine.error.empty() && mine.before) mine.error = mine.before();
+  for (Fiber& f : mine.fibers) HOOK(__tsan_destroy_fiber, f.tsan);
+  munmap(stacks, count * STACK);
+  engine = outer, self = caller;
+  std::tie(launch, used, dynamic_shared) = saved;
+  return mine.error;
+}
+
+}  // namespace emulator

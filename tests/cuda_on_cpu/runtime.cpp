@@ -1,0 +1,118 @@
+// Stands in for the CUDA runtime: what nvcc makes of <<<>>> and the calls of launchers, on the fibers of machine.cpp.
+#include <cuda_runtime_api.h>
+
+#include "machine.h"
+
+using namespace emulator;
+
+namespace {
+
+struct Call {
+  const Kernel* kernel;
+  Dim blocks, threads;
+  size_t dynamic;
+  std::vector<unsigned char> parameters;
+  std::string run(std::function<std::string()> before) const {
+    return emulator::run(*kernel, blocks, threads, dynamic, parameters, before);
+  }
+};
+struct State {
+  std::map<const void*, std::string> names;  // of kernels, by their host functions
+  std::map<const void*, int> dynamic;        // bytes allowed beyond the default
+  cudaLaunchConfig_t configuration;
+  cudaError_t last;
+  std::string message;
+  std::vector<Call> postponed;  // a launch that the next may overlap, if that one is allowed to
+};
+State& state() {  // there before any kernel registers itself
+  static State all;
+  return all;
+}
+
+cudaError_t failed(cudaError_t error, const std::string& message) {
+  state().message = message;
+  return state().last = error;
+}
+
+// What may be overlapped runs as late as it can where the schedule is lazy: where the launch behind it waits for it.
+cudaError_t start(const void* function, const cudaLaunchConfig_t& c, void** arguments) {
+  const auto found = kernels().find(state().names[function]);
+  if (found == kernels().end()) return failed(cudaErrorInvalidDeviceFunction, "no such kernel");
+  const Kernel& kernel = found->second;
+  const dim3 b = c.gridDim, t = c.blockDim;
+  size_t total = c.dynamicSmemBytes;
+  for (const Shared& variable : kernel.shared) total += variable.size;
+  if (total > 227 << 10 || c.dynamicSmemBytes > size_t(std::max(48 << 10, state().dynamic[function])))
+    return failed(cudaErrorInvalidValue, "more shared memory than allowed");
+  Call call{&kernel, {b.x, b.y, b.z}, {t.x, t.y, t.z}, c.dynamicSmemBytes, {}};
+  for (size_t i = 0; i < kernel.parameters.size(); ++i) {
+    call.parameters.resize(kernel.parameters[i].at + kernel.parameters[i].size);
+    memcpy(&call.parameters[kernel.parameters[i].at], arguments[i], kernel.parameters[i].size);
+  }
+  bool overlaps = false;
+  for (unsigned i = 0; i < c.numAttrs; ++i)
+    overlaps |= c.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                c.attrs[i].val.programmaticStreamSerializationAllowed;
+  std::string error = overlaps ? call.run(finish) : finish();
+  if (!overlaps && error.empty() && schedule.lazy) state().postponed.push_back(call);
+  else if (!overlaps && error.empty()) error = call.run(nullptr);
+  return error.empty() ? cudaSuccess : failed(cudaErrorLaunchFailure, error);
+}
+
+cudaError_t start(const void* function, dim3 blocks, dim3 threads, void** arguments, size_t shared) {
+  return start(function, cudaLaunchConfig_t{blocks, threads, shared}, arguments);
+}
+
+}  // namespace
+
+std::string emulator::finish() {
+  const auto calls = std::exchange(state().postponed, {});
+  return calls.empty() ? "" : calls.front().run(nullptr);
+}
+
+extern "C" {
+void** __cudaRegisterFatBinary(void* binary) { return new void*(binary); }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 1; }
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  state().names[host] = name;
+}
+unsigned __cudaPushCallConfiguration(dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream) {
+  return state().configuration = {blocks, threads, shared, stream}, 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* blocks, dim3* threads, size_t* shared, void* stream) {
+  const auto& c = state().configuration;
+  *blocks = c.gridDim, *threads = c.blockDim, *shared = c.dynamicSmemBytes,
+  *static_cast<cudaStream_t*>(stream) = c.stream;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* f) { return *kernel = cudaKernel_t(f), cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void* f, dim3 b, dim3 t, void** a, size_t s, cudaStream_t) {
+  return start(f, b, t, a, s);
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 b, dim3 t, void** a, size_t s, cudaStream_t) {
+  return start(f, b, t, a, s);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void** a) { return start(f, *c, a); }
+cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) state().dynamic[f] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) { return *attributes = {}, cudaSuccess; }
+cudaError_t cudaGetLastError() { return std::exchange(state().last, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return state().last; }
+const char* cudaGetErrorString(cudaError_t error) { return error ? state().message.c_str() : "no error"; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // of an H100 with four multiprocessors
+  const std::map<int, int> values{{cudaDevAttrMultiProcessorCount, 4},
+                                  {cudaDevAttrComputeCapabilityMajor, 9},
+                                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10}};
+  return *value = values.contains(attribute) ? values.at(attribute) : 0, cudaSuccess;
+}
+}
