@@ -1,8 +1,5 @@
 """What the law, whose shapes are small, does not reach."""
 
-import os
-import subprocess
-import sys
 from itertools import islice
 
 import numpy
@@ -98,12 +95,3 @@ def byte_of(counter, seed, threshold):
         k = [k[0] + 0x9E3779B9 & word, k[1] + 0xBB67AE85 & word]
     draws = [half for draw in c for half in (draw & 0xFFFF, draw >> 16)]
     return sum((draw >= threshold) << i for i, draw in enumerate(draws))
-
-
-def test_compiled_ahead_of_time(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "peftops.bench.static", "--quick"]
-    done = subprocess.run(
-        command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,7 @@ from ._tile import add_parts, cast, dot, load_keep, load_tile, parts_of, store_t
 from .lora_rank import base_tile, gated
 
 
+# limits: registers 48-255, spilled 0, reloads 0, loop 0-1400, mma 24-, wide 4-
 @triton.jit
 def grads_kernel(
     DHG, DB, DBIAS, DGAIN, DY, Z, B, H, SCALE, GAIN, GATE, M, N, R, RB, E, NS,
@@ -44,6 +45,7 @@ def grads_kernel(
         store_tile(DHG + i_s.to(tl.int64) * M * RB, acc * scale, o_m, o_r, M, RB)
 
 
+# limits: registers 24-192, spilled 0, reloads 0, loop 0-850, mma 8-, wide 12-
 @triton.jit
 def da_kernel(
     DA, X, DH, BITS, factor, M, K, R, MS,
@@ -64,6 +66,9 @@ def da_kernel(
     store_tile(DA + i_s.to(tl.int64) * R * K, tl.trans(acc * factor), o_r, o_k, R, K)
 
 
+# limits: registers 72-255, spilled 0-16, reloads 0, loop 0-650, mma 1-, wide 5-
+# limits -GAIN: waits 0-1
+# limits gfx942: registers 72-300
 @triton.jit
 def dgrad_kernel(
     DX, DY, W, DH, A, BITS, GAIN, factor, M, N, K, R,
@@ -107,7 +112,12 @@ GRADS = {  # of the pass over dy: tall, as a block of rows leaves (n, r) partial
 }
 GRADS_ODD = tile(8, 1, BM=128, BN=32)  # rows that do not start at multiples of 16 bytes
 GRADS_FP32 = tile(4, 1, BM=32, BN=32)  # without tensor cores tiles live in registers
-DA, DA_FP32 = tile(4, 3, BM=64, BK=128), tile(4, 1, BM=32, BK=32)
+DA = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_90", "gfx942"), tile(4, 3, BM=64, BK=128)),
+    "sm_100": tile(8, 3, BM=64, BK=128),  # four warps spill where rows are no multiples of 16
+    "interpret": tile(4, 1, BM=32, BK=32),
+}
+DA_FP32 = DA["interpret"]
 
 
 def lora_bwd(
@@ -164,7 +174,7 @@ def fold(dhg, gate, r, dtype):
 
 def x_pass(da, x, dh, bits, factor, drop):
     (m, k), r, br = x.shape, dh.shape[1], _gemm.rank(dh.shape[1])
-    sizes = DA_FP32 if x.element_size() == 4 or _gemm.INTERPRET else DA
+    sizes = DA_FP32 if x.element_size() == 4 else DA[_gemm.machine(x.device)[0]]
     columns, ranks = triton.cdiv(k, sizes["BK"]), triton.cdiv(r, br)
     count, span = _gemm.stripes(m, sizes["BM"], columns * ranks, x)
     parts = parts_of(da, count)

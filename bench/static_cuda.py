@@ -1,0 +1,60 @@
+"""CUDA C++ kernels by nvcc, for every architecture that setup.py builds."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from . import sass
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-std=c++17", "-O3"
+SHARED = 49152  # static bytes; a launcher asks the device before it takes more
+
+
+def sources():
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def architectures():
+    """Those of setup.py."""
+    return re.search(r'^ARCHS = "(.*)"', (ROOT / "setup.py").read_text(), re.M)[1].split()
+
+
+def version():
+    return re.search(r"release (\S+),", subprocess.check_output(["nvcc", "--version"], text=True))[1]
+
+
+def rows(source, arch):
+    """A row for each kernel of a .cu file on one architecture."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        command = ["nvcc", *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", file.name, source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            return [
+                {"kernel": source.name, "target": f"sm_{arch}", "case": "", "faults": [(errors or ["nvcc failed"])[0]]}
+            ]
+        found = sass.disassemble(Path(file.name).read_bytes())
+    said = dict(re.findall(r"Compiling entry function '(\S+)'[^\n]*\n(.*?Used [^\n]*)", done.stderr, re.S))
+    text, names = source.read_text(), demangled(said)
+    return [row(names[name], f"sm_{arch}", *found[name], said[name], text) for name in sorted(said)]
+
+
+def demangled(names):
+    """{mangled: (kernel, arguments of its template)}"""
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    parts = (
+        re.search(r"(\w+)(?:<(.*)>)?\(", line.replace("__nv_", "").replace("(int)", "")) for line in plain.splitlines()
+    )
+    return dict(zip(names, (part.groups("") for part in parts), strict=True))
+
+
+def row(names, target, registers, stack, places, lines, said, source):
+    (kernel, case), shared = names, int((re.search(r"(\d+) bytes smem", said) or [0, 0])[1])
+    spilled = max(stack, *map(int, re.findall(r"(\d+) bytes spill", said)))
+    numbers = sass.measure(registers, shared, stack, places, lines) | {"spilled": spilled}
+    faults = list(sass.faults(numbers, sass.limits(source, kernel, target), SHARED))
+    if spilled:  # whatever stands above it
+        faults.append(f"spills, or keeps in local memory, {spilled} bytes a thread")
+    return {"kernel": kernel, "target": target, "case": case, "tile": "", **numbers, "faults": faults}
