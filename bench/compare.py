@@ -1,0 +1,79 @@
+"""peftops bench compare COMMIT: this tree against another commit's, layer by layer, taking turns round by round."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from peftops.cli import BadInput, Parser, find_device, need, probability
+
+from . import results
+from .__main__ import shape, torch_dtype
+from .progress import Progress
+
+
+def main(argv=None):
+    parser = Parser("peftops bench compare", description=__doc__)
+    parser.add_argument("commit", metavar="COMMIT")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")
+    parser.add_argument("--quick", action="store_true", help="one small layer, few rounds")
+    o = parser.parse_args(argv)
+    need("torch", "peft", "pybind11", "ninja")
+    device, dtype = find_device(o.device), torch_dtype(o.dtype)
+    commit = resolve(o.commit)
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        tree = check_out(commit, Path(folder, "tree"))
+        try:
+            for line in measure(o, dtype, device, tree, commit, progress):
+                print(line, flush=True)
+        finally:
+            results.git("worktree", "remove", "--force", str(tree))
+    return 0
+
+
+def resolve(name):
+    if not (results.HERE.parent / ".git").exists():
+        raise BadInput("compare needs a git checkout")
+    found = results.git("rev-parse", "--verify", "--short=12", f"{name}^{{commit}}")
+    if found in ("", "unknown"):
+        raise BadInput(f"there is no commit {name!r} here")
+    return found
+
+
+def check_out(commit, tree):
+    """A worktree of the commit with its extension built in place."""
+    results.git("worktree", "add", "--detach", str(tree), commit)
+    if not (tree / "setup.py").exists():
+        raise BadInput(f"git cannot check {commit} out")
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    if done.returncode:
+        results.git("worktree", "remove", "--force", str(tree))
+        raise BadInput(f"{commit} does not build: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return tree
+
+
+def measure(o, dtype, device, tree, commit, progress):
+    """A line for each problem and pass."""
+    from . import lora, timing
+    from .peers import OURS, Absent
+    from .worker import Remote
+
+    jobs, rounds = list(lora.jobs(o, dtype, device)), 5 if o.quick else 15
+    for name, problem in progress.track(jobs, len(jobs), "comparing"):
+        try:
+            found = {"this tree": Remote(OURS, problem), commit: Remote(OURS, problem, tree)}
+        except Absent as error:
+            raise BadInput(f"{commit} cannot be measured: {error}") from None
+        for kind in found["this tree"].calls:
+            seconds, failed = timing.race(found, kind, "eager", rounds)
+            if failed:
+                raise BadInput("; ".join(f"{label} failed: {why}" for label, why in failed.items()))
+            ratio, (low, mid, high) = timing.ratios(seconds, "this tree")[commit], timing.spread(seconds["this tree"])
+            where = f"{name} {problem.shape}, p = {problem.p}, {kind}"
+            yield f"{where}: {ratio:.3f} × {commit}'s time; {mid:.3f} ms ({low:.3f}–{high:.3f})"
+        for one in found.values():
+            one.close()

@@ -1,0 +1,78 @@
+"""The layers as users run them on a GPU, in a CUDA graph and compiled, against the same call in eager mode."""
+
+import torch
+from torch import nn
+
+import peftops.nn
+
+SHAPES = (1, 256, 512), (64, 256, 512), (300, 256, 512)  # rows, k, n: both few-row kernels, and many rows
+
+
+def examine(device):
+    """(what, whether it is so, or None where it cannot be asked, words)"""
+    for m, k, n in SHAPES:
+        for p in (0.0, 0.1):
+            for kind, ask in {"a CUDA graph": graph, "torch.compile": compiled}.items():
+                what = f"LoRALinear, {m} rows, p = {p}, in {kind}"
+                try:
+                    yield what, *ask(layer_of(k, n, p, device), torch.randn(m, k, device=device).bfloat16())
+                except Exception as error:  # of a compiler, the driver or ours
+                    yield what, False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def layer_of(k, n, p, device):
+    torch.manual_seed(0)
+    base = nn.Linear(k, n, device=device, dtype=torch.bfloat16)
+    layer = peftops.nn.LoRALinear(base, 8, lora_alpha=16, lora_dropout=p, init_lora_weights=False)
+    return layer.train()
+
+
+def trained(layer, x, call=None):
+    """Output and gradients."""
+    x = x.detach().requires_grad_()
+    y = layer(x) if call is None else call(x)
+    wanted = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
+    return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+
+def graph(layer, x):
+    return replayed(layer, x) if x.device.type == "cuda" else (None, "needs a GPU")
+
+
+def replayed(layer, x):
+    """Replays see new inputs and, under dropout, draw new masks; without it they equal the eager call bit for bit."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            trained(layer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    captured, held, results = torch.cuda.CUDAGraph(), x.clone(), []
+    with torch.cuda.graph(captured):
+        out = trained(layer, held)
+    for source in (x, 2 * x, 2 * x):
+        held.copy_(source)
+        captured.replay()
+        results.append([t.clone() for t in out])
+    if not all(t.isfinite().all() for t in results[0]):
+        return False, "a replay is not finite"
+    if drops(layer):
+        differ = not torch.equal(results[1][0], results[2][0])
+        return differ, "" if differ else "every replay draws the same mask"
+    same = all(torch.equal(*pair) for pair in zip(trained(layer, 2 * x), results[1], strict=True))
+    return same, "" if same else "a replay differs from the eager call"
+
+
+def drops(layer):
+    return isinstance(layer.lora_dropout["default"], nn.Dropout)
+
+
+def compiled(layer, x):
+    """One graph, no breaks; equal bit for bit without dropout."""
+    torch._dynamo.reset()
+    call = torch.compile(layer, fullgraph=True)
+    out = trained(layer, x, call)
+    if drops(layer):
+        return all(t.isfinite().all() for t in out), ""
+    same = all(torch.equal(*pair) for pair in zip(out, trained(layer, x), strict=True))
+    return same, "" if same else "differs from the eager call"

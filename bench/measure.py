@@ -1,0 +1,120 @@
+"""A row's problems, measured: contenders by turns, eager and as CUDA graphs, with memory, errors and ceilings."""
+
+import torch
+
+import peftops.functional  # noqa: F401  registers the ops
+from peftops import backends
+
+from . import timing
+from .cases import SHAPES
+from .law import check
+from .peers import GPU, OURS, Absent, contender
+from .worker import Remote
+
+
+def unlawful(row, dtype, device):
+    """A sentence on the first case that is computed wrong, or None."""
+    for op in row.OPS:
+        backend = backends.find(op, torch.empty(0, dtype=dtype, device=device)).__module__.split(".")[1]
+        for sizes in SHAPES:
+            for label, error, bound in check(op, backend, sizes, dtype, device):
+                if not error <= bound:
+                    where = f"{op} on {backend}, {sizes}, {label}"
+                    return f"{where} is wrong (error {error:.1e}, at most {bound:.1e}), so it is not timed."
+    return None
+
+
+def measure(row, o, dtype, device, progress, host=True):
+    """A result for each problem and pass, and for Python's time."""
+    ceilings, jobs = timing.ceilings(device, dtype, o.quick), list(row.jobs(o, dtype, device))
+    rounds = 5 if o.quick else 15
+    for name, problem in progress.track(jobs, len(jobs), row.__name__.rpartition(".")[2]):
+        labels, absent = row.contenders(problem, o.backend)
+        if o.peers:
+            labels = [label for label in labels if label in o.peers or label.startswith(OURS)]
+        found = build(labels, problem, absent)
+        common = {"layer": name, "shape": problem.shape, "dropout": problem.p, "absent": absent}
+        common["error"] = {label: c.error for label, c in found.items() if c.error is not None}
+        for kind in found[OURS].calls:
+            line = common | row.path(problem, kind) | rate(row, problem, kind, ceilings)
+            yield finish(line, *times(found, kind, rounds, device))
+        close(found)
+    if not host:
+        return
+    (name, sizes), calls = row.HOST, row.host(device)
+    found = {label: timing.Contender(passes, device) for label, passes in calls.items()}
+    for kind in found[OURS].calls:
+        line = {"layer": name, "shape": sizes, "dropout": 0.0, "dtype": "fp32", "op": "host", "absent": {}}
+        yield finish(line, *times(found, kind, rounds, device, modes=("eager",)))
+
+
+def build(labels, problem, absent):
+    """{label: contender}; who does not take part is said in `absent`."""
+    found = {}
+    for label in labels:
+        try:
+            found[label] = Remote(label, problem) if label in GPU else contender(label, problem)
+        except Absent as error:
+            absent[label] = str(error)
+        except Exception as error:  # of somebody else's code, which may raise anything
+            if label == OURS:
+                raise
+            absent[label] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+    return found
+
+
+def close(found):
+    for one in found.values():
+        if isinstance(one, Remote):
+            one.close()
+
+
+def times(found, kind, rounds, device, modes=None):
+    """Milliseconds and ratios in each mode, and the peaks of memory; and who failed at it, and why."""
+    able, failed = {label: c for label, c in found.items() if kind in c.calls}, {}
+    line = {"pass": kind}
+    for mode in modes or (("eager", "graph") if device.type == "cuda" else ("eager",)):
+        seconds, unable = timing.race(able, kind, mode, rounds)
+        prefix, suffix = ("", "") if mode == "eager" else ("graph_", ", as a graph")
+        failed |= {label + suffix: why for label, why in unable.items()}
+        if OURS in seconds:
+            line[f"{prefix}ms"] = {label: timing.spread(t) for label, t in seconds.items()}
+            line[f"{prefix}ratio"] = timing.ratios(seconds, OURS)
+        elif mode == "eager":
+            raise RuntimeError(f"{OURS} failed: {unable[OURS]}")
+    peaks = {label: c.peak(kind) for label, c in able.items() if label not in failed}
+    line["peak_mb"] = {label: round(peak / 1e6, 2) for label, peak in peaks.items() if peak is not None}
+    return line, failed
+
+
+def rate(row, problem, kind, ceilings):
+    """What ours moves and computes a second, and how much of what this device can."""
+    (copied, computed), (flops, moved) = ceilings, row.cost(*problem.shape, problem.dtype.itemsize, "backward" in kind)
+    return {
+        "flops": flops,
+        "bytes": moved,
+        "copy_gbps": round(copied / 1e9, 1),
+        "gemm_tflops": round(computed / 1e12, 3),
+    }
+
+
+def finish(line, measured, failed):
+    """What follows from the time: of a graph, where there is one, since Python is not the kernel's."""
+    line = line | measured | {"absent": line["absent"] | failed}
+    seconds = (line.get("graph_ms") or line["ms"])[OURS][1] / 1000
+    if "flops" in line:
+        least = max(line["flops"] / line["gemm_tflops"] / 1e12, line["bytes"] / line["copy_gbps"] / 1e9)
+        line["gbps"] = round(line["bytes"] / seconds / 1e9, 1)
+        line["tflops"] = round(line["flops"] / seconds / 1e12, 3)
+        line["roofline"] = round(least / seconds, 4)
+    return line
+
+
+def show(line):
+    m, k, n, r = line["shape"]
+    low, mid, high = line["ms"][OURS]
+    ratios = ", ".join(f"{ratio:.2f} × {label}" for label, ratio in line["ratio"].items())
+    where = f"{line['layer']} ({m}, {k}, {n}, {r}), p = {line['dropout']}, {line['pass']}"
+    way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
+    share = f", {line['roofline']:.0%} of the roofline" if "roofline" in line else ""
+    print(f"{where}: {mid:.3f} ms ({low:.3f}–{high:.3f}){share}{f' on {way}' if way else ''} = {ratios}", flush=True)

@@ -1,0 +1,175 @@
+"""The parts of `peftops bench check`, each run in a process of its own, which says what it found as lines of JSON."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from peftops.cli import replace
+
+from . import results
+from .cases import CASES, SHAPES
+
+LARGER = [  # than those of every test: several tiles, one launch and two
+    (300, 1024, 768, 16),
+    (64, 512, 14336, 8),
+    (8, 4096, 4096, 16),
+    (2, 1024, 8192, 4),
+    (1500, 512, 1032, 64),
+]
+DTYPES = "bfloat16", "float16", "float32"
+
+
+def say(what, ok, said="", **more):
+    print(json.dumps({"what": what, "ok": bool(ok), "said": said, **more}, ensure_ascii=False), flush=True)
+
+
+def run(part, device, seconds, out):
+    o = SimpleNamespace(device=torch.device(device), seconds=seconds, out=Path(out), end=time.monotonic() + seconds)
+    globals()[part](o)
+
+
+def shapes(o):
+    return SHAPES + LARGER if o.device.type == "cuda" else SHAPES[:3]
+
+
+def cells(device):
+    """(op, backend) of every backend for GPUs that serves here; on a CPU, of what stands in for them."""
+    import peftops.functional  # noqa: F401  registers the ops
+    from peftops import backends
+
+    names = ("cuda", "triton") if device.type == "cuda" else ("cpu", "triton")
+    return [(op, name) for op in CASES for name in names if backends.cell(name, op) and runs(name, device)]
+
+
+def runs(name, device):
+    from importlib import import_module
+
+    return (
+        name == "cpu" or import_module(f"peftops.{name}").runs(device.type) or (name, device.type) == ("triton", "cpu")
+    )
+
+
+def kernels(o):
+    """Every case of every cell, dtype and shape."""
+    from .matrix import run_all
+
+    tasks = [(op, name, dtype, shape) for shape in shapes(o) for dtype in DTYPES for op, name in cells(o.device)]
+    if o.device.type == "cuda" and not any(name == "cuda" for _, name, *_ in tasks):
+        say("the CUDA kernels", False, "are not built, or have no code for this GPU")
+    for event in run_all(tasks, o.device, o.end - 4):
+        say(**event)
+
+
+SMALL = "from peftops.bench.parts import small; small({device!r})"
+
+
+def small(device):
+    """What a sanitizer watches: a few cases of each cell."""
+    import peftops.functional  # noqa: F401  registers the ops
+
+    from .law import call
+
+    place = torch.device(device)
+    for op, name in cells(place):
+        for shape in ((5, 264, 520, 5), (1, 264, 130, 20)):
+            for _, args in list(CASES[op](shape, torch.bfloat16, place))[:3]:
+                call(op, name, args)
+
+
+def sanitizer(o):
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if o.device.type != "cuda" or not tool:
+        say("compute-sanitizer", True, "is not installed" if not tool else "needs a GPU", absent=True)
+        return
+    for check in ("memcheck", "racecheck"):
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-c",
+            SMALL.format(device=str(o.device)),
+        ]
+        try:
+            left = max(5, o.end - time.monotonic() - 2)
+            done = subprocess.run(
+                ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command], capture_output=True, text=True, timeout=left
+            )
+        except subprocess.TimeoutExpired:
+            say(check, False, "ran out of time")
+            continue
+        found = [
+            line for line in done.stdout.splitlines() if "=========" in line and ("Invalid" in line or "hazard" in line)
+        ]
+        print(done.stdout[-3000:] if done.returncode else "", file=sys.stderr)
+        say(check, done.returncode == 0, (found or [f"exit {done.returncode}"])[0][:200] if done.returncode else "")
+
+
+def layers(o):
+    """A CUDA graph and torch.compile of each layer, against the same call in eager mode."""
+    from .layers import examine
+
+    for what, ok, said in examine(o.device):
+        say(what, ok is not False, said, **({"absent": True} if ok is None else {}))
+
+
+def bench(o):
+    """Layers beside their peers, those that have a target first, until the time is up."""
+    from . import lora
+    from .measure import measure, unlawful
+    from .progress import Progress
+
+    if wrong := unlawful(lora, torch.bfloat16, o.device):
+        say("the law", False, wrong)
+        return
+    wanted = [name for name, *_ in lora.TARGETS] if o.device.type == "cuda" else ["SmolLM2 k, v"]
+    known = lora.layers(o.device)
+    about = results.describe(o.device) | {"row": "lora", "dtype": "bf16"}
+    peers = [name for name in (*lora.peers.HERE, *lora.peers.GPU) if "compile" not in name]
+    for name in dict.fromkeys([*wanted, *known] if o.device.type == "cuda" else wanted):
+        options = SimpleNamespace(
+            dropout=None, shape=None, quick=True, backend=(), peers=peers, layers={name: known[name]}
+        )
+        for line in measure(lora, options, torch.bfloat16, o.device, Progress(), host=False):
+            results.append(o.out / "bench.jsonl", about | line)
+            way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
+            ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
+            missed = list(misses(line, lora.TARGETS))
+            say(f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {way}", True, ratios, misses=missed)
+            if time.monotonic() > o.end - 5:
+                return
+
+
+def misses(line, targets):
+    """In words, by how much a line misses the targets that it has, as a graph where there is one."""
+    for layer, dropout, kind, peer, most in targets:
+        if (layer, dropout, kind) == (line["layer"], line["dropout"], line["pass"]):
+            ratio = line.get("graph_ratio", line["ratio"]).get(peer)
+            if ratio and ratio > most:
+                yield f"{layer}, p = {dropout}, {kind}: {ratio:.2f} × {peer}'s time, target {most:.2f}"
+
+
+def stack(o):
+    from .stack import LARGE, TINY, train
+
+    found = train(LARGE if o.device.type == "cuda" else TINY, o.device, o.end)
+    words = "{layers} layers, {parameters:.1f}B weights: {step_s:.2f} s a step of {tokens} tokens, {peak_gb:.2f} GB"
+    say("4-bit steps under 24 GB", found.pop("ok"), words.format(**found), **found)
+
+
+def tune(o):
+    from .tune import tables
+
+    found = {}
+    for name, tile, said in tables(o.device, o.end):
+        found[name] = tile
+        replace(o.out / "tiles.json", lambda beside: beside.write_text(json.dumps(found, indent=1) + "\n"))
+        say(name, True, said)
