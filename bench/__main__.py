@@ -31,7 +31,7 @@ def options(argv):
 
 def common(parser):
     """What rows and model share."""
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")
     parser.add_argument("--quick", action="store_true", help="the smallest, in few rounds")

@@ -15,7 +15,7 @@ from .progress import Progress
 def main(argv=None):
     parser = Parser("peftops bench compare", description=__doc__)
     parser.add_argument("commit", metavar="COMMIT")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
     parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")

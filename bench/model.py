@@ -64,8 +64,9 @@ def measure(o, dtype, device, progress):
     rounds = 3 if o.quick else 9
     base, tokenizer = t.load_model(o.model, dtype, device)
     batch = t.chunks(tokenizer, t.load_text(o.text), device)[: t.SHAPE[0]]
-    width, name = base.config.hidden_size, (o.model or t.DEFAULT).rpartition("/")[2]
-    common = {"layer": f"{name}, all linear layers, {o.method}", "op": "model", "absent": {}}
+    width, name = base.config.hidden_size, (o.model or "SmolLM2-135M").rpartition("/")[2]
+    method = "" if o.method == "lora" else f", {o.method}"
+    common = {"layer": f"{name}, all linear layers{method}", "op": "model", "absent": {}}
     drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
     for p in progress.track(drops, len(drops), "steps of the model"):
         models = {label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model for label, kind in kinds.items()}

@@ -24,10 +24,11 @@ def need(*packages):
         raise BadInput(f"{names} {'are' if missing[1:] else 'is'} not installed: pip install {' '.join(missing)}")
 
 
-def find_device(name):
-    """torch.device(name), or BadInput where it is not here."""
+def find_device(name=None):
+    """torch.device(name), or BadInput where it is not here; without a name the GPU where there is one."""
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
     except RuntimeError:
