@@ -50,6 +50,7 @@ def measure(row, o, dtype, device, progress, host=True):
 
 def build(labels, problem, absent):
     """{label: contender}; who does not take part is said in `absent`."""
+    torch._dynamo.reset()  # else the shapes of the problems before count against the compiler's limit, and it gives up
     found = {}
     for label in labels:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peftops.bench import compare, law, peers, plot, readme, results, timing
+from peftops.bench import compare, law, measure, peers, plot, readme, results, timing
 from peftops.bench import lora as row
 from peftops.bench.peers import BASE, OURS, Problem
 from test_cli import refusal, run
@@ -52,6 +52,15 @@ def test_a_row_is_measured_and_kept(capsys, tmp_path, short):
         "lora_fwd", "lora_fwd + lora_bwd", "lora_fwd", "lora_fwd + lora_bwd", "lora_gemv",
     ]  # fmt: skip
     assert max(first["error"].values()) < peers.WRONG and lines[-1]["op"] == "host"
+
+
+def test_compiled_peers_stay_compiled_whatever_came_before(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    for k in (16, 24, 32, 40):
+        found = measure.build(["torch.compile"], Problem((70, k, 48, 4), torch.bfloat16, CPU), {})
+        with torch.profiler.profile() as profile:
+            found["torch.compile"].calls["forward"][0]()
+        assert any("Torch-Compiled Region" in event.key for event in profile.key_averages()), k
 
 
 def test_other_backends_stand_beside_ours(capsys, short):
