@@ -111,10 +111,16 @@ def spread(seconds):
 
 def copies(size, device):
     """How many copies of a weight of so many bytes no cache of the device holds."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(16, -(-4 * cache // max(size, 1))))
+    return max(1, min(16, -(-4 * cache(device) // max(size, 1))))
+
+
+def cache(device):
+    """Bytes of the largest cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 << 20)
 
 
 def ceilings(device, dtype, quick=False):
