@@ -48,6 +48,7 @@ def bars(lines, device):
     shown = [line for line in lines if not line["layer"].endswith(" rows") and line.get("op") not in (None, "host")]
     if not shown:
         return None
+    shown.reverse()  # bars are stacked upwards
     peers = [peer for peer in COLOURS if any(peer in line["ms"] for line in shown)]
     figure, axes = pyplot.subplots(figsize=(9, 0.62 * len(shown) + 1.6))
     height = 0.8 / len(peers)
@@ -57,6 +58,7 @@ def bars(lines, device):
         axes.barh(places, values, height * 0.92, color=COLOURS[peer], label=peer)
     names = [f"{line['layer']}, p = {line['dropout']}, {line['pass']}, {line['dtype']}" for line in shown]
     axes.set_yticks(range(len(shown)), names)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.axvline(1, color="#444444", linewidth=0.8)
     axes.set(xlabel="time ÷ the frozen layer's (shorter is better)", title=device)
     axes.legend(loc="lower right")
