@@ -54,11 +54,10 @@ def test_a_row_is_measured_and_kept(capsys, tmp_path, short):
     assert max(first["error"].values()) < peers.WRONG and lines[-1]["op"] == "host"
 
 
-def test_compiled_peers_stay_compiled_whatever_came_before(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_compiled_peers_stay_compiled_whatever_came_before():
     for k in (16, 24, 32, 40):
-        found = measure.build(["torch.compile"], Problem((70, k, 48, 4), torch.bfloat16, CPU), {})
-        with torch.profiler.profile() as profile:
+        with torch._dynamo.config.patch(recompile_limit=2), torch.profiler.profile() as profile:
+            found = measure.build(["torch.compile"], Problem((70, k, 48, 4), torch.bfloat16, CPU), {})
             found["torch.compile"].calls["forward"][0]()
         assert any("Torch-Compiled Region" in event.key for event in profile.key_averages()), k
 
