@@ -6,7 +6,7 @@ namespace peftops::cuda {
 namespace {
 
 constexpr int THREADS = 256, BK = 128, CHUNKS = BK / 8;
-constexpr int MOST = 32;  // ranks whose h a block makes itself
+constexpr int MOST = 16;  // ranks whose h a block makes itself
 
 // Eight warps are BN / 16 along the columns of y times WARPS_K along k, within each tile.
 template <int BM, int BN>
@@ -31,8 +31,11 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
   T* s_tiles = reinterpret_cast<T*>(s_memory);
   const int tid = threadIdx.x, lane = tid % 32, i_n = tid / 32 % S::WARPS_N, i_k = tid / 32 / S::WARPS_N;
   const int groups = (g.m + BM - 1) / BM, m0 = blockIdx.x % groups * BM, n0 = blockIdx.x / groups * BN;
-  const int ranks = g.inside ? (g.r + 15) / 16 * 16 : 0, size = (S::ROWS + ranks) * BK, tiles = (g.k + BK - 1) / BK;
+  const int ranks = g.inside ? MOST : 0, size = (S::ROWS + ranks) * BK, tiles = (g.k + BK - 1) / BK;
   const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w), *a = static_cast<const T*>(g.a);
+  const int row_a = tid / CHUNKS, chunk_a = tid % CHUNKS;  // of a tile of a, of which every thread has a chunk
+  static_assert(THREADS == MOST * CHUNKS, "");
+  const bool copies = g.inside && !g.wide_a, fetches = g.inside && g.wide_a;
 
   auto copy = [&](T* tile, int row, int chunk, const T* matrix, int64_t at, bool inside, int k) {
     inside &= k + chunk * 8 < g.k;
@@ -49,32 +52,21 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
       else
         copy(tile, row, chunk, x, i, i < g.m, k);
     }
-    if (!g.wide_a)
-#pragma unroll 1
-      for (int row = tid / CHUNKS; row < ranks; row += THREADS / CHUNKS)
-        copy(tile, S::ROWS + row, tid % CHUNKS, a, row, row < g.r, k);
+    if (copies) copy(tile, S::ROWS + row_a, chunk_a, a, row_a, row_a < g.r, k);
   };
   // fp32 rows of a cannot be copied as they are: they wait in registers for the tile before to be computed
-  float r_a[MOST / 16][8];
+  float waiting[8];
   auto fetch = [&](int t) {
-    const int k = t * BK + tid % CHUNKS * 8;
-#pragma unroll
-    for (int q = 0; q < MOST / 16; ++q) {
-      const int row = tid / CHUNKS + q * 16;
-      if (row < g.r && k < g.k)
-        widen(r_a[q], load(static_cast<const float*>(g.a) + int64_t(row) * g.k + k));
-      else
-        for (int e = 0; e < 8; ++e) r_a[q][e] = 0;
-    }
+    const int k = t * BK + chunk_a * 8;
+    if (row_a < g.r && k < g.k)
+      widen(waiting, load(static_cast<const float*>(g.a) + int64_t(row_a) * g.k + k));
+    else
+      for (int e = 0; e < 8; ++e) waiting[e] = 0;
   };
   auto keep = [&](int t) {
     T* tile = s_tiles + t % S::STAGES * size;
-#pragma unroll
-    for (int q = 0; q < MOST / 16; ++q)
-      if (q * 16 < ranks)
-        *reinterpret_cast<uint4*>(tile + chunk_at(S::ROWS + tid / CHUNKS + q * 16, tid % CHUNKS)) = narrow<T>(r_a[q]);
+    *reinterpret_cast<uint4*>(tile + chunk_at(S::ROWS + row_a, chunk_a)) = narrow<T>(waiting);
   };
-  const bool fetches = g.inside && g.wide_a;
 
 #pragma unroll 1
   for (int t = 0; t < S::STAGES - 1; ++t) {
@@ -84,6 +76,7 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
     }
     commit_copies();
   }
+  const bool makes_h = g.inside && i_n == 0;
   float acc[BM / 8][4] = {}, acc_h[BM / 8][4] = {};
 #pragma unroll 1
   for (int t = 0; t < tiles; ++t) {
@@ -99,15 +92,14 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
       const int chunk = (kk * S::WARPS_K + i_k) * 2;
       uint32_t r_w[4], r_a[4];
       load_matrices(r_w, tile + chunk_at(i_n * 16 + lane % 16, chunk + lane / 16));
-      const bool mine = i_n * 16 < ranks;
-      if (mine) load_matrices(r_a, tile + chunk_at(S::ROWS + i_n * 16 + lane % 16, chunk + lane / 16));
+      if (makes_h) load_matrices(r_a, tile + chunk_at(S::ROWS + lane % 16, chunk + lane / 16));
 #pragma unroll
       for (int j = 0; j < BM / 16; ++j) {
         uint32_t r_x[4];
         load_matrices(r_x, tile + chunk_at(BN + j * 16 + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
         multiply<T>(acc[2 * j], r_w, r_x[0], r_x[1]);
         multiply<T>(acc[2 * j + 1], r_w, r_x[2], r_x[3]);
-        if (mine) {
+        if (makes_h) {
           multiply<T>(acc_h[2 * j], r_a, r_x[0], r_x[1]);
           multiply<T>(acc_h[2 * j + 1], r_a, r_x[2], r_x[3]);
         }
@@ -127,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
     for (int e = 0; e < 4; ++e) {
       const int row = i_k * BM + j * 8 + lane % 4 * 2 + e % 2, column = i_n * 16 + lane / 4 + e / 2 * 8;
       s_y[row * S::WIDTH + column] = acc[j][e];
-      if (i_n * 16 < ranks) s_parts[row * S::WIDTH_H + column] = acc_h[j][e];
+      if (makes_h) s_parts[row * S::WIDTH_H + column] = acc_h[j][e];
     }
   __syncthreads();
   auto sum_of = [&](const float* parts, int row, int column, int width) {
@@ -161,7 +153,7 @@ struct Choice {
 
 template <class T, int BN>
 Choice choose(const Gemv& g, int most) {
-  const int ranks = g.inside ? (g.r + 15) / 16 * 16 : 0;
+  const int ranks = g.inside ? MOST : 0;
   const size_t shared = Shape<64, BN>::shared(ranks);
   if (g.m > 16 && shared <= size_t(most)) return {lora_mma_kernel<64, BN, T>, shared, 64, BN};
   return {lora_mma_kernel<16, BN, T>, Shape<16, BN>::shared(ranks), 16, BN};
@@ -172,6 +164,7 @@ Choice choose(const Gemv& g, int most) {
 // Columns in tiles of 64 where these give every second multiprocessor one, else of 32; rows in as large tiles as the
 // shared memory of the device lets them be.
 int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream) {
+  if (g.inside && g.r > MOST) return cudaErrorInvalidValue;
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

@@ -30,4 +30,4 @@ def path(op, x, m, n, k, r, form):
         return "epilogue"
     if form == "transposed" or k % 8 or (m > 4 and x.dtype is torch.float32):
         return "cuBLAS + epilogue"
-    return "one launch" if 4 * _device.processors(x.device) * r <= n and (m <= 4 or r <= 32) else "two launches"
+    return "one launch" if 4 * _device.processors(x.device) * r <= n and (m <= 4 or r <= 16) else "two launches"

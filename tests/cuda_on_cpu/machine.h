@@ -80,6 +80,7 @@ extern Thread* self;
 extern Launch launch;
 extern u64 dynamic_shared;
 extern Schedule schedule;
+extern int shared_limit;  // bytes a block may have
 extern Counts counts;
 
 std::map<std::string, Kernel>& kernels();  // by their names

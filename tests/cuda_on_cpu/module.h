@@ -7,6 +7,7 @@
 inline void bind_emulator(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("schedule", [](const std::string& order, bool lazy) { emulator::schedule = {order, lazy}; });
+  m.def("limit_shared", [](int bytes) { return std::exchange(emulator::shared_limit, bytes); });
   m.def("finish", [] {
     if (const std::string error = emulator::finish(); !error.empty()) throw std::runtime_error(error);
   });

@@ -42,7 +42,7 @@ cudaError_t start(const void* function, const cudaLaunchConfig_t& c, void** argu
   const dim3 b = c.gridDim, t = c.blockDim;
   size_t total = c.dynamicSmemBytes;
   for (const Shared& variable : kernel.shared) total += variable.size;
-  if (total > 227 << 10 || c.dynamicSmemBytes > size_t(std::max(48 << 10, state().dynamic[function])))
+  if (total > size_t(shared_limit) || c.dynamicSmemBytes > size_t(std::max(48 << 10, state().dynamic[function])))
     return failed(cudaErrorInvalidValue, "more shared memory than allowed");
   Call call{&kernel, {b.x, b.y, b.z}, {t.x, t.y, t.z}, c.dynamicSmemBytes, {}};
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
@@ -64,6 +64,8 @@ cudaError_t start(const void* function, dim3 blocks, dim3 threads, void** argume
 }
 
 }  // namespace
+
+int emulator::shared_limit = 227 << 10;
 
 std::string emulator::finish() {
   const auto calls = std::exchange(state().postponed, {});
@@ -109,10 +111,10 @@ cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // of an H100 with four multiprocessors
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // of a Hopper GPU of four multiprocessors
   const std::map<int, int> values{{cudaDevAttrMultiProcessorCount, 4},
                                   {cudaDevAttrComputeCapabilityMajor, 9},
-                                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10}};
+                                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_limit}};
   return *value = values.contains(attribute) ? values.at(attribute) : 0, cudaSuccess;
 }
 }

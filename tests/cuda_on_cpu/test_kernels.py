@@ -17,7 +17,7 @@ WAYS = {  # what each shape takes on a GPU of four multiprocessors; the rows of 
     (1, 72, 200, 5): "one launch",
     (3, 1072, 40, 12): "two launches",
     (5, 264, 100, 2): "one launch",
-    (9, 400, 520, 17): "one launch",
+    (9, 400, 520, 16): "one launch",
     (33, 136, 72, 24): "two launches",
     (80, 264, 200, 16): "two launches",
 }
@@ -51,6 +51,22 @@ def test_many_of_the_few_rows_run_on_tensor_cores(cuda_on_cpu):
         call("lora_gemv", "cuda", args)
         counts = cuda_on_cpu.counts()
         assert (counts["mma"] > 0) == wanted and counts["conflicts"] == 0
+
+
+def test_law_in_little_shared_memory(cuda_on_cpu):
+    shapes = ((33, 136, 72, 24), (33, 264, 300, 16))
+    blocks = []
+    for limit in (227 << 10, 99 << 10):  # of Hopper and of Ada, in whose 99 KiB no tile of 64 rows fits
+        before = cuda_on_cpu.limit_shared(limit)
+        cuda_on_cpu.counts()
+        try:
+            for shape in shapes:
+                for label, error, bound in check("lora_gemv", "cuda", shape, torch.bfloat16):
+                    assert error <= bound, (shape, label)
+        finally:
+            cuda_on_cpu.limit_shared(before)
+        blocks.append(cuda_on_cpu.counts()["blocks"])
+    assert blocks[1] > blocks[0]
 
 
 def test_launches(cuda_on_cpu):
