@@ -81,8 +81,8 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "lanes that name the wrong rows": (
         "lora_mma.cu",
-        "i_n * 16 + lane % 16, chunk + lane / 16));\n      const",
-        "i_n * 16 + lane % 8, chunk + lane / 16));\n      const",
+        "i_n * 16 + lane % 16, chunk + lane / 16));\n      if",
+        "i_n * 16 + lane % 8, chunk + lane / 16));\n      if",
         "plain",
     ),
     "sums stored in the wrong rows": (
