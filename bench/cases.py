@@ -2,6 +2,8 @@
 
 import torch
 
+from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
+
 SHAPES = [
     (1, 1, 1, 1),
     (0, 16, 24, 4),
@@ -9,6 +11,7 @@ SHAPES = [
     (5, 133, 33, 20),
     (70, 64, 48, 16),
     (3, 72, 88, 40),
+    (9, 64, 40, 0),
 ]  # m, k, n, r
 VARIANTS = {  # what differs from a plain dense layer
     "plain": {},
@@ -19,13 +22,18 @@ VARIANTS = {  # what differs from a plain dense layer
     "gain": {"gain": True, "bias": True},
     "transposed-gain": {"form": "transposed", "gain": True, "p": 0.1},
     "experts": {"experts": 3, "p": 0.5},
+    "nf4": {"form": "nf4", "fp32": True, "bias": True, "p": 0.1},
+    "nf4-few": {"form": "nf4", "block": 32},
+    "nf4-nested": {"form": "nf4", "nested": True, "gain": True},
+    "nf4-experts": {"form": "nf4", "nested": True, "block": 128, "experts": 2},
     "shared-a": {"experts": 2, "shared": True, "fp32": True},
 }
 
 
 def lora(
-    m, k, n, r, dtype, device="cpu", form="dense", p=0.0, fp32=False, bias=False, gain=False, experts=0, shared=False
-):
+    m, k, n, r, dtype, device="cpu", form="dense", p=0.0, fp32=False, bias=False, gain=False, experts=0, shared=False,
+    block=64, nested=False,
+):  # fmt: skip
     """Every tensor of the row, by its name."""
     generator = torch.Generator(device).manual_seed(m + k + n + r)
 
@@ -34,19 +42,37 @@ def lora(
 
     wide, narrow = torch.promote_types(dtype, torch.float32), torch.float32 if fp32 else dtype
     ra, rb = (r if shared else r * max(1, experts)), r * max(1, experts)
-    base = {"dense": (n, k), "transposed": (k, n), "given": (m, n)}[form]
+    if form == "nf4":
+        base = nf4(n * k, block, nested, generator, wide, device)
+    else:
+        base = [normal(*{"dense": (n, k), "transposed": (k, n), "given": (m, n)}[form])]
     biased = normal(n, dtype=narrow) if bias else None
     bits = torch.randint(256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device).to(torch.uint8)
     return {
-        "x": normal(m, k), "base": [normal(*base)], "a": normal(ra, k, dtype=narrow), "b": normal(n, rb, dtype=narrow),
+        "x": normal(m, k), "base": base, "a": normal(ra, k, dtype=narrow), "b": normal(n, rb, dtype=narrow),
         "scale": torch.tensor([0.7], dtype=wide, device=device), "bias": biased,
         "gain": normal(n, dtype=wide) if gain else None,
         "gate": normal(m, experts, dtype=wide).abs() if experts else None,
         "seed": torch.tensor([0x123456789ABCDEF], device=device) if p else None,
-        "form": form, "block": 0, "p": p, "keep_z": gain,
+        "form": form, "block": block if form == "nf4" else 0, "p": p, "keep_z": gain,
         "dy": normal(m, n), "h": normal(m, ra), "bits": bits, "z": normal(m, n if gain else 0),
         "need": [True, True, True, bias, gain, experts > 0],
     }  # fmt: skip
+
+
+def nf4(size, block, nested, generator, wide=torch.float32, device="cpu"):
+    """Codes and scales of a weight of this many elements, as a lora op takes them."""
+
+    def random(high, count, dtype):
+        return torch.randint(high, (count,), generator=generator, device=device).to(dtype)
+
+    blocks, table = -(-size // block), four_bits("nf4", torch.device(device)).to(wide)
+    codes = random(256, -(-size // 2), torch.uint8)
+    if not nested:
+        return [codes, table, (random(1000, blocks, wide) + 1) / 1000]
+    eight = eight_bits(torch.device(device)).to(wide)
+    groups = (random(1000, -(-blocks // 256), wide) + 1) / 1000
+    return [codes, table, random(256, blocks, torch.uint8), groups, eight, torch.tensor(0.7, dtype=wide, device=device)]
 
 
 FWD = ["x", "base", "a", "b", "scale", "bias", "gain", "gate", "seed", "form", "block", "p", "keep_z"]
@@ -57,7 +83,8 @@ BWD = ["dy", "x", "base", "a", "b", "scale", "h", "bits", "bias", "gain", "gate"
 def arguments(names, dropout=True):
     def make(shape, dtype, device="cpu"):
         for label, options in VARIANTS.items():
-            if dropout or not options.get("p"):
+            ranked = shape[3] or not options.get("experts")
+            if ranked and (dropout or not options.get("p")):
                 tensors = lora(*shape, dtype, device, **options)
                 yield label, [tensors[name] for name in names]
 
@@ -69,9 +96,29 @@ def mask(shape, dtype, device="cpu"):
         yield f"p={p}", [torch.tensor([0x123456789ABCDEF], device=device), shape[0], shape[1], p]
 
 
+def quantize(shape, dtype, device="cpu"):
+    """Weights whose rows may end within a block, and one that ends within a byte."""
+    _, k, n, _ = shape
+    for kind, block in (("nf4", 64), ("nf4", 32), ("fp4", 128)):
+        generator = torch.Generator(device).manual_seed(k + n)
+        w = torch.randn(n * k, generator=generator, device=device).to(dtype)
+        w[:block] *= 0 if kind == "fp4" else 1
+        yield f"{kind}, {block}", [w, *bounds(four_bits(kind, w.device)), block]
+
+
+def dequantize(shape, dtype, device="cpu"):
+    _, k, n, _ = shape
+    for block, nested in ((64, False), (64, True), (32, False), (4096, True)):
+        generator = torch.Generator(device).manual_seed(k + n)
+        codes, table, *scales = nf4(n * k, block, nested, generator, device=device)
+        yield f"block={block}{', nested' if nested else ''}", [codes, table, scales, block, n * k, dtype]
+
+
 CASES = {
     "lora_fwd": arguments(FWD),
     "lora_bwd": arguments(BWD),
     "lora_gemv": arguments(GEMV, dropout=False),
     "lora_mask": mask,
+    "nf4_quantize": quantize,
+    "nf4_dequantize": dequantize,
 }

@@ -9,7 +9,7 @@ from . import backends
 
 LIBRARY, CONTRACTS = torch.library.Library("peftops", "FRAGMENT"), {}
 NO_DEVICE = nullcontext()
-SCALARS = frozenset({type(None), str, bool, int, float})
+SCALARS = frozenset({type(None), str, bool, int, float, torch.dtype})
 
 
 def op(contract):

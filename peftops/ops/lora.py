@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .._op import expect, op
+from .nf4 import NF4Weight, expect_base
 
 FEW = 64  # rows up to which one pass over the base, written for few rows, wins
 
@@ -32,7 +33,7 @@ def lora_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (m, k) · base · a (r, k) · b (n, r or e·r)  ->  y (m, n) · h (m, r) · bits (m, 4⌈k/32⌉ or 0) · z (m, n or 0)"""
     m, k, n, r = *x.shape, b.shape[0], a.shape[0]
-    expect_lora(x, base, a, b, scale, bias, gain, gate, form)
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
     expect("lora", "seed", seed, (1,), torch.int64)
     expect_probability(p)
     if p and seed is None:
@@ -62,7 +63,7 @@ def lora_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, a, b, bias, gain and gate, each in its own dtype, empty where `need` is False."""
     m, k, n, r = *x.shape, b.shape[0], a.shape[0]
-    expect_lora(x, base, a, b, scale, bias, gain, gate, form)
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
     expect("lora", "dy", dy, (m, n), x.dtype)
     expect("lora", "h", h, (m, r), x.dtype)
     expect("lora", "bits", bits, (m, 4 * -(-k // 32) if p else 0), torch.uint8)
@@ -88,7 +89,7 @@ def lora_gemv(
     block: int,
 ) -> Tensor:
     """lora_fwd for few rows and no dropout: y (m, n) alone, in one pass over the base."""
-    expect_lora(x, base, a, b, scale, bias, gain, gate, form)
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
     return x.new_empty(x.shape[0], b.shape[0])
 
 
@@ -100,26 +101,29 @@ def lora_mask(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     return seed.new_empty(m, k, dtype=torch.bool)
 
 
-FORMS = {"dense": lambda m, n, k: (n, k), "transposed": lambda m, n, k: (k, n), "given": lambda m, n, k: (m, n)}
+SHAPES = {"dense": lambda m, n, k: (n, k), "transposed": lambda m, n, k: (k, n), "given": lambda m, n, k: (m, n)}
+FORMS = *SHAPES, "nf4"
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def expect_lora(x, base, a, b, scale, bias, gain, gate, form):
-    """base may be empty where the product is given and only gradients are asked for."""
+def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block):
+    """base may be empty where the product is given and only gradients are asked for; a rank of 0 is no delta."""
     m, k, n, r, dtype = *x.shape, *b.shape, x.dtype
     experts = 1 if gate is None else gate.shape[1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     expect("lora", "x", x, (m, k), *DTYPES)
-    if base:
-        expect("lora", "y0" if form == "given" else "w", base[0], FORMS[form](m, n, k), dtype)
+    if form == "nf4":
+        expect_base("lora", base, block, n * k, wide)
+    elif base:
+        expect("lora", "y0" if form == "given" else "w", base[0], SHAPES[form](m, n, k), dtype)
     expect("lora", "a", a, (a.shape[0], k), dtype, wide)
     expect("lora", "b", b, (n, a.shape[0] if r == a.shape[0] else experts * a.shape[0]), dtype, wide)
     expect("lora", "scale", scale, (1,), wide)
     expect("lora", "bias", bias, (n,), dtype, wide)
     expect("lora", "gain", gain, (n,), wide)
     expect("lora", "gate", gate, (m, experts), wide)
-    if r < 1 or r % experts:
-        raise ValueError(f"lora: b must have at least one column and as many for each of {experts} experts, got {r}")
+    if r % experts or (gate is not None and not r):
+        raise ValueError(f"lora: b must have as many columns for each of {experts} experts, got {r}")
 
 
 def expect_probability(p):
@@ -128,7 +132,8 @@ def expect_probability(p):
 
 
 class Base(NamedTuple):
-    """x·Ŵᵀ or what it is made of: "dense" [w (n, k)], "transposed" [w (k, n)], "given" [y0 (..., n)]."""
+    """x·Ŵᵀ or what it is made of: "dense" [w (n, k)], "transposed" [w (k, n)], "given" [y0 (..., n)], or "nf4"
+    [codes, table, *scales] of an NF4Weight, with its block."""
 
     form: str
     tensors: list[Tensor]
@@ -136,6 +141,8 @@ class Base(NamedTuple):
 
     @staticmethod
     def of(weight):
+        if isinstance(weight, NF4Weight):
+            return Base("nf4", weight.base, weight.block)
         if isinstance(weight, Base):
             if weight.form not in FORMS:
                 raise ValueError(f"lora: form must be {' or '.join(FORMS)}, got {weight.form!r}")
@@ -198,7 +205,7 @@ def lora_linear(
 ):
     """y = gain ⊙ (x·Wᵀ + scaling · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias, differentiable in all but weight and scaling.
 
-    x (..., k); weight (n, k), or a Base; lora_A (r, k); lora_B (n, r), or (n, e·r) under gate (..., e); bias (n,);
+    x (..., k); weight (n, k), or an NF4Weight of that shape, or a Base; lora_A (r, k); lora_B (n, r), or (n, e·r) under gate (..., e); bias (n,);
     gain (n,) and gate fp32; scaling a number or a (1,) fp32 tensor. Returns (..., n) in x's dtype.
 
     lora_A and lora_B are in x's dtype or fp32. They, drop(x)·Aᵀ and the gated product are rounded to x's dtype, sums
@@ -211,10 +218,15 @@ def lora_linear(
     """
     if not (x.dim() and lora_A.dim() == lora_B.dim() == 2):
         expect_dims(x, lora_A, lora_B)
+    if isinstance(weight, NF4Weight) and weight.shape != (lora_B.shape[0], x.shape[-1]):
+        wanted = lora_B.shape[0], x.shape[-1]
+        raise ValueError(f"lora: w must be {wanted}, got {tuple(weight.shape)}")
     base, device = Base.of(weight), x.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-        x, base = x.to(dtype), base._replace(tensors=[t.to(dtype) for t in base.tensors])
+        x = x.to(dtype)
+        if base.form != "nf4":
+            base = base._replace(tensors=[t.to(dtype) for t in base.tensors])
     p = dropout_p if training else 0.0
     seed = torch.randint(2**62, (1,), device=device) if p else None
     if isinstance(scaling, Tensor):

@@ -1,7 +1,7 @@
 """The specification of LoRA. a, b, h, gated h, dz and dh are rounded to x's dtype, all else is scale's dtype."""
 
 from . import outside_autocast
-from .lora_base import product, product_bwd
+from .lora_base import matrix, product, product_bwd
 from .lora_dropout import drop, keep, keep_bits
 from .lora_gate import fold, repeat, spread
 
@@ -12,7 +12,8 @@ def lora_fwd(y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, 
     if p:
         bits.copy_(keep_bits(seed, *x.shape, p))
     h.copy_(drop(wide(x), bits, p) @ rounded(a).T)
-    acc = product(wide(x), wide(base[0]), form) + scale * (rounded(spread(wide(h), gate, b)) @ rounded(b).T)
+    w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+    acc = product(wide(x), w, form) + scale * (rounded(spread(wide(h), gate, b)) @ rounded(b).T)
     if keep_z:
         z.copy_(acc)
     y.copy_(acc * (1 if gain is None else gain) + (0 if bias is None else bias))
@@ -37,7 +38,8 @@ def lora_bwd(
     dhg = scale * (dz @ rounded(b))
     dh = rounded(fold(dhg, gate, a, b))
     if need[0]:
-        dx.copy_(product_bwd(dz, [wide(t) for t in base], form) + drop(dh @ rounded(a), bits, p))
+        w = None if form == "given" else rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+        dx.copy_(product_bwd(dz, w, form) + drop(dh @ rounded(a), bits, p))
     if need[1]:
         da.copy_(dh.T @ drop(wide(x), bits, p))
     if need[2]:

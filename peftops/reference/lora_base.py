@@ -1,9 +1,18 @@
 """The specification of the frozen product, in each form that a base may have."""
 
+from .nf4 import decode
+
+
+def matrix(base, form, block, n, k):
+    """Ŵ (n, k), not yet rounded to x's dtype"""
+    if form == "nf4":
+        return decode(base, block, n * k).view(n, k)
+    return base[0].T if form == "transposed" else base[0]
+
 
 def product(x, w, form):
-    return w if form == "given" else x @ (w if form == "transposed" else w.T)
+    return w if form == "given" else x @ w.T
 
 
-def product_bwd(dz, base, form):
-    return 0 if form == "given" else dz @ (base[0].T if form == "transposed" else base[0])
+def product_bwd(dz, w, form):
+    return 0 if form == "given" else dz @ w
