@@ -8,6 +8,7 @@ namespace py = pybind11;
 using peftops::Dtype;
 using peftops::Form;
 using peftops::Tensor;
+using peftops::Tensors;
 
 namespace {
 
@@ -60,12 +61,23 @@ struct pybind11::detail::type_caster<Tensor> {
 };
 
 template <>
+struct pybind11::detail::type_caster<Tensors> {
+  PYBIND11_TYPE_CASTER(Tensors, const_name("list[torch.Tensor]"));
+  bool load(handle source, bool) {
+    if (!PyList_Check(source.ptr()) || PyList_GET_SIZE(source.ptr()) > 6) return false;
+    value.count = PyList_GET_SIZE(source.ptr());
+    for (int64_t i = 0; i < value.count; ++i) value.at[i] = view(PyList_GET_ITEM(source.ptr(), i));
+    return true;
+  }
+};
+
+template <>
 struct pybind11::detail::type_caster<Form> {
   PYBIND11_TYPE_CASTER(Form, const_name("str"));
   bool load(handle source, bool) {
     if (!PyUnicode_Check(source.ptr()) || !PyUnicode_GET_LENGTH(source.ptr())) return false;
     const Py_UCS4 first = PyUnicode_READ_CHAR(source.ptr(), 0);
-    value = first == 'd' ? Form::dense : first == 't' ? Form::transposed : Form::given;
-    return first == 'd' || first == 't' || first == 'g';
+    value = first == 'd' ? Form::dense : first == 't' ? Form::transposed : first == 'g' ? Form::given : Form::nf4;
+    return first == 'd' || first == 't' || first == 'g' || first == 'n';
   }
 };

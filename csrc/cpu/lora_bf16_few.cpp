@@ -2,13 +2,14 @@
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
+#include "nf4_dots.h"
 #include "ops.h"
-#include "tile_bf16.h"
 
 namespace peftops::ISA {
 namespace {
 
-thread_local Scratch t_h, t_spread;  // of the caller, read by its team
+thread_local Scratch t_h, t_spread, t_x, t_lanes;  // of the caller, read by its team
+thread_local Scratch t_rows, t_scales;             // of each thread of a team
 
 constexpr int64_t AHEAD = 16384;  // bytes between what is read and what is asked for
 
@@ -83,20 +84,27 @@ PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]
       }
 }
 
-// y[i][c] for MX rows of x and NW columns from c on, or h for w = a; the delta enters the sums before the product
-template <int MX, int NW, class T, class B, class STORE>
-PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, const B* b, int64_t r, int64_t i0,
-                          int64_t c, STORE store) {
-  __m512 acc[16] = {};
+// acc[MX · e + i] += h[i] · b[c + e] lane by lane
+template <int MX, int NW, class B>
+PEFTOPS_INLINE void delta(const float* h, const B* b, int64_t r, int64_t c, __m512 (&acc)[16]) {
   for (int64_t j = 0; j < r; j += 16)
     for (int e = 0; e < NW; ++e) {
       const __m512 t_b = load16(b + (c + e) * r + j, r - j);
       for (int i = 0; i < MX; ++i) {
-        const __m512 t_h = _mm512_maskz_loadu_ps(mask16(r - j), h + (i0 + i) * r + j);
+        const __m512 t_h = _mm512_maskz_loadu_ps(mask16(r - j), h + i * r + j);
         acc[MX * e + i] = _mm512_fmadd_ps(t_b, t_h, acc[MX * e + i]);
       }
     }
-  dots<MX, NW>(w + c * k, x + i0 * k, k, acc);
+}
+
+// y[i][c] for MX rows of x and NW columns from c on, whose weights begin at w, or h for rows of a; the delta enters the
+// sums before the product
+template <int MX, int NW, class T, class B, class STORE>
+PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, const B* b, int64_t r, int64_t i0,
+                          int64_t c, STORE store) {
+  __m512 acc[16] = {};
+  delta<MX, NW>(h + i0 * r, b, r, c, acc);
+  dots<MX, NW>(w, x + i0 * k, k, acc);
   float out[16];
   _mm512_storeu_ps(out, sums(acc));
   for (int e = 0; e < NW; ++e)
@@ -123,9 +131,68 @@ PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k,
                                 int64_t n, STORE store) {
   const int64_t id = omp_get_thread_num(), team = omp_get_num_threads(), runs = n / NW;
   for (int64_t c = runs * id / team * NW; c < runs * (id + 1) / team * NW; c += NW)
-    columns<NW>(w, x, m, k, h, b, r, c, store);
+    columns<NW>(w + c * k, x, m, k, h, b, r, c, store);
   if (id + 1 == team)
-    for (int64_t c = runs * NW; c < n; ++c) columns<1>(w, x, m, k, h, b, r, c, store);
+    for (int64_t c = runs * NW; c < n; ++c) columns<1>(w + c * k, x, m, k, h, b, r, c, store);
+}
+
+// f(c, Count<NW>) for this thread's share of n columns, NW at a time, and one at a time for the last
+template <int NW, class F>
+PEFTOPS_INLINE void share(int64_t n, F f) {
+  const int64_t id = omp_get_thread_num(), team = omp_get_num_threads(), runs = n / NW;
+  for (int64_t c = runs * id / team * NW; c < runs * (id + 1) / team * NW; c += NW) f(c, Count<NW>{});
+  if (id + 1 == team)
+    for (int64_t c = runs * NW; c < n; ++c) f(c, Count<1>{});
+}
+
+// All columns of a 4-bit weight for MX rows of split x
+template <int MX, int NW, bool NESTED, class B, class STORE>
+void coded_columns(const NF4& w, const bf16* x, int64_t k, const float* h, const B* b, int64_t r, int64_t n,
+                   STORE store) {
+  Scales<NW, NESTED> scale(t_scales.get<float>(Scales<NW, NESTED>::floats(k / 64)));
+  share<NW>(n, [&](int64_t c, auto count) {
+    constexpr int W = decltype(count)::value;
+    __m512 acc[16] = {};
+    delta<MX, W>(h, b, r, c, acc);
+    if constexpr (W == NW) {
+      scale.rows(w, c, k / 64);
+      dots<MX, W, NESTED>(w, scale, x, k, c, acc);
+    } else {
+      Scales<1, false> one(t_rows.get<float>(k / 64 + 16));
+      one.rows(w, c, k / 64);
+      dots<MX, 1, false>(w, one, x, k, c, acc);
+    }
+    float out[16];
+    _mm512_storeu_ps(out, sums(acc));
+    for (int e = 0; e < W; ++e)
+      for (int i = 0; i < MX; ++i) store(out[MX * e + i], i, c + e);
+  });
+}
+
+// All columns for up to 16 · L rows, which are lanes: x as lanes() leaves it, h (r, 16 · L)
+template <int L, class B, class STORE>
+void coded_lanes(const NF4& w, const uint32_t* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
+                 int64_t n, STORE store) {
+  constexpr int NW = 8;
+  bf16* buffer = t_rows.get<bf16>(NW * (RUNS * 64 + 32));
+  float* scales = t_scales.get<float>(Scales<NW, false>::floats(k / 64));
+  share<NW>(n, [&](int64_t c, auto count) {
+    constexpr int W = decltype(count)::value;
+    Scales<W, false> scale(scales);
+    __m512 acc[W][L] = {};
+    for (int64_t j = 0; j < r; ++j)
+      for (int e = 0; e < W; ++e) {
+        const __m512 t_b = _mm512_set1_ps(rounded<bf16>(widen(b[(c + e) * r + j])));
+        for (int l = 0; l < L; ++l) acc[e][l] = _mm512_fmadd_ps(t_b, _mm512_loadu_ps(h + (j * L + l) * 16), acc[e][l]);
+      }
+    scale.rows(w, c, k / 64);
+    lane_dots<L, W>(w, scale, x, k, c, buffer, acc);
+    float out[W][16 * L];
+    for (int e = 0; e < W; ++e)
+      for (int l = 0; l < L; ++l) _mm512_storeu_ps(out[e] + 16 * l, acc[e][l]);
+    for (int64_t i = 0; i < m; ++i)
+      for (int e = 0; e < W; ++e) store(out[e][i], i, c + e);
+  });
 }
 
 // h[i][j], the gated product of x and a as rounded there, times s
@@ -139,10 +206,81 @@ void spread(float* out, const bf16* h, Tensor gate, int64_t m, int64_t ra, int64
     }
 }
 
+// Ŵ of 4 bits and what is made of x for it before the team begins
+struct Coded {
+  NF4 w;
+  const bf16* x;  // split, or none where blocks are not whole runs of a row
+  const uint32_t* lanes;
+};
+
+Coded coded(const Few& t, Tensors base, int64_t block) {
+  const NF4 w(base, block);
+  if (!in_runs(w, t.k)) return {w, nullptr, nullptr};
+  const int64_t ld = (t.k + 127) / 128 * 128;
+  bf16* x = t_x.get<bf16>(t.m * ld);
+  split(t.x, t.m, t.k, x);
+  if (t.m <= 8) return {w, x, nullptr};
+  const int count = t.m > 16 ? 2 : 1;
+  uint32_t* out = t_lanes.get<uint32_t>(ld / 2 * count * 16);
+  count == 1 ? lanes<1>(x, t.m, t.k, out) : lanes<2>(x, t.m, t.k, out);
+  return {w, x, out};
+}
+
+// out (r, 16 · L) from h (m, r)
+const float* turned(const float* h, int64_t m, int64_t r, int64_t width, float* out) {
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t i = 0; i < width; ++i) out[j * width + i] = i < m ? h[i * r + j] : 0.0f;
+  return out;
+}
+
+template <class B, class STORE>
+void product(const Coded& v, const Few& t, const float* h, const B* b, STORE store) {
+  const bool nested = v.w.absmax8 && v.w.shift == 6 && 256 % (t.k / 64 ? t.k / 64 : 1) == 0;
+  const auto columns_of = [&](auto rows, auto width) {
+    constexpr int MX = decltype(rows)::value, NW = decltype(width)::value;
+    if (nested)
+      coded_columns<MX, NW, true>(v.w, v.x, t.k, h, b, t.r, t.n, store);
+    else
+      coded_columns<MX, NW, false>(v.w, v.x, t.k, h, b, t.r, t.n, store);
+  };
+  if (!v.x) {  // rows are decoded first
+    bf16* rows = t_rows.get<bf16>(4 * t.k);
+    share<4>(t.n, [&](int64_t c, auto count) {
+      constexpr int W = decltype(count)::value;
+      decode(v.w, c * t.k, W * t.k, rows);
+      columns<W>(rows, t.x, t.m, t.k, h, b, t.r, c, store);
+    });
+  } else if (t.m > 16) {
+    coded_lanes<2>(v.w, v.lanes, t.m, t.k, h, b, t.r, t.n, store);
+  } else if (t.m > 8) {
+    coded_lanes<1>(v.w, v.lanes, t.m, t.k, h, b, t.r, t.n, store);
+  } else {
+    switch (t.m) {
+      case 1:
+        return columns_of(Count<1>{}, Count<4>{});
+      case 2:
+        return columns_of(Count<2>{}, Count<4>{});
+      case 3:
+        return columns_of(Count<3>{}, Count<4>{});
+      case 4:
+        return columns_of(Count<4>{}, Count<4>{});
+      case 5:
+        return columns_of(Count<5>{}, Count<2>{});
+      case 6:
+        return columns_of(Count<6>{}, Count<2>{});
+      case 7:
+        return columns_of(Count<7>{}, Count<2>{});
+      case 8:
+        return columns_of(Count<8>{}, Count<2>{});
+    }
+  }
+}
+
 template <int NW, class A, class B>
-void few(const Few& t, const A* a, int64_t ra, const B* b, Tensor gate) {
+void few(const Few& t, const A* a, int64_t ra, const B* b, Tensor gate, const Coded* codes) {
   bf16* h = t_h.get<bf16>(t.m * ra);
-  float* hs = t_spread.get<float>(t.m * t.r);
+  float* hs = t_spread.get<float>(t.m * t.r + 32 * t.r);
+  const float* delta_h = hs;
   const int threads = threads_for(t.m * t.n * t.k);
 #pragma omp parallel num_threads(threads)
   {
@@ -150,34 +288,36 @@ void few(const Few& t, const A* a, int64_t ra, const B* b, Tensor gate) {
                     [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ra + j); });
 #pragma omp barrier
 #pragma omp single
-    spread(hs, h, gate, t.m, ra, t.r, t.s);
-    all_columns<NW>(t.w, t.x, t.m, t.k, hs, b, t.r, t.n, [&](float v, int64_t i, int64_t c) { t.store(v, i, c); });
+    {
+      spread(hs, h, gate, t.m, ra, t.r, t.s);
+      if (codes && codes->lanes) delta_h = turned(hs, t.m, t.r, t.m > 16 ? 32 : 16, hs + t.m * t.r);
+    }
+    const auto store = [&](float v, int64_t i, int64_t c) { t.store(v, i, c); };
+    if (codes)
+      product(*codes, t, delta_h, b, store);
+    else
+      all_columns<NW>(t.w, t.x, t.m, t.k, hs, b, t.r, t.n, store);
   }
 }
 
 }  // namespace
 
-void lora_gemv(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate) {
+void lora_gemv(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain,
+               Tensor gate, Form form, int64_t block) {
   const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1], ra = a.shape[0];
-  const Few t{as<bf16>(y), as<bf16>(x), as<bf16>(w), m, n, k, r, *as<float>(scale), as<float>(gain), bias};
+  const bf16* w = form == Form::dense ? as<bf16>(base.at[0]) : nullptr;
+  const Few t{as<bf16>(y), as<bf16>(x), w, m, n, k, r, *as<float>(scale), as<float>(gain), bias};
+  const Coded found = coded(t, base, form == Form::nf4 ? block : 0);
+  const Coded* codes = form == Form::nf4 ? &found : nullptr;
   const auto run = [&](auto* a_rows, auto* b_rows) {
     if (m == 1)
-      few<16>(t, a_rows, ra, b_rows, gate);
+      few<16>(t, a_rows, ra, b_rows, gate, codes);
     else if (m == 2)
-      few<8>(t, a_rows, ra, b_rows, gate);
+      few<8>(t, a_rows, ra, b_rows, gate, codes);
     else
-      few<4>(t, a_rows, ra, b_rows, gate);
+      few<4>(t, a_rows, ra, b_rows, gate, codes);
   };
-  const auto with_b = [&](auto* a_rows) {
-    if (b.dtype == Dtype::f32)
-      run(a_rows, as<float>(b));
-    else
-      run(a_rows, as<bf16>(b));
-  };
-  if (a.dtype == Dtype::f32)
-    with_b(as<float>(a));
-  else
-    with_b(as<bf16>(a));
+  with_operand(a, [&](auto* a_rows) { with_operand(b, [&](auto* b_rows) { run(a_rows, b_rows); }); });
 }
 
 }  // namespace peftops::ISA

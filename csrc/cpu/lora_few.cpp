@@ -1,11 +1,12 @@
 // LoRA for one to four rows in fp32 arithmetic, for every dtype and instruction set: the weight is read once.
+#include "nf4.h"
 #include "ops.h"
-#include "tile.h"
 
 namespace peftops::ISA {
 namespace {
 
 thread_local Scratch t_few;  // of the caller, read by its team
+thread_local Scratch t_row;  // of each thread: a row of a 4-bit base
 
 // out[i] = w · x[i]
 template <int MX, class T>
@@ -44,7 +45,8 @@ void spread(float* out, const float* h, Tensor gate, int64_t m, int64_t r, int64
 }
 
 template <int MX, class T>
-void few(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, float s, Tensor bias, Tensor gain, Tensor gate) {
+void few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, float s, Tensor bias, Tensor gain, Tensor gate,
+         const NF4* codes) {
   const int64_t k = x.shape[1], n = b.shape[0], r = a.shape[0], columns = b.shape[1];
   float* xf = t_few.get<float>(MX * (k + r + columns) + r * k + n * columns);
   float *h = xf + MX * k, *hs = h + MX * r, *af = hs + MX * columns, *bf = widened<T>(af, a);
@@ -59,7 +61,9 @@ void few(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, float s, Tensor bias,
 #pragma omp parallel for num_threads(threads_for(MX * n * k)) schedule(static)
   for (int64_t c = 0; c < n; ++c) {
     float out[MX], delta[MX], added = 0;
-    dots<MX>(as<T>(w) + c * k, xf, k, out);
+    const T* row = as<T>(base.at[0]) + c * k;
+    if (codes) decode(*codes, c * k, k, t_row.get<T>(k)), row = t_row.get<T>(k);
+    dots<MX>(row, xf, k, out);
     dots<MX>(bf + c * columns, hs, columns, delta);
     with_type(bias.data ? bias.dtype : Dtype::none, [&](auto e) { added = widen(as<decltype(e)>(bias)[c]); });
     for (int i = 0; i < MX; ++i)
@@ -69,14 +73,23 @@ void few(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, float s, Tensor bias,
 
 }  // namespace
 
-void lora_few(Tensor y, Tensor x, Tensor w, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate) {
+void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate,
+              Form form, int64_t block) {
   with_type(x.dtype, [&](auto e) {
     using T = decltype(e);
     const float s = *as<float>(scale);
-    if (x.shape[0] == 1) few<1, T>(y, x, w, a, b, s, bias, gain, gate);
-    if (x.shape[0] == 2) few<2, T>(y, x, w, a, b, s, bias, gain, gate);
-    if (x.shape[0] == 3) few<3, T>(y, x, w, a, b, s, bias, gain, gate);
-    if (x.shape[0] == 4) few<4, T>(y, x, w, a, b, s, bias, gain, gate);
+    const auto run = [&](const NF4* codes) {
+      if (x.shape[0] == 1) few<1, T>(y, x, base, a, b, s, bias, gain, gate, codes);
+      if (x.shape[0] == 2) few<2, T>(y, x, base, a, b, s, bias, gain, gate, codes);
+      if (x.shape[0] == 3) few<3, T>(y, x, base, a, b, s, bias, gain, gate, codes);
+      if (x.shape[0] == 4) few<4, T>(y, x, base, a, b, s, bias, gain, gate, codes);
+    };
+    if (form == Form::nf4) {
+      const NF4 codes(base, block);
+      run(&codes);
+    } else {
+      run(nullptr);
+    }
   });
 }
 

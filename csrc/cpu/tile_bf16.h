@@ -74,7 +74,8 @@ PEFTOPS_INLINE void transpose(__m512i (&v)[16]) {
 // gain, where there is one, multiplies columns.
 template <class T>
 void pack_columns(const T* from, int64_t ld, int64_t rows, int64_t columns, uint32_t* out, int64_t width,
-                  const float* gain = nullptr) {
+                  const float* gain = nullptr, int64_t ldo = 0) {
+  ldo = ldo ? ldo : width;
   for (int64_t r = 0; r < width; r += 16)
     for (int64_t c = 0; c < columns; c += 32) {
       __m512i v[16];
@@ -86,9 +87,9 @@ void pack_columns(const T* from, int64_t ld, int64_t rows, int64_t columns, uint
                         _mm512_maskz_loadu_ps(mask16(columns - c - 16), gain + c + 16));
       }
       transpose(v);
-      uint32_t* to = out + c / 2 * width + r;
+      uint32_t* to = out + c / 2 * ldo + r;
       const int64_t count = min(16, (columns - c + 1) / 2);
-      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to + i * width, v[i]);
+      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to + i * ldo, v[i]);
     }
 }
 

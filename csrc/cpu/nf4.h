@@ -1,0 +1,117 @@
+// 4-bit weights as bitsandbytes stores them: two codes a byte, the first in its high half, and a scale for each block.
+#pragma once
+#include "tile.h"
+
+namespace peftops::ISA {
+namespace {
+
+// Ŵ = table[code] · absmax of the block, rounded once to T
+struct NF4 {
+  const uint8_t *codes, *absmax8;
+  const float *table, *absmax, *nested, *nested_table;
+  float offset;
+  int shift;  // a block has 1 << shift elements
+
+  NF4(Tensors base, int64_t block) {  // of a base that is not of 4 bits, nothing
+    if (!block) {
+      memset(this, 0, sizeof *this);
+      return;
+    }
+    codes = as<uint8_t>(base.at[0]), table = as<float>(base.at[1]);
+    const bool twice = base.count == 6;
+    absmax = twice ? nullptr : as<float>(base.at[2]), absmax8 = twice ? as<uint8_t>(base.at[2]) : nullptr;
+    nested = twice ? as<float>(base.at[3]) : nullptr, nested_table = twice ? as<float>(base.at[4]) : nullptr;
+    offset = twice ? *as<float>(base.at[5]) : 0;
+    shift = __builtin_ctzll(uint64_t(block));
+  }
+
+  float scale(int64_t at) const {
+    if (absmax) return absmax[at];
+    const float part = nested_table[absmax8[at]] * nested[at >> 8];  // rounded before the sum, as bitsandbytes does
+    return part + offset;
+  }
+
+  template <class T>
+  void values(int64_t at, T (&out)[16]) const {
+    const float s = scale(at);
+    for (int i = 0; i < 16; ++i) narrow(table[i] * s, out + i);
+  }
+};
+
+// Whole bytes of one block
+template <class T>
+inline void decode_bytes(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
+  for (int64_t i = 0; i < bytes; ++i) out[2 * i] = t[codes[i] >> 4], out[2 * i + 1] = t[codes[i] & 15];
+}
+
+#ifdef __AVX512BW__
+template <class T>
+inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
+  const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)t));
+  const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
+                second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+  const auto two = [&](__m256i bytes, __m512i& lo, __m512i& hi) {  // an index has five bits; both halves are the same
+    const __m512i w = _mm512_cvtepu8_epi16(bytes);
+    const __m512i e = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), values),
+                  o = _mm512_permutexvar_epi16(w, values);
+    const __m512i l = _mm512_unpacklo_epi16(e, o), h = _mm512_unpackhi_epi16(e, o);
+    lo = _mm512_permutex2var_epi64(l, first, h), hi = _mm512_permutex2var_epi64(l, second, h);
+  };
+  int64_t i = 0;
+  __m512i lo, hi;
+  for (; i + 32 <= bytes; i += 32) {
+    two(_mm256_loadu_si256((const __m256i*)(codes + i)), lo, hi);
+    _mm512_storeu_si512(out + 2 * i, lo), _mm512_storeu_si512(out + 2 * i + 32, hi);
+  }
+  if (i + 16 <= bytes) {
+    two(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(codes + i))), lo, hi);
+    _mm512_storeu_si512(out + 2 * i, lo);
+    i += 16;
+  }
+  decode_bytes(codes + i, bytes - i, t, out + 2 * i);
+}
+inline void decode_run(const uint8_t* codes, int64_t bytes, const bf16 (&t)[16], bf16* out) {
+  decode_words(codes, bytes, t, out);
+}
+inline void decode_run(const uint8_t* codes, int64_t bytes, const fp16 (&t)[16], fp16* out) {
+  decode_words(codes, bytes, t, out);
+}
+inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16], float* out) {
+  const __m512 values = _mm512_loadu_ps(t);
+  const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
+                second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    const __m512 e = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), values), o = _mm512_permutexvar_ps(w, values);
+    const __m512i l = (__m512i)_mm512_unpacklo_ps(e, o), h = (__m512i)_mm512_unpackhi_ps(e, o);
+    _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi64(l, first, h));
+    _mm512_storeu_si512(out + 2 * i + 16, _mm512_permutex2var_epi64(l, second, h));
+  }
+  decode_bytes(codes + i, bytes - i, t, out + 2 * i);
+}
+#else
+template <class T>
+inline void decode_run(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
+  decode_bytes(codes, bytes, t, out);
+}
+#endif
+
+// out[0 … count) = the elements of w from `at` on
+template <class T>
+inline void decode(const NF4& w, int64_t at, int64_t count, T* out) {
+  const int64_t end = at + count;
+  while (at < end) {
+    const int64_t block = at >> w.shift, stop = min(end, (block + 1) << w.shift);
+    T t[16];
+    w.values(block, t);
+    if (at % 2) *out++ = t[w.codes[at++ / 2] & 15];
+    const int64_t bytes = (stop - at) / 2;
+    decode_run(w.codes + at / 2, bytes, t, out);
+    at += 2 * bytes, out += 2 * bytes;
+    if (at < stop) *out++ = t[w.codes[at++ / 2] >> 4];
+  }
+}
+
+}  // namespace
+}  // namespace peftops::ISA
