@@ -1,13 +1,9 @@
 // Products of few rows of x in bf16 with a 4-bit weight, decoded 128 elements at a time and never stored.
 #pragma once
-#include "nf4.h"
-#include "tile_bf16.h"
+#include "nf4_panels.h"
 
 namespace peftops::ISA {
 namespace {
-
-// Blocks are whole runs of 64 elements of one row
-inline bool in_runs(const NF4& w, int64_t k) { return k % 64 == 0 && w.shift >= 6; }
 
 // out (m, pad128(k)): of every four elements 1, 0, 3, 2, the first of each of 32 fours, then the second …, as decode128
 // leaves those of a weight; zero beyond k

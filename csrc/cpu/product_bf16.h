@@ -1,7 +1,6 @@
 // The product of rows of x with a base, dense or of 4 bits, in bf16: panels of pairs, LoRA's sums first.
 #pragma once
-#include "nf4.h"
-#include "tile_bf16.h"
+#include "nf4_panels.h"
 
 namespace peftops::ISA {
 namespace {
@@ -86,35 +85,6 @@ void product(const Product& t, W pack_w, B pack_b, H hint) {
       item = stop;
     }
   }
-}
-
-constexpr int64_t DECODED = 512;  // elements of a row that are decoded before they are packed
-
-// The rows [i, i + rows) and columns [c, c + columns) of a 4-bit weight (., k), where they stay in the nearest cache
-const bf16* decoded(const NF4& w, int64_t k, int64_t i, int64_t rows, int64_t c, int64_t columns, int64_t ld) {
-  bf16* out = t_rows.get<bf16>(rows * ld);
-  for (int64_t e = 0; e < rows; ++e) decode(w, (i + e) * k + c, columns, out + e * ld);
-  return out;
-}
-
-// The panel of a 4-bit weight (rows, columns) that begins at column c, as pairs along its rows
-void pack_rows(const NF4& w, int64_t rows, int64_t columns, int64_t c, uint32_t* out, const float* gain) {
-  const int64_t count = min(PANEL, columns - c), tall = 32;
-  for (int64_t i = 0; i < rows; i += tall) {
-    const bf16* part = decoded(w, columns, i, min(tall, rows - i), c, count, PANEL);
-    pack_rows(part, PANEL, min(tall, rows - i), count, out + i / 2 * PANEL, PANEL, gain ? gain + i : nullptr);
-  }
-}
-
-// The panel that begins at row i, as pairs along its columns
-void pack_columns(const NF4& w, int64_t rows, int64_t columns, int64_t i, uint32_t* out) {
-  const int64_t ld = DECODED + 32;  // rows must not fall into one cache set
-  for (int64_t g = 0; g < PANEL; g += 16)
-    for (int64_t c = 0; c < columns; c += DECODED) {
-      const int64_t count = max(0, min(16, rows - i - g)), some = min(DECODED, columns - c);
-      const bf16* part = decoded(w, columns, i + g, count, c, some, ld);
-      pack_columns(part, ld, count, some, out + c / 2 * PANEL + g, 16, nullptr, PANEL);
-    }
 }
 
 // Columns of x·wᵀ: w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the other way.
