@@ -24,6 +24,55 @@ inline void dots(const T* w, const float* x, int64_t k, float* out) {
   for (int i = 0; i < MX; ++i) out[i] = sums[i];
 }
 
+#ifdef __AVX512BW__
+constexpr int CODED = 4;  // columns of a 4-bit base at once
+
+// Even elements of each 32, then the odd ones
+void split(float* x, int64_t count) {
+  for (int64_t c = 0; c + 32 <= count; c += 32) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 lo = _mm512_loadu_ps(x + c), hi = _mm512_loadu_ps(x + c + 16);
+    _mm512_storeu_ps(x + c, _mm512_permutex2var_ps(lo, even, hi));
+    _mm512_storeu_ps(x + c + 16, _mm512_permutex2var_ps(lo, _mm512_add_epi32(even, _mm512_set1_epi32(1)), hi));
+  }
+}
+
+// out[e][i] = w[c + e] · x[i], of weights whose blocks are whole runs of 32 and split x; no weight is stored
+template <int MX, class T>
+void dots(const NF4& w, int64_t c, int64_t columns, const float* x, int64_t k, float (&out)[CODED][MX]) {
+  __m512 acc[CODED][MX] = {}, values[CODED];
+  int64_t at[CODED];
+  for (int e = 0; e < CODED; ++e) at[e] = (c + min(e, columns - 1)) * k;
+  const int64_t block = (int64_t(1) << w.shift) - 1;
+  for (int64_t j = 0; j < k; j += 32)
+#pragma GCC unroll 4
+    for (int e = 0; e < CODED; ++e) {
+      if (!j || !((at[e] + j) & block)) {
+        T t[16];
+        float wide[16];
+        w.values((at[e] + j) >> w.shift, t);
+        for (int i = 0; i < 16; ++i) wide[i] = widen(t[i]);
+        values[e] = _mm512_loadu_ps(wide);
+      }
+      const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.codes + (at[e] + j) / 2)));
+      const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values[e]);
+      const __m512 odd = _mm512_permutexvar_ps(codes, values[e]);
+#pragma GCC unroll 4
+      for (int i = 0; i < MX; ++i) {
+        acc[e][i] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x + i * k + j), acc[e][i]);
+        acc[e][i] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + i * k + j + 16), acc[e][i]);
+      }
+    }
+  for (int e = 0; e < CODED; ++e)
+    for (int i = 0; i < MX; ++i) out[e][i] = _mm512_reduce_add_ps(acc[e][i]);
+}
+#else
+constexpr int CODED = 1;
+void split(float*, int64_t) {}
+template <int MX, class T>
+void dots(const NF4&, int64_t, int64_t, const float*, int64_t, float (&)[CODED][MX]) {}
+#endif
+
 template <class T>
 float* widened(float* out, Tensor t) {
   const int64_t count = t.shape[0] * t.shape[1];
@@ -58,16 +107,32 @@ void few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, float s, Tensor b
     for (int i = 0; i < MX; ++i) h[i * r + j] = rounded<T>(out[i]);
   }
   spread<T>(hs, h, gate, MX, r, columns, s);
-#pragma omp parallel for num_threads(threads_for(MX * n * k)) schedule(static)
-  for (int64_t c = 0; c < n; ++c) {
-    float out[MX], delta[MX], added = 0;
-    const T* row = as<T>(base.at[0]) + c * k;
-    if (codes) decode(*codes, c * k, k, t_row.get<T>(k)), row = t_row.get<T>(k);
-    dots<MX>(row, xf, k, out);
+  const auto finish = [&](int64_t c, const float* out) {
+    float delta[MX], added = 0;
     dots<MX>(bf + c * columns, hs, columns, delta);
     with_type(bias.data ? bias.dtype : Dtype::none, [&](auto e) { added = widen(as<decltype(e)>(bias)[c]); });
     for (int i = 0; i < MX; ++i)
       narrow((out[i] + delta[i]) * (gain.data ? as<float>(gain)[c] : 1.0f) + added, as<T>(y) + i * n + c);
+  };
+  const bool runs = CODED > 1 && codes && k % 32 == 0;
+  if (runs) split(xf, MX * k);
+  const int threads = threads_for(MX * n * k);
+  if (runs) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < n; c += CODED) {
+      float out[CODED][MX];
+      dots<MX, T>(*codes, c, min(CODED, n - c), xf, k, out);
+      for (int64_t e = 0; e < min(CODED, n - c); ++e) finish(c + e, out[e]);
+    }
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t c = 0; c < n; ++c) {
+    float out[MX];
+    const T* row = as<T>(base.at[0]) + c * k;
+    if (codes) decode(*codes, c * k, k, t_row.get<T>(k)), row = t_row.get<T>(k);
+    dots<MX>(row, xf, k, out);
+    finish(c, out);
   }
 }
 

@@ -205,8 +205,9 @@ def lora_linear(
 ):
     """y = gain ⊙ (x·Wᵀ + scaling · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias, differentiable in all but weight and scaling.
 
-    x (..., k); weight (n, k), or an NF4Weight of that shape, or a Base; lora_A (r, k); lora_B (n, r), or (n, e·r) under gate (..., e); bias (n,);
-    gain (n,) and gate fp32; scaling a number or a (1,) fp32 tensor. Returns (..., n) in x's dtype.
+    x (..., k); weight (n, k), or an NF4Weight of that shape, or a Base; lora_A (r, k); lora_B (n, r), or (n, e·r)
+    under gate (..., e); bias (n,); gain (n,) and gate fp32; scaling a number or a (1,) fp32 tensor. A rank of 0 is no
+    delta. Returns (..., n) in x's dtype.
 
     lora_A and lora_B are in x's dtype or fp32. They, drop(x)·Aᵀ and the gated product are rounded to x's dtype, sums
     are fp32, and gradients come from fp32 sums in each argument's own dtype. This is what PEFT computes under

@@ -25,7 +25,7 @@ def nf4_dequantize(
 ) -> Tensor:
     """codes (⌈size/2⌉,) · table (16,) · scales, as expect_base has them  ->  (size,) of dtype"""
     expect_base("nf4", [codes, table, *scales], block, size, table.dtype)
-    if dtype not in (*DTYPES.values(), torch.float64):
+    if dtype not in DTYPES.values():
         raise TypeError(f"nf4: dtype must be {' or '.join(map(str, DTYPES.values()))}, got {dtype}")
     return codes.new_empty(size, dtype=dtype)
 

@@ -1,0 +1,227 @@
+"""4-bit weights: bytes and values are those of bitsandbytes, on every backend."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data import nf4 as golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from law import bound, error
+from peftops.bench.cases import CASES, SHAPES
+from peftops.bench.law import call, check, check_case
+
+import peftops
+import peftops.functional as F
+from peftops import NF4Weight, backends
+from peftops.ops.nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPS = ["nf4_quantize", "nf4_dequantize"]
+CELLS = [name for name in backends.NAMES if backends.cell(name, "nf4_dequantize")]
+ISAS = ["portable", "avx2", "avx512"]
+
+
+def tensors(weight):
+    return [weight.codes, *weight.scales]
+
+
+def on(isa, monkeypatch):
+    compiled = pytest.importorskip("peftops._C")
+    if not hasattr(compiled, isa):
+        pytest.skip(f"this machine runs no {isa}")
+    for row in ("nf4", "lora"):
+        monkeypatch.setattr(f"peftops.cpu.{row}._C", getattr(compiled, isa))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CELLS)
+def test_backends_agree_bit_for_bit(name, dtype, request):
+    if name == "cuda":
+        request.getfixturevalue("cuda_on_cpu")
+    for op in OPS:
+        for shape in SHAPES:
+            for label, args in CASES[op](shape, dtype):
+                for out, exact in zip(call(op, name, args), call(op, "reference", args), strict=True):
+                    assert torch.equal(out, exact), (op, shape, label)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets_agree_bit_for_bit(isa, monkeypatch):
+    on(isa, monkeypatch)
+    for op in OPS:
+        for dtype in DTYPES:
+            for shape in (*SHAPES, (1, 513, 131, 1)):
+                for label, args in CASES[op](shape, dtype):
+                    for out, exact in zip(call(op, "cpu", args), call(op, "reference", args), strict=True):
+                        assert torch.equal(out, exact), (op, dtype, shape, label)
+
+
+# rows that are and are not whole blocks, for each of the kernels of few rows and for many
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 12, 31, 70, 200])
+def test_law_for_every_number_of_rows(m):
+    for shape in ((m, 192, 161, 5), (m, 256, 130, 16), (m, 130, 170, 3)):
+        for dtype in DTYPES[:2]:
+            for op in ("lora_gemv",) if m < 40 else ("lora_fwd", "lora_bwd"):
+                for label, args in CASES[op](shape, dtype):
+                    if label.startswith("nf4"):
+                        wrong, most = check_case(op, "cpu", args)
+                        assert wrong <= most, (op, shape, dtype, label)
+
+
+def test_many_parts_are_one_product(monkeypatch):
+    pytest.importorskip("peftops._C")
+    monkeypatch.setattr("peftops.cpu.nf4.PART", 1000)
+    for op in ("lora_fwd", "lora_bwd"):
+        for label, wrong, most in check(op, "cpu", (70, 64, 48, 16), torch.float32):
+            assert wrong <= most, (op, label)
+
+
+def test_bitsandbytes_bytes_and_values():
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    for dtype in DTYPES:
+        for shape in ((64, 64), (33, 77), (1, 1), (7, 1031), (3, 5, 64)):
+            for block in (32, 64, 256, 4096):
+                for kind in ("nf4", "fp4"):
+                    for double in (False, True):
+                        same_as_bitsandbytes(bnb, torch.randn(shape).to(dtype), block, kind, double)
+
+
+def same_as_bitsandbytes(bnb, w, block, kind, double):
+    codes, state = bnb.quantize_4bit(w, blocksize=block, quant_type=kind, compress_statistics=double)
+    q = NF4Weight.quantize(w, block, double, kind)
+    what = (w.dtype, w.shape, block, kind, double)
+    whole = max(1, w.numel() // block) * block // 2  # of the rest it makes x / absmax on a CPU, not x · (1 / absmax)
+    assert torch.equal(q.codes[:whole], codes.flatten()[:whole]), what
+    if not double:
+        assert torch.equal(q.scales[0], state.absmax), what
+    elif len(state.absmax) > 1:  # where all scales are one, both have zeros for codes that stand for zero
+        assert torch.equal(q.scales[0], state.absmax), what
+        assert torch.equal(q.scales[1], state.state2.absmax) and torch.equal(q.scales[3], state.offset), what
+    if whole >= len(q.codes) and (
+        w.shape[-1] % block == 0 or w.numel() <= block
+    ):  # else bitsandbytes 0.50.2 reads scales of other blocks on a CPU
+        assert torch.equal(q.dequantize(), bnb.dequantize_4bit(codes, state)), what
+
+
+@pytest.mark.parametrize("i", range(len(golden.CASES)), ids=str)
+def test_golden_vectors(i):
+    shape, block, kind, double, dtype = golden.CASES[i]
+    codes, scales, values = json.loads(Path(golden.__file__).with_suffix(".json").read_text())[i]
+    q = NF4Weight.quantize(golden.weight(shape, dtype), block, double, kind)
+    kept = [q.scales[i] for i in (0, 1, 3)] if double else q.scales
+    assert golden.text(q.codes) == codes
+    assert [golden.text(t.flatten()) for t in kept] == scales
+    assert golden.digest(q.dequantize()) == values
+
+
+def by_hand(w, block, table):
+    """The rule, element by element, in numpy: the code of the nearest value, the lower of two as near."""
+    flat, codes, absmax = w.astype(np.float32).ravel(), [], []
+    order = np.argsort(table, kind="stable")
+    middles = (table[order][:-1] + table[order][1:]) / np.float32(2)
+    for start in range(0, flat.size, block):
+        part = flat[start : start + block]
+        absmax.append(np.abs(part).max())
+        inverse = np.float32(1) / max(absmax[-1], np.float32(1e-38))
+        codes += [int(order[(middles < x * inverse).sum()]) for x in part]
+    codes += [int(order[(middles < 0).sum()])] * (len(codes) % 2)
+    return np.array([16 * a + b for a, b in zip(codes[::2], codes[1::2], strict=True)], np.uint8), np.array(absmax)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 80),
+    block=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_the_rule_of_the_format(rows, columns, block, dtype, scale, seed):
+    w = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    codes, absmax = by_hand(w.float().numpy(), block, np.array(FOUR_BITS["nf4"], np.float32))
+    q = NF4Weight.quantize(w, block, double_quant=False)
+    assert (q.codes.numpy() == codes).all() and (q.scales[0].numpy() == absmax).all()
+    each = np.stack([codes >> 4, codes & 15], 1).ravel()[: w.numel()]
+    values = np.array(FOUR_BITS["nf4"], np.float32)[each] * absmax.repeat(block)[: w.numel()]
+    assert torch.equal(q.dequantize(), torch.from_numpy(values).to(dtype).view(rows, columns))
+    double = NF4Weight.quantize(w, block)
+    assert (double.dequantize(torch.float32).double() - w.double()).abs().max() <= 0.2 * w.double().abs().max()
+
+
+def test_tables():
+    assert bounds(four_bits("nf4", torch.device("cpu")))[1].tolist() == list(range(16))
+    table = eight_bits(torch.device("cpu"))
+    assert table.sort().values.equal(table) and table[127] == 0 and table[255] == 1
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("m, p", [(2, 0.0), (70, 0.0), (70, 0.3)])
+def test_gradients_are_those_of_the_dequantized_weight(m, p, double):
+    """Against fp64, where only the weight was rounded."""
+    n, k, r = 40, 96, 4
+    q = F.quantize_nf4(torch.randn(n, k, dtype=torch.bfloat16), double_quant=double)
+    made = [torch.randn(*s).bfloat16() for s in ((m, k), (r, k), (n, r), (n,))]
+
+    def grads(weight, dtype):
+        torch.manual_seed(3)
+        leaves = [t.to(dtype).requires_grad_() for t in made]
+        x, a, b, bias = leaves
+        y = F.lora_linear(x, weight, a, b, bias, scaling=0.5, dropout_p=p)
+        return [y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum() / 9, leaves)]
+
+    dense = q.dequantize()
+    with peftops.backend("reference"):
+        exact, same = grads(dense.double(), torch.float64), grads(dense, torch.bfloat16)
+    assert error(grads(q, torch.bfloat16), exact) <= bound(same, exact)
+
+
+def test_nothing_of_the_weight_s_size_is_kept():
+    q, x = F.quantize_nf4(torch.randn(512, 256)), torch.randn(8, 256, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        F.lora_linear(x, q, torch.zeros(4, 256), torch.zeros(512, 4)).sum().backward()
+    assert max(t.nbytes for t in kept) == 512 * 256 // 2
+
+
+def test_reports_the_fused_way(ops):
+    q, x = F.quantize_nf4(torch.randn(64, 128)), torch.randn(2, 70, 128, dtype=torch.bfloat16)
+    F.lora_linear(x[:1, :3], q, torch.zeros(4, 128), torch.zeros(64, 4))
+    F.lora_linear(x, q, torch.zeros(4, 128), torch.zeros(64, 4))
+    assert ops[-2:] == ["lora_gemv", "lora_fwd"] and "nf4_dequantize" not in ops
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"w": torch.zeros(2, 2, dtype=torch.int64)}, "nf4: w must be torch.float32"),
+        ({"w": torch.zeros(0, 4)}, r"nf4: w must have elements, got \(0, 4\)"),
+        ({"blocksize": 48}, r"nf4: block must be one of \(32, 64.*got 48"),
+        ({"quant_type": "int4"}, "nf4: quant_type must be nf4 or fp4, got 'int4'"),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        NF4Weight.quantize(**{"w": torch.zeros(4, 4), **change})
+
+
+def test_a_weight_of_another_shape_is_refused():
+    q, a, b = F.quantize_nf4(torch.zeros(16, 24)), torch.zeros(2, 16), torch.zeros(24, 2)
+    with pytest.raises(ValueError, match=r"lora: w must be \(24, 16\), got \(16, 24\)"):
+        F.lora_linear(torch.zeros(3, 16), q, a, b)
+
+
+@pytest.mark.slow
+def test_more_elements_than_a_32_bit_number_counts():
+    """2³¹ and some: 4 GiB of bf16, and as much for what they stand for. Takes minutes and 12 GiB."""
+    block, extra = 64, 4096
+    w = torch.zeros(2**31 + extra, dtype=torch.bfloat16)
+    w[-extra:] = torch.randn(extra)
+    q = F.quantize_nf4(w, block, double_quant=False)
+    small = F.quantize_nf4(w[-extra:].clone(), block, double_quant=False)
+    assert torch.equal(q.codes[-extra // 2 :], small.codes)
+    del w
+    assert torch.equal(q.dequantize()[-extra:], small.dequantize())
