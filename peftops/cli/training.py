@@ -19,7 +19,7 @@ import torch
 
 import peftops
 
-from . import BadInput
+from . import BadInput, sentence
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHAPE = (2, 256)  # sequences and tokens of a batch
@@ -49,7 +49,7 @@ def load_model(name, dtype, device):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **dequantize)
     except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"cannot load the model {name or DEFAULT}: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(f"cannot load the model {name or DEFAULT}: {sentence(error)}") from None
     model.name_or_path = model.config._name_or_path = name or DEFAULT  # what the saved adapter says it belongs to
     model.config.use_cache = False
     return model.requires_grad_(False).to(device), tokenizer
