@@ -13,7 +13,8 @@ import torch
 from . import BadInput, sentence
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64", *DTYPES}
 PARTS = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")  # keys beside that of a quantized weight
 
 
@@ -25,7 +26,8 @@ class Checkpoint:
     config: dict
     index: dict | None
     shards: dict[str, list[str]]  # the keys of each file
-    dtype: torch.dtype  # that the model computes in
+    dtype: torch.dtype  # that the model is loaded in
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # and its tensors, which loading would cast
     linear: dict[str, bool] = field(default_factory=dict)  # weights to quantize: are they (in, out), as Conv1D's are
     kept: list[str] = field(default_factory=list)  # linear layers that loading makes of several tensors, or of none
     skipped: list[str] | None = None  # modules to leave alone, where transformers' own choice is not enough
@@ -106,25 +108,26 @@ def meta_model(folder, tensors):
     transformers.utils.logging.set_verbosity_error()
     try:
         from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
+        from transformers.modeling_utils import local_torch_dtype
     except ImportError:
         raise BadInput(f"transformers must be 5.0 or newer, got {transformers.__version__}") from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        stored = (DTYPES[dtype] for keys in tensors.values() for dtype, _ in keys.values() if dtype in DTYPES)
+        dtype = config.dtype or next(stored, None)
+        if dtype not in DTYPES.values():
+            raise ValueError(f"it must be in float32, float16 or bfloat16, got {dtype}")
         named = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"), no_tie_weights(), meta_device_safe_creation_ops():
+        with torch.device("meta"), local_torch_dtype(dtype), no_tie_weights(), meta_device_safe_creation_ops():
             model = named(config) if named else transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # a model's own code may raise anything
         raise BadInput(f"transformers cannot make the model of {folder}: {sentence(error)}") from None
-    floats = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    stored = (floats[dtype] for keys in tensors.values() for dtype, _ in keys.values() if dtype in floats)
-    dtype = config.dtype or next(stored, None)
-    if dtype not in DTYPES:
-        raise BadInput(f"the model of {folder} must be in float32, float16 or bfloat16, got {dtype}")
     return model, dtype
 
 
 def plan(checkpoint, model, tensors):
-    """Fills linear, kept and skipped."""
+    """Fills dtypes, linear, kept and skipped."""
+    from transformers.core_model_loading import build_glob_alternation
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -136,11 +139,16 @@ def plan(checkpoint, model, tensors):
         if should_convert_module(name, left) and (type(module) is torch.nn.Linear or isinstance(module, Conv1D))
     }
     parameters = model.state_dict()
+    special = model._get_dtype_plan(checkpoint.dtype)
+    match, names, _ = build_glob_alternation(list(special)) if special else (None, {}, None)
     for key, parameter in targets(model, tensors).items():
+        dtype, shape = tensors[key]
+        if dtype in FLOATS and parameters[parameter].is_floating_point():
+            found = match and match.search(parameter)
+            checkpoint.dtypes[key] = special[names[found.lastgroup]] if found else parameters[parameter].dtype
         if parameter not in wanted:
             continue
-        dtype, shape = tensors[key]
-        if dtype not in ("F64", "F32", "F16", "BF16"):
+        if dtype not in FLOATS:
             raise BadInput(f"{checkpoint.folder} is already quantized: {key} is {dtype}")
         if shape != tuple(parameters[parameter].shape):
             raise BadInput(f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}")

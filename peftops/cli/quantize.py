@@ -142,11 +142,10 @@ def write_shard(o, model, name, device, tick):
     with safe_open(o.model / name, framework="pt") as source:
         tensors = {}
         for key in model.shards[name]:
-            w = source.get_tensor(key)
+            w = as_loaded(source, model, key, device)
             if key not in model.linear:
                 tensors[key] = w
                 continue
-            w = oriented(w, model, key, device)
             q = NF4Weight.quantize(w, o.blocksize, not o.no_double_quant, o.quant_type)
             tensors |= {part: t.to("cpu", copy=True) for part, t in q.state_dict(key).items()}  # tables are shared
             tick()
@@ -158,10 +157,11 @@ def write_shard(o, model, name, device, tick):
         replace(o.out / name, write)
 
 
-def oriented(w, model, key, device):
-    """As transformers would hand it to bitsandbytes: in the model's dtype, (out, in)."""
-    w = w.to(device, model.dtype)
-    return w.T.contiguous() if model.linear[key] else w
+def as_loaded(source, model, key, device):
+    """The tensor as transformers would load it, and hand it to bitsandbytes: in the model's dtype, (out, in)."""
+    w = source.get_tensor(key)
+    w = w.to(device if key in model.linear else w.device, model.dtypes.get(key, w.dtype))
+    return w.T.contiguous() if model.linear.get(key) else w
 
 
 def measure(o, model, name, device):
@@ -180,14 +180,21 @@ def measure(o, model, name, device):
                 parts = [key, *(part for part in written if key in model.linear and part.startswith(f"{key}."))]
                 tensors = {part: out.get_tensor(part) for part in parts}
                 sizes |= {part: t.nbytes for part, t in tensors.items()}
-                w = source.get_tensor(key)
+                w = as_loaded(source, model, key, device)
                 if key in model.linear:
-                    errors[key] = distance(oriented(w, model, key, device), NF4Weight.load(tensors, key).to(device))
-                elif tensors[key].dtype != w.dtype or tensors[key].shape != w.shape:
+                    errors[key] = distance(w, NF4Weight.load(tensors, key).to(device))
+                elif not same(tensors[key], w):
                     return None
             return (errors, sizes) if written == set(sizes) else None
     except (SafetensorError, ValueError, TypeError):
         return None
+
+
+def same(a, b):
+    """To the bit: NaN equals itself."""
+    import torch
+
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 def distance(w, q):
