@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 from importlib import import_module
@@ -109,24 +110,16 @@ def loaded(folder, **settings):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
 
 
-def fp32_in_files(folder):
-    """The files hold fp32, but the model is loaded in bf16, and so quantized from bf16."""
-    llama(folder, torch.float32)
-    set_config(folder, dtype="bfloat16")
-
-
-def no_dtype(folder):
-    llama(folder)
-    set_config(folder, dtype=None)
-
-
 MODELS = {
-    "llama": lambda folder: llama(folder),
+    "llama": llama,
     "gpt2": gpt2,
     "tied": lambda folder: llama(folder, tie_word_embeddings=True),
     "fp16": lambda folder: llama(folder, torch.float16),
-    "fp32_in_files": fp32_in_files,
-    "no_dtype": no_dtype,
+    "fp32 in files, loaded in bf16": lambda folder: (
+        llama(folder, torch.float32),
+        set_config(folder, dtype="bfloat16"),
+    ),
+    "no dtype in config": lambda folder: (llama(folder), set_config(folder, dtype=None)),
 }
 
 
@@ -237,9 +230,7 @@ def interrupted(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "write_shard", stop)
     assert main(["quantize", str(checkpoint[0]), str(tmp_path / "out")]) == 130
     again = []
-    monkeypatch.setattr(
-        quantize, "write_shard", lambda o, model, name, *rest: (again.append(name), write(o, model, name, *rest))
-    )
+    monkeypatch.setattr(quantize, "write_shard", lambda *args: (again.append(args[2]), write(*args)))
     return tmp_path / "out", written, again
 
 
@@ -283,8 +274,7 @@ def test_it_goes_on_only_with_the_same_model_and_options(checkpoint, tmp_path, i
     before = files(out)
     capsys.readouterr()
     assert "with other options" in refused(capsys, checkpoint[0], out, "--blocksize", "128")
-    llama(tmp_path / "other")
-    capsys.readouterr()
+    shutil.copytree(checkpoint[0], tmp_path / "other", copy_function=shutil.copyfile)
     assert "from another model" in refused(capsys, tmp_path / "other", out)
     (out / "unfinished.json").write_text("half of i")
     assert "from another model" in refused(capsys, checkpoint[0], out)
@@ -342,11 +332,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("spoil, words", BAD.values(), ids=BAD)
-def test_bad_models_are_refused_in_a_sentence(spoil, words, tmp_path, capsys):
-    llama(tmp_path / "model")
+def test_bad_models_are_refused_in_a_sentence(checkpoint, spoil, words, tmp_path, capsys):
+    shutil.copytree(checkpoint[0], tmp_path / "model")
     spoil(tmp_path / "model")
     before = files(tmp_path / "model")
-    capsys.readouterr()
     assert words in refused(capsys, tmp_path / "model", tmp_path / "out")
     assert files(tmp_path / "model") == before and not (tmp_path / "out").exists()
 
