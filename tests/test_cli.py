@@ -103,7 +103,7 @@ def test_half_written_files_never_replace_good_ones(tmp_path):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, one_thread):
     """The demo's model: two layers of random weights, and a tokenizer that reads bytes."""
     training, transformers = pytest.importorskip("peftops.cli.training"), pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
