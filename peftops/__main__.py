@@ -8,6 +8,7 @@ from .cli import BadInput
 COMMANDS = {
     "doctor": (".cli.doctor", "what runs here, on which kernels, and whether it computes right"),
     "demo": (".cli.demo", "fine-tune a small real model with stock PEFT and with peftops, side by side"),
+    "quantize": (".cli.quantize", "write a checkpoint whose linear layers take 4 bits, as bitsandbytes loads it"),
     "bench": (".bench.__main__", "time an op on this machine beside its peers"),
 }
 

@@ -103,13 +103,13 @@ def test_half_written_files_never_replace_good_ones(tmp_path):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, one_thread):
     """The demo's model: two layers of random weights, and a tokenizer that reads bytes."""
     training, transformers = pytest.importorskip("peftops.cli.training"), pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,  # blocks of bitsandbytes' kernels for a CPU end with rows
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         use_cache=False,
@@ -138,6 +138,44 @@ def test_demo(capsys, tmp_path, tiny):
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 4 and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert not list(tmp_path.rglob("*.new"))
+
+
+def test_demo_of_qlora(capsys, tmp_path, tiny):
+    pytest.importorskip("bitsandbytes")
+    code, out, _ = run(capsys, "demo", "--method", "qlora", "--steps", "4", "--rank", "4", "--out", str(tmp_path))
+    assert code == 0 and "14 / 0" in out and "14/14 LoRA layers fused" in out and "NF4" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    stock, ours = (result["contenders"][label] for label in tiny.METHODS["qlora"])
+    assert ours["trained"] == stock["trained"] and ours["trained_share"] == stock["trained_share"] < 1
+    assert ours["fused"] == 14 and abs(ours["held_out"][0] - stock["held_out"][0]) < 0.01
+    assert max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)) < 0.01
+    assert (tmp_path / "adapter-qlora" / "adapter_model.safetensors").is_file() and not (tmp_path / "adapter").exists()
+
+
+def test_demo_of_qlora_names_bitsandbytes_where_it_is_absent(capsys, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "find_spec", lambda name: None)
+    argv = ["demo", "--compare", "lora,qlora", "--steps", "2", "--rank", "4", "--out", str(tmp_path)]
+    code, out, _ = run(capsys, *argv)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert code == 0 and result["absent"] == {"QLoRA, bitsandbytes": "not installed"}
+    assert list(result["contenders"]) == ["LoRA, PEFT", "LoRA, peftops", "QLoRA, peftops"]
+    assert "installed)" in out
+    dense, packed = (result["contenders"][label]["held_out"][0] for label in ("LoRA, peftops", "QLoRA, peftops"))
+    assert 0 < abs(packed - dense) < 0.1 and (tmp_path / "adapter").is_dir() and (tmp_path / "adapter-qlora").is_dir()
+
+
+@pytest.mark.parametrize("label", ["QLoRA, bitsandbytes", "QLoRA, peftops"])
+def test_four_bits_change_all_linear_layers_but_the_head_alike(tiny, label):
+    pytest.importorskip("bitsandbytes")
+    model, _ = tiny.load_model(None, torch.float32, torch.device("cpu"))
+    before = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    wanted = {name: peftops.NF4Weight.quantize(m.weight).dequantize() for name, m in before.items()}
+    tiny.four_bits(label, model)
+    for name in before:
+        layer = model.get_submodule(name)
+        assert (layer is before[name]) == (name == "lm_head")
+        if name != "lm_head":
+            assert torch.equal(layer(torch.eye(layer.in_features).requires_grad_()).T, wanted[name])
 
 
 def test_demo_with_dropout_says_that_masks_differ(capsys, tmp_path, tiny):

@@ -59,9 +59,16 @@ def replace(path, write):
     beside = path.with_name(path.name + ".new")
     try:
         write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name without the bytes
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sentence(error):
+    """What an exception of somebody else says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def positive(text):

@@ -18,8 +18,8 @@ def options(argv):
     parser = Parser("peftops demo", description=__doc__)
     parser.add_argument("--model", help="a local directory or a hub id; by default SmolLM2-135M-Instruct from PyPI")
     parser.add_argument("--text", metavar="FILE", help="what to learn; by default the reference of the Python language")
-    parser.add_argument("--method", default="lora", choices=["lora", "full"])
-    parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,full")
+    parser.add_argument("--method", default="lora", choices=["lora", "qlora", "full"])
+    parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,qlora")
     parser.add_argument("--steps", type=positive, default=40)
     parser.add_argument("--rank", type=positive, default=16)
     parser.add_argument("--dropout", type=probability, default=0.0)
@@ -36,7 +36,7 @@ def main(argv=None):
     import torch
     from rich.console import Console
 
-    from .training import METHODS, OURS
+    from .training import ADAPTERS, METHODS
 
     methods = (o.compare or o.method).split(",")
     if len(set(methods)) < len(methods):
@@ -58,7 +58,8 @@ def main(argv=None):
         console.print(line, highlight=False, soft_wrap=True)
     draw(result, o.out / "loss.png")
     replace(o.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    console.print(f"In {o.out}: " + ("adapter, " if OURS in labels else "") + "loss.png, result.json")
+    adapters = [folder for label, folder in ADAPTERS.items() if label in labels]
+    console.print(f"In {o.out}: {', '.join([*adapters, 'loss.png', 'result.json'])}")
     return 0
 
 
@@ -88,7 +89,8 @@ def run(o, labels, dtype, device, console):
     from . import training as t
 
     columns = TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    text = t.load_text(o.text)
+    text, absent = t.load_text(o.text), t.absent(labels)
+    labels = [label for label in labels if label not in absent]
     with Progress(*columns, console=console) as progress:
 
         def each(description, items):
@@ -99,26 +101,28 @@ def run(o, labels, dtype, device, console):
         progress.advance(loading)
         held, batches = t.split(t.chunks(tokenizer, text, device, least=8), o.steps, o.seed)
         unrelated = t.chunks(tokenizer, Path(__file__).with_name("unrelated.txt").read_text(), device)
-        before = t.evaluate(base, held, dtype), t.evaluate(base, unrelated, dtype)
+
+        def losses(model):
+            return t.evaluate(model, held, dtype), t.evaluate(model, unrelated, dtype)
+
+        at_first = losses(base)
         args = base.config, dtype, device, o.rank, o.dropout
         peaks = [t.peak_memory(label, *args) for label in each("measure memory", labels)]
         contenders = [t.build(label, copy.deepcopy(base), o.rank, o.dropout, o.seed) for label in labels]
+        before = [losses(c.model) if c.label in t.METHODS["qlora"] else at_first for c in contenders]
         training = progress.add_task("train, step by step in turn", total=o.steps)
         frozen = t.race(contenders, base, batches, dtype, o.seed, lambda: progress.advance(training))
-        after = [
-            (t.evaluate(c.model, held, dtype), t.evaluate(c.model, unrelated, dtype))
-            for c in each("evaluate", contenders)
-        ]
+        after = [losses(c.model) for c in each("evaluate", contenders)]
     result = {
         "model": o.model or t.DEFAULT, "text": o.text or "pydoc_data.topics", "steps": o.steps, "rank": o.rank,
         "dropout": o.dropout, "dtype": o.dtype, "seed": o.seed, "batch": t.SHAPE, "device": device_name(device),
         "device_type": device.type,
         "versions": {name: version(name) for name in ("peftops", "torch", "peft", "transformers")},
-        "frozen_s": median(frozen.values()),
+        "frozen_s": median(frozen.values()), "parameters": sum(p.numel() for p in base.parameters()), "absent": absent,
     }  # fmt: skip
-    rows = zip(contenders, peaks, after, strict=True)
+    rows = zip(contenders, peaks, before, after, strict=True)
     result["contenders"] = {
-        c.label: numbers(c, peak, before, ends, result, frozen, save(c, o.out, dtype)) for c, peak, ends in rows
+        c.label: numbers(c, peak, start, end, result, frozen, save(c, o.out, dtype)) for c, peak, start, end in rows
     }
     return result
 
@@ -127,11 +131,12 @@ def numbers(c, peak, before, after, result, frozen, size):
     """What the table shows of one contender."""
     import peftops
 
-    from .training import OURS
+    from .training import ADAPTERS, FULL
 
     seconds = median(c.steps[WARM_UP:] or c.steps)
-    trained, total = sum(p.numel() for p in c.trained), sum(p.numel() for p in c.model.parameters())
-    report = peftops.report(c.model) if c.label == OURS else None
+    trained = sum(p.numel() for p in c.trained)
+    total = result["parameters"] + trained * (c.label != FULL)
+    report = peftops.report(c.model) if c.label in ADAPTERS else None
     return {
         "step_s": seconds, "tokens_per_s": result["batch"][0] * result["batch"][1] / seconds,
         "over_frozen": median(c.passes[i] / took for i, took in frozen.items()), "peak_bytes": peak,
@@ -143,19 +148,19 @@ def numbers(c, peak, before, after, result, frozen, size):
 
 
 def save(contender, out, dtype):
-    """Bytes of the checkpoint; the one of peftops is kept, in PEFT's own format."""
-    from .training import FULL, OURS
+    """Bytes of the checkpoint; those of peftops are kept, in PEFT's own format."""
+    from .training import ADAPTERS, FULL
 
     if contender.label == FULL:  # half a gigabyte, so it is not written
         return sum(p.numel() for p in contender.model.parameters()) * dtype.itemsize
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        contender.model.save_pretrained(folder, save_embedding_layers=False)
-        files = [file for file in Path(folder).iterdir() if file.is_file()]
+    with tempfile.TemporaryDirectory(dir=out) as made:
+        contender.model.save_pretrained(made, save_embedding_layers=False)
+        files = [file for file in Path(made).iterdir() if file.is_file()]
         size = sum(file.stat().st_size for file in files)
-        if contender.label == OURS:
-            (out / "adapter").mkdir(exist_ok=True)
+        if folder := ADAPTERS.get(contender.label):
+            (out / folder).mkdir(exist_ok=True)
             for file in files:
-                os.replace(file, out / "adapter" / file.name)
+                os.replace(file, out / folder / file.name)
     return size
 
 
@@ -168,6 +173,8 @@ def table(result):
     view.add_column("")
     for label in result["contenders"]:
         view.add_column(label, justify="right")
+    for label, why in result["absent"].items():
+        view.add_column(f"{label}\n({why})", justify="right")
     rows = {
         "seconds per step (median)": "{step_s:.3f}",
         "tokens per second": "{tokens_per_s:.0f}",
@@ -186,25 +193,28 @@ def table(result):
         for c in result["contenders"].values()
     ]
     for name, form in rows.items():
-        view.add_row(name, *(form.format(**c) for c in shown))
+        view.add_row(name, *(form.format(**c) for c in shown), *("–" for _ in result["absent"]))
     return view
 
 
 def remarks(result):
     """What a reader of the table should know."""
-    from .training import FULL, OURS, STOCK
+    from .training import FULL, METHODS
 
     runs = result["contenders"]
     yield f"The frozen model's forward + backward alone takes {result['frozen_s']:.3f} s (measured in the same rounds)."
-    if {STOCK, OURS} <= set(runs):
-        stock, ours = runs[STOCK], runs[OURS]
-        most = max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True))
-        why = "the dropout masks differ" if result["dropout"] else "same arithmetic, other roundings"
-        doubt = " Too few steps to be sure." if result["steps"] < 10 + WARM_UP else ""
-        yield f"peftops takes {ours['step_s'] / stock['step_s']:.2f} × the time of PEFT for a step.{doubt}"
-        yield f"Their training losses differ by {most:.4f} at most ({why})."
-        for reason, layers in ours["reasons"].items():
-            yield f"{layers} layers fell back to PEFT's own forward: {reason}."
+    for name, (stock, ours) in ((name, pair) for name, pair in METHODS.items() if pair[1:] and pair[1] in runs):
+        if stock in runs:
+            most = max(abs(a - b) for a, b in zip(runs[stock]["losses"], runs[ours]["losses"], strict=True))
+            why = "the dropout masks differ" if result["dropout"] else "same arithmetic, other roundings"
+            doubt = " Too few steps to be sure." if result["steps"] < 10 + WARM_UP else ""
+            ratio = runs[ours]["step_s"] / runs[stock]["step_s"]
+            yield f"{ours} takes {ratio:.2f} × the time of {stock} for a step.{doubt}"
+            yield f"Their training losses differ by {most:.4f} at most ({why})."
+        if name == "qlora":
+            yield "QLoRA's linear layers but the head are in NF4 with double quantization; its losses start from there."
+        for reason, layers in runs[ours]["reasons"].items():
+            yield f"{layers} layers of {ours} fell back to PEFT's own forward: {reason}."
     if FULL in runs:
         yield "The checkpoint of full fine-tuning is not written; its size is that of the weights in the model's dtype."
     how = "growth of resident memory" if result["device_type"] == "cpu" else "memory that torch allocated"

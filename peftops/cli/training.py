@@ -19,13 +19,15 @@ import torch
 
 import peftops
 
-from . import BadInput
+from . import BadInput, sentence
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHAPE = (2, 256)  # sequences and tokens of a batch
 STOCK, OURS, FULL = "LoRA, PEFT", "LoRA, peftops", "full fine-tuning"
-METHODS = {"lora": (STOCK, OURS), "full": (FULL,)}
-RATES = {STOCK: 5e-4, OURS: 5e-4, FULL: 5e-5}
+QLORA_STOCK, QLORA_OURS = "QLoRA, bitsandbytes", "QLoRA, peftops"
+METHODS = {"lora": (STOCK, OURS), "qlora": (QLORA_STOCK, QLORA_OURS), "full": (FULL,)}
+RATES = {label: 5e-5 if label == FULL else 5e-4 for labels in METHODS.values() for label in labels}
+ADAPTERS = {OURS: "adapter", QLORA_OURS: "adapter-qlora"}  # what is kept of the contenders that peftops patches
 
 
 def load_model(name, dtype, device):
@@ -49,7 +51,7 @@ def load_model(name, dtype, device):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **dequantize)
     except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"cannot load the model {name or DEFAULT}: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(f"cannot load the model {name or DEFAULT}: {sentence(error)}") from None
     model.name_or_path = model.config._name_or_path = name or DEFAULT  # what the saved adapter says it belongs to
     model.config.use_cache = False
     return model.requires_grad_(False).to(device), tokenizer
@@ -124,13 +126,43 @@ def build(label, model, rank, dropout, seed):
         return Contender(label, model.float().requires_grad_().train())
     import peft
 
+    if label in METHODS["qlora"]:
+        four_bits(label, model)
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what PEFT still asks of transformers
         model = peft.get_peft_model(model, config).train()
-    return Contender(label, peftops.patch(model) if label == OURS else model)
+    return Contender(label, peftops.patch(model) if label in ADAPTERS else model)
+
+
+def four_bits(label, model):
+    """In place, every linear layer but the head in NF4 with double quantization, as transformers would have it."""
+    from ..nn import LinearNF4
+
+    head = model.get_output_embeddings()
+    layers = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
+    for name, linear in layers:
+        model.set_submodule(name, by_bitsandbytes(linear) if label == QLORA_STOCK else LinearNF4.from_linear(linear))
+    model.is_loaded_in_4bit = label == QLORA_STOCK  # where PEFT looks for bitsandbytes' layers
+
+
+def by_bitsandbytes(linear):
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    w = linear.weight
+    layer = Linear4bit(linear.in_features, linear.out_features, False, w.dtype, quant_type="nf4", device="meta")
+    layer.weight = Params4bit(w.data, requires_grad=False, quant_type="nf4", module=layer).to(w.device)
+    layer.bias = linear.bias
+    layer.support_avx512bf16_for_cpu = False  # else evaluation repacks the weight, which cannot be trained over then
+    return layer
+
+
+def absent(labels):
+    """{label: why} of those that cannot run here."""
+    missing = find_spec("bitsandbytes") is None
+    return {label: "not installed" for label in labels if label == QLORA_STOCK and missing}
 
 
 def forward_backward(model, batch, dtype, **inputs):
