@@ -61,7 +61,7 @@ def read_state(tensors, name):
     check(key, packed, packed.numel(), torch.uint8)
     try:
         state = json.loads(bytes(packed.cpu().tolist()).decode())
-    except ValueError:  # of UTF-8 and of JSON
+    except (ValueError, RecursionError):  # of UTF-8 and of JSON
         raise ValueError(f"nf4: {key} must be JSON, got {bytes(packed.cpu().tolist()[:40])}") from None
     if not isinstance(state, dict):
         raise ValueError(f"nf4: {key} must be a JSON object, got {type(state).__name__}")

@@ -1,0 +1,141 @@
+"""What is saved of a 4-bit weight is what bitsandbytes saves, and what cannot be one is refused by the key."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+from peftops import NF4Weight
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def saved(double=True, shape=(24, 40), **options):
+    return NF4Weight.quantize(torch.randn(shape), 64, double, **options).state_dict()
+
+
+def packed(state):
+    return torch.tensor(list(state if isinstance(state, bytes) else json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def unpacked(tensors):
+    return json.loads(bytes(tensors[STATE].tolist()))
+
+
+def values(tensors):
+    return NF4Weight.load(tensors).dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_state_is_bitsandbytes(double, kind):
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    w = torch.randn(24, 64).half()
+    codes, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=double)
+    theirs = {"weight": codes} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    ours = NF4Weight.quantize(w, 64, double, kind).state_dict()
+    assert set(ours) == set(theirs)
+    for key, t in theirs.items():
+        assert torch.equal(ours[key], t) and ours[key].dtype == t.dtype, key
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_round_trip(double):
+    tensors = saved(double, shape=(7, 33))
+    again = NF4Weight.load(tensors)
+    assert again.shape == (7, 33) and again.dtype == torch.float32 and again.block == 64
+    for key, t in again.state_dict().items():
+        assert torch.equal(t, tensors[key]), key
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_codes_may_be_stored_as_another_type(storage):
+    tensors = saved()
+    tensors["weight"] = tensors["weight"].flatten().view(storage)[:, None]
+    assert torch.equal(values(tensors), values(tensors | {"weight": tensors["weight"].view(torch.uint8)}))
+
+
+def test_memory_that_is_not_aligned():
+    tensors, moved = saved(), {}
+    for key, t in tensors.items():
+        room = torch.empty(t.numel() * t.element_size() + t.element_size(), dtype=torch.uint8)
+        moved[key] = room[t.element_size() :].view(t.dtype).view(t.shape).copy_(t)
+    assert torch.equal(values(moved), values(tensors))
+    assert all(t.data_ptr() % 16 == 0 for t in NF4Weight.load(moved).base)
+
+
+def state_with(**changes):
+    return lambda tensors: {STATE: packed({k: v for k, v in {**unpacked(tensors), **changes}.items() if v != "gone"})}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: {"weight": None}, "weight must be a tensor, got none"),
+        (lambda t: {"weight": t["weight"][:-1]}, r"weight must be 480 bytes for \[24, 40\] in .*nf4, got 479"),
+        (lambda t: {"weight.absmax": t["weight.absmax"][:-1]}, r"weight.absmax must be \(15,\), got \(14,\)"),
+        (lambda t: {"weight.absmax": t["weight.absmax"].float()}, "weight.absmax must be torch.uint8"),
+        (lambda t: {"weight.nested_absmax": t["weight.nested_absmax"] * float("nan")}, "nested_absmax must be finite"),
+        (lambda t: {"weight.nested_absmax": None}, "weight.nested_absmax must be a tensor"),
+        (lambda t: {"weight.quant_map": t["weight.quant_map"].bfloat16()}, "weight.quant_map must be torch.float32"),
+        (lambda t: {"weight.nested_quant_map": t["weight.quant_map"]}, r"nested_quant_map must be \(256,\)"),
+        (lambda t: {STATE: None}, "there must be one key weight.quant_state.bitsandbytes__nf4"),
+        (lambda t: {STATE: packed(b"{")}, "bitsandbytes__nf4 must be JSON"),
+        (lambda t: {STATE: packed(b"\xff\xfe")}, "bitsandbytes__nf4 must be JSON"),
+        (lambda t: {STATE: packed([])}, "bitsandbytes__nf4 must be a JSON object"),
+        (lambda t: {STATE: packed(b"[" * 100000)}, "bitsandbytes__nf4 must be JSON"),
+        (state_with(quant_type="fp4"), "quant_type in .* must be 'nf4'"),
+        (state_with(quant_type="int8"), "quant_type in .* got 'int8'"),
+        (state_with(blocksize=63), "blocksize in .* must be one of"),
+        (state_with(shape=[24, -40]), "shape in .* must be a list of positive whole numbers"),
+        (state_with(shape="gone"), "shape in .* got None"),
+        (state_with(dtype="int8"), "dtype in .* must be float32 or float16 or bfloat16"),
+        (state_with(nested_blocksize=64), "nested_blocksize in .* must be 256"),
+        (state_with(nested_offset=float("nan")), "nested_offset in .* must be a finite number"),
+        (state_with(nested_offset="gone"), "nested_offset in .* got None"),
+    ],
+)
+def test_what_is_damaged_is_refused_by_its_key(change, message):
+    tensors = saved()
+    tensors |= change(tensors)
+    with pytest.raises((ValueError, TypeError), match=message):
+        NF4Weight.load({key: t for key, t in tensors.items() if t is not None})
+
+
+def mutate(tensors, chance):
+    """Some bytes, a length, a dtype or a key that is not what it was."""
+    key = chance.choice(list(tensors))
+    t = tensors[key].clone()
+    kind = chance.randrange(6)
+    if kind == 0:
+        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(256)
+    elif kind == 1:
+        t = t[: chance.randrange(len(t) + 1)] if t.dim() else t[None]
+    elif kind == 2:
+        t = t.to(chance.choice([torch.float16, torch.int64, torch.uint8, torch.bool]))
+    elif kind == 3:
+        t = torch.cat([t, t[: chance.randrange(1, 9)]])
+    elif kind == 4:
+        return {other: v for other, v in tensors.items() if other != key}
+    else:
+        return tensors | {chance.choice(list(tensors)): t}
+    return tensors | {key: t}
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_thousand_mutations(double):
+    """Each is loaded, and then dequantized within bounds, or refused in words that name a key."""
+    chance, tensors, seen = random.Random(7), saved(double), {"loaded": 0, "refused": 0}
+    for _ in range(500):
+        changed = mutate(tensors, chance)
+        try:
+            weight = NF4Weight.load(changed)
+        except (ValueError, TypeError) as error:
+            assert re.match(r"nf4: .*weight", str(error)), str(error)
+            seen["refused"] += 1
+        else:
+            assert weight.dequantize().shape == weight.shape
+            seen["loaded"] += 1
+    assert min(seen.values()) > 50, seen
