@@ -100,11 +100,21 @@ def path(problem, kind):
     return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": way_of_it}
 
 
-def host(device):
-    """{label: {pass: call}}: layers on tensors so small that only Python's time is left, in fp32."""
-    problem = Problem(HOST[1], torch.float32, device)
+def others(device, quick):
+    """Layers on tensors so small that only Python's time is left, in fp32."""
+    name, sizes = HOST
+    problem = Problem(sizes, torch.float32, device)
+    yield (
+        {"layer": name, "shape": sizes, "dtype": "fp32", "op": "host"},
+        host(problem, (BASE, "PEFT", OURS)),
+        ("eager",),
+    )
+
+
+def host(problem, labels):
+    """{label: {pass: call}}"""
     weights, a, b, *_ = problem.tensors
-    x = torch.randn(*HOST[1][:2], device=device)
+    x = torch.randn(*problem.shape[:2], device=problem.device)
 
     def passes(layer):
         def without():
@@ -113,4 +123,4 @@ def host(device):
 
         return {"forward, no grad": [without], "forward, grad": [lambda: layer(x)]}
 
-    return {label: passes(peers.BUILDERS[label](problem, weights[0], a, b)[0]) for label in (BASE, "PEFT", OURS)}
+    return {label: passes(peers.BUILDERS[label](problem, weights[0], a, b)[0]) for label in labels}

@@ -24,8 +24,8 @@ def unlawful(row, dtype, device):
     return None
 
 
-def measure(row, o, dtype, device, progress, host=True):
-    """A result for each problem and pass, and for Python's time."""
+def measure(row, o, dtype, device, progress, others=True):
+    """A result for each problem and pass, and for what else the row measures: Python's time, for example."""
     ceilings, jobs = timing.ceilings(device, dtype, o.quick), list(row.jobs(o, dtype, device))
     rounds = 5 if o.quick else 15
     for name, problem in progress.track(jobs, len(jobs), row.__name__.rpartition(".")[2]):
@@ -39,13 +39,12 @@ def measure(row, o, dtype, device, progress, host=True):
             line = common | row.path(problem, kind) | rate(row, problem, kind, ceilings)
             yield finish(line, *times(found, kind, rounds, device))
         close(found)
-    if not host:
+    if not others:
         return
-    (name, sizes), calls = row.HOST, row.host(device)
-    found = {label: timing.Contender(passes, device) for label, passes in calls.items()}
-    for kind in found[OURS].calls:
-        line = {"layer": name, "shape": sizes, "dropout": 0.0, "dtype": "fp32", "op": "host", "absent": {}}
-        yield finish(line, *times(found, kind, rounds, device, modes=("eager",)))
+    for line, calls, modes in row.others(device, o.quick):
+        found = {label: timing.Contender(passes, device) for label, passes in calls.items()}
+        for kind in found[OURS].calls:
+            yield finish(line | {"dropout": 0.0, "absent": {}}, *times(found, kind, rounds, device, modes=modes))
 
 
 def build(labels, problem, absent):

@@ -138,7 +138,7 @@ def bench(o):
         options = SimpleNamespace(
             dropout=None, shape=None, quick=True, backend=(), peers=peers, layers={name: known[name]}
         )
-        for line in measure(lora, options, torch.bfloat16, o.device, Progress(), host=False):
+        for line in measure(lora, options, torch.bfloat16, o.device, Progress(), others=False):
             results.append(o.out / "bench.jsonl", about | line)
             way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
             ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 
 import torch
@@ -32,6 +32,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     p: float = 0.0
+    base: str = "dense"  # "nf4", or "nf4, double": what peers and we make of the weight
 
     @cached_property
     def tensors(self):
@@ -40,7 +41,8 @@ class Problem:
         def normal(*shape, scale=1.0):
             return (torch.randn(shape, generator=generator, device=self.device) * scale).to(self.dtype)
 
-        weights = [normal(n, k, scale=k**-0.5) for _ in range(copies(n * k * self.dtype.itemsize, self.device))]
+        size = n * k * self.dtype.itemsize // (1 if self.base == "dense" else 4)
+        weights = [normal(n, k, scale=k**-0.5) for _ in range(copies(size, self.device))]
         return weights, normal(r, k, scale=k**-0.5), normal(n, r, scale=r**-0.5), normal(m, k), normal(m, n)
 
     @property
@@ -74,12 +76,13 @@ def compiled(t, w, a, b):
     return torch.compile(layer, dynamic=False), trained
 
 
-def peft(t, w, a, b, fp32=True):
+def peft(t, w, a, b, fp32=True, base=frozen):
     """PEFT's own layer; adapters are fp32 by its default."""
     from peft import LoraConfig, get_peft_model
 
     model = nn.Module()
-    model.linear, _ = frozen(t, w, a, b)
+    model.linear, _ = base(t, w, a, b)
+    model.is_loaded_in_4bit = base is bitsandbytes  # which PEFT asks
     config = LoraConfig(r=t.shape[3], lora_alpha=SCALING * t.shape[3], lora_dropout=t.p, target_modules=["linear"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,7 +90,26 @@ def peft(t, w, a, b, fp32=True):
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(a)
         layer.lora_B["default"].weight.copy_(b)
-    return layer, [p for p in layer.parameters() if p.requires_grad]
+    return layer.train(not t.few), [p for p in layer.parameters() if p.requires_grad]
+
+
+def bitsandbytes(t, w, a, b):
+    """Its 4-bit layer; in evaluation it has kernels that it has not in training."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    double = t.base == "nf4, double"
+    layer = Linear4bit(*reversed(w.shape), bias=False, compute_dtype=t.dtype, device="meta")
+    layer.weight = Params4bit(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=double)
+    return layer.to(w.device).train(not t.few), []
+
+
+def peft_bitsandbytes(t, w, a, b):
+    return peft(t, w, a, b, base=bitsandbytes)
+
+
+def four_bits(t, w, a, b):
+    layer, _ = frozen(t, w, a, b)
+    return peftops.nn.LinearNF4.from_linear(layer, double_quant=t.base == "nf4, double"), []
 
 
 def peft_narrow(t, w, a, b):
@@ -102,7 +124,7 @@ def peft_compiled(t, w, a, b):
 
 
 def ours(t, w, a, b):
-    layer, trained = peft(t, w, a, b)
+    layer, trained = peft(t, w, a, b, base=frozen if t.base == "dense" else four_bits)
     model = nn.ModuleList([layer])
     return peftops.patch(model)[0], trained
 
@@ -228,6 +250,11 @@ HERE = {  # in this process, on any device
     "PEFT, compiled": peft_compiled,
     OURS: ours,
 }
+NF4 = {  # beside the frozen 16-bit layer and ours
+    "bitsandbytes, frozen": bitsandbytes,
+    "PEFT + bitsandbytes": peft_bitsandbytes,
+    f"{OURS}, frozen": four_bits,
+}
 GPU = {  # their package is their name; each changes torch for all of its process, and so has one of its own
     "unsloth": unsloth,
     "axolotl": axolotl,
@@ -240,7 +267,7 @@ ABSENT = {  # from what a 16-bit LoRA layer is measured beside
     "bitsandbytes": "has no kernel for a 16-bit base",
     "liger_kernel": "has no LoRA kernel",
 }
-BUILDERS = HERE | GPU | {f"{OURS}, {name}": on_backend(name) for name in ("triton", "cuda", "cpu", "reference")}
+BUILDERS = HERE | NF4 | GPU | {f"{OURS}, {name}": on_backend(name) for name in ("triton", "cuda", "cpu", "reference")}
 
 
 def contender(label, t):
@@ -251,6 +278,9 @@ def contender(label, t):
     built = [BUILDERS[label](t, w, a, b) for w in weights]
     x = x if t.few else x.clone().requires_grad_()
     calls = {"forward": [forward(layer, x, t) for layer, _ in built]}
+    if t.few and t.base != "dense":  # bitsandbytes has other kernels where there is a gradient
+        wanted = x.clone().requires_grad_()
+        calls["forward, with gradient"] = [partial(layer.train(), wanted) for layer, _ in built]
     if not t.few:
         calls["forward + backward"] = [both(layer, x, dy, trained, t) for layer, trained in built]
     return Contender(calls, t.device, checked(label, calls["forward"][0], t))
@@ -278,7 +308,9 @@ def checked(label, call, t):
         return None
     (w, *_), *rest = t.tensors
     w, a, b, x = (v[:FEW].double() if v is rest[2] else v.double() for v in (w, *rest[:3]))
-    exact = x @ w.T + (0 if label == BASE else SCALING * (x @ a.T @ b.T))
+    if t.base != "dense" and label != BASE:
+        w = peftops.NF4Weight.quantize(t.tensors[0][0]).dequantize().double()
+    exact = x @ w.T + (0 if "frozen" in label else SCALING * (x @ a.T @ b.T))
     error = ((y - exact).abs().max() / exact.abs().max()).item()
     if not error <= WRONG:
         raise Absent(f"computes something else: its error is {error:.2g}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peftops.bench import compare, law, measure, peers, plot, readme, results, timing
+from peftops.bench import compare, law, measure, nf4, peers, plot, readme, results, timing
 from peftops.bench import lora as row
 from peftops.bench.peers import BASE, OURS, Problem
 from test_cli import refusal, run
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_not_timed(capsys, monkeypatch, short):
 
 
 def test_every_op_is_held_to_the_law_before_it_is_timed():
-    assert set(row.OPS) == set(CONTRACTS)
+    assert {op for one in (row, nf4) for op in one.OPS} == set(CONTRACTS)
 
 
 @pytest.mark.parametrize(
