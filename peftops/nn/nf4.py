@@ -42,13 +42,11 @@ class LinearNF4(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype, self.quant_storage = compute_dtype, quant_storage
         size, dtype = in_features * out_features, dtype or torch.get_default_dtype()
-        count = -(-size // blocksize)
-        base = [torch.empty(-(-size // 2), dtype=torch.uint8, device=device), torch.empty(16, device=device)]
+        count, wide, narrow = -(-size // blocksize), torch.float32, torch.uint8
+        shapes = [(-(-size // 2), narrow), (16, wide), (count, wide)]
         if double_quant:
-            base += [torch.empty(count, dtype=torch.uint8, device=device)]
-            base += [torch.empty(shape, device=device) for shape in (-(-count // NESTED), NESTED, ())]
-        else:
-            base += [torch.empty(count, device=device)]
+            shapes[2:] = [(count, narrow), (-(-count // NESTED), wide), (NESTED, wide), ((), wide)]
+        base = [torch.empty(shape, dtype=kind, device=device) for shape, kind in shapes]
         self.hold(base, dtype, blocksize, quant_type)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         if not self.weight.is_meta:
