@@ -185,7 +185,8 @@ class LinearNF4(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         name = f"{prefix}weight"
         codes = self.weight if keep_vars else self.weight.detach()
-        destination[name] = codes if self.quant_storage is torch.uint8 else codes.view(self.quant_storage)
+        stored = self.quant_storage
+        destination[name] = codes if stored is torch.uint8 else codes.flatten().view(stored)[:, None]
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
         if not self.weight.is_meta:
@@ -197,6 +198,8 @@ class LinearNF4(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         name, assign = f"{prefix}weight", local_metadata.get("assign_to_params_buffers", False)
         own = {name: self.weight, f"{prefix}bias": self.bias}
         missing_keys += [key for key, t in own.items() if strict and t is not None and key not in state_dict]

@@ -217,7 +217,7 @@ def test_a_broken_adapter_is_not_merged_safely():
     model = peftops.patch(lora(ours()))
     layer_of(model).lora_A["default"].weight.data[0, 0] = float("nan")
     before = layer_of(model).base_layer.dequantize()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         layer_of(model).merge(safe_merge=True)
     assert torch.equal(layer_of(model).base_layer.dequantize(), before) and not layer_of(model).merged
 
