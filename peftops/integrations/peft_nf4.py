@@ -57,12 +57,11 @@ def unmerge(layer):
     layer.merged_adapters.clear()
 
 
-def packed(base):
+def packed(base, weight):
     """(codes, Base, the dtype it computes in) of a bitsandbytes layer, or, as a string, why it is PEFT's own."""
-    weight = vars(base)["_parameters"].get("weight")
     state = getattr(weight, "quant_state", None)
-    if type(base).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4") or type(weight).__name__ != "Params4bit":
-        return f"base layer is {type(base).__name__} of {type(weight).__name__}"
+    if type(base).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        return f"base layer is {type(base).__name__}"
     if state is None:
         return "base weight is not quantized yet"
     if getattr(state, "packing_format_for_cpu", False):

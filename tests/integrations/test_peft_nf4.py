@@ -1,7 +1,9 @@
 """Patched LoRA layers over bases of 4 bits, LinearNF4 and bitsandbytes' Linear4bit: the law against stock PEFT."""
 
 import copy
+import inspect
 import io
+import re
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytest.importorskip("transformers")
 from tiny import adapted, install_our_mask
 
 import peftops
+from peftops.integrations import peft_nf4
 from peftops.integrations.peft import Fused, FusedLinear
 from peftops.nn import LinearNF4
 
@@ -88,6 +91,8 @@ CASES = {  # dtype of the weight, compute_dtype, dtype of x, autocast
     "computes-fp32": (torch.float32, torch.float32, torch.float32, None),
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
     "autocast": (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    "autocast-of-fp32": (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+    "autocast-of-bf16": (torch.bfloat16, None, torch.bfloat16, torch.bfloat16),
 }
 
 
@@ -97,7 +102,7 @@ def test_is_stock_peft(make, case, monkeypatch):
     install_our_mask(monkeypatch)
     dtype, compute, x_dtype, autocast = case
     model, x = lora(make(dtype, compute), **CONFIG), torch.randn(80, K, dtype=x_dtype)
-    if x_dtype is torch.bfloat16:  # else stock PEFT multiplies in fp32
+    if x_dtype is torch.bfloat16 and not autocast:  # else stock PEFT multiplies in fp32
         model = model.to(torch.bfloat16)
     exact, same = exactly(model, x, **CONFIG), step(model, x, autocast)
     patched = peftops.patch(copy.deepcopy(model), strict=True)
@@ -123,7 +128,6 @@ def test_saves_copies_and_pickles(make):
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        other(x)  # a Params4bit is pickled as a Parameter, which its layer's own forward repairs
         assert torch.equal(other(x), expected) and isinstance(layer_of(other), Fused)
 
 
@@ -147,13 +151,23 @@ def refuse_transposed(layer):
     layer.base_layer.weight.quant_state.shape = torch.Size([K, N])
 
 
+def refuse_scales(layer):
+    layer.base_layer.weight.quant_state.state2.blocksize = 128
+
+
 REASONS = {
+    "scales of the base weight": refuse_scales,
     "base weight is repacked for inference on a CPU": refuse_repacked,
     "base weight is not quantized yet": refuse_dense,
     "base weight is transposed": refuse_transposed,
     "adapters disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merged_adapters.append("default"),
 }
+
+
+def test_every_reason_has_a_case():
+    constants = set(re.findall(r'return "([^"]+)"', inspect.getsource(peft_nf4.packed)))
+    assert constants - set(REASONS) == {"a tensor is not plain"}
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -167,7 +181,7 @@ def test_what_linear4bit_keeps_for_peft(reason):
 
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_what_would_compute_otherwise_is_pefts_own(make):
-    model = peftops.patch(lora(make(compute_dtype=torch.float32)), strict=True)
+    model = peftops.patch(lora(make(compute_dtype=torch.float16)), strict=True)
     step(model, torch.randn(3, K), torch.bfloat16)
     assert peftops.report(model).calls == {"compute_dtype or x is not of autocast's dtype": 1}
     step(model, torch.randn(3, K, dtype=torch.bfloat16))
