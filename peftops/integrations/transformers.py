@@ -1,6 +1,8 @@
 """enable_nf4: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes."""
 
 import logging
+import math
+from functools import partial
 from types import MethodType
 
 import torch
@@ -12,8 +14,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from ..nn import LinearNF4
+from ..nn.nf4_packed import PackedNF4
+from ..ops.nf4 import NF4Weight
 from ..ops.nf4_state import STATE
 from ..ops.nf4_tables import FOUR_BITS
+from .transformers_experts import PackedExperts, experts, pack
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"
@@ -25,13 +30,16 @@ class enable_nf4:
 
     It loads checkpoints that bitsandbytes saved, bit for bit, and quantizes others under
     BitsAndBytesConfig(load_in_4bit=True, ...); save_pretrained writes the bytes that bitsandbytes would. bitsandbytes
-    need not be installed. Layers that stay as they were are those that it skips; a warning names expert weights of
-    three dimensions, which transformers leaves in 16 bits. undo() puts back what was there before.
+    need not be installed. Layers that stay as they were are those that it skips. undo() puts back what was there.
+
+    Expert weights of three dimensions stay in 16 bits, as with bitsandbytes, and a warning names them. experts: they
+    are quantized too, dequantized for the time that their module runs, forward and backward, and saved in 16 bits,
+    since no loader knows them otherwise. PEFT's target_parameters do not find them then.
     """
 
-    def __init__(self):
+    def __init__(self, experts=False):
         self.before = AUTO_QUANTIZER_MAPPING[METHOD]
-        AUTO_QUANTIZER_MAPPING[METHOD] = NF4Quantizer
+        AUTO_QUANTIZER_MAPPING[METHOD] = partial(NF4Quantizer, experts=experts)
 
     def undo(self):
         AUTO_QUANTIZER_MAPPING[METHOD] = self.before
@@ -51,6 +59,10 @@ class NF4Quantizer(HfQuantizer):
     serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
     is_trainable = is_compileable = True
 
+    def __init__(self, quantization_config, experts=False, **options):
+        super().__init__(quantization_config, **options)
+        self.experts, self.packed = experts, {}
+
     def update_device_map(self, device_map):
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
@@ -61,7 +73,7 @@ class NF4Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, LinearNF4) and name == "weight"
+        return (isinstance(module, LinearNF4) and name == "weight") or param_name in self.packed
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         config = self.quantization_config
@@ -76,21 +88,26 @@ class NF4Quantizer(HfQuantizer):
         ]
         for name, module in found:
             model.set_submodule(name, empty(module, config))
-        left = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.dim() == 3 and "expert" in name and should_convert_module(name, skip)
-        ]
-        if left:
+        left = experts(model, lambda name: should_convert_module(name, skip))
+        self.packed = dict.fromkeys(left) if self.experts else {}
+        if left and not self.experts:
             log.warning("enable_nf4: %d expert weights stay in 16 bits, %s and so on", len(left), left[0])
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, weight in self.packed.items():
+            config, (module, own) = self.quantization_config, get_module_from_name(model, name)
+            weight = getattr(module, own) if weight is None else weight
+            pack(module, own, weight, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type)
+        self.packed = {}
         model.is_loaded_in_4bit = True
         model.num_parameters = MethodType(num_parameters, model)  # transformers' own imports bitsandbytes
         return model
 
     def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in [*model.named_modules()]:
+            if isinstance(module, PackedExperts):
+                raise NotImplementedError(f"enable_nf4: {name} cannot be dequantized for good")
             if isinstance(module, LinearNF4):
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
@@ -99,6 +116,13 @@ class NF4Quantizer(HfQuantizer):
         model.is_loaded_in_4bit = False
         vars(model).pop("num_parameters", None)
         return model
+
+    def take(self, name, weight):
+        """Quantizes a weight of experts where it is loaded; what stands for it until all are loaded."""
+        config = self.quantization_config
+        options = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
+        self.packed[name] = NF4Weight.quantize(weight.contiguous(), 64, *options)
+        return nn.Parameter(weight.new_empty(0), requires_grad=False)
 
     def is_serializable(self):
         return True
@@ -139,6 +163,9 @@ class Quantize(ConversionOps):
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             module, _ = get_module_from_name(model, name)
+            if name in self.hf_quantizer.packed:
+                result[name] = self.hf_quantizer.take(name, value)
+                continue
             module.quantize((value.T if module.columns else value).contiguous())
             module._is_hf_initialized = True
             result[name] = module.weight
@@ -167,10 +194,12 @@ class Deserialize(ConversionOps):
 
 
 def num_parameters(self, only_trainable=False, exclude_embeddings=False):
-    """What transformers counts: two for every byte of codes, none for scales."""
-    codes = {id(m.weight): 2 * m.weight.nbytes for m in self.modules() if isinstance(m, LinearNF4)}
-    scales = {id(t) for m in self.modules() if isinstance(m, LinearNF4) for t in (m.absmax, m.nested_absmax)}
-    skipped = scales | {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+    """What transformers counts: the elements of a weight for its codes, none for its scales."""
+    held = [m for m in self.modules() if isinstance(m, PackedNF4)]
+    codes = {id(m.weight): math.prod(m.shape) for m in held}
+    skipped = {id(t) for m in held for t in (m.absmax, m.nested_absmax)}
+    if exclude_embeddings:
+        skipped |= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
     return sum(
         codes.get(id(p), p.numel())
         for p in self.parameters()

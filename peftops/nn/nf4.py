@@ -6,14 +6,15 @@ import sys
 import torch
 from torch import nn
 
-from ..functional import Base, lora_linear
+from ..functional import lora_linear
 from ..ops.lora import no_delta
 from ..ops.nf4 import NF4Weight, expect_block
 from ..ops.nf4_state import NESTED, STATE, write
 from ..ops.nf4_tables import FOUR_BITS
+from .nf4_packed import PackedNF4
 
 
-class LinearNF4(nn.Linear):
+class LinearNF4(PackedNF4, nn.Linear):
     """y = x·Ŵᵀ + bias, where Ŵ = table[code] · absmax is read as it is, differentiable in x and bias.
 
     x (..., in_features) -> (..., out_features), in x's dtype, or autocast's. compute_dtype: x is cast to it first and
@@ -22,8 +23,7 @@ class LinearNF4(nn.Linear):
     compress_statistics, quant_type "nf4" or "fp4"). A state dict with a weight that is not quantized is quantized
     where it is loaded.
 
-    Codes and scales are frozen parameters of integers, so that FSDP2 shards them and no cast to another dtype, that of
-    a mixed precision policy included, changes a bit of them: scales in fp32 are held as int32.
+    Codes and scales are frozen parameters, which FSDP2 shards and no cast to another dtype changes.
 
     Raises ValueError for sizes, blocksize and quant_type.
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
@@ -60,27 +60,10 @@ class LinearNF4(nn.Linear):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
 
-    def hold(self, base, dtype, blocksize, quant_type):
-        """Takes the tensors of an NF4Weight for its own, without a copy of the large ones."""
-        codes, table, absmax, *nested = base
-        nested_absmax, nested_table, offset = nested or (None, None, None)
-        self.weight_dtype, self.blocksize, self.quant_type, self.double_quant = (
-            dtype,
-            blocksize,
-            quant_type,
-            bool(nested),
-        )
-        for name, t in (("weight", codes.view(-1, 1)), ("absmax", absmax), ("nested_absmax", nested_absmax)):
-            whole = t.view(torch.int32) if t is not None and t.dtype is torch.float32 else t
-            self.register_parameter(name, None if t is None else nn.Parameter(whole, requires_grad=False))
-        for name, t in (("quant_map", table), ("nested_quant_map", nested_table), ("nested_offset", offset)):
-            self.register_buffer(name, None if t is None else t.clone())  # the tables of all layers are one tensor
-
     def quantize(self, weight):
         """Replaces the weight by what bitsandbytes makes of this one (out_features, in_features)."""
-        if weight.shape != (self.out_features, self.in_features):
-            wanted = self.out_features, self.in_features
-            raise ValueError(f"LinearNF4: weight must be {wanted}, got {tuple(weight.shape)}")
+        if weight.shape != self.shape:
+            raise ValueError(f"LinearNF4: weight must be {self.shape}, got {tuple(weight.shape)}")
         q = NF4Weight.quantize(weight, self.blocksize, self.double_quant, self.quant_type)
         self.hold(q.base, q.dtype, q.block, q.quant_type)
 
@@ -130,18 +113,10 @@ class LinearNF4(nn.Linear):
         options = {"compute_dtype": linear.compute_dtype, "quant_storage": codes.dtype}
         return cls.of(q, linear.bias, **options).train(linear.training)
 
-    def base(self, dtype=torch.float32):
-        """What lora_linear takes for the weight, where x is of this dtype."""
-        parts, small = self._parameters, self._buffers
-        tensors = [parts["weight"], small["quant_map"]]
-        if self.double_quant:
-            nested = parts["nested_absmax"].view(torch.float32)
-            tensors += [parts["absmax"], nested, small["nested_quant_map"], small["nested_offset"]]
-        else:
-            tensors.append(parts["absmax"].view(torch.float32))
-        if dtype is torch.float64:
-            tensors = [t.double() if t.is_floating_point() else t for t in tensors]
-        return Base("nf4", tensors, self.blocksize)
+    @property
+    def shape(self):
+        """(out_features, in_features), which those of weight are not."""
+        return self.out_features, self.in_features
 
     def computes(self, x):
         """The dtype that x is cast to, autocast aside."""
@@ -159,28 +134,9 @@ class LinearNF4(nn.Linear):
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     @property
-    def quantized(self):
-        """The weight as an NF4Weight, of the same bytes."""
-        codes, table, *scales = self.base().tensors
-        shape = self.out_features, self.in_features
-        return NF4Weight(codes.detach(), table, scales, shape, self.weight_dtype, self.blocksize, self.quant_type)
-
-    def dequantize(self, dtype=None):
-        """Ŵ (out_features, in_features), in the dtype it had before or in another."""
-        return self.quantized.dequantize(dtype)
-
-    @property
     def W_q(self):
         """The codes, by the name under which PEFT looks for a layer that has dequantize()."""
         return self.weight
-
-    def _apply(self, fn, recurse=True):
-        small = {id(t) for t in self._buffers.values() if t is not None}
-
-        def whole(t):
-            return fn(t.view(torch.int32)).view(torch.float32) if id(t) in small else fn(t)
-
-        return super()._apply(whole, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         name = f"{prefix}weight"
@@ -191,8 +147,7 @@ class LinearNF4(nn.Linear):
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
         if not self.weight.is_meta:
             base = [whole(t) for t in self.base().tensors]
-            shape = self.out_features, self.in_features
-            tensors = write(name, base, shape, self.weight_dtype, self.blocksize, self.quant_type)
+            tensors = write(name, base, self.shape, self.weight_dtype, self.blocksize, self.quant_type)
             destination.update({key: t for key, t in tensors.items() if key != name})
 
     def _load_from_state_dict(
@@ -226,14 +181,14 @@ class LinearNF4(nn.Linear):
 
         assign: share the tensors, and their device, instead of copying them to the layer's.
         """
-        shape, device = (self.out_features, self.in_features), self.weight.device
+        device = self.weight.device
         move = not assign and device.type != "meta"
         if not any(key.startswith(f"{name}.{STATE}") for key in tensors) and tensors[name].is_floating_point():
             self.quantize(tensors[name].to(device) if move else tensors[name])
             return
         q = NF4Weight.load(tensors, name)
-        if q.shape != shape:
-            raise ValueError(f"LinearNF4: weight must be {shape}, got {tuple(q.shape)}")
+        if q.shape != self.shape:
+            raise ValueError(f"LinearNF4: weight must be {self.shape}, got {tuple(q.shape)}")
         self.quant_storage = tensors[name].dtype
         base, own = q.base, self.base().tensors
         if move and [(t.shape, t.dtype) for t in base[1:]] == [(t.shape, t.dtype) for t in own[1:]]:
