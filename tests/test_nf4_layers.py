@@ -111,7 +111,7 @@ def test_no_cast_reaches_codes_or_scales(double):
     ):
         assert same_bits(bits(cast(layer)), before) and torch.equal(layer.dequantize(), weight)
     biased = LinearNF4.from_linear(linear()).bfloat16()
-    assert biased.bias.dtype == torch.bfloat16 and torch.equal(biased.dequantize(), weight) == double
+    assert biased.bias.dtype == torch.bfloat16 and biased.dequantize().dtype == torch.float32
     assert not any(p.requires_grad or p.is_floating_point() for p in layer.parameters())
 
 
@@ -241,9 +241,28 @@ def test_lora_over_4_bits(dtype, options):
 
 
 def test_lora_keeps_the_compute_dtype():
-    base = LinearNF4.from_linear(linear(), compute_dtype=torch.bfloat16)
-    y = LoRALinear(base, 4, lora_alpha=6)(torch.randn(3, 64, requires_grad=True))
-    assert y.dtype == torch.float32 and error(y, base(torch.zeros(3, 64)).double()) > 0
+    base, x = LinearNF4.from_linear(linear(), compute_dtype=torch.bfloat16), torch.randn(3, 64)
+    y = LoRALinear(base, 4, lora_alpha=6)(x)
+    assert y.dtype == torch.float32 and error(y, base(x).double()) <= bound(base(x), base(x).double())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_bias": True, "bias": "all"}], ids=str)
+def test_lora_is_pefts_layer(options):
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["lin"], r=4, **options)
+    model = nn.Sequential()
+    model.add_module("lin", LinearNF4.from_linear(linear()))
+    ours = copy.deepcopy(model.lin)
+    torch.manual_seed(7)
+    theirs = peft.get_peft_model(model, config).base_model.model.lin
+    torch.manual_seed(7)
+    ours = LoRALinear.from_config(ours, config, "lin")
+    assert same_bits(bits(ours), bits(theirs))
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert one.dtype == other.dtype and one.requires_grad == other.requires_grad
+    shared, x = LoRALinear.from_peft(theirs), torch.randn(3, 64)
+    assert shared.base_layer is theirs.base_layer and torch.equal(shared(x), ours(x))
 
 
 def test_peft_reads_it():
@@ -256,6 +275,7 @@ SHARDED = """
 import sys, torch
 from torch import nn
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from contextlib import nullcontext
 import peftops
@@ -280,6 +300,8 @@ def worker(rank, path):
             model(x).square().sum().backward()
             grads = [p.grad.full_tensor() for p in model.parameters() if p.requires_grad]
             assert all(map(torch.equal, grads, expected)), rank
+            whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            assert all(torch.equal(whole[f"0.base_layer.{k}"], t) for k, t in before.items())
             after = base.state_dict()
             assert all(torch.equal(after[k].full_tensor() if k == "weight" else after[k], t) for k, t in before.items())
             narrow = LinearNF4.from_linear(nn.Linear(64, 96, bias=False), double_quant=double)

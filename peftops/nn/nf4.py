@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -128,10 +129,12 @@ class LinearNF4(PackedNF4, nn.Linear):
         return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.to(dtype)
 
     def forward(self, x):
-        dtype = self.computes(x)
+        dtype, given = self.computes(x), x.dtype
+        if dtype is not given:
+            x = x.to(dtype)
         delta = no_delta(self.in_features, self.out_features, dtype, x.device)
-        y = lora_linear(x.to(dtype), self.base(dtype), *delta, self.bias_for(dtype))
-        return y if self.compute_dtype is None else y.to(x.dtype)
+        y = lora_linear(x, self.base(dtype), *delta, self.bias_for(dtype))
+        return y if self.compute_dtype is None else y.to(given)
 
     @property
     def W_q(self):
@@ -198,6 +201,16 @@ class LinearNF4(PackedNF4, nn.Linear):
         elif move:
             base = [t.to(device, copy=True) for t in base]
         self.hold([base[0].flatten(), *base[1:]], q.dtype, q.block, q.quant_type)
+
+    def _fqn_modifiers(self):
+        """For torch.distributed.checkpoint, which looks for an attribute of the weight behind every dotted key."""
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self):
+        kinds = SimpleNamespace(**{f"bitsandbytes__{kind}": None for kind in FOUR_BITS})
+        parts = "absmax", "quant_map", "nested_absmax", "nested_quant_map"
+        return SimpleNamespace(weight=SimpleNamespace(quant_state=kinds, **dict.fromkeys(parts)))
 
     def extra_repr(self):
         text = (
