@@ -54,6 +54,8 @@ def unmerge(layer):
     base.hold(original.base, original.dtype, original.block, original.quant_type)
     if bias is not None:
         base.bias.copy_(bias)
+    for name in layer.merged_adapters:
+        layer._caches.pop(f"{name}-weight_norm", None)  # where DoRA's merge leaves it for PEFT's unmerge
     layer.merged_adapters.clear()
 
 

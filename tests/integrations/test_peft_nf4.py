@@ -131,8 +131,9 @@ def test_saves_copies_and_pickles(make):
         assert torch.equal(other(x), expected) and isinstance(layer_of(other), Fused)
 
 
-def test_a_compiled_model_is_one_graph():
-    model, x = lora(ours()), torch.randn(70, K)
+@pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
+def test_a_compiled_model_is_one_graph(make):
+    model, x = lora(make()), torch.randn(70, K)
     exact, same = exactly(model, x), step(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(peftops.patch(model), fullgraph=True, backend="aot_eager")
