@@ -188,7 +188,7 @@ ERRORS = [
     ),
     (
         TypeError,
-        "LoRALinear: base_layer must be nn.Linear or transformers' Conv1D, got GELU",
+        "LoRALinear: base_layer must be nn.Linear, LinearNF4 or transformers' Conv1D, got GELU",
         {"base_layer": nn.GELU()},
     ),
 ]

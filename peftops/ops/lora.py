@@ -241,6 +241,21 @@ def lora_linear(
     return forward(None, *args)
 
 
+def nf4_linear(x, weight, bias=None):
+    """y = x·Ŵᵀ + bias, differentiable in x and bias: lora_linear without a delta.
+
+    x (..., k); weight an NF4Weight (n, k); bias (n,) in x's dtype or fp32. Returns (..., n) in x's dtype.
+    Raises ValueError for shapes, TypeError for dtypes and for a weight that is not an NF4Weight.
+    Source: Dettmers et al., QLoRA, arXiv 2305.14314.
+    """
+    if not isinstance(weight, NF4Weight):
+        raise TypeError(f"lora: w must be NF4Weight, got {type(weight).__name__}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"lora: w must be (n, k), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    return lora_linear(x, weight, *no_delta(k, n, x.dtype, x.device), bias)
+
+
 def way(x, m, n, k, r, p=0.0, form="dense"):
     """(op, backend, its own word for what it does) where lora_linear gets m rows like x, of its dtype and device."""
     op = "lora_gemv" if m <= FEW and not p else "lora_fwd"
@@ -267,6 +282,20 @@ def scale_of(scaling, dtype, device):
     if torch._C._len_torch_dispatch_stack() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.full((1,), scaling, dtype=dtype, device=device)
     return kept_scale(float(scaling), dtype, device)
+
+
+def no_delta(k, n, dtype, device):
+    """lora_A (0, k) and lora_B (n, 0), in what is legal for x of dtype; kept between calls where it is safe to."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.empty(0, k, dtype=wide, device=device), torch.empty(n, 0, dtype=wide, device=device)
+    return kept_empty(k, n, wide, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def kept_empty(k, n, dtype, device):
+    with torch.inference_mode(False):
+        return torch.empty(0, k, dtype=dtype, device=device), torch.empty(n, 0, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)

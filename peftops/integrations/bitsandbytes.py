@@ -1,0 +1,73 @@
+"""enable: bitsandbytes' own 4-bit layers and functions run on our kernels, until disable."""
+
+import math
+import warnings
+from importlib import import_module
+
+import torch
+
+from ..functional import Base, lora_linear
+from ..ops.lora import no_delta
+from ..ops.nf4 import nf4_dequantize, nf4_quantize
+from ..ops.nf4_tables import bounds, four_bits
+
+DEVICES = "CPU", "CUDA"
+_library = None
+
+
+def enable():
+    """Puts our kernels in the place of bitsandbytes' for its ops quantize_4bit, dequantize_4bit and gemm_4bit.
+
+    All that calls them, bitsandbytes.nn.Linear4bit for one, computes what it did before by the same formulas: codes and
+    dequantized weights are the same bits, products are rounded as functional.lora_linear says. Once is enough.
+    Raises ModuleNotFoundError where bitsandbytes is not installed.
+    """
+    global _library
+    if _library is None:
+        import_module("bitsandbytes")
+        _library = torch.library.Library("bitsandbytes", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # which is the point
+            for name, function in OPS.items():
+                for device in DEVICES:
+                    _library.impl(name, function, device, allow_override=True)
+
+
+def disable():
+    """Puts bitsandbytes' kernels back."""
+    global _library
+    if _library is not None:
+        _library._destroy()  # the dispatcher has kept what was there before
+        _library = None
+
+
+def quantize_4bit(A, blocksize, quant_type, quant_storage):
+    codes, absmax = nf4_quantize(A, *bounds(four_bits(quant_type, A.device)), blocksize)
+    return codes.view(quant_storage)[:, None], absmax
+
+
+def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
+    codes, table = A.contiguous().view(torch.uint8), four_bits(quant_type, A.device)
+    return nf4_dequantize(codes, table, [absmax.float()], blocksize, math.prod(shape), dtype).view(shape)
+
+
+def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
+    out.copy_(dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype))
+
+
+@torch.no_grad()  # bitsandbytes has a backward of its own
+def gemm_4bit(
+    A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
+):
+    scales = [absmax] if absmax_8bit is None else [absmax_8bit, absmax, absmax_code, absmax_offset.reshape(())]
+    base = Base("nf4", [B.contiguous().view(torch.uint8), four_bits(quant_type, A.device), *scales], blocksize)
+    n, k = shapeB
+    return lora_linear(A, base, *no_delta(k, n, A.dtype, A.device), bias).to(A.dtype)
+
+
+OPS = {
+    "quantize_4bit": quantize_4bit,
+    "dequantize_4bit": dequantize_4bit,
+    "dequantize_4bit.out": dequantize_4bit_out,
+    "gemm_4bit": gemm_4bit,
+}

@@ -1,0 +1,207 @@
+"""enable_nf4: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes."""
+
+import logging
+import math
+from functools import partial
+from types import MethodType
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, _IdentityOp
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from ..nn import LinearNF4
+from ..nn.nf4_packed import PackedNF4
+from ..ops.nf4 import NF4Weight
+from ..ops.nf4_state import STATE
+from ..ops.nf4_tables import FOUR_BITS
+from .transformers_experts import PackedExperts, experts, pack
+
+log = logging.getLogger("peftops")
+METHOD = "bitsandbytes_4bit"
+PARTS = "absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"{STATE}{kind}" for kind in FOUR_BITS)
+
+
+class enable_nf4:
+    """From now on, or inside `with enable_nf4():`, from_pretrained makes LinearNF4 of what is Linear4bit otherwise.
+
+    It loads checkpoints that bitsandbytes saved, bit for bit, and quantizes others under
+    BitsAndBytesConfig(load_in_4bit=True, ...); save_pretrained writes the bytes that bitsandbytes would. bitsandbytes
+    need not be installed. Layers that stay as they were are those that it skips. undo() puts back what was there.
+
+    Expert weights of three dimensions stay in 16 bits, as with bitsandbytes, and a warning names them. experts: they
+    are quantized too, dequantized for the time that their module runs, forward and backward, and saved in 16 bits,
+    since no loader knows them otherwise. PEFT's target_parameters do not find them then.
+    """
+
+    def __init__(self, experts=False):
+        self.before = AUTO_QUANTIZER_MAPPING[METHOD]
+        AUTO_QUANTIZER_MAPPING[METHOD] = partial(NF4Quantizer, experts=experts)
+
+    def undo(self):
+        AUTO_QUANTIZER_MAPPING[METHOD] = self.before
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.undo()
+
+
+class NF4Quantizer(HfQuantizer):
+    """transformers' quantizer for load_in_4bit, whose layers are LinearNF4."""
+
+    requires_calibration = False
+    quantized_element_size = 0.5
+    serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
+    is_trainable = is_compileable = True
+
+    def __init__(self, quantization_config, experts=False, **options):
+        super().__init__(quantization_config, **options)
+        self.experts, self.packed = experts, {}
+
+    def update_device_map(self, device_map):
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def adjust_max_memory(self, max_memory):
+        return {key: value * 0.9 for key, value in max_memory.items()}
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        module, name = get_module_from_name(model, param_name)
+        return (isinstance(module, LinearNF4) and name == "weight") or param_name in self.packed
+
+    def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
+            skip += [name for name, place in device_map.items() if place in ("disk", "cpu")]
+        self.modules_to_not_convert = skip
+        found = [
+            (name, module)
+            for name, module in model.named_modules()
+            if should_convert_module(name, skip) and (type(module) is nn.Linear or isinstance(module, Conv1D))
+        ]
+        for name, module in found:
+            model.set_submodule(name, empty(module, config))
+        left = experts(model, lambda name: should_convert_module(name, skip))
+        self.packed = dict.fromkeys(left) if self.experts else {}
+        if left and not self.experts:
+            log.warning("enable_nf4: %d expert weights stay in 16 bits, %s and so on", len(left), left[0])
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, weight in self.packed.items():
+            config, (module, own) = self.quantization_config, get_module_from_name(model, name)
+            weight = getattr(module, own) if weight is None else weight
+            pack(module, own, weight, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type)
+        self.packed = {}
+        model.is_loaded_in_4bit = True
+        model.num_parameters = MethodType(num_parameters, model)  # transformers' own imports bitsandbytes
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, module in [*model.named_modules()]:
+            if isinstance(module, PackedExperts):
+                raise NotImplementedError(f"enable_nf4: {name} cannot be dequantized for good")
+            if isinstance(module, LinearNF4):
+                linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                linear.bias = module.bias
+                model.set_submodule(name, linear.train(module.training))
+        model.is_loaded_in_4bit = False
+        vars(model).pop("num_parameters", None)
+        return model
+
+    def take(self, name, weight):
+        """Quantizes a weight of experts where it is loaded; what stands for it until all are loaded."""
+        config = self.quantization_config
+        options = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
+        self.packed[name] = NF4Weight.quantize(weight.contiguous(), 64, *options)
+        return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+    def is_serializable(self):
+        return True
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    def get_load_operations(self):
+        return {"deserialize": Deserialize}
+
+
+def empty(module, config):
+    """The LinearNF4, on the meta device, that a layer becomes under a BitsAndBytesConfig."""
+    k, n = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    layer = LinearNF4(
+        k,
+        n,
+        module.bias is not None,
+        double_quant=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        compute_dtype=config.bnb_4bit_compute_dtype,
+        quant_storage=config.bnb_4bit_quant_storage,
+        device="meta",
+        dtype=module.weight.dtype,
+    )
+    layer.columns = isinstance(module, Conv1D)
+    return layer.requires_grad_(False).train(module.training)
+
+
+class Quantize(ConversionOps):
+    """A weight of a checkpoint that is not quantized."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        result = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            module, _ = get_module_from_name(model, name)
+            if name in self.hf_quantizer.packed:
+                result[name] = self.hf_quantizer.take(name, value)
+                continue
+            module.quantize((value.T if module.columns else value).contiguous())
+            module._is_hf_initialized = True
+            result[name] = module.weight
+        return result
+
+
+class Deserialize(ConversionOps):
+    """The tensors of a quantized weight. transformers keeps its hands off them for the attribute hf_quantizer."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+        if len(input_dict) == 1:
+            return input_dict
+        module, _ = get_module_from_name(model, full_layer_name)
+        if not isinstance(module, LinearNF4):
+            raise TypeError(f"enable_nf4: {full_layer_name} must be of a linear layer, got {type(module).__name__}")
+        module.load({key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()})
+        module._is_hf_initialized = True
+        return {"weight": module.weight}
+
+    @property
+    def reverse_op(self):
+        return _IdentityOp()
+
+
+def num_parameters(self, only_trainable=False, exclude_embeddings=False):
+    """What transformers counts: the elements of a weight for its codes, none for its scales."""
+    held = [m for m in self.modules() if isinstance(m, PackedNF4)]
+    codes = {id(m.weight): math.prod(m.shape) for m in held}
+    skipped = {id(t) for m in held for t in (m.absmax, m.nested_absmax)}
+    if exclude_embeddings:
+        skipped |= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+    return sum(
+        codes.get(id(p), p.numel())
+        for p in self.parameters()
+        if (p.requires_grad or not only_trainable) and id(p) not in skipped
+    )

@@ -1,0 +1,298 @@
+"""Patched LoRA layers over bases of 4 bits, LinearNF4 and bitsandbytes' Linear4bit: the law against stock PEFT."""
+
+import copy
+import inspect
+import io
+import re
+
+import pytest
+import torch
+from law import bound, error
+from torch import nn
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tiny import adapted, install_our_mask
+
+import peftops
+from peftops.integrations import peft_nf4
+from peftops.integrations.peft import Fused, FusedLinear
+from peftops.nn import LinearNF4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+K, N = 64, 96
+
+
+class Net(nn.Module):
+    def __init__(self, lin):
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def ours(dtype=torch.float32, compute_dtype=None, **options):
+    torch.manual_seed(0)
+    return LinearNF4.from_linear(nn.Linear(K, N, dtype=dtype), compute_dtype=compute_dtype, **options)
+
+
+def theirs(dtype=torch.float32, compute_dtype=None, quant_type="nf4", double_quant=True, blocksize=64):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear, layer = nn.Linear(K, N, dtype=dtype), bnb.nn.Linear4bit(K, N, compute_dtype=compute_dtype)
+    options = {"quant_type": quant_type, "compress_statistics": double_quant, "blocksize": blocksize}
+    layer.weight = bnb.nn.Params4bit(linear.weight.data, **options).to("cpu")
+    layer.bias = linear.bias
+    return layer
+
+
+def lora(lin, **config):
+    net = Net(lin)
+    net.is_loaded_in_4bit = True
+    model = adapted(net, **{"target_modules": ["lin"]} | config)
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def layer_of(model):
+    return model.base_model.model.lin
+
+
+def step(model, x, autocast=None):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = model(x)
+    y.float().square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def exactly(model, x, **config):
+    """Stock PEFT in float64 over the dequantized weight."""
+    base, wide = layer_of(model).base_layer, copy.deepcopy(model)
+    q = base.quantized if isinstance(base, LinearNF4) else LinearNF4.from_bnb(base).quantized
+    linear = nn.Linear(K, N, dtype=torch.float64).requires_grad_(False)
+    linear.weight.data, linear.bias = q.dequantize(torch.float64), wide.base_model.model.lin.base_layer.bias
+    net = lora(nn.Linear(K, N), **config)
+    state = {k: v for k, v in model.state_dict().items() if "lora_" in k}
+    net.load_state_dict(state, strict=False)
+    layer_of(net).base_layer = linear
+    return step(net.double(), x.double())
+
+
+CONFIG = {"lora_dropout": 0.3, "use_rslora": True}
+CASES = {  # dtype of the weight, compute_dtype, dtype of x, autocast
+    "fp32": (torch.float32, None, torch.float32, None),
+    "computes-fp32": (torch.float32, torch.float32, torch.float32, None),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
+    "autocast": (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    "autocast-of-fp32": (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+    "autocast-of-bf16": (torch.bfloat16, None, torch.bfloat16, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
+def test_is_stock_peft(make, case, monkeypatch):
+    install_our_mask(monkeypatch)
+    dtype, compute, x_dtype, autocast = case
+    model, x = lora(make(dtype, compute), **CONFIG), torch.randn(80, K, dtype=x_dtype)
+    if x_dtype is torch.bfloat16 and not autocast:  # else stock PEFT multiplies in fp32
+        model = model.to(torch.bfloat16)
+    exact, same = exactly(model, x, **CONFIG), step(model, x, autocast)
+    patched = peftops.patch(copy.deepcopy(model), strict=True)
+    out = step(patched, x, autocast)
+    assert [t.dtype for t in out] == [t.dtype for t in same]
+    assert error(out, exact) <= bound(same, exact)
+    assert peftops.report(patched).calls == {"fused": 1} and peftops.report(patched).fused == 1
+    assert "quant_state" not in repr(peftops.unpatch(patched)) and not isinstance(layer_of(patched), Fused)
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "fp4"}, {"double_quant": False}, {"blocksize": 128}], ids=str)
+@pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
+def test_formats(make, options):
+    model, x = lora(make(**options)), torch.randn(5, K)
+    exact, same = exactly(model, x), step(model, x)
+    assert error(step(peftops.patch(model, strict=True), x), exact) <= bound(same, exact)
+
+
+@pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
+def test_saves_copies_and_pickles(make):
+    model, x = peftops.patch(lora(make())), torch.randn(5, K)
+    expected, file = model(x), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), expected) and isinstance(layer_of(other), Fused)
+
+
+@pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
+def test_a_compiled_model_is_one_graph(make):
+    model, x = lora(make()), torch.randn(70, K)
+    exact, same = exactly(model, x), step(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(peftops.patch(model), fullgraph=True, backend="aot_eager")
+    assert error(step(compiled, x), exact) <= bound(same, exact)
+
+
+def refuse_repacked(layer):
+    layer.base_layer.weight.quant_state.packing_format_for_cpu = True
+
+
+def refuse_dense(layer):
+    layer.base_layer.weight.quant_state = None
+
+
+def refuse_transposed(layer):
+    layer.base_layer.weight.quant_state.shape = torch.Size([K, N])
+
+
+def refuse_scales(layer):
+    layer.base_layer.weight.quant_state.state2.blocksize = 128
+
+
+REASONS = {
+    "scales of the base weight": refuse_scales,
+    "base weight is repacked for inference on a CPU": refuse_repacked,
+    "base weight is not quantized yet": refuse_dense,
+    "base weight is transposed": refuse_transposed,
+    "adapters disabled": lambda layer: layer.enable_adapters(False),
+    "merged": lambda layer: layer.merged_adapters.append("default"),
+}
+
+
+def test_every_reason_has_a_case():
+    constants = set(re.findall(r'return "([^"]+)"', inspect.getsource(peft_nf4.packed)))
+    assert constants - set(REASONS) == {"a tensor is not plain"}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_linear4bit_keeps_for_peft(reason):
+    model = lora(theirs())
+    REASONS[reason](layer_of(model))
+    with pytest.raises(ValueError, match=f"patch: base_model.model.lin cannot be fused: {reason}"):
+        peftops.patch(model, strict=True)
+    assert peftops.report(peftops.patch(model)).reasons == {reason: 1}
+
+
+@pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
+def test_what_would_compute_otherwise_is_pefts_own(make):
+    model = peftops.patch(lora(make(compute_dtype=torch.float16)), strict=True)
+    step(model, torch.randn(3, K), torch.bfloat16)
+    assert peftops.report(model).calls == {"compute_dtype or x is not of autocast's dtype": 1}
+    step(model, torch.randn(3, K, dtype=torch.bfloat16))
+    assert peftops.report(model).calls["x is not of the base weight's dtype"] == 1
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_merges_once_rounded_and_unmerges_every_bit(config):
+    model, x = peftops.patch(lora(ours(), **config)), torch.randn(5, K)
+    layer, base = layer_of(model), layer_of(model).base_layer
+    before = {k: t.clone() for k, t in base.state_dict().items()}
+    expected = model(x)
+    weight = base.dequantize() + layer.get_delta_weight("default")
+    with pytest.warns(UserWarning, match="merge: a merged weight in 4 bits is rounded again"):
+        layer.merge(safe_merge=True)
+    if not config:
+        assert torch.equal(base.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize())
+    assert layer.merged and error(model(x), expected.double()) < 0.2
+    assert peftops.report(model).reasons == {"merged": 1}
+    with pytest.raises(ValueError, match=r"unpatch: base_model.model.lin must be unmerged first"):
+        peftops.unpatch(model)
+    with model.disable_adapter():  # unmerges
+        model(x)
+    assert not layer.merged and all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
+    assert torch.equal(model(x), expected)
+
+
+def linear_of(weight):
+    linear = nn.Linear(K, N)
+    linear.weight.data = weight.detach()
+    return linear
+
+
+def test_merges_several_adapters_from_the_first_weight():
+    model = lora(ours())
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False))
+    layer = layer_of(peftops.patch(model))
+    weight = layer.base_layer.dequantize() + layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    layer.merge(adapter_names=["default"])
+    layer.merge(adapter_names=["other"])
+    assert torch.equal(layer.base_layer.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize())
+    merged = model.merge_and_unload()
+    assert type(merged.lin) is LinearNF4
+
+
+def test_a_broken_adapter_is_not_merged_safely():
+    model = peftops.patch(lora(ours()))
+    layer_of(model).lora_A["default"].weight.data[0, 0] = float("nan")
+    before = layer_of(model).base_layer.dequantize()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        layer_of(model).merge(safe_merge=True)
+    assert torch.equal(layer_of(model).base_layer.dequantize(), before) and not layer_of(model).merged
+
+
+def test_merge_over_linear4bit_is_pefts():
+    model = peftops.patch(lora(theirs()))
+    stock = copy.deepcopy(peftops.unpatch(copy.deepcopy(model)))
+    layer_of(model).merge()
+    layer_of(stock).merge()
+    assert torch.equal(layer_of(model).base_layer.weight, layer_of(stock).base_layer.weight)
+
+
+INITS = ["gaussian", "orthogonal", True, False]
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_initialisations(init):
+    """What PEFT makes of a dense base of the same seed."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N)
+    models = []
+    for lin in (linear, LinearNF4.from_linear(linear)):
+        torch.manual_seed(3)
+        if init == "orthogonal" and type(lin) is LinearNF4:
+            with pytest.raises(RuntimeError):  # PEFT casts A and B to the dtype of the weight, as over bitsandbytes
+                adapted(Net(lin), target_modules=["lin"], init_lora_weights=init)
+            return
+        models.append(layer_of(adapted(Net(lin), target_modules=["lin"], init_lora_weights=init)))
+    for part in ("lora_A", "lora_B"):
+        assert torch.equal(*(getattr(model, part)["default"].weight for model in models))
+
+
+def test_dora_starts_at_the_norm_of_the_weight():
+    layer = layer_of(adapted(Net(ours()), target_modules=["lin"], use_dora=True, init_lora_weights=True))
+    norm = layer.base_layer.dequantize().norm(dim=1)
+    assert torch.equal(layer.lora_magnitude_vector["default"].weight, norm)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_residuals_are_quantized_after_pefts_decomposition(init):
+    """PiSSA and OLoRA change the weight, so PEFT wants it dense; its layer then takes a LinearNF4 of what is left."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N)
+    before, x = linear.weight.detach().clone(), torch.randn(5, K)
+    layer = layer_of(adapted(Net(linear), target_modules=["lin"], init_lora_weights=init))
+    layer.base_layer = LinearNF4.from_linear(layer.base_layer)
+    model = peftops.patch(Net(layer), strict=True)
+    plain = LinearNF4.from_linear(linear_of(before), double_quant=True)
+    whole = layer.base_layer.dequantize() + layer.get_delta_weight("default")
+    assert (whole - before).norm() < (plain.dequantize() - before).norm()  # which PiSSA promises
+    assert isinstance(model.lin, FusedLinear) and torch.isfinite(model(x)).all()
+
+
+def test_loftq_over_what_is_quantized():
+    """LoftQ for a weight that is quantized already is one decomposition of what quantization lost."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N)
+    layer = layer_of(adapted(Net(LinearNF4.from_linear(linear)), target_modules=["lin"], r=8, lora_alpha=8))
+    lost = linear.weight - peft.utils.integrations.dequantize_module_weight(layer.base_layer)
+    u, s, v = torch.linalg.svd(lost, full_matrices=False)
+    layer.lora_A["default"].weight.data = s[:8].sqrt()[:, None] * v[:8]
+    layer.lora_B["default"].weight.data = u[:, :8] * s[:8].sqrt()
+    assert (lost - layer.get_delta_weight("default")).norm() < lost.norm()

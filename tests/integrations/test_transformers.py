@@ -1,0 +1,267 @@
+"""transformers with enable_nf4: bitsandbytes' checkpoints in and out, bit for bit, with and without bitsandbytes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from law import bound, error
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import peftops
+import peftops.functional as F
+from peftops.integrations import transformers_experts as experts_module
+from peftops.integrations.transformers import METHOD, enable_nf4
+from peftops.nn import LinearNF4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = torch.arange(24).view(2, 12) * 7 % 64
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of dense models: a Llama in bf16, and a GPT-2, whose linear layers are Conv1D, in fp32."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=64, attention_bias=True)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "llama")
+    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64, n_positions=32, **still)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    return folder
+
+
+def config(double=True, kind="nf4", **options):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, **options)
+
+
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def files(folder):
+    """What a model is, in bytes."""
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".json")}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+CONFIGS = [
+    {},
+    {"double": False},
+    {"kind": "fp4"},
+    {"bnb_4bit_compute_dtype": torch.bfloat16},
+    {"bnb_4bit_quant_storage": torch.bfloat16},
+    {"llm_int8_skip_modules": ["lm_head", "q_proj"]},
+]
+
+
+@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_makes_loads_and_saves_what_bitsandbytes_does(kind, options, saved, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    source, dtype = saved / kind, torch.bfloat16 if kind == "llama" else torch.float32
+    theirs = load(source, quantization_config=config(**options), dtype=dtype)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with enable_nf4():
+        ours = load(source, quantization_config=config(**options), dtype=dtype)
+        again = load(tmp_path / "theirs")
+        for name, model in (("ours", ours), ("again", again)):
+            model.save_pretrained(tmp_path / name)
+            assert files(tmp_path / name) == files(tmp_path / "theirs")
+        assert load(tmp_path / "again").is_loaded_in_4bit
+    quantized = {name for name, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    for model in (ours, again):
+        assert {name for name, m in model.named_modules() if isinstance(m, LinearNF4)} == quantized and quantized
+        assert model.is_loaded_in_4bit and model.num_parameters() == theirs.num_parameters()
+    theirs.train()  # in eval mode, bitsandbytes may repack its weights for the CPU and round their scales
+    out = [ours.train()(input_ids=TOKENS).logits, again.train()(input_ids=TOKENS).logits]
+    same = theirs(input_ids=TOKENS).logits
+    exact = copy.deepcopy(ours).dequantize().double()(input_ids=TOKENS).logits
+    assert all(error(t, exact) <= bound(same, exact) for t in out)
+
+
+ALONE = """
+import sys
+sys.modules["bitsandbytes"] = None  # so that importing it fails
+import torch, peft
+from contextlib import nullcontext
+from pathlib import Path
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.utils import is_bitsandbytes_available
+import peftops
+from peftops.integrations.transformers import enable_nf4
+from peftops.nn import LinearNF4
+
+assert not is_bitsandbytes_available()
+source, stored, out = map(Path, sys.argv[1:4])
+tokens = torch.arange(24).view(2, 12) * 7 % 64
+with peftops.backend(sys.argv[4]) if len(sys.argv) > 4 else nullcontext():
+    enable_nf4()
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    made = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
+    made.save_pretrained(out / "made")
+    path = stored if stored.exists() else out / "made"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(out / "saved")
+    torch.save(model(input_ids=tokens).logits, out / "logits.pt")
+    model = peft.prepare_model_for_kbit_training(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = [m for m in model.modules() if isinstance(m, peft.tuners.lora.layer.Linear)]
+    assert len(adapted) == 14 and all(type(m.base_layer) is LinearNF4 for m in adapted)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    peftops.patch(model, strict=True)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    data = [{"input_ids": tokens[0], "labels": tokens[0]}] * 4
+    options = {"use_cpu": True, "bf16": True, "gradient_checkpointing": True, "report_to": [], "max_steps": 2}
+    arguments = TrainingArguments(str(out / "trainer"), save_strategy="no", disable_tqdm=True, **options)
+    trainer = Trainer(model, arguments, train_dataset=data)
+    loss = trainer.train().training_loss
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert loss == loss and changed and all("lora_" in n for n in changed)
+    model.save_pretrained(out / "adapter")
+    assert peftops.report(model).fused == 14, str(peftops.report(model))
+assert sys.modules["bitsandbytes"] is None
+"""
+
+
+def test_does_without_bitsandbytes(saved, tmp_path):
+    stored = tmp_path / "theirs"
+    try:
+        import bitsandbytes  # noqa: F401
+
+        load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16).save_pretrained(stored)
+    except ImportError:
+        pass
+    script, forced = tmp_path / "alone.py", peftops.backends._forced
+    script.write_text(ALONE)
+    command = [sys.executable, str(script), str(saved / "llama"), str(stored), str(tmp_path), *filter(None, [forced])]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert files(tmp_path / "saved") == files(stored if stored.exists() else tmp_path / "made")
+    with enable_nf4():
+        assert torch.equal(logits(load(tmp_path / "saved")), torch.load(tmp_path / "logits.pt"))
+
+
+def test_undoes_itself():
+    before = AUTO_QUANTIZER_MAPPING[METHOD]
+    with enable_nf4():
+        assert AUTO_QUANTIZER_MAPPING[METHOD] is not before
+        inner = enable_nf4()
+        inner.undo()
+        assert AUTO_QUANTIZER_MAPPING[METHOD] is not before
+    assert AUTO_QUANTIZER_MAPPING[METHOD] is before
+    with pytest.raises(KeyError), enable_nf4():
+        raise KeyError
+    assert AUTO_QUANTIZER_MAPPING[METHOD] is before
+
+
+def test_names_a_checkpoint_that_is_broken(saved, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    with enable_nf4():
+        load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16).save_pretrained(tmp_path)
+        tensors = safetensors.load_file(tmp_path / "model.safetensors")
+        del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
+        safetensors.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(RuntimeError):
+            load(tmp_path)
+
+
+def test_dequantizes(saved):
+    with enable_nf4():
+        model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
+    expected = logits(model)
+    plain = model.dequantize()
+    assert not any(isinstance(m, LinearNF4) for m in plain.modules()) and not plain.is_loaded_in_4bit
+    out, exact = logits(plain), logits(copy.deepcopy(plain).double())
+    assert error(expected, exact) <= bound(out, exact)
+    assert plain.num_parameters() == load(saved / "llama").num_parameters()
+
+
+def test_copies_and_counts(saved):
+    with enable_nf4():
+        model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.lm_head.weight)
+    assert logits(model).any() and not logits(other).any()
+    other.lm_head = nn.Linear(64, 2)
+    assert other.num_parameters() != model.num_parameters() == load(saved / "llama").num_parameters()
+    assert json.loads(model.config.to_json_string())["quantization_config"]["load_in_4bit"]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=64)
+    folder = tmp_path_factory.mktemp("mixtral")
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_names_the_experts_it_leaves(mixture, caplog):
+    with enable_nf4():
+        model = load(mixture, quantization_config=config(), dtype=torch.float32)
+    assert "enable_nf4: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts." in caplog.text
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dim() == 3
+
+
+def trained(model):
+    model.train().zero_grad()
+    embeddings = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    out = model(inputs_embeds=embeddings, labels=TOKENS)
+    out.loss.backward()
+    return [out.logits.detach(), embeddings.grad]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_in_4_bits(mixture, implementation, tmp_path):
+    with enable_nf4(experts=True):
+        model = load(mixture, quantization_config=config(), dtype=torch.float32)
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path)
+    plain = load(mixture, dtype=torch.float32)
+    assert model.num_parameters() == plain.num_parameters()
+    for ours, theirs in zip(model.model.layers, plain.model.layers, strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            packed, weight = getattr(ours.mlp.experts, name), getattr(theirs.mlp.experts, name)
+            assert torch.equal(packed.dequantize(), F.quantize_nf4(weight.data).dequantize())
+            assert packed.weight.nbytes * 8 == weight.nbytes
+            weight.data = packed.dequantize()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(theirs.self_attn, name).weight.data = getattr(ours.self_attn, name).dequantize()
+    plain.set_experts_implementation("eager")
+    exact = trained(copy.deepcopy(plain).double())
+    for one in (model, plain):
+        one.set_experts_implementation(implementation)
+    same, out = trained(plain), trained(model)
+    assert error(out, exact) <= bound(same, exact) and error(trained(copy.deepcopy(model)), exact) <= bound(same, exact)
+    assert not [name for m in model.modules() for name in vars(m) if name in ("gate_up_proj", "_peftops_hooks")]
+    assert not experts_module._recent
+    assert type(again.model.layers[0].mlp.experts.down_proj).__name__ == "PackedExperts"
+
+
+def test_experts_fail_cleanly(mixture):
+    with enable_nf4(experts=True):
+        model = load(mixture, quantization_config=config(), dtype=torch.float32)
+    layer = model.model.layers[0].mlp.experts
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(2, 63), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2))
+    assert "gate_up_proj" not in vars(layer) and "_peftops_hooks" not in vars(layer)
+    with pytest.raises(NotImplementedError, match="cannot be dequantized for good"):
+        model.dequantize()
