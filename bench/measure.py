@@ -111,10 +111,9 @@ def finish(line, measured, failed):
 
 
 def show(line):
-    m, k, n, r = line["shape"]
     low, mid, high = line["ms"][OURS]
     ratios = ", ".join(f"{ratio:.2f} × {label}" for label, ratio in line["ratio"].items())
-    where = f"{line['layer']} ({m}, {k}, {n}, {r}), p = {line['dropout']}, {line['pass']}"
+    where = f"{line['layer']} {tuple(line['shape'])}, p = {line['dropout']}, {line['pass']}"
     way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
     share = f", {line['roofline']:.0%} of the roofline" if "roofline" in line else ""
     print(f"{where}: {mid:.3f} ms ({low:.3f}–{high:.3f}){share}{f' on {way}' if way else ''} = {ratios}", flush=True)

@@ -85,9 +85,10 @@ class NF4Weight:
 
     def dequantize(self, dtype=None):
         """The tensor, in its own dtype or another: the fp32 product of value and scale, rounded once."""
-        size = self.shape.numel()
-        flat = nf4_dequantize(self.codes, self.table, list(self.scales), self.block, size, dtype or self.dtype)
-        return flat.view(self.shape)
+        size, dtype = self.shape.numel(), dtype or self.dtype
+        rounded = torch.float32 if dtype is torch.float64 else dtype
+        flat = nf4_dequantize(self.codes, self.table, list(self.scales), self.block, size, rounded)
+        return flat.view(self.shape).to(dtype)
 
     @property
     def base(self):
