@@ -116,7 +116,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     experts, even = 1 if gate is None else gate.shape[1], n % 8 == k % 8 == 0
     bm = min(max(16, triton.next_power_of_2(m)), 64)
     if kind == "one launch":
-        sizes = one_launch(n, bm, x)
+        sizes = one_launch(n, bm, x, form)
         w, told = operand(base, form, block, k, sizes["BK"])
         gemv_kernel[(triton.cdiv(n, sizes["BN"]), triton.cdiv(m, bm))](
             y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
@@ -140,12 +140,12 @@ def path(m, n, k, r, form, x):
     return "one launch" if 4 * processors * r <= n and r <= 32 else "two launches"
 
 
-def one_launch(n, bm, x):
+def one_launch(n, bm, x, form):
     kind, processors = _gemm.machine(x.device)
     if kind == "interpret":
         return SMALL
     bn = min(max(32, triton.next_power_of_2(n // processors + 1) // 2), 128)
-    return tile(4 if bm < 64 else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
+    return tile(4 if bm < 64 and form != "nf4" else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
 
 
 def two_launches(x, base, a, n, form, block, even, bm):

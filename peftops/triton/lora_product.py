@@ -48,4 +48,4 @@ def multiply_bwd(dx, dz, base, form, block):
 def part(count, length, x):
     """How many of `count` vectors of this length the scratch holds: whole tiles of the product where it can be."""
     fit = SCRATCH // max(1, length * x.element_size())
-    return min(count, max(1, fit // 128 * 128 or fit))
+    return min(count, max(1, fit // 1024 * 1024 or fit // 128 * 128 or fit))

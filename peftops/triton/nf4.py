@@ -9,7 +9,7 @@ from . import _gemm
 from ._tile import cast
 
 EXACT = {"enable_fp_fusion": False}  # a scale is a product and a sum, each of them rounded
-PIECE = 2048  # elements a program decodes
+PIECE = 4096  # elements a program decodes, 32 of them a thread
 
 
 @triton.jit
@@ -19,7 +19,8 @@ def nf4_tile(
 ):  # fmt: skip
     """(BM, WIDTH) fp32: table[code] · absmax of the elements first + row · PITCH + column of the flattened weight, for
     rows below M and columns below `left`. W = (codes, table, absmax) or (codes, table, absmax8, nested_absmax,
-    nested_table, offset); GROUP divides first, PITCH, BLOCK and WIDTH, so that as many neighbours share a scale."""
+    nested_table, offset); GROUP divides first, left, PITCH, BLOCK and WIDTH, so that as many neighbours share
+    a scale."""
     BM: tl.constexpr = o_m.shape[0]
     t_table = tl.load(W[1] + tl.arange(0, 16))
     row = o_m[:, None].to(tl.int64) * PITCH + first
@@ -31,8 +32,8 @@ def nf4_tile(
     else:
         HALF: tl.constexpr = WIDTH // 2
         o_h = tl.arange(0, HALF)[None, :]
-        inside = (o_m[:, None] < M) & (o_h * 2 < left)
-        # whole groups, which tells the compiler how many bytes it may load at once
+        # in whole groups, which tells the compiler how many bytes it may load at once
+        inside = (o_m[:, None] < M) & (o_h < left // GROUP * (GROUP // 2))
         at = o_m[:, None].to(tl.int64) * (PITCH // GROUP * (GROUP // 2)) + first // GROUP * (GROUP // 2)
         t_byte = tl.load(W[0] + at + o_h, mask=inside, other=0).to(tl.int32)
         t_w = tl.join(look_up(t_table, t_byte >> 4, BM, HALF), look_up(t_table, t_byte & 15, BM, HALF))
@@ -111,10 +112,13 @@ def nf4_dequantize(out, codes, table, scales, block, size, dtype):
 
 def decode(out, base, block, first, pitch):
     """out (rows, columns) = elements first + row · pitch + column of the weight in its own order"""
-    rows, columns = out.shape
+    rows, columns = (1, out.numel()) if out.shape[1] == pitch else out.shape
     if out.numel():
-        piece = min(max(2, triton.next_power_of_2(columns)), PIECE)
-        group = math.gcd(block, piece, first, pitch if rows > 1 else 0)
+        piece = math.gcd(columns, PIECE) if rows > 1 else 1
+        if piece < PIECE // 4:
+            piece = min(triton.next_power_of_2(columns), PIECE)
+        group = math.gcd(block, piece, first, columns, pitch if rows > 1 else 0)
         nf4_dequantize_kernel[(rows * triton.cdiv(columns, piece),)](
-            out, tuple(base), first, columns, pitch, BLOCK=block, GROUP=group, BK=piece, **EXACT
+            out, tuple(base), first, columns, pitch, BLOCK=block, GROUP=group, BK=piece,
+            num_warps=max(1, piece // 1024), **EXACT
         )
