@@ -11,7 +11,8 @@ from .lora_product import multiply, operand
 from .lora_rank import base_tile, gate_columns, widen
 
 
-# limits: registers 64-255, spilled 0-16, reloads 0, loop 0-350, mma 8-, wide 8-
+# limits: registers 64-255, spilled 0-16, reloads 0, loop 0-400, mma 8-, fma 0
+# limits -BLOCK: loop 0-350, wide 8-, fma 0-
 @triton.jit
 def gemv_kernel(
     Y, X, W, A, B, SCALE, BIAS, GAIN, GATE, M, N, K, R, RB, E,
@@ -22,19 +23,23 @@ def gemv_kernel(
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, o_r = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BR)
-    acc, t_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
+    o_m, o_n, acc = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.zeros((BM, BN), tl.float32)
+    if BR > 0:
+        o_r, t_h = tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
         t_x = load_tile(X, o_m, o_k, M, K)
         acc = dot(t_x, base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty), acc)
-        t_h = dot(t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h)
-    t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
-    for first in range(0, RB, max(R, 1)):
-        o_b = tl.where(o_r < R, first + o_r, RB)
-        t_b = cast(load_tile(B, o_n, o_b, N, RB), X.dtype.element_ty)
-        delta = dot(gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta)
-    store_tile(Y, widen(acc + tl.load(SCALE) * delta, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
+        if BR > 0:
+            t_h = dot(t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h)
+    if BR > 0:
+        t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
+        for first in range(0, RB, R):
+            o_b = tl.where(o_r < R, first + o_r, RB)
+            t_b = cast(load_tile(B, o_n, o_b, N, RB), X.dtype.element_ty)
+            delta = dot(gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta)
+        acc += tl.load(SCALE) * delta
+    store_tile(Y, widen(acc, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
 
 
 @triton.jit
@@ -50,7 +55,8 @@ def product(
     return acc
 
 
-# limits: registers 32-160, spilled 0-16, reloads 0, loop 0-180, mma 16-, wide 12-
+# limits: registers 32-160, spilled 0-16, reloads 0, loop 0-180, mma 16-, wide 6-, fma 0
+# limits -BLOCK: wide 12-, fma 0-
 @triton.jit
 def parts_kernel(
     YP, HP, X, W, A, M, N, K, R, KS,
@@ -120,7 +126,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         w, told = operand(base, form, block, k, sizes["BK"])
         gemv_kernel[(triton.cdiv(n, sizes["BN"]), triton.cdiv(m, bm))](
             y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
-            EVEN=even, BM=bm, BR=max(16, triton.next_power_of_2(r)), **(sizes | told),
+            EVEN=even, BM=bm, BR=r and max(16, triton.next_power_of_2(r)), **(sizes | told),
         )  # fmt: skip
         return
     yp, hp = two_launches(x, base, a, n, form, block, even, bm)
@@ -131,13 +137,16 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
 
 
 def path(m, n, k, r, form, x):
-    """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors."""
+    """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors.
+
+    Their product is laid out for the second one that h goes through, whose warps all decode the same: none of 4 bits.
+    """
     kind, processors = _gemm.machine(x.device)
     if form == "given":
         return "given"
     if x.dtype is torch.float32 or (kind != "interpret" and (n % 8 or k % 8)):
         return "cublas"
-    return "one launch" if 4 * processors * r <= n and r <= 32 else "two launches"
+    return "one launch" if 4 * processors * r <= n and r <= (0 if form == "nf4" else 32) else "two launches"
 
 
 def one_launch(n, bm, x, form):

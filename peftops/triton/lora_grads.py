@@ -68,7 +68,8 @@ def da_kernel(
     store_tile(DA + i_s.to(tl.int64) * R * K, tl.trans(acc * factor), o_r, o_k, R, K)
 
 
-# limits: registers 72-255, spilled 0-16, reloads 0, loop 0-650, mma 1-, wide 5-
+# limits: registers 56-255, spilled 0-16, reloads 0, loop 0-700, mma 1-, wide 4-, fma 0
+# limits -BLOCK: registers 72-255, loop 0-650, wide 5-, fma 0-
 # limits -GAIN: waits 0-1
 # limits gfx942: registers 72-300
 @triton.jit
