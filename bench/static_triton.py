@@ -96,7 +96,7 @@ CASES = [
     Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, nested=True),
     Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, HALF),
     Case("encode", "nf4_quantize", 1, 4096, 4096, 0),
-    Case("encode, long blocks", "nf4_quantize", 1, 4096, 4096, 0, WIDE, block=4096, fast=False),
+    Case("encode, long blocks", "nf4_quantize", 1, 4096, 4096, 0, WIDE, block=4096),
 ]
 
 

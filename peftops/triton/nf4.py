@@ -70,7 +70,7 @@ def nf4_dequantize_kernel(OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP
     tl.store(at, cast(t_w, OUT.dtype.element_ty), mask=(o_k < COLS)[None, :])
 
 
-# limits: registers 24-192, spilled 0, reloads 0, wide 1-
+# limits: registers 24-192, spilled 0, reloads 0, wide 1-, fma 5-  (of a division that rounds correctly)
 @triton.jit
 def nf4_quantize_kernel(CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BLOCK: tl.constexpr, BM: tl.constexpr):
     """absmax = max |x| of each block; a code counts the bounds below x · (1 / absmax), which may be reordered"""
