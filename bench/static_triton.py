@@ -18,8 +18,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import peftops.functional  # noqa: F401  registers the ops
+from peftops import backends
 from peftops._op import CONTRACTS
-from peftops.triton import _gemm, lora
+from peftops.triton import _gemm
 
 from . import sass
 
@@ -59,6 +60,8 @@ class Case(NamedTuple):
     gain: bool = False
     experts: int = 0
     shared: bool = False
+    nested: bool = False
+    block: int = 64
     path: str | None = "fused"
     fast: bool = True
 
@@ -83,6 +86,17 @@ CASES = [
     *(Case("odd", op, 1001, 4099, 4101, 5, p=0.1, path="cublas", fast=False) for op in BOTH),
     *(Case("fp32", op, 8192, 4096, 4096, 16, WIDE, p=0.1, gain=True, path=None, fast=False) for op in BOTH),
     Case("few rows, fp32", "lora_gemv", 1, 4096, 4096, 16, WIDE, fast=False),
+    *(Case("nf4", op, 512, 4096, 14336, 16, form="nf4", nested=True) for op in BOTH),
+    *(Case("nf4", op, 256, 4096, 2048, 16, HALF, form="nf4", fp32=True, p=0.1, bias=True, gain=True) for op in BOTH),
+    *(Case("nf4, fewest tiles", op, 100, 4104, 1024, 8, form="nf4", nested=True) for op in BOTH),
+    *(Case("nf4, cublas", op, 8192, 4096, 4096, 16, form="nf4", nested=True, path="cublas") for op in BOTH),
+    *(Case("nf4, fp32", op, 64, 133, 33, 5, WIDE, form="nf4", path=None, fast=False) for op in BOTH),
+    Case("few rows, nf4", "lora_gemv", 1, 4096, 4096, 16, form="nf4", nested=True),
+    Case("few rows, nf4, no rank", "lora_gemv", 16, 4096, 14336, 0, form="nf4", nested=True),
+    Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, nested=True),
+    Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, HALF),
+    Case("encode", "nf4_quantize", 1, 4096, 4096, 0),
+    Case("encode, long blocks", "nf4_quantize", 1, 4096, 4096, 0, WIDE, block=4096),
 ]
 
 
@@ -107,6 +121,8 @@ class Launch(NamedTuple):
                 yield name, param.name, value
             elif param.is_constexpr or value is None or isinstance(value, torch.Tensor):
                 yield name, param.name, getattr(value, "dtype", None)
+            elif isinstance(value, tuple):
+                yield name, param.name, len(value)
 
 
 @contextmanager
@@ -135,25 +151,41 @@ def tensors(c):
 
     narrow = WIDE if c.fp32 else c.dtype
     ra, rb = (c.r if c.shared else c.r * max(1, c.experts)), c.r * max(1, c.experts)
-    base = {"dense": (c.n, c.k), "transposed": (c.k, c.n), "given": (c.m, c.n)}[c.form]
+    if c.form == "nf4" or c.op.startswith("nf4"):
+        codes, table, *scales = base = four_bits(c, make)
+    else:
+        codes, table, scales = None, None, []
+        base = [make(*{"dense": (c.n, c.k), "transposed": (c.k, c.n), "given": (c.m, c.n)}[c.form])]
     return {
-        "x": make(c.m, c.k), "base": [make(*base)], "a": make(ra, c.k, dtype=narrow), "b": make(c.n, rb, dtype=narrow),
+        "codes": codes, "table": table, "scales": scales, "size": c.n * c.k, "dtype": c.dtype, "w": make(c.n, c.k),
+        "bounds": make(15, dtype=WIDE), "order": make(16, dtype=torch.uint8),
+        "x": make(c.m, c.k), "base": base, "a": make(ra, c.k, dtype=narrow), "b": make(c.n, rb, dtype=narrow),
         "scale": make(1, dtype=WIDE), "bias": make(c.n, dtype=narrow) if c.bias else None,
         "gain": make(c.n, dtype=WIDE) if c.gain else None, "seed": make(1, dtype=torch.int64),
         "gate": make(c.m, c.experts, dtype=WIDE) if c.experts else None,
-        "form": c.form, "block": 0, "p": c.p, "keep_z": c.gain,
+        "form": c.form, "block": c.block, "p": c.p, "keep_z": c.gain,
         "dy": make(c.m, c.n), "h": make(c.m, ra), "z": make(c.m, c.n if c.gain else 0),
         "bits": make(c.m, 4 * -(-c.k // 32) if c.p else 0, dtype=torch.uint8),
         "need": [True, True, True, c.bias, c.gain, c.experts > 0], "m": c.m, "k": c.k,
     }  # fmt: skip
 
 
+def four_bits(c, make):
+    """The tensors of a weight in 4 bits."""
+    blocks, byte = -(-c.n * c.k // c.block), torch.uint8
+    codes = make(-(-c.n * c.k // 2), dtype=byte), make(16, dtype=WIDE)
+    if not c.nested:
+        return [*codes, make(blocks, dtype=WIDE)]
+    groups = -(-blocks // 256)
+    return [*codes, make(blocks, dtype=byte), *(make(*size, dtype=WIDE) for size in ((groups,), (256,), ()))]
+
+
 def launches_of(case, target):
-    contract, values = CONTRACTS[case.op], tensors(case)
+    contract, values, cell = CONTRACTS[case.op], tensors(case), backends.cell("triton", case.op)
     args = [values[name] for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]]
     outputs = contract(*args)
     with launches_on(*TARGETS[target][:2], case.path) as found:
-        getattr(lora, case.op)(*(outputs if isinstance(outputs, tuple) else (outputs,)), *args)
+        cell(*(outputs if isinstance(outputs, tuple) else (outputs,)), *args)
     return [Launch(*launch, target, case) for launch in found]
 
 
@@ -180,12 +212,15 @@ def source_of(launch):
     signature, constants, aligned = {}, {}, {}
     for at, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, tuple):
+            signature[param.name] = tuple(KINDS[part.dtype] for part in value)
+            aligned |= {(at, i): [["tt.divisibility", 16]] for i in range(len(value))}
+        elif isinstance(value, torch.Tensor):
             signature[param.name] = KINDS[value.dtype]
         elif param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
             signature[param.name], constants[at,] = "constexpr", value
         else:
-            signature[param.name] = "fp32" if type(value) is float else "i32"
+            signature[param.name] = "fp32" if type(value) is float else "i64" if abs(value) >= 2**31 else "i32"
         divides = isinstance(value, torch.Tensor) or (
             type(value) is int and value % 16 == 0 and not param.do_not_specialize
         )

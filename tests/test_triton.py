@@ -7,10 +7,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from peftops.bench.law import check
+from peftops.bench.cases import BWD, FWD, GEMV, lora, nf4
+from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
-from peftops.triton import _gemm, _tile, lora_gemv
+from peftops.ops.nf4_tables import bounds, four_bits
+from peftops.triton import _gemm, _tile, lora_gemv, lora_product
+from peftops.triton.lora import path
+from peftops.triton.nf4 import decode
 
 MANY = (290, 40, 40, 3)  # more rows of tiles than are walked together, and a part of such a group
 
@@ -39,11 +43,26 @@ def test_groups_of_tiles(op):
 def test_path(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", h200)
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
-    assert [_gemm.path(4096, k, half) for k in (2048, 4096, 4099, 8192)] == ["fused", "fused", "cublas", "cublas"]
-    assert _gemm.path(4096, 8192, half, passes=2) == "fused" and _gemm.path(4096, 4096, single) == "cublas"
+    ways = [_gemm.path(9, 4096, k, half) for k in (2048, 4096, 4099, 8192)]
+    assert ways == ["fused", "fused", "cublas", "cublas"]
+    assert _gemm.path(9, 4096, 8192, half, passes=2) == "fused" and _gemm.path(9, 4096, 4096, single) == "cublas"
     few = [lora_gemv.path(1, n, 4096, 16, form, half) for n, form in ((14336, "dense"), (4096, "dense"), (8, "given"))]
     assert few == ["one launch", "two launches", "given"]
     assert lora_gemv.path(1, 14336, 4096, 16, "dense", single) == "cublas"
+
+
+def test_path_of_four_bits(monkeypatch):
+    monkeypatch.setattr(_gemm, "machine", h200)
+    half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+
+    def ways(op, x, k, *rows):
+        return [path(op, x, m, 4096, k, 16, "nf4") for m in rows]
+
+    assert ways("lora_fwd", half, 4096, 65, 512, 8192) == ["fused", "fused", "dequantize + cuBLAS"]
+    assert ways("lora_fwd", single, 4096, 65) == ways("lora_fwd", half, 4099, 65) == ["dequantize + cuBLAS"]
+    assert ways("lora_gemv", half, 4096, 1, 64) == ["two launches"] * 2
+    assert path("lora_gemv", half, 1, 4096, 4096, 0, "nf4") == "one launch"
+    assert ways("lora_gemv", single, 4096, 1) == ways("lora_gemv", half, 4099, 1) == ["dequantize + cuBLAS"]
 
 
 def test_stripes_cover_and_fill(monkeypatch):
@@ -95,3 +114,103 @@ def byte_of(counter, seed, threshold):
         k = [k[0] + 0x9E3779B9 & word, k[1] + 0xBB67AE85 & word]
     draws = [half for draw in c for half in (draw & 0xFFFF, draw >> 16)]
     return sum((draw >= threshold) << i for i, draw in enumerate(draws))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, block", [(1, 32), (63, 64), (4096, 4096), (8225, 32), (4242, 256), (5000, 1024)])
+def test_bits_of_quantize(size, block, dtype):
+    w = torch.randn(size)
+    w[size // 2 :] *= 1e-3
+    for kind in ("nf4", "fp4"):
+        for special in (1.0, 0.0, 1e-39, float("inf"), float("nan")):
+            w[0] = special
+            w[:block] *= special == 1 or special != special
+            args = [w.to(dtype), *bounds(four_bits(kind, w.device)), block]
+            codes, absmax = call("nf4_quantize", "triton", args)
+            expected, scales = call("nf4_quantize", "reference", args)
+            assert torch.equal(codes, expected) and torch.equal(absmax.nan_to_num(7), scales.nan_to_num(7)), special
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, block", [(1, 32), (63, 64), (8225, 32), (16416, 32), (4242, 4096), (12288, 64)])
+def test_bits_of_dequantize(size, block, dtype, nested):
+    codes, table, *scales = nf4(size, block, nested, torch.Generator().manual_seed(size))
+    args = [codes, table, scales, block, size, dtype]
+    (out,), (expected,) = (call("nf4_dequantize", name, args) for name in ("triton", "reference"))
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("n, k, block", [(40, 72, 32), (33, 133, 64), (9, 1040, 64), (5, 4100, 4096)])
+def test_parts_of_a_weight(n, k, block):
+    """Some columns of it, or some rows, whatever they begin with."""
+    base = nf4(n * k, block, True, torch.Generator().manual_seed(k))
+    w = call("nf4_dequantize", "reference", [*base[:2], base[2:], block, n * k, torch.bfloat16])[0].view(n, k)
+    for first, columns in ((0, k), (0, 16), (3, 7), (32, 33), (k - 8, 8), (8, 1024)):
+        if first + columns <= k:
+            out = torch.empty(n, columns, dtype=torch.bfloat16)
+            decode(out, base, block, first, k)
+            assert torch.equal(out, w[:, first : first + columns])
+    rows = torch.empty(2, k, dtype=torch.bfloat16)
+    decode(rows.view(1, -1), base, block, 3 * k, 0)
+    assert torch.equal(rows, w[3:5])
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The shapes of what is decoded outside a product."""
+    shapes = []
+    monkeypatch.setattr(
+        lora_product, "decode", lambda out, *args: shapes.append(tuple(out.shape)) or decode(out, *args)
+    )
+    return shapes
+
+
+def by_cublas(monkeypatch):
+    monkeypatch.setattr(_gemm, "path", lambda *args, **kwargs: "cublas")
+    monkeypatch.setattr(lora_gemv, "path", lambda *args: "cublas")
+
+
+@pytest.mark.parametrize("way", ["fused", "cublas"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("n, k, block", [(40, 72, 32), (33, 45, 64), (48, 64, 128)])
+def test_products_read_the_same_bits(n, k, block, dtype, nested, way, decoded, monkeypatch):
+    """Rows of the unit matrix give the weight itself: forward, for few rows, and backward."""
+    if way == "cublas":
+        by_cublas(monkeypatch)
+    t = lora(1, k, n, 0, dtype, form="nf4", block=block, nested=nested)
+    codes, table, *scales = t["base"]
+    w = call("nf4_dequantize", "reference", [codes, table, scales, block, n * k, dtype])[0].view(n, k)
+    t |= {"x": torch.eye(k, dtype=dtype), "dy": torch.eye(n, dtype=dtype)}
+    for op, names in (("lora_fwd", FWD), ("lora_gemv", GEMV)):
+        assert torch.equal(call(op, "triton", [t[name] for name in names])[0], w.T)
+    t |= {"x": torch.zeros(n, k, dtype=dtype), "h": torch.zeros(n, 0, dtype=dtype)}
+    t |= {"bits": torch.empty(n, 0, dtype=torch.uint8), "z": torch.empty(n, 0, dtype=dtype)}
+    assert torch.equal(call("lora_bwd", "triton", [t[name] for name in BWD])[0], w)
+    assert len(decoded) == (3 if way == "cublas" else 0)
+
+
+@pytest.mark.parametrize("op, names", [("lora_fwd", FWD), ("lora_bwd", BWD), ("lora_gemv", GEMV)])
+@pytest.mark.parametrize("shape", [(5, 45, 33, 20), (3, 24, 10, 0)], ids=str)
+def test_scratch_of_a_few_rows(op, names, shape, decoded, monkeypatch):
+    """In parts the sums stay whole: the law holds, and no more is decoded at a time than there is room for."""
+    by_cublas(monkeypatch)
+    for scratch, count in ((200, 3), (1, 10)):
+        monkeypatch.setattr(lora_product, "SCRATCH", scratch)
+        decoded.clear()
+        t = lora(*shape, torch.float16, form="nf4", nested=True, gain=True)
+        error, bound = check_case(op, "triton", [t[name] for name in names])
+        assert error <= bound and len(decoded) >= count
+        one = 2 * (shape[2] if op == "lora_bwd" else shape[1])  # bytes of a column, or of a row
+        assert max(2 * rows * columns for rows, columns in decoded) <= max(scratch, one)
+
+
+def test_what_the_scratch_holds():
+    half = torch.empty(0, dtype=torch.bfloat16)
+    parts = [lora_product.part(count, length, half) for count, length in ((4096, 4096), (14336, 4096), (28672, 8192))]
+    assert parts == [4096, 4096, 2048] and lora_product.part(4096, 14336, half) == 1024
+    assert lora_product.part(8, 2**25, half) == 1

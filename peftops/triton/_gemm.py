@@ -32,13 +32,21 @@ TILES = {  # of 16-bit products, the largest that gives every multiprocessor a p
     "gfx942": (gemm(128, 128, 64, 8, 2), gemm(64, 128, 64, 4, 2), gemm(64, 64, 64, 4, 2)),
     "interpret": (gemm(32, 32, 32, 4, 1),),
 }
+NF4_TILES = {  # of products with 4-bit weights: decoding costs as many instructions whatever the number of rows
+    "sm_80": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
+    "sm_86": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
+    "sm_90": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
+    "sm_100": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
+    "gfx942": (gemm(128, 128, 64, 8, 2), gemm(128, 64, 64, 8, 2), gemm(64, 64, 64, 4, 2)),
+    "interpret": (gemm(32, 32, 32, 4, 1),),
+}
 EPILOGUE = {2: gemm(64, 128, 64, 4, 1), 4: gemm(32, 64, 32, 4, 1)}  # of passes over y or dx, by bytes an element
-SLOWER = {  # ops a byte of the machine, and how much slower than cuBLAS our product is taken to be: not measured yet
-    "sm_80": (350, 0.05),
-    "sm_86": (160, 0.03),
-    "sm_90": (367, 0.08),
-    "sm_100": (480, 0.20),
-    "gfx942": (325, 0.15),
+SLOWER = {  # ops a byte of the machine; how much slower than cuBLAS our product, and that which decodes 4 bits, is
+    "sm_80": (350, 0.05, 0.5),  # taken to be: not measured yet
+    "sm_86": (160, 0.03, 0.35),
+    "sm_90": (367, 0.08, 0.5),
+    "sm_100": (480, 0.20, 1.0),
+    "gfx942": (325, 0.15, 0.6),
 }
 
 
@@ -52,25 +60,30 @@ def machine(device):
     return kind, properties.multi_processor_count
 
 
-def path(n, k, x, passes=1):
-    """ "fused", or "cublas" followed by an epilogue, for x·Ŵᵀ with n columns and a sum of length k.
+def path(m, n, k, x, form="dense", passes=1):
+    """ "fused", or "cublas" followed by an epilogue, for m rows of x·Ŵᵀ with n columns and a sum of length k.
 
     An epilogue reads and writes the result once more, 2·ops/(bytes·k) of the product's time, and `passes` counts
     such costs: our product may lose as much to cuBLAS and still be the faster. Without 16-byte rows it loses more.
+    cuBLAS needs 4-bit weights decoded before: ½ byte read, 2 written and read again, but that read is the product's
+    own, are 2.5 bytes a weight, 0.63·ops/m of the product's time. That pays for decoding inside up to 500 rows or so.
     """
     kind, _ = machine(x.device)
     if x.dtype is torch.float32:
         return "cublas"
     if kind == "interpret":
         return "fused"
-    budget, slower = SLOWER[kind]
-    return "fused" if n % 8 == k % 8 == 0 and k * slower <= budget * passes else "cublas"
+    budget, slower, decoding = SLOWER[kind]
+    spent = budget * passes / max(1, k)
+    if form == "nf4":
+        slower, spent = decoding, spent + 0.63 * budget / max(1, m)
+    return "fused" if n % 8 == k % 8 == 0 and slower <= spent else "cublas"
 
 
-def pick(m, n, x):
+def pick(m, n, x, form="dense"):
     """The tile of a fused product with m rows and n columns."""
     kind, processors = machine(x.device)
-    for t in TILES[kind]:
+    for t in (NF4_TILES if form == "nf4" else TILES)[kind]:
         if triton.cdiv(m, t["BM"]) * triton.cdiv(n, t["BN"]) >= processors:
             break
     return t

@@ -7,51 +7,61 @@ import triton.language as tl
 from . import _gemm
 from ._gemm import tile
 from ._tile import cast, dot, load_tile, store_tile
+from .lora_product import multiply, operand
 from .lora_rank import base_tile, gate_columns, widen
 
 
-# limits: registers 64-255, spilled 0-16, reloads 0, loop 0-350, mma 8-, wide 8-
+# limits: registers 64-255, spilled 0-16, reloads 0, loop 0-400, mma 8-, fma 0
+# limits -BLOCK: loop 0-350, wide 8-, fma 0-
 @triton.jit
 def gemv_kernel(
     Y, X, W, A, B, SCALE, BIAS, GAIN, GATE, M, N, K, R, RB, E,
-    FORM: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y = gain ⊙ (x·Ŵᵀ + s · (gate ⊙ x·aᵀ)·bᵀ) + bias, every program making its own x·aᵀ"""
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, o_r = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BR)
-    acc, t_h = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BR), tl.float32)
+    o_m, o_n, acc = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.zeros((BM, BN), tl.float32)
+    if BR > 0:
+        o_r, t_h = tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
         t_x = load_tile(X, o_m, o_k, M, K)
-        acc = dot(t_x, base_tile(W, o_n, k, N, K, FORM, BK), acc)
-        t_h = dot(t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h)
-    t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
-    for first in range(0, RB, R):
-        o_b = tl.where(o_r < R, first + o_r, RB)
-        t_b = cast(load_tile(B, o_n, o_b, N, RB), X.dtype.element_ty)
-        delta = dot(gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta)
-    store_tile(Y, widen(acc + tl.load(SCALE) * delta, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
+        acc = dot(t_x, base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty), acc)
+        if BR > 0:
+            t_h = dot(t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h)
+    if BR > 0:
+        t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
+        for first in range(0, RB, R):
+            o_b = tl.where(o_r < R, first + o_r, RB)
+            t_b = cast(load_tile(B, o_n, o_b, N, RB), X.dtype.element_ty)
+            delta = dot(gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta)
+        acc += tl.load(SCALE) * delta
+    store_tile(Y, widen(acc, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
 
 
 @triton.jit
 def product(
     X, W, o_m, o_n, first, last, M, N, K,
-    FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(first, last, BK):
-        t_w = cast(base_tile(W, o_n, k, N, K, FORM, BK), X.dtype.element_ty)
-        acc = dot(load_tile(X, o_m, k + tl.arange(0, BK), M, K), t_w, acc)
+        t_w = base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty)
+        acc = dot(load_tile(X, o_m, k + tl.arange(0, BK), M, K), cast(t_w, X.dtype.element_ty), acc)
     return acc
 
 
-# limits: registers 32-160, spilled 0-16, reloads 0, loop 0-180, mma 16-, wide 12-
+# limits: registers 32-160, spilled 0-16, reloads 0, loop 0-180, mma 16-, wide 6-, fma 0
+# limits -BLOCK: wide 12-, fma 0-
 @triton.jit
 def parts_kernel(
     YP, HP, X, W, A, M, N, K, R, KS,
-    FORM: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Over a stripe of KS columns: x·aᵀ by the first programs, x·Ŵᵀ by the rest"""
     if EVEN:
@@ -61,11 +71,11 @@ def parts_kernel(
     last = min(first + KS, K)
     if i_n < ranks:
         o_r = i_n * BN + tl.arange(0, BN)
-        acc = product(X, A, o_m, o_r, first, last, M, R, K, "dense", BM, BN, BK)
+        acc = product(X, A, o_m, o_r, first, last, M, R, K, "dense", None, None, BM, BN, BK)
         store_tile(HP + i_s * M * R, acc, o_m, o_r, M, R)
     elif FORM != "given":
         o_n = (i_n - ranks).to(tl.int64) * BN + tl.arange(0, BN)
-        acc = product(X, W, o_m, o_n, first, last, M, N, K, FORM, BM, BN, BK)
+        acc = product(X, W, o_m, o_n, first, last, M, N, K, FORM, BLOCK, GROUP, BM, BN, BK)
         store_tile(YP + i_s * M * N, acc, o_m, o_n, M, N)
 
 
@@ -103,20 +113,23 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     (m, k), (n, rb), r = x.shape, b.shape, a.shape[0]
     if m == 0:
         return
-    w, kind = base[0], path(m, n, k, r, form, x)
+    kind = path(m, n, k, r, form, x)
     if kind == "cublas":
-        torch.mm(x, w if form == "transposed" else w.T, out=y)
-        w = y
+        multiply(y, x, base, form, block)
+        base = [y]
+    if kind in ("cublas", "given"):
+        form = "given"
     experts, even = 1 if gate is None else gate.shape[1], n % 8 == k % 8 == 0
     bm = min(max(16, triton.next_power_of_2(m)), 64)
     if kind == "one launch":
-        sizes = one_launch(n, bm, x)
+        sizes = one_launch(n, bm, x, form)
+        w, told = operand(base, form, block, k, sizes["BK"])
         gemv_kernel[(triton.cdiv(n, sizes["BN"]), triton.cdiv(m, bm))](
             y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
-            FORM=form, EVEN=even, BM=bm, BR=max(16, triton.next_power_of_2(r)), **sizes,
+            EVEN=even, BM=bm, BR=r and max(16, triton.next_power_of_2(r)), **(sizes | told),
         )  # fmt: skip
         return
-    yp, hp = two_launches(x, w, a, n, form if kind == "two launches" else "given", even, bm)
+    yp, hp = two_launches(x, base, a, n, form, block, even, bm)
     finish_kernel[(triton.cdiv(n, FINISH["BN"]), triton.cdiv(m, FINISH["BM"]))](
         y, yp, hp, b, scale, bias, gain, gate, m, n, r, rb, experts,
         YPARTS=yp.numel() // y.numel(), HPARTS=len(hp), EVEN=n % 8 == 0, BR=_gemm.rank(rb), **FINISH,
@@ -124,34 +137,40 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
 
 
 def path(m, n, k, r, form, x):
-    """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors."""
+    """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors.
+
+    Their product is laid out for the second one that h goes through, whose warps all decode the same: none of 4 bits.
+    """
     kind, processors = _gemm.machine(x.device)
     if form == "given":
         return "given"
     if x.dtype is torch.float32 or (kind != "interpret" and (n % 8 or k % 8)):
         return "cublas"
-    return "one launch" if 4 * processors * r <= n and r <= 32 else "two launches"
+    return "one launch" if 4 * processors * r <= n and r <= (0 if form == "nf4" else 32) else "two launches"
 
 
-def one_launch(n, bm, x):
+def one_launch(n, bm, x, form):
     kind, processors = _gemm.machine(x.device)
     if kind == "interpret":
         return SMALL
     bn = min(max(32, triton.next_power_of_2(n // processors + 1) // 2), 128)
-    return tile(4 if bm < 64 else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
+    return tile(4 if bm < 64 and form != "nf4" else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
 
 
-def two_launches(x, w, a, n, form, even, bm):
-    """The parts of x·Ŵᵀ and x·aᵀ, or w itself where it is the product."""
+def two_launches(x, base, a, n, form, block, even, bm):
+    """The parts of x·Ŵᵀ and x·aᵀ, or the base itself where it is the product."""
     (m, k), r, kind = x.shape, a.shape[0], _gemm.machine(x.device)[0]
     narrow = x.element_size() == 2 and kind != "interpret"
     sizes = tile(8, STAGES[kind], BN=64, BK=128) if narrow else SMALL
     programs = triton.cdiv(r, sizes["BN"]) + (0 if form == "given" else triton.cdiv(n, sizes["BN"]))
+    if programs == 0:
+        return base[0], x.new_empty(0, m, r, dtype=torch.float32)
     count, span = _gemm.stripes(k, sizes["BK"], programs * triton.cdiv(m, bm), x, most=16)
+    w, told = operand(base, form, block, k, sizes["BK"])
     yp = w if form == "given" else x.new_empty(count, m, n, dtype=torch.float32)
     hp = x.new_empty(count, m, r, dtype=torch.float32)
     parts_kernel[(programs, count, triton.cdiv(m, bm))](
         None if form == "given" else yp, hp, x, None if form == "given" else w, a, m, n, k, r, span,
-        FORM=form, EVEN=even, BM=bm, **sizes,
+        EVEN=even, BM=bm, **(sizes | told),
     )  # fmt: skip
     return yp, hp

@@ -7,7 +7,9 @@ import triton.language as tl
 from . import _gemm
 from ._gemm import tile
 from ._tile import add_parts, cast, dot, load_keep, load_tile, parts_of, store_tile, tile_of
+from .lora_product import multiply_bwd, operand
 from .lora_rank import base_tile, gated
+from .nf4 import nf4_tile
 
 
 # limits: registers 48-255, spilled 0, reloads 0, loop 0-1400, mma 24-, wide 4-
@@ -66,14 +68,15 @@ def da_kernel(
     store_tile(DA + i_s.to(tl.int64) * R * K, tl.trans(acc * factor), o_r, o_k, R, K)
 
 
-# limits: registers 72-255, spilled 0-16, reloads 0, loop 0-650, mma 1-, wide 5-
+# limits: registers 56-255, spilled 0-16, reloads 0, loop 0-700, mma 1-, wide 4-, fma 0
+# limits -BLOCK: registers 72-255, loop 0-650, wide 5-, fma 0-
 # limits -GAIN: waits 0-1
 # limits gfx942: registers 72-300
 @triton.jit
 def dgrad_kernel(
     DX, DY, W, DH, A, BITS, GAIN, factor, M, N, K, R,
-    FORM: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, RANKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
+    RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dx = factor · keep ⊙ (dh·a) + dz·Ŵ; BN of the K columns, BK of the N that are summed over"""
     TURNED: tl.constexpr = "transposed" if FORM == "dense" else "dense"
@@ -98,7 +101,12 @@ def dgrad_kernel(
             t_dy = load_tile(DY, o_m, o_n, M, N)
             if GAIN is not None:
                 t_dy = cast(t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :], DY.dtype.element_ty)
-            acc = dot(t_dy, base_tile(W, o_k, n, K, N, TURNED, BK), acc)
+            if FORM == "nf4":
+                first = i_k * BN
+                t_w = cast(nf4_tile(W, first, o_n, N, K - first, K, BLOCK, GROUP, BN), DY.dtype.element_ty)
+            else:
+                t_w = base_tile(W, o_k, n, K, N, TURNED, None, None, BK, DY.dtype.element_ty)
+            acc = dot(t_dy, t_w, acc)
     store_tile(DX, acc, o_m, o_k, M, K)
 
 
@@ -142,21 +150,21 @@ def lora_bwd(
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
     if need[0]:
-        dgrad(dx, dy, base, dh, a, bits, gain, factor, form, p > 0)
+        dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, p > 0)
 
 
 def dy_pass(dhg, db, dbias, dgain, dy, z, b, h, scale, gain, gate):
     """What a read of dy gives, in blocks of rows and stripes of columns whose parts are added in order."""
     (m, n), (rb, r) = dy.shape, (b.shape[1], h.shape[1])
-    outputs = dhg, db, dbias, dgain
+    outputs = [None if out is None or not out.numel() else out for out in (dhg, db, dbias, dgain)]
     if all(out is None for out in outputs):
         return
     sizes = GRADS_ODD if n % 8 and not _gemm.INTERPRET else GRADS[_gemm.machine(dy.device)[0]]
     sizes = GRADS_FP32 if dy.element_size() == 4 else sizes
     br = _gemm.rank(rb)
-    blocks, ranks = triton.cdiv(m, sizes["BM"]), triton.cdiv(rb, br)
+    blocks, ranks = triton.cdiv(m, sizes["BM"]), max(1, triton.cdiv(rb, br))
     count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
-    parts = [None if out is None else parts_of(out, count if out is dhg else blocks) for out in outputs]
+    parts = [None if out is None else parts_of(out, count if at == 0 else blocks) for at, out in enumerate(outputs)]
     grads_kernel[(blocks, count, ranks)](
         *parts, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
         EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
@@ -174,6 +182,8 @@ def fold(dhg, gate, r, dtype):
 
 def x_pass(da, x, dh, bits, factor, drop):
     (m, k), r, br = x.shape, dh.shape[1], _gemm.rank(dh.shape[1])
+    if r == 0:
+        return
     sizes = DA_FP32 if x.element_size() == 4 else DA[_gemm.machine(x.device)[0]]
     columns, ranks = triton.cdiv(k, sizes["BK"]), triton.cdiv(r, br)
     count, span = _gemm.stripes(m, sizes["BM"], columns * ranks, x)
@@ -184,16 +194,18 @@ def x_pass(da, x, dh, bits, factor, drop):
     add_parts(da, parts)
 
 
-def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, drop):
+def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, drop):
     (m, k), n, r, br = dx.shape, dy.shape[1], dh.shape[1], _gemm.rank(dh.shape[1], 32)
-    w, sizes = base[0] if form != "given" else None, _gemm.pick(m, k, dx)
-    if form != "given" and _gemm.path(k, n, dx, passes=1 if gain is None else 2) == "cublas":
-        dz = dy if gain is None else (dy * gain).to(dy.dtype)
-        torch.mm(dz, w.T if form == "transposed" else w, out=dx)
-        w, form = dx, "given"
+    sizes = _gemm.pick(m, k, dx, form)
+    if form == "given":
+        base = []
+    elif _gemm.path(m, k, n, dx, form, passes=1 if gain is None else 2) == "cublas":
+        multiply_bwd(dx, dy if gain is None else (dy * gain).to(dy.dtype), base, form, block)
+        base, form = [dx], "given"
     if form == "given":
         sizes, n = _gemm.epilogue(dx), 0
+    w, told = operand(base, form, block, k, sizes["BN"])
     dgrad_kernel[(triton.cdiv(m, sizes["BM"]) * triton.cdiv(k, sizes["BN"]),)](
         dx, dy, w, dh, a, bits, gain, factor, m, n, k, r,
-        FORM=form, DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=triton.cdiv(r, br), BR=br, **sizes,
+        DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=triton.cdiv(r, br), BR=br, **(sizes | told),
     )  # fmt: skip

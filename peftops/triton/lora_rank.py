@@ -4,13 +4,19 @@ import triton
 import triton.language as tl
 
 from ._tile import cast, load_tile
+from .nf4 import nf4_tile
 
 
 @triton.jit
-def base_tile(W, o_n, k, N, K, FORM: tl.constexpr, BK: tl.constexpr):
+def base_tile(
+    W, o_n, k, N, K,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """(BK, BN) of Ŵᵀ from row k on; W is (N, K), or (K, N) where transposed"""
     o_k = tl.arange(0, BK)
-    if FORM == "transposed":  # the row moves the pointer, so that no product is left for each element
+    if FORM == "nf4":
+        t_w = tl.trans(cast(nf4_tile(W, k, o_n, N, K - k, K, BLOCK, GROUP, BK), DTYPE))
+    elif FORM == "transposed":  # the row moves the pointer, so that no product is left for each element
         t_w = load_tile(W + tl.full((), k, tl.int64) * N, o_k, o_n, K - k, N)
     else:
         t_w = tl.trans(load_tile(W, o_n, k + o_k, N, K))
