@@ -52,47 +52,51 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
   const float offset = base.nested ? *base.offset : 0.0f;
   unsigned char* s_tiles = s_memory + LOOKUP * 4;
 
-  auto start = [&](int t) {
+  // A thread copies the same chunks of each tile, in row + q · STEP; rows past the last repeat it, and are not stored
+  constexpr int STEP = THREADS / S::CHUNKS, EACH = (BN + STEP - 1) / STEP, STEP_X = THREADS / S::EIGHTS;
+  const int row = tid / S::CHUNKS, chunk = tid % S::CHUNKS, row_x = tid / S::EIGHTS, eight = tid % S::EIGHTS;
+  const int to = codes_at<S::CHUNKS>(row, chunk), to_x = S::AT_X + x_at<S::EIGHTS>(row_x, eight);
+  const uint8_t* from[EACH];
+#pragma unroll
+  for (int q = 0; q < EACH; ++q)
+    from[q] = base.codes + (int64_t(min(n0 + row + q * STEP, g.n - 1)) * g.k + chunk * GROUP) / 2;
+  const T* from_x = static_cast<const T*>(g.x) + int64_t(row_x) * g.k + eight * 8;
+  // It brings scales, too: of pairs of chunks, where a block has both of each
+  const int pairs = base.shift > 5 && g.k % 64 == 0, bits = (S::CHUNKS == 8 ? 3 : 2) - pairs, step_s = THREADS >> bits;
+  const int row_s = tid >> bits, chunk_s = tid - (row_s << bits), k_s = chunk_s * GROUP << pairs;
+  uint64_t from_s[EACH];
+#pragma unroll
+  for (int q = 0; q < EACH; ++q) from_s[q] = uint64_t(min(n0 + row_s + q * step_s, g.n - 1)) * g.k + k_s;
+  auto start = [&](int t, Scale(&waiting)[EACH]) {  // scales wait in registers for the tile before to be computed
     unsigned char* tile = s_tiles + t % S::STAGES * S::STAGE;
+    const int k = t * S::BK, left = g.k - k;
 #pragma unroll
-    for (int i = tid; i < BN * S::CHUNKS; i += THREADS) {
-      const int row = i / S::CHUNKS, chunk = i % S::CHUNKS, k = t * S::BK + chunk * GROUP;
-      const bool inside = n0 + row < g.n && k < g.k;
-      copy_async(tile + codes_at<S::CHUNKS>(row, chunk), base.codes + (inside ? (int64_t(n0 + row) * g.k + k) / 2 : 0),
-                 inside ? 16 : 0);
-    }
-#pragma unroll 1
-    for (int i = tid; i < g.m * S::EIGHTS; i += THREADS) {
-      const int row = i / S::EIGHTS, eight = i % S::EIGHTS, k = t * S::BK + eight * 8;
-      const T* x = static_cast<const T*>(g.x);
-      copy_async(tile + S::AT_X + x_at<S::EIGHTS>(row, eight), k < g.k ? x + int64_t(row) * g.k + k : x,
-                 k < g.k ? 16 : 0);
-    }
-  };
-  // Scales wait in registers for the tile before to be computed
-  constexpr int EACH = (BN * S::CHUNKS + THREADS - 1) / THREADS;
-  Scale waiting[EACH];
-  auto fetch = [&](int t) {
+    for (int q = 0; q < EACH; ++q)
+      if (BN % STEP == 0 || row + q * STEP < BN)
+        copy_async(tile + to + q * STEP * S::CHUNKS * 16, from[q] + k / 2, chunk * GROUP < left ? 16 : 0);
+#pragma unroll
+    for (int q = 0; q < BM / STEP_X; ++q)
+      if (row_x + q * STEP_X < g.m)
+        copy_async(tile + to_x + q * STEP_X * S::EIGHTS * 16, from_x + int64_t(q * STEP_X) * g.k + k,
+                   eight * 8 < left ? 16 : 0);
 #pragma unroll
     for (int q = 0; q < EACH; ++q) {
-      const int i = tid + q * THREADS, row = n0 + i / S::CHUNKS, k = t * S::BK + i % S::CHUNKS * GROUP;
       waiting[q] = {0, 0};
-      if (i < BN * S::CHUNKS && row < g.n && k < g.k) waiting[q] = load_scale(base, int64_t(row) * g.k + k);
+      if (row_s + q * step_s < BN && k_s < left) waiting[q] = load_scale(base, from_s[q] + k);
     }
   };
-  auto keep = [&](int t) {
-    float* scales = reinterpret_cast<float*>(s_tiles + t % S::STAGES * S::STAGE + S::AT_SCALES);
+  auto keep = [&](int t, const Scale(&waiting)[EACH]) {
+    float* s_scales = reinterpret_cast<float*>(s_tiles + t % S::STAGES * S::STAGE + S::AT_SCALES);
 #pragma unroll
-    for (int q = 0; q < EACH; ++q) {
-      const int i = tid + q * THREADS;
-      if (i < BN * S::CHUNKS)
-        scales[i % S::CHUNKS * S::PITCH + i / S::CHUNKS] = absmax_of(base, waiting[q], s_nested, offset);
-    }
+    for (int q = 0; q < EACH; ++q)
+      if (const int at = row_s + q * step_s; at < BN)
+        s_scales[chunk_s * S::PITCH + at] = absmax_of(base, waiting[q], s_nested, offset);
   };
 
-#pragma unroll 1
+  Scale first[S::STAGES - 1][EACH], waiting[EACH];
+#pragma unroll
   for (int t = 0; t < S::STAGES - 1; ++t) {
-    if (t < tiles) start(t);
+    if (t < tiles) start(t, first[t]);
     commit_copies();
   }
   if (base.nested) s_nested[tid] = base.nested_table[tid];
@@ -102,8 +106,9 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
   for (int i = warp; i < 256; i += WARPS)
     s_pairs[i * 32 + lane] = pair<T>(__ldg(base.table + i / 16), __ldg(base.table + i % 16));
   __syncthreads();
-#pragma unroll 1
-  for (int t = 0; t < min(S::STAGES - 1, tiles); ++t) fetch(t), keep(t);
+#pragma unroll
+  for (int t = 0; t < S::STAGES - 1; ++t)
+    if (t < tiles) keep(t, first[t]);
 
   float acc[S::TILES][BM / 8][4] = {};
 #pragma unroll 1
@@ -111,22 +116,25 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     const int next = t + S::STAGES - 1;
     wait_copies<S::STAGES - 2>();
     __syncthreads();
-    if (next < tiles) start(next), fetch(next);
+    if (next < tiles) start(next, waiting);
     commit_copies();
     const unsigned char* tile = s_tiles + t % S::STAGES * S::STAGE;
-    const float* scales = reinterpret_cast<const float*>(tile + S::AT_SCALES);
+    const float* s_scales = reinterpret_cast<const float*>(tile + S::AT_SCALES);
 #pragma unroll
     for (int c = 0; c < S::CHUNKS / S::WARPS_K; ++c) {
-      const int chunk = c * S::WARPS_K + i_k;
+      const int i_chunk = c * S::WARPS_K + i_k, i_row = i_n * S::TILES * 16 + quad;
+      const unsigned char* codes = tile + codes_at<S::CHUNKS>(i_row, i_chunk) + t_quad * 4;
+      const float* absmax = s_scales + (i_chunk >> pairs) * S::PITCH + i_row;
+      const unsigned char* x = tile + S::AT_X + x_at<S::EIGHTS>(quad, i_chunk * 4 + t_quad);
       uint32_t r_w[S::TILES][2][4];
       float r_scales[S::TILES][2];
 #pragma unroll
       for (int i = 0; i < S::TILES; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = (i_n * S::TILES + i) * 16 + half * 8 + quad;
-          const uint32_t word = *reinterpret_cast<const uint32_t*>(tile + codes_at<S::CHUNKS>(row, chunk) + t_quad * 4);
-          r_scales[i][half] = scales[chunk * S::PITCH + row];
+          const int below = i * 16 + half * 8;  // eight rows on, chunks lie as they do here
+          const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + below * S::CHUNKS * 16);
+          r_scales[i][half] = absmax[below];
 #pragma unroll
           for (int byte = 0; byte < 4; ++byte) {
             const uint32_t at = (byte ? word >> byte * 8 - 7 : word << 7) & 0x7f80 | lane * 4;
@@ -137,8 +145,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
       for (int j = 0; j < BM / 8; ++j) {
         if (BM > 8 && j * 8 >= g.m) break;
         uint4 r_x{};
-        if (j * 8 + quad < g.m)
-          r_x = *reinterpret_cast<const uint4*>(tile + S::AT_X + x_at<S::EIGHTS>(j * 8 + quad, chunk * 4 + t_quad));
+        if (j * 8 + quad < g.m) r_x = *reinterpret_cast<const uint4*>(x + j * 8 * S::EIGHTS * 16);
 #pragma unroll
         for (int i = 0; i < S::TILES; ++i) {
           float part[4] = {};
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
         }
       }
     }
-    if (next < tiles) keep(next);
+    if (next < tiles) keep(next, waiting);
   }
 
   // Sums of the warps along k, in their order
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
 }
 
 // One to four rows of fp32: a warp for each row of the base
-// limits: registers 32-128, shared 1088, wide 2-, fma 32-
+// limits: registers 64-208, shared 1088-1152, wide 16-, fma 64-
 template <int M>
 __global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1) lora_nf4_few_kernel(GemvNf4 g) {
   __shared__ float s_table[16], s_nested[NESTED];

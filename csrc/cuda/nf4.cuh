@@ -36,8 +36,8 @@ struct Scale {
   int code;
 };
 
-DEVICE Scale load_scale(const Nf4& w, int64_t element) {
-  const int64_t block = element >> w.shift;
+DEVICE Scale load_scale(const Nf4& w, uint64_t element) {
+  const uint64_t block = element >> w.shift;
   if (!w.nested) return {__ldg(static_cast<const float*>(w.absmax) + block), 0};
   return {__ldg(w.nested + block / NESTED), __ldg(static_cast<const uint8_t*>(w.absmax) + block)};
 }
