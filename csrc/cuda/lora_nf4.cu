@@ -11,20 +11,20 @@ constexpr int LOOKUP = 256 * 32;  // pairs of values, one for each byte of codes
 // Eight warps are BN / (16 · TILES) along the columns of y times WARPS_K along k, within each tile of BK columns of k.
 template <int BM, int BN>
 struct Shape {
-  static constexpr int BK = BM == 8 ? 256 : 128, CHUNKS = BK / GROUP, EIGHTS = BK / 8;
+  static constexpr int BK = BM > 8 ? 128 : 16384 / BN, CHUNKS = BK / GROUP, EIGHTS = BK / 8, BITS = CHUNKS / 8 + 2;
   static constexpr int TILES = BM == 8 || BN == 64 ? 2 : 1, WARPS_N = BN / 16 / TILES, WARPS_K = WARPS / WARPS_N;
-  static constexpr int STAGES = BM == 64 ? 3 : BM == 8 && BN == 32 ? 6 : 4;
-  static constexpr int PITCH = BN + 32 / CHUNKS, WIDTH = BN + 4;  // so that no two lanes meet in a bank
+  static constexpr int STAGES = BM == 64 || BK == 512 ? 3 : 4;
+  static constexpr int PITCH = BN + 4, WIDTH = BN + 4;  // so that no two lanes meet in a bank
   static constexpr int AT_X = BN * BK / 2, AT_SCALES = AT_X + BM * BK * 2, STAGE = AT_SCALES + CHUNKS * PITCH * 4;
   static constexpr size_t SHARED = LOOKUP * 4 + STAGES * STAGE;
-  static_assert(CHUNKS % WARPS_K == 0 && STAGE % 16 == 0 && SHARED + NESTED * 4 <= 99 << 10, "");
+  static_assert(CHUNKS == 1 << BITS && CHUNKS % WARPS_K == 0 && STAGE % 16 == 0 && SHARED + NESTED * 4 <= 99 << 10, "");
   static_assert(SHARED >= 4 * WARPS_K * BM * WIDTH, "sums lie where tiles lay");
 };
 
 // Where 16 bytes of a row of a tile lie: those that a warp reads at once are in different banks
 template <int CHUNKS>
 DEVICE int codes_at(int row, int chunk) {
-  return (row * CHUNKS + (chunk ^ (row * CHUNKS / 8 & CHUNKS - 1))) * 16;
+  return (row * CHUNKS + (chunk ^ (CHUNKS < 8 ? row * CHUNKS / 8 & CHUNKS - 1 : row & 7))) * 16;
 }
 template <int EIGHTS>
 DEVICE int x_at(int row, int eight) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     from[q] = base.codes + (int64_t(min(n0 + row + q * STEP, g.n - 1)) * g.k + chunk * GROUP) / 2;
   const T* from_x = static_cast<const T*>(g.x) + int64_t(row_x) * g.k + eight * 8;
   // It brings scales, too: of pairs of chunks, where a block has both of each
-  const int pairs = base.shift > 5 && g.k % 64 == 0, bits = (S::CHUNKS == 8 ? 3 : 2) - pairs, step_s = THREADS >> bits;
+  const int pairs = base.shift > 5 && g.k % 64 == 0, bits = S::BITS - pairs, step_s = THREADS >> bits;
   const int row_s = tid >> bits, chunk_s = tid - (row_s << bits), k_s = chunk_s * GROUP << pairs;
   uint64_t from_s[EACH];
 #pragma unroll
