@@ -1,6 +1,6 @@
 // What the kernels of lora_gemv share: their argument, and what follows the sum x·wᵀ.
 #pragma once
-#include "tile.cuh"
+#include "nf4.cuh"
 
 namespace peftops::cuda {
 
@@ -14,8 +14,14 @@ struct Gemv {  // y = gain ⊙ (x·wᵀ + s · (gate ⊙ h)·bᵀ) + bias
   bool inside;                     // h is made by the kernel that adds it, not by the launch before
 };
 
+struct GemvNf4 : Gemv {  // w is null
+  Nf4 base;
+};
+
 // Five rows and more, in 16 bits
 int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream);
+// Rows as lora_nf4.cu says; h, if there is a rank, was made by the launch before
+int launch_lora_nf4(const GemvNf4& g, Dtype dtype, int processors, uintptr_t stream);
 
 namespace {
 

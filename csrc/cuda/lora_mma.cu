@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
   const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w), *a = static_cast<const T*>(g.a);
   const int row_a = tid / CHUNKS, chunk_a = tid % CHUNKS;  // of a tile of a, of which every thread has a chunk
   static_assert(THREADS == MOST * CHUNKS, "");
-  const bool copies = g.inside && !g.wide_a, fetches = g.inside && g.wide_a;
+  const bool adds = g.inside && g.r > 0, copies = adds && !g.wide_a, fetches = adds && g.wide_a;
 
   auto copy = [&](T* tile, int row, int chunk, const T* matrix, int64_t at, bool inside, int k) {
     inside &= k + chunk * 8 < g.k;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
     }
     commit_copies();
   }
-  const bool makes_h = g.inside && i_n == 0;
+  const bool makes_h = adds && i_n == 0;
   float acc[BM / 8][4] = {}, acc_h[BM / 8][4] = {};
 #pragma unroll 1
   for (int t = 0; t < tiles; ++t) {

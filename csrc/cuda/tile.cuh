@@ -78,6 +78,17 @@ DEVICE uint4 narrow(const float (&v)[8]) {
   return out;
 }
 
+// To a multiple of 16 bytes
+template <class T>
+DEVICE void store_eight(T* p, const float (&v)[8]) {
+  *reinterpret_cast<uint4*>(p) = narrow<T>(v);
+}
+template <>
+DEVICE void store_eight(float* p, const float (&v)[8]) {
+  *reinterpret_cast<float4*>(p) = *reinterpret_cast<const float4*>(v);
+  *reinterpret_cast<float4*>(p + 4) = *reinterpret_cast<const float4*>(v + 4);
+}
+
 DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peftops.bench.cases import CASES
-from peftops.bench.law import call, check
+from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
-from peftops.cuda import lora
+from peftops.cuda import lora, nf4
 
 from . import build
 from .test_emulator import SCHEDULES, sanitized
@@ -21,6 +21,22 @@ WAYS = {  # what each shape takes on a GPU of four multiprocessors; the rows of 
     (33, 136, 72, 24): "two launches",
     (80, 264, 200, 16): "two launches",
 }
+NF4_WAYS = {  # likewise of a 4-bit base; more tiles of k than there are stages, the last of them not whole
+    (1, 1824, 40, 5): "two launches",
+    (5, 1088, 460, 3): "two launches",
+    (20, 576, 140, 8): "two launches",
+    (17, 544, 40, 0): "one launch",
+    (64, 448, 140, 4): "two launches",
+    (50, 416, 72, 0): "one launch",
+    (3, 72, 40, 2): "dequantize + cuBLAS",
+    (66, 64, 40, 2): "dequantize + cuBLAS",
+}
+
+
+def cases(shape, dtype, form="nf4"):
+    """Those of 4-bit bases, or of any other."""
+    found = CASES["lora_gemv"](shape, dtype)
+    return [(label, args) for label, args in found if label.startswith("nf4") == (form == "nf4")]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -28,7 +44,18 @@ def test_law_under_every_schedule(cuda_on_cpu, schedule):
     cuda_on_cpu.schedule(*schedule)
     for shape in WAYS:
         for dtype in DTYPES:
-            for label, error, bound in check("lora_gemv", "cuda", shape, dtype):
+            for label, args in cases(shape, dtype, "dense"):
+                error, bound = check_case("lora_gemv", "cuda", args)
+                assert error <= bound, (shape, dtype, label)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_law_of_4_bit_bases_under_every_schedule(cuda_on_cpu, schedule):
+    cuda_on_cpu.schedule(*schedule)
+    for shape in NF4_WAYS:
+        for dtype in DTYPES:
+            for label, args in cases(shape, dtype):
+                error, bound = check_case("lora_gemv", "cuda", args)
                 assert error <= bound, (shape, dtype, label)
 
 
@@ -38,6 +65,11 @@ def test_ways(cuda_on_cpu):
 
     for (m, k, n, r), wanted in WAYS.items():
         assert way(torch.bfloat16, m, n, k, r) == wanted
+    for (m, k, n, r), wanted in NF4_WAYS.items():
+        assert way(torch.bfloat16, m, n, k, r, form="nf4") == wanted
+    assert way(torch.float32, 4, 100, 64, 2, form="nf4") == "two launches"
+    assert way(torch.float32, 5, 100, 64, 2, form="nf4") == "dequantize + cuBLAS"
+    assert way(torch.float16, 1, 100, 264, 0) == "one launch"
     assert way(torch.float32, 5, 100, 264, 2) == "cuBLAS + epilogue"
     assert way(torch.float16, 1, 100, 261, 2) == "cuBLAS + epilogue"
     assert way(torch.float16, 1, 100, 264, 2, form="transposed") == "cuBLAS + epilogue"
@@ -51,6 +83,54 @@ def test_many_of_the_few_rows_run_on_tensor_cores(cuda_on_cpu):
         call("lora_gemv", "cuda", args)
         counts = cuda_on_cpu.counts()
         assert (counts["mma"] > 0) == wanted and counts["conflicts"] == 0
+
+
+def test_4_bit_bases_meet_16_bits_on_tensor_cores(cuda_on_cpu):
+    for m, dtype, wanted in ((1, torch.bfloat16, True), (33, torch.float16, True), (4, torch.float32, False)):
+        for _, args in cases((m, 288, 72, 2), dtype):
+            cuda_on_cpu.counts()
+            call("lora_gemv", "cuda", args)
+            counts = cuda_on_cpu.counts()
+            assert (counts["mma"] > 0) == wanted and counts["launches"] == 2
+
+
+def test_a_base_larger_than_the_scratch_is_decoded_in_parts(cuda_on_cpu, monkeypatch):
+    for scratch, launches in ((72 * 4 * 20, 3), (72 * 4 * 3, 14), (1, 40)):
+        monkeypatch.setattr(lora, "SCRATCH", scratch)
+        for label, args in cases((3, 72, 40, 2), torch.float32):
+            cuda_on_cpu.counts()
+            error, bound = check_case("lora_gemv", "cuda", args)
+            assert error <= bound, (scratch, label)
+            assert cuda_on_cpu.counts()["launches"] == launches + 2
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 64, 8192, 9001])
+def test_4_bits_are_the_reference_s_bit_for_bit(cuda_on_cpu, size, dtype):
+    for op in ("nf4_quantize", "nf4_dequantize"):
+        for label, args in CASES[op]((0, size, 1, 0), dtype):
+            for ours, wanted in zip(call(op, "cuda", args), call(op, "reference", args), strict=True):
+                assert torch.equal(ours, wanted), (op, label)
+
+
+def test_blocks_of_every_size_are_quantized(cuda_on_cpu):
+    _, (_, bounds, order, _) = next(CASES["nf4_quantize"]((0, 8, 1, 0), torch.float32))
+    w = torch.randn(9001) * torch.randn(9001).exp()
+    w[5000], w[7000] = torch.inf, torch.nan
+    for block in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        ours, wanted = (call("nf4_quantize", name, [w, bounds, order, block]) for name in ("cuda", "reference"))
+        assert torch.equal(ours[0], wanted[0]) and torch.equal(ours[1].nan_to_num(-1), wanted[1].nan_to_num(-1)), block
+
+
+def test_any_part_of_a_weight_is_dequantized(cuda_on_cpu):
+    for k in (40, 33):
+        for label, (codes, table, scales, block, size, dtype) in CASES["nf4_dequantize"]((0, k, 50, 0), torch.bfloat16):
+            (whole,) = call("nf4_dequantize", "reference", [codes, table, scales, block, size, dtype])
+            for row, rows, column, columns in ((0, 50, 0, k), (7, 20, 0, k), (8, 9, 16, 16), (3, 5, 11, 13)):
+                part = torch.empty(rows, columns, dtype=dtype)
+                nf4.dequantize_rows(part, [codes, table, *scales], block, k, row, column)
+                wanted = whole.view(50, k)[row : row + rows, column : column + columns]
+                assert torch.equal(part, wanted), (label, k, row, column)
 
 
 def test_law_in_little_shared_memory(cuda_on_cpu):
@@ -69,6 +149,17 @@ def test_law_in_little_shared_memory(cuda_on_cpu):
     assert blocks[1] > blocks[0]
 
 
+def test_4_bit_bases_need_no_more_shared_memory_than_there_is(cuda_on_cpu):
+    before = cuda_on_cpu.limit_shared(99 << 10)
+    try:
+        for shape in ((1, 544, 460, 2), (20, 160, 140, 2), (64, 160, 140, 2)):
+            for label, args in cases(shape, torch.bfloat16):
+                error, bound = check_case("lora_gemv", "cuda", args)
+                assert error <= bound, (shape, label)
+    finally:
+        cuda_on_cpu.limit_shared(before)
+
+
 def test_launches(cuda_on_cpu):
     for shape, wanted in (((1, 72, 200, 5), 1), ((3, 1072, 40, 12), 2), ((5, 264, 100, 2), 1), ((33, 136, 72, 24), 2)):
         _, args = next(CASES["lora_gemv"](shape, torch.bfloat16))
@@ -78,8 +169,8 @@ def test_launches(cuda_on_cpu):
 
 
 def test_is_deterministic_whatever_the_order(cuda_on_cpu):
-    for shape in WAYS:
-        for label, args in CASES["lora_gemv"](shape, torch.bfloat16):
+    for shape in (*WAYS, *NF4_WAYS):
+        for label, args in cases(shape, torch.bfloat16, "nf4" if shape in NF4_WAYS else "dense"):
             results = []
             for schedule in (SCHEDULES[0], SCHEDULES[-1]):
                 cuda_on_cpu.schedule(*schedule)
@@ -97,23 +188,27 @@ def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
 LAW = """
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.test_kernels import WAYS
+from cuda_on_cpu.test_kernels import NF4_WAYS, WAYS, cases
 from peftops import backends, cuda
-from peftops.bench.law import check
-from peftops.cuda import _device, lora
+from peftops.bench.law import check, check_case
+from peftops.cuda import _device, lora, nf4
 import peftops.functional
 
 emulator = build.opened({library!r})
 class Emulated:
-    def lora_gemv(self, *args):
-        emulator.lora_gemv(*args)
-        emulator.finish()
-lora._C, cuda.runs = Emulated(), lambda device: True
+    def __getattr__(self, op):
+        return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
+lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
-for shape in WAYS:
-    for dtype in {dtypes}:
-        for label, error, bound in check("lora_gemv", "cuda", shape, dtype):
+for dtype in {dtypes}:
+    for shape in (*WAYS, *NF4_WAYS):
+        for label, args in cases(shape, dtype, "nf4" if shape in NF4_WAYS else "dense"):
+            error, bound = check_case("lora_gemv", "cuda", args)
             assert error <= bound, (shape, dtype, label)
+    for op in ("nf4_quantize", "nf4_dequantize"):
+        for size in (7, 8192, 9001):
+            for label, error, bound in check(op, "cuda", (0, size, 1, 0), dtype):
+                assert error <= bound, (op, size, label)
 print("lawful")
 """
 

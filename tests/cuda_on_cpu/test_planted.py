@@ -59,8 +59,8 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "h read before the launch that makes it": (
         "lora.cu",
-        "    wait_for_launch_before();\n  }\n  for",
-        "  }\n  for",
+        "  } else {\n    wait_for_launch_before();\n  }",
+        "  }",
         "plain",
     ),
     "rows of w past the last": ("lora_mma.cu", "n0 + row < g.n, k", "true, k", "address"),
@@ -101,6 +101,49 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "plain",
     ),
     "rows in the same banks": ("lora_mma.cu", "(chunk ^ (row & 7))", "chunk", "conflicts"),
+    "barrier missing after the table": (
+        "lora_nf4.cu",
+        "__ldg(base.table + i % 16));\n  __syncthreads();",
+        "__ldg(base.table + i % 16));",
+        "thread",
+    ),
+    "barrier missing in the loop over codes": (
+        "lora_nf4.cu",
+        "wait_copies<S::STAGES - 2>();\n    __syncthreads();",
+        "wait_copies<S::STAGES - 2>();",
+        "plain",
+    ),
+    "codes that nobody waits for": ("lora_nf4.cu", "    wait_copies<S::STAGES - 2>();\n", "", "plain"),
+    "h read before it is made": (
+        "lora_nf4.cu",
+        "  __syncthreads();\n  if (!g.inside) wait_for_launch_before();",
+        "  __syncthreads();",
+        "plain",
+    ),
+    "the low half of a byte first": (
+        "lora_nf4.cu",
+        "pair<T>(__ldg(base.table + i / 16), __ldg(base.table + i % 16))",
+        "pair<T>(__ldg(base.table + i % 16), __ldg(base.table + i / 16))",
+        "plain",
+    ),
+    "the scale of another row": ("lora_nf4.cu", "r_scales[i][e / 2]", "r_scales[i][0]", "plain"),
+    "the scale of another pair": ("lora_nf4.cu", "base.shift > 5 && g.k % 64 == 0", "base.shift > 4", "plain"),
+    "rows of codes past the last": (
+        "lora_nf4.cu",
+        "min(n0 + row + q * STEP, g.n - 1)",
+        "(n0 + row + q * STEP)",
+        "address",
+    ),
+    "columns of codes past the last": ("lora_nf4.cu", "chunk * GROUP < left ? 16 : 0", "16", "address"),
+    "columns of y past the last": ("lora_nf4.cu", "    if (n0 + c >= g.n) continue;\n", "", "address"),
+    "one rounding of a scale": (
+        "nf4.cuh",
+        "__fadd_rn(__fmul_rn(nested_table[scale.code], scale.value), offset)",
+        "fmaf(nested_table[scale.code], scale.value, offset)",
+        "plain",
+    ),
+    "the approximate reciprocal": ("nf4.cu", "__frcp_rn(", "__fdividef(1.001f, ", "plain"),
+    "elements past the last quantized": ("nf4.cu", "if (at + 8 <= size) return", "return", "address"),
 }
 
 LAW = """
@@ -108,42 +151,48 @@ import sys
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.test_emulator import SCHEDULES
-from cuda_on_cpu.test_kernels import DTYPES, WAYS
+from cuda_on_cpu.test_kernels import DTYPES, NF4_WAYS, WAYS, cases
 from peftops import cuda
-from peftops.bench.law import check
-from peftops.cuda import _device, lora
+from peftops.bench.cases import CASES
+from peftops.bench.law import call, check_case
+from peftops.cuda import _device, lora, nf4
 import peftops.functional
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 emulator, kind = build.opened({library!r}), {kind!r}
 class Emulated:
-    def lora_gemv(self, *args):
-        emulator.lora_gemv(*args)
-        emulator.finish()
-lora._C, cuda.runs = Emulated(), lambda device: True
+    def __getattr__(self, op):
+        return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
+lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
+ways = {{"dense": WAYS, "nf4": NF4_WAYS}}
 for schedule in SCHEDULES if kind == "plain" else SCHEDULES[:1]:
     emulator.schedule(*schedule)
-    for shape in WAYS:
-        for dtype in DTYPES if kind != "thread" else DTYPES[1:]:
-            for label, error, bound in check("lora_gemv", "cuda", shape, dtype):
+    for dtype in DTYPES if kind != "thread" else DTYPES[1:]:
+        for form, shape in [(form, shape) for form in {forms!r} for shape in ways[form]]:
+            for label, args in cases(shape, dtype, form):
+                error, bound = check_case("lora_gemv", "cuda", args)
                 if not error <= bound:
                     sys.exit(f"unlawful: {{schedule}}, {{shape}}, {{dtype}}, {{label}}")
+        for op in ("nf4_quantize", "nf4_dequantize") if "nf4" in {forms!r} else ():
+            for label, args in CASES[op]((0, 9001, 1, 0), dtype):
+                if not all(map(torch.equal, call(op, "cuda", args), call(op, "reference", args))):
+                    sys.exit(f"unlike the reference: {{schedule}}, {{dtype}}, {{label}}")
 if emulator.counts()["conflicts"]:
     sys.exit("conflicts")
 """
 NOTICED = {"plain": "", "conflicts": "conflicts", "address": "AddressSanitizer", "thread": "ThreadSanitizer: data race"}
 
 
-def run(folder, kind):
+def run(folder, kind, *forms):
     sanitizer = kind if kind in ("address", "thread") else ""
     library = build.link(sanitizer=sanitizer, include=folder)
-    return sanitized(sanitizer, LAW.format(library=str(library), kind=kind))
+    return sanitized(sanitizer, LAW.format(library=str(library), kind=kind, forms=forms))
 
 
 @pytest.mark.parametrize("kind", NOTICED)
 def test_the_kernels_as_they_are(kind):
-    done = run(build.KERNELS, kind)
+    done = run(build.KERNELS, kind, "dense", "nf4")
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
 
 
@@ -154,7 +203,7 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
     text = (folder / file).read_text()
     assert text.count(right) == 1
     (folder / file).write_text(text.replace(right, wrong))
-    done = run(folder, kind)
+    done = run(folder, kind, "nf4" if "nf4" in file else "dense")
     said = done.stderr.strip().splitlines() or [""]
     print(f"{bug}: {next((line for line in said if 'Sanitizer' in line), said[-1])[:160]}")
     assert done.returncode and NOTICED[kind] in done.stderr, done.stderr[-3000:]

@@ -150,6 +150,8 @@ class Kernel:
             return f"R{identifier(operand)}"
         if stem in SPECIAL:
             return f"{SPECIAL[stem]}.{axis}"
+        if operand in self.parameters:
+            return f"u64(parameters + {self.parameters[operand][0]})"
         if found := LONE.get(operand) or self.symbols.get(operand):
             return found
         if re.match(r"-?\d", operand):
@@ -210,8 +212,8 @@ class Kernel:
         (*modifiers, kind), parts = modifiers, vector(args[0])
         if "param" in modifiers:
             parameter, _, offset = args[1].strip("[] ").partition("+")
-            at = self.parameters[parameter.strip()][0] + int(offset or 0)
-            return self.spread(parts, f"parameter<{kind}, {len(parts)}>(parameters + {at})")
+            base = f"reinterpret_cast<const unsigned char*>({self.value(parameter.strip())})"
+            return self.spread(parts, f"parameter<{kind}, {len(parts)}>({base} + {int(offset or 0)})")
         found = f"load<{kind}, {len(parts)}>({self.space(modifiers)}, {self.address(args[1])}, {self.site})"
         return self.space(modifiers) and self.spread(parts, found)
 
