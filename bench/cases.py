@@ -40,6 +40,7 @@ def lora(
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
+    x = normal(m, k)
     wide, narrow = torch.promote_types(dtype, torch.float32), torch.float32 if fp32 else dtype
     ra, rb = (r if shared else r * max(1, experts)), r * max(1, experts)
     if form == "nf4":
@@ -49,7 +50,7 @@ def lora(
     biased = normal(n, dtype=narrow) if bias else None
     bits = torch.randint(256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device).to(torch.uint8)
     return {
-        "x": normal(m, k), "base": base, "a": normal(ra, k, dtype=narrow), "b": normal(n, rb, dtype=narrow),
+        "x": x, "base": base, "a": normal(ra, k, dtype=narrow), "b": normal(n, rb, dtype=narrow),
         "scale": torch.tensor([0.7], dtype=wide, device=device), "bias": biased,
         "gain": normal(n, dtype=wide) if gain else None,
         "gate": normal(m, experts, dtype=wide).abs() if experts else None,

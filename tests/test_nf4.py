@@ -48,6 +48,23 @@ def test_backends_agree_bit_for_bit(name, dtype, request):
                     assert torch.equal(out, exact), (op, shape, label)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CELLS)
+def test_products_are_made_of_the_values_of_dequantize(name, dtype, request):
+    """Rows of the identity leave one column of the weight each: no kernel may round it elsewhere, or otherwise."""
+    if name == "cuda":
+        request.getfixturevalue("cuda_on_cpu")
+    k, n = 96, 40
+    for block, double in ((64, False), (32, True)):
+        q = NF4Weight.quantize(torch.randn(n, k), block, double)
+        no_a, no_b = torch.zeros(0, k, dtype=dtype), torch.zeros(n, 0, dtype=dtype)
+        for m in (1, 2, 3, 7, 12, 30, 64, 96):
+            rows = torch.eye(k, dtype=dtype)[-m:]
+            args = [rows, q.base, no_a, no_b, torch.ones(1), None, None, None, "nf4", block]
+            y = call("lora_gemv", name, args)[0]
+            assert torch.equal(y, q.dequantize(dtype).T[-m:]), (m, block)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets_agree_bit_for_bit(isa, monkeypatch):
     on(isa, monkeypatch)

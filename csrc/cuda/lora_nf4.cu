@@ -6,7 +6,7 @@ namespace peftops::cuda {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, GROUP = 32;  // columns of k whose codes are 16 bytes
-constexpr int LOOKUP = 256 * 32;  // pairs of values, one for each byte of codes and lane: no two lanes meet in a bank
+constexpr int COPIES = 16, LOOKUP = 256 * COPIES * 2;  // two values of each byte of codes, for each lane of half a warp
 
 // Eight warps are BN / (16 · TILES) along the columns of y times WARPS_K along k, within each tile of BK columns of k.
 template <int BM, int BN>
@@ -32,14 +32,21 @@ DEVICE int x_at(int row, int eight) {
 }
 
 template <class T>
-DEVICE uint32_t pair(float low, float high) {
-  const T both[] = {narrow<T>(low), narrow<T>(high)};
-  return *reinterpret_cast<const uint32_t*>(both);
+DEVICE uint32_t pair(float low, float high);  // by one instruction
+template <>
+DEVICE uint32_t pair<__half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+DEVICE uint32_t pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
 }
 
 // y (m, n) in tiles of BN columns, whose rows of the base are the left operand, m ≤ BM. Within a group of 32 columns of
-// k, lane t of four has columns 8t to 8t + 7: one word of codes, 16 bytes of x. Its operands are looked up, a byte at a
-// time, so values are rounded to T where they are in the table; their sum over the group is scaled, in fp32, by absmax.
+// k, lane t of four has columns 8t to 8t + 7: one word of codes, 16 bytes of x. Its values are looked up, a byte at a
+// time, multiplied by absmax in fp32 and rounded once: these are the bits that dequantizing gives.
 // limits: registers 48-144, shared 1024, mma 8-, async 8-, wide 8-, loop 160-400
 template <int BM, int BN, class T>
 __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(GemvNf4 g) {
@@ -101,10 +108,10 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
   }
   if (base.nested) s_nested[tid] = base.nested_table[tid];
   static_assert(THREADS == NESTED, "");
-  uint32_t* s_pairs = reinterpret_cast<uint32_t*>(s_memory);
+  float2* s_pairs = reinterpret_cast<float2*>(s_memory);
 #pragma unroll 8
-  for (int i = warp; i < 256; i += WARPS)
-    s_pairs[i * 32 + lane] = pair<T>(__ldg(base.table + i / 16), __ldg(base.table + i % 16));
+  for (int i = tid; i < 256 * COPIES; i += THREADS)
+    s_pairs[i] = {__ldg(base.table + i / COPIES / 16), __ldg(base.table + i / COPIES % 16)};
   __syncthreads();
 #pragma unroll
   for (int t = 0; t < S::STAGES - 1; ++t)
@@ -127,18 +134,18 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
       const float* absmax = s_scales + (i_chunk >> pairs) * S::PITCH + i_row;
       const unsigned char* x = tile + S::AT_X + x_at<S::EIGHTS>(quad, i_chunk * 4 + t_quad);
       uint32_t r_w[S::TILES][2][4];
-      float r_scales[S::TILES][2];
 #pragma unroll
       for (int i = 0; i < S::TILES; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int below = i * 16 + half * 8;  // eight rows on, chunks lie as they do here
           const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + below * S::CHUNKS * 16);
-          r_scales[i][half] = absmax[below];
+          const float scale = absmax[below];
 #pragma unroll
           for (int byte = 0; byte < 4; ++byte) {
-            const uint32_t at = (byte ? word >> byte * 8 - 7 : word << 7) & 0x7f80 | lane * 4;
-            r_w[i][byte / 2][byte % 2 * 2 + half] = *reinterpret_cast<const uint32_t*>(s_memory + at);
+            const uint32_t at = (byte ? word >> byte * 8 - 7 : word << 7) & 0x7f80 | lane % COPIES * 8;
+            const float2 values = *reinterpret_cast<const float2*>(s_memory + at);
+            r_w[i][byte / 2][byte % 2 * 2 + half] = pair<T>(__fmul_rn(values.x, scale), __fmul_rn(values.y, scale));
           }
         }
 #pragma unroll
@@ -148,11 +155,8 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
         if (j * 8 + quad < g.m) r_x = *reinterpret_cast<const uint4*>(x + j * 8 * S::EIGHTS * 16);
 #pragma unroll
         for (int i = 0; i < S::TILES; ++i) {
-          float part[4] = {};
-          multiply<T>(part, r_w[i][0], r_x.x, r_x.y);
-          multiply<T>(part, r_w[i][1], r_x.z, r_x.w);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][j][e] += r_scales[i][e / 2] * part[e];
+          multiply<T>(acc[i][j], r_w[i][0], r_x.x, r_x.y);
+          multiply<T>(acc[i][j], r_w[i][1], r_x.z, r_x.w);
         }
       }
     }

@@ -103,8 +103,8 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     "rows in the same banks": ("lora_mma.cu", "(chunk ^ (row & 7))", "chunk", "conflicts"),
     "barrier missing after the table": (
         "lora_nf4.cu",
-        "__ldg(base.table + i % 16));\n  __syncthreads();",
-        "__ldg(base.table + i % 16));",
+        "__ldg(base.table + i / COPIES % 16)};\n  __syncthreads();",
+        "__ldg(base.table + i / COPIES % 16)};",
         "thread",
     ),
     "barrier missing in the loop over codes": (
@@ -122,11 +122,11 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "the low half of a byte first": (
         "lora_nf4.cu",
-        "pair<T>(__ldg(base.table + i / 16), __ldg(base.table + i % 16))",
-        "pair<T>(__ldg(base.table + i % 16), __ldg(base.table + i / 16))",
+        "{__ldg(base.table + i / COPIES / 16), __ldg(base.table + i / COPIES % 16)}",
+        "{__ldg(base.table + i / COPIES % 16), __ldg(base.table + i / COPIES / 16)}",
         "plain",
     ),
-    "the scale of another row": ("lora_nf4.cu", "r_scales[i][e / 2]", "r_scales[i][0]", "plain"),
+    "the scale of another row": ("lora_nf4.cu", "scale = absmax[below]", "scale = absmax[0]", "plain"),
     "the scale of another pair": ("lora_nf4.cu", "base.shift > 5 && g.k % 64 == 0", "base.shift > 4", "plain"),
     "rows of codes past the last": (
         "lora_nf4.cu",
