@@ -99,6 +99,11 @@ def generate(model, batch):
     import torch
 
     model.eval()
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes' kernel for evaluation, after which none trains
+            from bitsandbytes.functional import has_avx512bf16
+
+            layer.support_avx512bf16_for_cpu = has_avx512bf16()
     prompt = batch[:1, :16]
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
 

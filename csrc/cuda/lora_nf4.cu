@@ -47,7 +47,7 @@ DEVICE uint32_t pair<__nv_bfloat16>(float low, float high) {
 // y (m, n) in tiles of BN columns, whose rows of the base are the left operand, m ≤ BM. Within a group of 32 columns of
 // k, lane t of four has columns 8t to 8t + 7: one word of codes, 16 bytes of x. Its values are looked up, a byte at a
 // time, multiplied by absmax in fp32 and rounded once: these are the bits that dequantizing gives.
-// limits: registers 48-144, shared 1024, mma 8-, async 8-, wide 8-, loop 160-400
+// limits: registers 48-160, shared 1024, mma 8-, async 8-, wide 8-, loop 160-400
 template <int BM, int BN, class T>
 __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(GemvNf4 g) {
   using S = Shape<BM, BN>;
