@@ -3,9 +3,14 @@
 import json
 import random
 import re
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import build
+from cuda_on_cpu.test_emulator import sanitized
 
 from peftops import NF4Weight
 
@@ -139,3 +144,34 @@ def test_a_thousand_mutations(double):
             assert weight.dequantize().shape == weight.shape
             seen["loaded"] += 1
     assert min(seen.values()) > 50, seen
+
+
+UNDER_ASAN = """
+from cuda_on_cpu import build
+from peftops import backends
+from peftops.cpu import nf4
+import test_nf4_state
+nf4._C = build.opened({library!r})
+for double in (False, True):
+    test_nf4_state.test_a_thousand_mutations(double)
+print("clean")
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx512"])
+def test_mutations_do_not_read_where_nothing_is(isa):
+    """The same under AddressSanitizer, which sees a byte too many."""
+    compiled = pytest.importorskip("peftops._C")
+    pybind11 = pytest.importorskip("pybind11")
+    if not hasattr(compiled, isa) or not shutil.which("g++"):
+        pytest.skip(f"this machine builds or runs no {isa}")
+    root = Path(__file__).parents[1]
+    sources = [root / "tests/nf4_alone.cpp", root / "csrc/cpu/nf4.cpp"]
+    includes = [root / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = ["-march=x86-64-v4"] if isa == "avx512" else []
+    command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-fopenmp", "-fsanitize=address", f"-DISA={isa}"]
+    command += ["-ffp-contract=off", *flags, *(f"-I{folder}" for folder in includes), *map(str, sources)]
+    read = [*sources, *(root / "csrc/cpu").glob("*.h"), *(root / "csrc").glob("*.h")]
+    library = build.made("alone.so", read, command, lambda target: build.call(*command, "-o", target))
+    done = sanitized("address", UNDER_ASAN.format(library=str(library)))
+    assert done.returncode == 0 and done.stdout == "clean\n", done.stderr[-3000:]
