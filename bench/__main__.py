@@ -22,8 +22,14 @@ def options(argv):
     parser = Parser("peftops bench", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all")
     common(parser)
-    parser.add_argument("--backend", type=backends, default=(), metavar="NAME,…", help="these beside the one in use")
-    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
+    parser.add_argument(
+        "--backend",
+        type=backends,
+        default=(),
+        metavar="NAME,…",
+        help=f"these beside the one in use, of {', '.join(BACKENDS)}",
+    )
+    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="one layer instead of those of real models")
     parser.add_argument("--peers", metavar="NAME", action="append", help="only this one beside ours; may be repeated")
     return parser.parse_args(argv)
 
@@ -118,7 +124,7 @@ def run(o, rows, device, dtype):
     about, lines = results.describe(device), []
     with Progress() as progress:
         for row in rows:
-            for line in measure(row, o, dtype, device, progress):
+            for line in measure(row, o, dtype, device, progress, others=not o.shape):
                 show(line)
                 lines.append(line)
                 if folder:

@@ -97,6 +97,7 @@ class Check:
                 tail = log.read()[-4000:]
         except BaseException:  # Ctrl-C does not reach a session of its own
             kill(process)
+            process.wait()
             raise
         finally:
             timer.cancel()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
 
-from peftops.cli import BadInput, Parser, folder, need, replace
+from peftops.cli import BadInput, Parser, folder, named, need, replace
 
 from . import results
 from .peers import BASE, OURS
@@ -17,7 +17,7 @@ OTHERS = "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#aec7e8", "#98df8a", "#c5b
 
 def main(argv=None):
     parser = Parser("peftops bench plot", description=__doc__)
-    parser.add_argument("--results", type=Path, metavar="DIR", default=results.RESULTS, help="where the results are")
+    parser.add_argument("--results", type=named, metavar="DIR", default=results.RESULTS, help="where the results are")
     parser.add_argument("--out", type=folder, metavar="DIR", default=Path("peftops-plots"), help="where to draw")
     o = parser.parse_args(argv)
     need("matplotlib")

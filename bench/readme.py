@@ -1,8 +1,6 @@
 """peftops bench readme: rewrites README's tables from the newest results."""
 
-from pathlib import Path
-
-from peftops.cli import BadInput, Parser, replace
+from peftops.cli import BadInput, Parser, named, replace
 
 from . import results
 from .peers import BASE, FEW, OURS
@@ -18,7 +16,7 @@ TABLES = {  # by whether the row is nf4: what times are multiples of, the column
 
 def main(argv=None):
     parser = Parser("peftops bench readme", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="DIR", default=results.RESULTS, help="where the results are")
+    parser.add_argument("--out", type=named, metavar="DIR", default=results.RESULTS, help="where the results are")
     o = parser.parse_args(argv)
     target = results.HERE.parent / "README.md"
     print(f"{target}: {rewrite(target, o.out)} rows of {o.out}")

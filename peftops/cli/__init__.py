@@ -14,7 +14,8 @@ class BadInput(Exception):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, (), []) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default == ()
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,11 +76,16 @@ def replace(path, write):
         beside.unlink(missing_ok=True)
 
 
-def folder(text):
-    """The path of a folder that can be written to, or made; a try leaves nothing behind."""
+def named(text):
+    """A path, but not that of the current folder by the empty name."""
     if not text:
         raise argparse.ArgumentTypeError("must name a folder, got ''")
-    path = Path(text)
+    return Path(text)
+
+
+def folder(text):
+    """The path of a folder that can be written to, or made; a try leaves nothing behind."""
+    path = named(text)
     try:
         nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
         with tempfile.TemporaryDirectory(dir=nearest):
