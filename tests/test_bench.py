@@ -23,7 +23,7 @@ SMALL = Problem((70, 32, 48, 4), torch.bfloat16, CPU)
 
 
 @pytest.fixture
-def short(monkeypatch):
+def short(monkeypatch, one_thread):
     """One small layer with many rows and one with one, in samples of no length; nobody who has to be compiled."""
     monkeypatch.setattr(timing, "SHORTEST", 1e-4)
     monkeypatch.setattr(timing, "PATIENCE", 0.01)
@@ -84,7 +84,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nothing"], "no row 'nothing'; there are lora and model, readme"),
+        (["nothing"], "no row 'nothing'; there are lora, nf4 and model, readme"),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
         (["lora", "--device", "cuda:77"], "no device 'cuda:77'"),
@@ -101,7 +101,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["model", "--text", "/nowhere.txt"], "cannot read the text"),
         (["check", "--only", ""], "peftops bench check: --only must be of build"),
         (["plot", "--out", __file__], "Not a directory"),
-        (["model", "--method", "full"], "--method must be of lora, got 'full'"),
+        (["model", "--method", "full"], "--method must be of lora, qlora, got 'full'"),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),
         (["check", "--only", "magic"], "--only must be of build"),
