@@ -23,7 +23,7 @@ def keep(o):
     if o.out:
         return o.out, None
     partial = [f"--{name}" for name in PARTIAL if getattr(o, name, None)]
-    return (None, f"{' and '.join(partial)} measured a part; --out DIR keeps them") if partial else place()
+    return (None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them") if partial else place()
 
 
 def place():

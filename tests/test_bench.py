@@ -68,7 +68,7 @@ def test_other_backends_stand_beside_ours(capsys, short):
     code, out, _ = run(capsys, *argv, "--dropout", "0.1")
     assert code == 0 and "× peftops, reference" in out and "× PEFT" in out and "× torch" not in out
     assert "× frozen" in out and "without dropout" in out and "Absent" not in out
-    assert "only shown, since --quick and --shape and --peers and --backend measured a part" in out
+    assert "only shown, since a run with --quick and --shape and --peers and --backend is but a part" in out
 
 
 def test_what_is_wrong_is_not_timed(capsys, monkeypatch, short):
