@@ -7,9 +7,8 @@ kernels), check (everything a GPU can tell, in one go); each has its own --help.
 
 import importlib
 import sys
-from pathlib import Path
 
-from peftops.cli import BadInput, Parser, find_device, need, probability
+from peftops.cli import BadInput, Parser, find_device, folder, need, probability, sentence
 
 from . import results
 from .progress import Progress
@@ -23,24 +22,32 @@ def options(argv):
     parser = Parser("peftops bench", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all")
     common(parser)
-    parser.add_argument("--backend", type=backends, default=(), metavar="NAME,…", help="these beside the one in use")
-    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
-    parser.add_argument("--peers", metavar="NAME,…", type=lambda text: text.split(","), help="only these beside ours")
+    parser.add_argument(
+        "--backend",
+        type=backends,
+        default=(),
+        metavar="NAME,…",
+        help=f"these beside the one in use, of {', '.join(BACKENDS)}",
+    )
+    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="one layer instead of those of real models")
+    parser.add_argument("--peers", metavar="NAME", action="append", help="only this one beside ours; may be repeated")
     return parser.parse_args(argv)
 
 
 def common(parser):
     """What rows and model share."""
     parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input")
+    parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1; few rows go without")
     parser.add_argument("--quick", action="store_true", help="the smallest, in few rounds")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to append results, by default bench/results")
+    parser.add_argument(
+        "--out", type=folder, metavar="DIR", help="where to append results, by default bench/results for whole runs"
+    )
 
 
 def shape(text):
     sizes = text.split(",")
-    if len(sizes) != 4 or not all(size.isdigit() and int(size) for size in sizes):
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
         raise BadInput(f"--shape must be four whole numbers m,k,n,r, got {text!r}")
     return tuple(map(int, sizes))
 
@@ -55,36 +62,76 @@ def backends(text):
 def main(argv=None):
     name = argv[0] if argv else ""
     if name in COMMANDS:
-        return importlib.import_module(f".{name}", __package__).main(argv[1:])
+        try:
+            return importlib.import_module(f".{name}", __package__).main(argv[1:])
+        except BadInput as error:
+            print(f"peftops bench {name}: {error}", file=sys.stderr)
+            return 2
     o = options(argv)
     if unknown := [row for row in o.rows if row not in ROWS]:
         raise BadInput(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)} and {', '.join(COMMANDS)}")
     need("torch", "peft")
-    return run(o, [importlib.import_module(f".{row}", __package__) for row in o.rows or ROWS])
+    rows = [importlib.import_module(f".{row}", __package__) for row in dict.fromkeys(o.rows or ROWS)]
+    device, dtype = find_device(o.device), torch_dtype(o.dtype)
+    possible(o, rows, device, dtype)
+    return run(o, rows, device, dtype)
 
 
-def run(o, rows):
+def possible(o, rows, device, dtype):
+    """BadInput where the peers, a backend or the shape that is asked for cannot be had."""
+    from . import timing
+    from .peers import known
+
+    o.peers = o.peers and known(o.peers)
+    for name in o.backend:
+        for row in rows:
+            if why := unserved(name, row, device):
+                raise BadInput(f"--backend {name} cannot run here ({why})")
+    if o.shape:
+        (m, k, n, r), free = o.shape, timing.free(device)
+        least = dtype.itemsize * (n * k + r * (k + n) + 2 * m * (k + n))  # weights, what goes in and out, gradients
+        if least > free:
+            raise BadInput(f"--shape takes {least / 1e9:,.1f} GB at least, and {free / 1e9:,.1f} GB are free")
+
+
+def unserved(name, row, device):
+    """Why a backend serves no op of a row on this device, or None."""
+    from peftops import backends
+
+    for op in row.OPS:
+        try:
+            backends.choose(op, name, device.type, False)
+        except NotImplementedError as error:
+            why = sentence(error)
+        else:
+            return None
+    return why
+
+
+def run(o, rows, device, dtype):
     """Holds the rows to the law, then measures, shows and keeps."""
     from .measure import measure, show, unlawful
 
-    device, dtype = find_device(o.device), torch_dtype(o.dtype)
-    if o.out and o.out.exists() and not o.out.is_dir():
-        raise BadInput(f"--out must be a folder, got {o.out}")
     for row in rows:
         if wrong := unlawful(row, dtype, device):
             print(wrong)
             return 1
-    folder, why = (o.out, None) if o.out else results.place()
+    folder, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
-    about = results.describe(device)
+    if o.dropout and any(problem.few for row in rows for _, problem in row.jobs(o, dtype, device)):
+        print("Few rows are measured without dropout, since they are a generation's.")
+    about, lines = results.describe(device), []
     with Progress() as progress:
         for row in rows:
-            for line in measure(row, o, dtype, device, progress):
+            for line in measure(row, o, dtype, device, progress, others=not o.shape):
                 show(line)
+                lines.append(line)
                 if folder:
                     here = about | {"row": row.__name__.rpartition(".")[2], "dtype": o.dtype}
                     results.append(folder / f"{results.slug(about['device'])}.jsonl", here | line)
+    if absent := results.absentees(lines):
+        print(f"Absent: {'; '.join(absent)}.")
     return 0
 
 

@@ -5,6 +5,7 @@ compiles the layers, times them beside their peers, and trains a stack like an 8
 It never stops at a failure, and keeps what it has as it goes. --device cpu rehearses it: the CPU stands in for the GPU.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from threading import Timer
 
-from peftops.cli import BadInput, Parser, find_device, need, positive, replace
+from peftops.cli import BadInput, Parser, find_device, folder, need, positive, replace
 
 from . import results
 
@@ -33,13 +34,15 @@ LINES = 60  # of the table at the end
 
 def options(argv):
     parser = Parser("peftops bench check", description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", metavar="PART,…", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …, or cpu for a rehearsal")
+    parser.add_argument("--only", metavar="PART,…", help=f"of {', '.join(PARTS)}; by default all but tune")
     parser.add_argument("--tune", action="store_true", help="measure tiles too, and write them as tables")
-    parser.add_argument("--seconds", type=positive, default=540, help="for everything")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("peftops-check"))
+    parser.add_argument("--seconds", type=positive, default=540, help="of time, for everything")
+    parser.add_argument(
+        "--out", type=folder, metavar="DIR", default=Path("peftops-check"), help="what is found is kept here"
+    )
     o = parser.parse_args(argv)
-    o.parts = o.only.split(",") if o.only else [name for name in PARTS if name != "tune" or o.tune]
+    o.parts = o.only.split(",") if o.only is not None else [name for name in PARTS if name != "tune" or o.tune]
     if unknown := [part for part in o.parts if part not in PARTS]:
         raise BadInput(f"--only must be of {', '.join(PARTS)}, got {unknown[0]!r}")
     return o
@@ -49,10 +52,7 @@ def main(argv=None):
     o = options(argv)
     need("torch")
     device = find_device(o.device)
-    try:
-        o.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write to {o.out}: {error.strerror}") from None
+    o.out.mkdir(parents=True, exist_ok=True)
     shares = budget(o.parts, o.seconds)
     print(", ".join(f"{part} {seconds} s" for part, seconds in shares.items()), flush=True)
     check = Check(o, results.describe(device))
@@ -72,8 +72,8 @@ def budget(parts, seconds):
 
 class Check:
     def __init__(self, o, about):
-        self.o, self.about, self.parts, self.failures, self.misses = o, about, {}, [], []
-        for name in ("results.jsonl", "failures.txt"):
+        self.o, self.about, self.parts, self.failures, self.misses, self.absent = o, about, {}, [], [], []
+        for name in (results.EVENTS, "failures.txt"):
             (o.out / name).unlink(missing_ok=True)
 
     def run(self, part, seconds):
@@ -87,14 +87,21 @@ class Check:
         stopped = []
         timer = Timer(seconds, lambda: stopped.append(kill(process)))
         timer.start()
-        with open(self.o.out / f".{part}.log", "w+", errors="replace") as log:
-            errors = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
-            said = [self.take(part, line) for line in process.stdout]
-            process.wait(), errors.wait()
+        kept = self.o.out / f".{part}.log"
+        try:
+            with open(kept, "w+", errors="replace") as log:
+                errors = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
+                said = [self.take(part, line) for line in process.stdout]
+                process.wait(), errors.wait()
+                log.seek(0)
+                tail = log.read()[-4000:]
+        except BaseException:  # Ctrl-C does not reach a session of its own
+            kill(process)
+            process.wait()
+            raise
+        finally:
             timer.cancel()
-            log.seek(0)
-            tail = log.read()[-4000:]
-        (self.o.out / f".{part}.log").unlink()
+            kept.unlink(missing_ok=True)
         if stopped:
             self.event(part, {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"})
         elif process.returncode:
@@ -138,8 +145,10 @@ class Check:
         self.parts[part][state] += 1
         if state == "failed":
             self.failures.append([part, event["what"], event.get("said", "")])
+        if state == "absent":
+            self.absent.append(f"{part}: {event['what']}: {event.get('said', '')}")
         self.misses += event.get("misses", [])
-        with open(self.o.out / "results.jsonl", "a") as file:
+        with open(self.o.out / results.EVENTS, "a") as file:
             file.write(json.dumps({"part": part} | event, ensure_ascii=False) + "\n")
 
     def alike(self):
@@ -156,24 +165,28 @@ class Check:
             file.write(text)
 
     def keep(self):
-        state = self.about | {"parts": self.parts, "failures": self.failures, "misses": self.misses}
+        found = {"parts": self.parts, "failures": self.failures, "misses": self.misses, "absent": self.absent}
+        state = self.about | found
         text = json.dumps(state, indent=1, ensure_ascii=False) + "\n"
         replace(self.o.out / "summary.json", lambda beside: beside.write_text(text))
 
     def table(self, seconds):
-        """At most LINES lines: the parts, what failed, what misses its target and by how much."""
+        """At most LINES lines: the parts, what failed, what misses its target, what is absent and why."""
         yield f"{self.about['device']}, commit {self.about['commit']}, {seconds:.0f} s"
         for part, counts in self.parts.items():
             states = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "seconds" and count)
             yield f"{part:10} {counts['seconds']:6.1f} s  {states}"
-        for title, lines in (("failed", self.alike()), ("misses its target", self.misses)):
-            most = (LINES - len(self.parts) - 6) // 2
+        sections = {"failed": self.alike(), "misses its target": self.misses, "absent": self.absent}
+        for title, lines in sections.items():
+            most = (LINES - len(self.parts) - 8) // len(sections)
             lines = list(lines)
             yield f"{title}: {len(lines) or 'nothing'}"
             yield from (f"  {line}"[:240] for line in lines[:most])
             if lines[most:]:
                 yield f"  and {len(lines) - most} more"
-        yield f"All of it is in {self.o.out}: summary.json, results.jsonl, failures.txt."
+        names = "summary.json", results.EVENTS, "bench.jsonl", "failures.txt"
+        there = [name for name in names if (self.o.out / name).exists()]
+        yield f"All of it is in {self.o.out}: {', '.join(there)}."
 
 
 BOOTSTRAP = """
@@ -191,4 +204,6 @@ def arch():
 
 
 def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+    """It and its children, which may outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

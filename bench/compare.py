@@ -14,23 +14,23 @@ from .progress import Progress
 
 def main(argv=None):
     parser = Parser("peftops bench compare", description=__doc__)
-    parser.add_argument("commit", metavar="COMMIT")
+    parser.add_argument("commit", metavar="COMMIT", help="of this checkout: a name that git knows")
     parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
     parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input")
     parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")
     parser.add_argument("--quick", action="store_true", help="one small layer, few rounds")
     o = parser.parse_args(argv)
     need("torch", "peft", "pybind11", "ninja")
     device, dtype = find_device(o.device), torch_dtype(o.dtype)
     commit = resolve(o.commit)
-    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
-        tree = check_out(commit, Path(folder, "tree"))
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+            tree = check_out(commit, Path(folder, "tree"))
             for line in measure(o, dtype, device, tree, commit, progress):
                 print(line, flush=True)
-        finally:
-            results.git("worktree", "remove", "--force", str(tree))
+    finally:  # the folder is gone, and git is to forget it, wherever this stopped
+        results.git("worktree", "prune")
     return 0
 
 
@@ -51,27 +51,30 @@ def check_out(commit, tree):
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if done.returncode:
-        results.git("worktree", "remove", "--force", str(tree))
         raise BadInput(f"{commit} does not build: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return tree
 
 
 def measure(o, dtype, device, tree, commit, progress):
-    """A line for each problem and pass."""
+    """A line for each problem and pass, and one for each problem that a tree cannot compute."""
     from . import lora, timing
     from .peers import OURS, Absent
     from .worker import Remote
 
     jobs, rounds = list(lora.jobs(o, dtype, device)), 5 if o.quick else 15
     for name, problem in progress.track(jobs, len(jobs), "comparing"):
-        try:
-            found = {"this tree": Remote(OURS, problem), commit: Remote(OURS, problem, tree)}
-        except Absent as error:
-            raise BadInput(f"{commit} cannot be measured: {error}") from None
-        for kind in found["this tree"].calls:
+        found = {}
+        for label, where in (("this tree", None), (commit, tree)):
+            try:
+                found[label] = Remote(OURS, problem, where)
+            except Absent as error:
+                yield f"{name} {problem.shape}, p = {problem.p}: {label} is absent ({error})"
+        for kind in found["this tree"].calls if len(found) == 2 else ():
             seconds, failed = timing.race(found, kind, "eager", rounds)
             if failed:
-                raise BadInput("; ".join(f"{label} failed: {why}" for label, why in failed.items()))
+                absent = "; ".join(f"{label} is absent ({why})" for label, why in failed.items())
+                yield f"{name} {problem.shape}, p = {problem.p}, {kind}: {absent}"
+                continue
             ratio, (low, mid, high) = timing.ratios(seconds, "this tree")[commit], timing.spread(seconds["this tree"])
             where = f"{name} {problem.shape}, p = {problem.p}, {kind}"
             yield f"{where}: {ratio:.3f} × {commit}'s time; {mid:.3f} ms ({low:.3f}–{high:.3f})"

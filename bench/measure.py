@@ -8,7 +8,7 @@ from peftops import backends
 from . import timing
 from .cases import SHAPES
 from .law import check
-from .peers import GPU, OURS, Absent, contender
+from .peers import BASE, GPU, OURS, Absent, contender
 from .worker import Remote
 
 
@@ -31,7 +31,8 @@ def measure(row, o, dtype, device, progress, others=True):
     for name, problem in progress.track(jobs, len(jobs), row.__name__.rpartition(".")[2]):
         labels, absent = row.contenders(problem, o.backend)
         if o.peers:
-            labels = [label for label in labels if label in o.peers or label.startswith(OURS)]
+            labels = [label for label in labels if label in o.peers or label == BASE or label.startswith(OURS)]
+            absent = {label: why for label, why in absent.items() if label in o.peers}
         found = build(labels, problem, absent)
         common = {"layer": name, "shape": problem.shape, "dropout": problem.p, "absent": absent}
         common["error"] = {label: c.error for label, c in found.items() if c.error is not None}

@@ -19,15 +19,15 @@ def options(argv):
     common(parser)
     parser.add_argument("--model", help="as in peftops demo")
     parser.add_argument("--text", metavar="FILE", help="as in peftops demo")
-    parser.add_argument("--method", default="lora", help="of peftops demo; one that peftops accelerates")
-    parser.add_argument("--rank", type=positive, default=RANK)
+    parser.add_argument("--method", default="lora", help="of peftops demo: lora or qlora")
+    parser.add_argument("--rank", type=positive, default=RANK, help="of the adapters")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     o = options(argv)
     need("torch", "peft", "transformers", "gguf")
-    from peftops.cli.training import METHODS
+    from peftops.cli.training import METHODS, load_text, refuse_folder
 
     from . import lora
     from .measure import show, unlawful
@@ -36,10 +36,11 @@ def main(argv=None):
         able = ", ".join(method for method, labels in METHODS.items() if len(labels) == 2)
         raise BadInput(f"--method must be of {able}, got {o.method!r}")
     device, dtype = find_device(o.device), torch_dtype(o.dtype)
+    refuse_folder(o.model), load_text(o.text)
     if wrong := unlawful(lora, dtype, device):
         print(wrong)
         return 1
-    folder, why = (o.out, None) if o.out else results.place()
+    folder, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
     about = results.describe(device) | {"row": "model", "dtype": o.dtype}

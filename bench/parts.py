@@ -134,18 +134,23 @@ def bench(o):
     known = lora.layers(o.device)
     about = results.describe(o.device) | {"row": "lora", "dtype": "bf16"}
     peers = [name for name in (*lora.peers.HERE, *lora.peers.GPU) if "compile" not in name]
-    for name in dict.fromkeys([*wanted, *known] if o.device.type == "cuda" else wanted):
-        options = SimpleNamespace(
-            dropout=None, shape=None, quick=True, backend=(), peers=peers, layers={name: known[name]}
-        )
+    lines = []
+    chosen = {name: known[name] for name in ([*wanted, *known] if o.device.type == "cuda" else wanted)}
+    for layer in chosen.items():
+        options = SimpleNamespace(dropout=None, shape=None, quick=True, backend=(), peers=peers, layers=dict([layer]))
         for line in measure(lora, options, torch.bfloat16, o.device, Progress(), others=False):
             results.append(o.out / "bench.jsonl", about | line)
+            lines.append(line)
             way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
             ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
             missed = list(misses(line, lora.TARGETS))
             say(f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {way}", True, ratios, misses=missed)
             if time.monotonic() > o.end - 5:
-                return
+                break
+        if time.monotonic() > o.end - 5:
+            break
+    for absent in results.absentees(lines):
+        say("peers", True, absent, absent=True)
 
 
 def misses(line, targets):

@@ -1,6 +1,7 @@
 """Who a LoRA layer is measured beside: each peer makes of the same weights a layer(x) and says what it trains."""
 
 import inspect
+import logging
 import warnings
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import peftops
+from peftops.cli import BadInput
 
 from .timing import Contender, copies
 
@@ -18,6 +20,8 @@ FEW = 64  # rows of a generation: no gradient, no dropout, no autocast
 WRONG = 0.05  # of the largest output: a peer that is further off computes something else
 OURS, BASE = "peftops", "frozen"
 SCALING = 2.0
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of a kernel on a hub
 
 
 class Absent(Exception):
@@ -268,6 +272,15 @@ ABSENT = {  # from what a 16-bit LoRA layer is measured beside
     "liger_kernel": "has no LoRA kernel",
 }
 BUILDERS = HERE | NF4 | GPU | {f"{OURS}, {name}": on_backend(name) for name in ("triton", "cuda", "cpu", "reference")}
+
+
+def known(texts):
+    """The names in texts, each a name, which may hold a comma, or names between commas; BadInput for others."""
+    names = HERE | NF4 | GPU
+    found = [name for text in texts for name in ([text] if text in names else map(str.strip, text.split(",")))]
+    if unknown := [name for name in found if name not in names]:
+        raise BadInput(f"--peers must each be one of {'; '.join(map(repr, names))}, got {unknown[0]!r}")
+    return found
 
 
 def contender(label, t):

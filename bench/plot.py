@@ -2,38 +2,50 @@
 
 import re
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
-from peftops.cli import BadInput, Parser, need, replace
+from peftops.cli import BadInput, Parser, folder, named, need, replace
 
 from . import results
 from .peers import BASE, OURS
 
 COLOURS = {BASE: "#888888", "torch": "#c7b42e", "torch.compile": "#8c6d31", "PEFT": "#d62728"}
 COLOURS |= {"PEFT, narrow adapters": "#ff9896", "PEFT, compiled": "#e377c2", OURS: "#1f77b4"}
+OTHERS = "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#aec7e8", "#98df8a", "#c5b0d5", "#ffbb78", "#9edae5", "#c49c94"
 
 
 def main(argv=None):
     parser = Parser("peftops bench plot", description=__doc__)
-    parser.add_argument("--results", type=Path, metavar="DIR", default=results.RESULTS)
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("peftops-plots"))
+    parser.add_argument("--results", type=named, metavar="DIR", default=results.RESULTS, help="where the results are")
+    parser.add_argument("--out", type=folder, metavar="DIR", default=Path("peftops-plots"), help="where to draw")
     o = parser.parse_args(argv)
     need("matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "peftops", "figure.constrained_layout.use": True, "font.size": 9}
-    lines = results.newest(o.results)
-    if o.out.exists() and not o.out.is_dir():
-        raise BadInput(f"--out must be a folder, got {o.out}")
+    lines = [line for line in results.newest(o.results) if BASE in line["ratio"]]
+    figures = {"bars": bars, "bars-nf4": packed_bars, "roofline": roofline, "rows": rows}
+    drawn = []
     for device in sorted({line["device"] for line in lines}):
         mine = [line for line in lines if line["device"] == device]
-        for name, draw in {"bars": bars, "roofline": roofline, "rows": rows}.items():
+        for name, draw in figures.items():
             if figure := draw(mine, device):
                 for kind in ("png", "svg"):
-                    save(figure, o.out / f"{results.slug(device)}-{name}.{kind}")
-                    print(o.out / f"{results.slug(device)}-{name}.{kind}")
+                    drawn.append(o.out / f"{results.slug(device)}-{name}.{kind}")
+                    save(figure, drawn[-1])
+                    print(drawn[-1])
+    if not drawn:
+        raise BadInput(f"no line in {o.results} can be drawn")
     return 0
+
+
+def colours(lines):
+    """{contender: colour} of everyone in the lines."""
+    there = {peer for line in lines for peer in line["ratio"]} | {OURS}
+    more = sorted(there - set(COLOURS))
+    return {peer: COLOURS[peer] for peer in COLOURS if peer in there} | dict(zip(more, cycle(OTHERS), strict=False))
 
 
 def save(figure, path):
@@ -42,25 +54,33 @@ def save(figure, path):
 
 
 def bars(lines, device):
+    return barred([line for line in lines if line["row"] != "nf4"], device)
+
+
+def packed_bars(lines, device):
+    return barred([line for line in lines if line["row"] == "nf4"], f"{device}, over a 4-bit base")
+
+
+def barred(lines, title):
     """Time as a multiple of the frozen layer's, for each layer."""
     from matplotlib import pyplot
 
-    shown = [line for line in lines if not line["layer"].endswith(" rows") and line.get("op") not in (None, "host")]
+    shown = [line for line in lines if not results.swept(line) and line.get("op") not in (None, "host")]
     if not shown:
         return None
+    peers = colours(shown)
     shown.reverse()  # bars are stacked upwards
-    peers = [peer for peer in COLOURS if any(peer in line["ms"] for line in shown)]
-    figure, axes = pyplot.subplots(figsize=(9, 0.62 * len(shown) + 1.6))
+    figure, axes = pyplot.subplots(figsize=(9, max(0.62, 0.09 * len(peers)) * len(shown) + 1.6))
     height = 0.8 / len(peers)
     for i, peer in enumerate(peers):
         values = [multiple(line, peer) for line in shown]
         places = [j + (len(peers) / 2 - i - 0.5) * height for j in range(len(shown))]
-        axes.barh(places, values, height * 0.92, color=COLOURS[peer], label=peer)
+        axes.barh(places, values, height * 0.92, color=peers[peer], label=peer)
     names = [f"{line['layer']}, p = {line['dropout']}, {line['pass']}, {line['dtype']}" for line in shown]
     axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.axvline(1, color="#444444", linewidth=0.8)
-    axes.set(xlabel="time ÷ the frozen layer's (shorter is better)", title=device)
+    axes.set(xlabel="time ÷ the frozen layer's (shorter is better)", title=title)
     axes.legend(loc="lower right")
     return figure
 
@@ -81,30 +101,35 @@ def roofline(lines, device):
     top, slope = max(line["gemm_tflops"] for line in shown), max(line["copy_gbps"] for line in shown) / 1000
     least = min(line["flops"] / line["bytes"] for line in shown) / 2
     axes.plot([least, top / slope, 4000], [least * slope, top, top], color="#444444", label="copy, matrix product")
-    for kind in sorted({line["pass"] for line in shown}):
-        mine = [line for line in shown if line["pass"] == kind]
-        axes.plot([line["flops"] / line["bytes"] for line in mine], [line["tflops"] for line in mine], "o", label=kind)
+    for packed, kind in sorted({(line["row"] == "nf4", line["pass"]) for line in shown}):
+        mine = [line for line in shown if (line["row"] == "nf4", line["pass"]) == (packed, kind)]
+        axes.plot(
+            [line["flops"] / line["bytes"] for line in mine],
+            [line["tflops"] for line in mine],
+            "s" if packed else "o",
+            label=f"{kind}{', 4-bit base' if packed else ''}",
+        )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=f"{OURS}, {device}")
     axes.legend()
     return figure
 
 
 def rows(lines, device):
-    """Time of one layer against its rows, beside the frozen layer and PEFT."""
+    """Time of one layer against its rows, beside all others."""
     from matplotlib import pyplot
 
     groups = defaultdict(list)
     for line in lines:
         found = re.fullmatch(r"(.*), (\d+) rows", line["layer"])
         if found and line["pass"] == "forward" and not line["dropout"]:
-            groups[found[1]].append(line)
+            groups[f"{found[1]}{', 4-bit base' if line['row'] == 'nf4' else ''}"].append(line)
     if not groups:
         return None
     figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4.2), squeeze=False)
     for axis, (name, mine) in zip(axes[0], groups.items(), strict=True):
         mine.sort(key=lambda line: line["shape"][0])
-        for peer, colour in COLOURS.items():
-            points = [(line["shape"][0], multiple(line, peer)) for line in mine if peer in line["ms"]]
+        for peer, colour in colours(lines).items():
+            points = [(line["shape"][0], multiple(line, peer)) for line in mine if peer in {OURS, *line["ratio"]}]
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=peer) if points else None
         axis.set(xscale="log", xlabel="rows", ylabel="time ÷ the frozen layer's", title=f"{name}, forward, {device}")
         axis.legend()

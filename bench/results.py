@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 from peftops.cli import BadInput, device_name
@@ -13,6 +14,16 @@ from peftops.cli.doctor import installed
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PACKAGES = "torch", "triton", "peft"
+EVENTS = "results.jsonl"  # of bench check, which keeps results beside it
+PARTIAL = "quick", "shape", "peers", "backend"  # options of runs that do not stand for a device
+
+
+def keep(o):
+    """(folder for results, None), or (None, why they are not kept), of the options of a command."""
+    if o.out:
+        return o.out, None
+    partial = [f"--{name}" for name in PARTIAL if getattr(o, name, None)]
+    return (None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them") if partial else place()
 
 
 def place():
@@ -84,17 +95,70 @@ def key(line):
 KEY = "device", "row", "layer", "shape", "dtype", "dropout", "pass"
 
 
+NUMBER = int, float
+TYPES = {
+    **dict.fromkeys(("commit", "date", "device", "row", "layer", "dtype", "pass"), str),
+    **{"versions": dict, "shape": list, "dropout": NUMBER, "ms": dict, "ratio": dict},
+}
+RATES = dict.fromkeys(("roofline", "flops", "bytes", "tflops", "gemm_tflops", "copy_gbps"), NUMBER)
+PERHAPS = {"absent": dict, "graph_ms": dict, "graph_ratio": dict, "op": str, "backend": str, "path": str}
+
+
+def fault(line):
+    """What is wrong with a line, or None."""
+    if not isinstance(line, dict):
+        return "it is no object"
+    wanted = TYPES | (RATES if "roofline" in line else {}) | {name: PERHAPS[name] for name in PERHAPS if name in line}
+    for name, kind in wanted.items():
+        if not isinstance(line.get(name), kind):
+            return f"it has no {name}" if name not in line else f"its {name} is {json.dumps(line[name])[:60]}"
+    if len(line["shape"]) < 2 or not all(isinstance(size, int) for size in line["shape"]):
+        return f"its shape is {line['shape']}"
+    ratios = [*line["ratio"].values(), *line.get("graph_ratio", {}).values()]
+    if not all(isinstance(ratio, NUMBER) and ratio > 0 for ratio in ratios):
+        return "its ratios must be numbers above zero"
+    times = [*line["ms"].values(), *line.get("graph_ms", {}).values()]
+    if not all(isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms) for ms in times):
+        return "its ms must be three numbers each"
+    return None
+
+
 def newest(folder):
     """The newest line of each kind in a folder."""
     found = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for number, text in enumerate(file.read_text().splitlines(), 1):
-            try:
-                line = json.loads(text)
-                found[key(line)] = max(line, found.get(key(line), line), key=lambda line: line["date"])
-                dict(line["ms"]), dict(line["ratio"])
-            except (ValueError, KeyError, TypeError):
-                raise BadInput(f"{file}, line {number} is damaged; mend or delete that line") from None
+    for file in sorted(path for path in folder.glob("*.jsonl") if path.name != EVENTS):
+        for number, line in read(file):
+            if why := fault(line):
+                raise BadInput(f"{file}, line {number} is damaged ({why}); mend or delete that line")
+            found[key(line)] = max(line, found.get(key(line), line), key=lambda line: line["date"])
     if not found:
         raise BadInput(f"there are no results in {folder}; peftops bench lora makes some")
     return list(found.values())
+
+
+def read(file):
+    """(number, line) of each that is not blank."""
+    try:
+        texts = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror}") from None
+    for number, text in enumerate(texts, 1):
+        try:
+            if text.strip():
+                yield number, json.loads(text.decode())
+        except ValueError:
+            raise BadInput(f"{file}, line {number} is damaged (it is no JSON); mend or delete that line") from None
+
+
+def swept(line):
+    """Whether a line belongs to one layer's sweep over rows, which only a plot shows."""
+    return line["layer"].endswith(" rows") and line["row"] != "nf4"
+
+
+def absentees(lines):
+    """A phrase for each reason: who was not there in any of the lines because of it."""
+    reasons = defaultdict(set)
+    for line in lines:
+        for peer, why in line.get("absent", {}).items():
+            reasons[str(why)] |= {peer} - set(line["ratio"])
+    return [f"{', '.join(sorted(peers))} ({why})" for why, peers in sorted(reasons.items()) if peers]

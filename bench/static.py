@@ -32,7 +32,7 @@ def options(argv):
     parser.add_argument(
         "--triton", action="append", default=[], metavar="VERSION", help="another triton, fetched by pip"
     )
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count())
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--rows", action="store_true", help="a line for each variant, instead of their ranges")
     return parser.parse_args(argv)
 

@@ -123,6 +123,16 @@ def cache(device):
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 << 20)
 
 
+def free(device):
+    """Bytes of memory that are not in use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    except (OSError, IndexError):
+        return 1 << 62
+
+
 def ceilings(device, dtype, quick=False):
     """Bytes and operations a second of this device: of a copy, read and written counted, and of a matrix product."""
     big = device.type == "cuda"

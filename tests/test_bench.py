@@ -23,7 +23,7 @@ SMALL = Problem((70, 32, 48, 4), torch.bfloat16, CPU)
 
 
 @pytest.fixture
-def short(monkeypatch):
+def short(monkeypatch, one_thread):
     """One small layer with many rows and one with one, in samples of no length; nobody who has to be compiled."""
     monkeypatch.setattr(timing, "SHORTEST", 1e-4)
     monkeypatch.setattr(timing, "PATIENCE", 0.01)
@@ -37,6 +37,7 @@ def test_a_row_is_measured_and_kept(capsys, tmp_path, short):
     for _ in range(2):
         code, out, _ = run(capsys, "bench", "lora", "--quick", "--out", str(tmp_path))
         assert code == 0 and "× PEFT" in out and "one row" in out and "of the roofline on cpu, fused" in out
+        assert "vllm (runs on a GPU)" in out.splitlines()[-1]
     (file,) = tmp_path.glob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 2 * (2 * 2 + 1 + 2)
@@ -63,8 +64,11 @@ def test_compiled_peers_stay_compiled_whatever_came_before():
 
 
 def test_other_backends_stand_beside_ours(capsys, short):
-    code, out, _ = run(capsys, "bench", "--quick", "--shape", "5,32,48,4", "--backend", "reference", "--peers", "PEFT")
+    argv = ["bench", "lora", "--quick", "--shape", "5,32,48,4", "--backend", "reference", "--peers", "PEFT"]
+    code, out, _ = run(capsys, *argv, "--dropout", "0.1")
     assert code == 0 and "× peftops, reference" in out and "× PEFT" in out and "× torch" not in out
+    assert "× frozen" in out and "without dropout" in out and "Absent" not in out
+    assert "only shown, since a run with --quick and --shape and --peers and --backend is but a part" in out
 
 
 def test_what_is_wrong_is_not_timed(capsys, monkeypatch, short):
@@ -80,14 +84,24 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nothing"], "no row 'nothing'; there are lora and model, readme"),
+        (["nothing"], "no row 'nothing'; there are lora, nf4 and model, readme"),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
         (["lora", "--device", "cuda:77"], "no device 'cuda:77'"),
         (["lora", "--device", "toaster"], "no device 'toaster'"),
         (["lora", "--dtype", "int4"], "invalid choice"),
         (["lora", "--backend", "opencl"], "--backend must be of"),
-        (["model", "--method", "full"], "--method must be of lora, got 'full'"),
+        (["lora", "--peers", "nobody"], "'PEFT, compiled'; 'peftops'"),
+        (["lora", "--peers", ""], "got ''"),
+        (["lora", "--shape", "99999999,99999999,9,9"], "GB are free"),
+        (["lora", "--device", ""], "no device ''"),
+        (["lora", "--out", ""], "must name a folder"),
+        (["lora", "--out", f"{__file__}/sub"], "test_bench.py/sub: Not a directory"),
+        (["model", "--out", __file__], "peftops bench model: argument --out: cannot write to"),
+        (["model", "--text", "/nowhere.txt"], "cannot read the text"),
+        (["check", "--only", ""], "peftops bench check: --only must be of build"),
+        (["plot", "--out", __file__], "Not a directory"),
+        (["model", "--method", "full"], "--method must be of lora, qlora, got 'full'"),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),
         (["check", "--only", "magic"], "--only must be of build"),
@@ -165,6 +179,13 @@ def test_costs():
     assert flops - forward == 2 * 4 * (200 + 40 + 80) and moved - read == 2 * (160 + 80 + 200) + 8 * 2 * 30
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_cannot_run_here_is_refused(capsys):
+    assert "--backend cuda cannot run here (lora_mask: not on cuda" in refusal(
+        capsys, "bench", "lora", "--backend", "cuda"
+    )
+
+
 def test_compare(capsys, monkeypatch, short):
     monkeypatch.setattr(compare, "check_out", lambda commit, tree: results.HERE.parent)
     monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
@@ -179,6 +200,17 @@ def test_compare_checks_another_commit_out_and_builds_it(tmp_path):
     assert len(commit) == 12
     with pytest.raises(cli.BadInput, match=f"git cannot check {commit} out"):
         compare.check_out(commit, Path("/proc/nowhere"))
+
+
+def test_compare_that_is_stopped_leaves_no_worktree(capsys, monkeypatch):
+    def stop(commit, tree):
+        raise KeyboardInterrupt
+
+    asked = []
+    monkeypatch.setattr(compare, "check_out", stop)
+    monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
+    monkeypatch.setattr(results, "git", lambda *args: asked.append(args))
+    assert run(capsys, "bench", "compare", "HEAD")[0] == 130 and asked == [("worktree", "prune")]
 
 
 def line_of(**changes):
@@ -213,6 +245,32 @@ def test_readme_shows_the_newest_of_each_kind(tmp_path):
     assert text.count("| q |") == 2 and "16 rows" not in text and "Absent: unsloth (runs on a GPU)." in text
 
 
+def test_readme_has_a_table_of_the_4_bit_base(tmp_path):
+    target = tmp_path / "README.md"
+    target.write_text(" ".join(readme.MARKS))
+    results.append(tmp_path / "a.jsonl", line_of())
+    ratio = {"frozen": 1.2, "PEFT + bitsandbytes": 0.4, "bitsandbytes, frozen": 0.6, "peftops, frozen": 1.0}
+    few = {"row": "nf4", "layer": "q, 8 rows", "shape": [8, 64, 64, 8], "ratio": ratio, "pass": "forward"}
+    results.append(tmp_path / "a.jsonl", line_of(**few))
+    results.append(
+        tmp_path / "a.jsonl", codec := line_of(row="nf4", layer="64 × 64", shape=[64, 64], ratio={"copy": 1.0})
+    )
+    assert readme.rewrite(target, tmp_path) == 2
+    first, second = target.read_text().split("**4-bit base**")
+    assert "bitsandbytes" not in first and "| 2.00 | **1.10** | 0.55 |" in first
+    assert "| pass | bitsandbytes, frozen | PEFT + bitsandbytes | peftops, frozen | **peftops** |" in second
+    assert "| forward | 2.00 | 3.00 | 1.20 | **1.20** | 0.40 |" in second and codec["layer"] not in second
+
+
+def test_readme_stays_where_there_is_nothing_to_show(tmp_path):
+    target = tmp_path / "README.md"
+    target.write_text(f"{readme.MARKS[0]} kept {readme.MARKS[1]}")
+    results.append(tmp_path / "a.jsonl", line_of(**{"pass": "forward"}))
+    with pytest.raises(cli.BadInput, match="README stays"):
+        readme.rewrite(target, tmp_path)
+    assert " kept " in target.read_text()
+
+
 def test_results_of_the_time_before_are_still_read(tmp_path):
     old = {name: value for name, value in line_of().items() if name not in ("op", "path", "absent", "roofline")}
     results.append(tmp_path / "cpu.jsonl", old)
@@ -229,9 +287,17 @@ def test_a_damaged_results_file_is_named_and_kept(tmp_path):
         readme.rewrite(target, tmp_path)
     results.append(file, {"a": 1})
     assert file.read_text() == '{"device": \n{"a": 1}\n' and target.read_text() == "kept"
-    file.write_text(json.dumps(line_of(ms=None)))
+    good = json.dumps(line_of())
+    for changes in ({"ms": None}, {"shape": "512"}, {"ratio": {"PEFT": 0}}, {"ms": {OURS: 1}}, {"date": 3}):
+        file.write_text(f"\n{good}\n{json.dumps(line_of(**changes))}\n")
+        with pytest.raises(cli.BadInput, match="line 3 is damaged"):
+            results.newest(tmp_path)
+    file.write_bytes(b"\xff\n")
     with pytest.raises(cli.BadInput, match="line 1 is damaged"):
         results.newest(tmp_path)
+    file.write_text(f"{good}\n\n")
+    (tmp_path / results.EVENTS).write_text('{"part": "build"}\n')
+    assert results.newest(tmp_path) == [line_of()]
 
 
 def test_readme_has_room_for_the_table():
@@ -244,11 +310,16 @@ def test_plots(capsys, tmp_path):
     for m in (1, 16, 256):
         results.append(tmp_path / "a.jsonl", line_of(layer=f"q, {m} rows", shape=[m, 64, 64, 8], **{"pass": "forward"}))
     results.append(tmp_path / "a.jsonl", line_of())
+    results.append(tmp_path / "a.jsonl", line_of(row="nf4", layer="q, 8 rows", ratio={"frozen": 1.2, "somebody": 0.6}))
+    results.append(tmp_path / "a.jsonl", line_of(row="nf4", layer="64 × 64", shape=[64, 64], ratio={"copy": 1.0}))
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
     made = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
-    assert set(made) == {f"a-b-{name}.{kind}" for name in ("bars", "roofline", "rows") for kind in ("png", "svg")}
+    assert set(made) == {
+        f"a-b-{name}.{kind}" for name in ("bars", "bars-nf4", "roofline", "rows") for kind in ("png", "svg")
+    }
     assert made["a-b-bars.png"].startswith(b"\x89PNG") and b"PEFT" not in made["a-b-roofline.svg"][:100]
     assert plot.multiple(line_of(), "PEFT") == 2 and plot.multiple(line_of(), OURS) == 1.1
+    assert "somebody" in plot.colours([line_of(ratio={"somebody": 1.0})])
 
 
 def test_a_dirty_tree_prints_only(monkeypatch):

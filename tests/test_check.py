@@ -36,6 +36,7 @@ def test_a_rehearsal_of_every_part(capsys, tmp_path):
     assert len(out.splitlines()) < 80 and "failed: nothing" in out and "build 75 s" in out.splitlines()[0]
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert [line["pass"] for line in lines] == ["forward", "forward + backward"] * 2
+    assert any("vllm (runs on a GPU)" in said for said in summary["absent"]) and "bench.jsonl" in out.splitlines()[-1]
     (steps,) = (event for event in events if event["part"] == "stack")
     assert steps["losses"][-1] < steps["losses"][0]
 
@@ -110,6 +111,22 @@ def test_a_part_that_hangs_or_dies_stops_no_other(capsys, tmp_path, monkeypatch)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+def test_a_check_that_is_stopped_takes_its_part_along(capsys, tmp_path, monkeypatch):
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    started = []
+    monkeypatch.setattr(check.Check, "command", lambda self, part, seconds: [sys.executable, "-c", code])
+
+    def stop(self, part, line):
+        started.append(int(line))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check.Check, "take", stop)
+    assert run(capsys, "bench", "check", "--device", "cpu", "--only", "bench", "--out", str(tmp_path))[0] == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(*started, 0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_table_stays_short(tmp_path):
     o = SimpleNamespace(out=tmp_path, device="cpu")
     whole = check.Check(o, {"device": "d", "commit": "c"})
@@ -118,6 +135,7 @@ def test_the_table_stays_short(tmp_path):
         whole.failures += [[part, f"op{i} on triton, bfloat16, (1, 2), plain", "x" * 400] for i in range(90)]
         whole.failures += [[part, f"op1 on triton, bfloat16, ({i}, 2), gain", "x" * 400] for i in range(90)]
         whole.misses += ["m" * 300] * 90
+        whole.absent += ["a" * 300] * 90
     lines = list(whole.table(540))
     assert len(lines) <= check.LINES and max(map(len, lines)) <= 240
     assert any("and 90 more like it" in line for line in whole.alike())

@@ -74,8 +74,8 @@ def test_doctor_without_compiled_kernels(capsys, monkeypatch):
 def test_refusals(capsys, tmp_path, argv, words):
     for package in ("peft", "transformers", "gguf", "matplotlib", "rich"):
         pytest.importorskip(package)
-    out = ["--out", str(tmp_path)] if argv[0] == "demo" else []
-    assert words in refusal(capsys, *argv, *out)
+    out = ["--out", str(tmp_path / "out")] if argv[0] == "demo" else []
+    assert words in refusal(capsys, *argv, *out) and not list(tmp_path.iterdir())
 
 
 def test_missing_packages_are_named_with_their_command(capsys, monkeypatch):

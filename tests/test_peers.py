@@ -8,6 +8,8 @@ from peftops.bench import measure, peers
 from peftops.bench.peers import BASE, OURS, Absent, Problem
 from peftops.bench.worker import Remote
 
+from peftops.cli import BadInput
+
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
 SMALL = Problem((70, 32, 48, 4), torch.bfloat16, CPU)
@@ -34,6 +36,13 @@ def test_a_peer_that_computes_something_else_is_not_measured(monkeypatch):
 def test_a_peer_that_is_not_installed_is_named():
     with pytest.raises(Absent, match="is not installed"):
         peers.contender("lorafusion", SMALL)
+
+
+def test_peers_are_named_alone_or_between_commas():
+    assert peers.known(["PEFT, compiled", "torch,PEFT"]) == ["PEFT, compiled", "torch", "PEFT"]
+    assert all(peers.known([name]) == [name] for name in peers.HERE | peers.NF4 | peers.GPU)
+    with pytest.raises(BadInput, match="got 'nobody'"):
+        peers.known(["PEFT,nobody"])
 
 
 FAKES = {  # what each peer's package offers, as far as it is called: plain torch under its names

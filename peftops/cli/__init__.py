@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,16 @@ class BadInput(Exception):
     """One sentence for the user; the command ends with exit code 2."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or action.default == ()
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=Help, **kwargs)
+
     def error(self, message):
         raise BadInput(message)
 
@@ -28,7 +38,7 @@ def find_device(name=None):
     """torch.device(name), or BadInput where it is not here; without a name the GPU where there is one."""
     import torch
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         found = torch.device(name)
     except RuntimeError:
@@ -66,13 +76,31 @@ def replace(path, write):
         beside.unlink(missing_ok=True)
 
 
+def named(text):
+    """A path, but not that of the current folder by the empty name."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(text)
+
+
+def folder(text):
+    """The path of a folder that can be written to, or made; a try leaves nothing behind."""
+    path = named(text)
+    try:
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        with tempfile.TemporaryDirectory(dir=nearest):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
+
+
 def sentence(error):
     """What an exception of somebody else says first."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def positive(text):
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
 

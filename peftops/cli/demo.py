@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from . import BadInput, Parser, device_name, find_device, need, positive, probability, replace
+from . import BadInput, Parser, device_name, find_device, folder, need, positive, probability, replace
 
 WARM_UP = 2  # rounds that do not count
 
@@ -18,15 +18,17 @@ def options(argv):
     parser = Parser("peftops demo", description=__doc__)
     parser.add_argument("--model", help="a local directory or a hub id; by default SmolLM2-135M-Instruct from PyPI")
     parser.add_argument("--text", metavar="FILE", help="what to learn; by default the reference of the Python language")
-    parser.add_argument("--method", default="lora", choices=["lora", "qlora", "full"])
+    parser.add_argument("--method", default="lora", choices=["lora", "qlora", "full"], help="what is trained")
     parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,qlora")
-    parser.add_argument("--steps", type=positive, default=40)
-    parser.add_argument("--rank", type=positive, default=16)
-    parser.add_argument("--dropout", type=probability, default=0.0)
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("peftops-demo"))
+    parser.add_argument("--steps", type=positive, default=40, help="of training")
+    parser.add_argument("--rank", type=positive, default=16, help="of the adapters")
+    parser.add_argument("--dropout", type=probability, default=0.0, help="of the adapters' input")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of the model")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of adapters, batches and dropout")
+    parser.add_argument(
+        "--out", type=folder, metavar="DIR", default=Path("peftops-demo"), help="what is made is kept here"
+    )
     return parser.parse_args(argv)
 
 
@@ -36,19 +38,16 @@ def main(argv=None):
     import torch
     from rich.console import Console
 
-    from .training import ADAPTERS, METHODS
+    from .training import ADAPTERS, METHODS, refuse_folder
 
-    methods = (o.compare or o.method).split(",")
+    methods = (o.method if o.compare is None else o.compare).split(",")
     if len(set(methods)) < len(methods):
         raise BadInput(f"--compare names a method twice: {o.compare}")
     if unknown := [method for method in methods if method not in METHODS]:
         raise BadInput(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     labels = [label for method in methods for label in METHODS[method]]
     device = find_device(o.device)
-    try:
-        o.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write to {o.out}: {error.strerror}") from None
+    refuse_folder(o.model)
     console = Console()
     console.print(f"{' against '.join(labels)}: {o.steps} steps by turns.")
     with heard(console):
@@ -153,6 +152,7 @@ def save(contender, out, dtype):
 
     if contender.label == FULL:  # half a gigabyte, so it is not written
         return sum(p.numel() for p in contender.model.parameters()) * dtype.itemsize
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as made:
         contender.model.save_pretrained(made, save_embedding_layers=False)
         files = [file for file in Path(made).iterdir() if file.is_file()]

@@ -23,7 +23,7 @@ def options(argv):
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one that was interrupted")
     parser.add_argument("--blocksize", type=int, default=64, help="elements that share a scale: 32, 64 … 4096")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
-    parser.add_argument("--quant-type", default="nf4", choices=["nf4", "fp4"])
+    parser.add_argument("--quant-type", default="nf4", choices=["nf4", "fp4"], help="the table of the 16 codes")
     parser.add_argument("--device", default="cpu", help="where to compute")
     return parser.parse_args(argv)
 

@@ -37,12 +37,8 @@ def load_model(name, dtype, device):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options, source = {}, name
-    local = name is not None and (Path(name).is_absolute() or name.startswith("."))
-    if local and not Path(name).is_dir():
-        raise BadInput(f"there is no folder {name}")
+    refuse_folder(name)
     file = default_gguf() if name is None else next(Path(name).glob("*.gguf"), Path(name))
-    if local and file.suffix != ".gguf" and not Path(name, "config.json").is_file():
-        raise BadInput(f"{name} holds no model: neither config.json nor a GGUF file")
     if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
         options, source = {"gguf_file": file.name}, str(file.parent)
     dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}
@@ -55,6 +51,16 @@ def load_model(name, dtype, device):
     model.name_or_path = model.config._name_or_path = name or DEFAULT  # what the saved adapter says it belongs to
     model.config.use_cache = False
     return model.requires_grad_(False).to(device), tokenizer
+
+
+def refuse_folder(name):
+    """BadInput where a name is a folder's, and that holds no model."""
+    if name is None or not (Path(name).is_absolute() or name.startswith(".")):
+        return
+    if not Path(name).is_dir():
+        raise BadInput(f"there is no folder {name}")
+    if not Path(name, "config.json").is_file() and not any(Path(name).glob("*.gguf")):
+        raise BadInput(f"{name} holds no model: neither config.json nor a GGUF file")
 
 
 def default_gguf():
