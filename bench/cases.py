@@ -40,15 +40,15 @@ def lora(
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    x = normal(m, k)
     wide, narrow = torch.promote_types(dtype, torch.float32), torch.float32 if fp32 else dtype
     ra, rb = (r if shared else r * max(1, experts)), r * max(1, experts)
+    biased = normal(n, dtype=narrow) if bias else None
+    bits = torch.randint(256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device).to(torch.uint8)
+    x = normal(m, k)
     if form == "nf4":
         base = nf4(n * k, block, nested, generator, wide, device)
     else:
         base = [normal(*{"dense": (n, k), "transposed": (k, n), "given": (m, n)}[form])]
-    biased = normal(n, dtype=narrow) if bias else None
-    bits = torch.randint(256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device).to(torch.uint8)
     return {
         "x": x, "base": base, "a": normal(ra, k, dtype=narrow), "b": normal(n, rb, dtype=narrow),
         "scale": torch.tensor([0.7], dtype=wide, device=device), "bias": biased,

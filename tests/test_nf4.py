@@ -80,7 +80,7 @@ def test_instruction_sets_agree_bit_for_bit(isa, monkeypatch):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 12, 31, 70, 200])
 def test_law_for_every_number_of_rows(m):
     for shape in ((m, 192, 161, 5), (m, 256, 130, 16), (m, 130, 170, 3)):
-        for dtype in DTYPES[:2]:
+        for dtype in DTYPES[:2] if m < 40 else DTYPES[1:2]:
             for op in ("lora_gemv",) if m < 40 else ("lora_fwd", "lora_bwd"):
                 for label, args in CASES[op](shape, dtype):
                     if label.startswith("nf4"):
