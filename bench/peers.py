@@ -291,9 +291,10 @@ def contender(label, t):
     built = [BUILDERS[label](t, w, a, b) for w in weights]
     x = x if t.few else x.clone().requires_grad_()
     calls = {"forward": [forward(layer, x, t) for layer, _ in built]}
-    if t.few and t.base != "dense":  # bitsandbytes has other kernels where there is a gradient
-        wanted = x.clone().requires_grad_()
-        calls["forward, with gradient"] = [partial(layer.train(), wanted) for layer, _ in built]
+    if t.few and t.base != "dense":  # bitsandbytes has other kernels then, and other layers after evaluation
+        wanted, trained = x.clone().requires_grad_(), [BUILDERS[label](t, w, a, b)[0] for w in weights]
+        trained = [layer.train() if isinstance(layer, nn.Module) else layer for layer in trained]
+        calls["forward, with gradient"] = [partial(layer, wanted) for layer in trained]
     if not t.few:
         calls["forward + backward"] = [both(layer, x, dy, trained, t) for layer, trained in built]
     return Contender(calls, t.device, checked(label, calls["forward"][0], t))
