@@ -32,10 +32,7 @@ struct NF4 {
   }
 
   template <class T>
-  void values(int64_t at, T (&out)[16]) const {
-    const float s = scale(at);
-    for (int i = 0; i < 16; ++i) narrow(table[i] * s, out + i);
-  }
+  void values(int64_t at, T (&out)[16]) const;
 };
 
 // Whole bytes of one block
@@ -45,6 +42,22 @@ inline void decode_bytes(const uint8_t* codes, int64_t bytes, const T (&t)[16], 
 }
 
 #ifdef __AVX512BW__
+inline void round16(__m512 v, float (&out)[16]) { _mm512_storeu_ps(out, v); }
+inline void round16(__m512 v, fp16 (&out)[16]) {
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void round16(__m512 v, bf16 (&out)[16]) {
+  const __m512i word = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(word, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+  const __m512i bits = _mm512_mask_blend_epi32(number, _mm512_set1_epi32(0x7fc0), up);
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(bits));
+}
+template <class T>
+void NF4::values(int64_t at, T (&out)[16]) const {
+  round16(_mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale(at))), out);
+}
+
 template <class T>
 inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
   const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)t));
@@ -91,6 +104,12 @@ inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16]
   decode_bytes(codes + i, bytes - i, t, out + 2 * i);
 }
 #else
+template <class T>
+void NF4::values(int64_t at, T (&out)[16]) const {
+  const float s = scale(at);
+  for (int i = 0; i < 16; ++i) narrow(table[i] * s, out + i);
+}
+
 template <class T>
 inline void decode_run(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
   decode_bytes(codes, bytes, t, out);
