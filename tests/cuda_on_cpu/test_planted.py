@@ -59,8 +59,8 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "h read before the launch that makes it": (
         "lora.cu",
-        "    wait_for_launch_before();\n  }\n  for",
-        "  }\n  for",
+        "    wait_for_launch_before();\n  }\n#pragma",
+        "  }\n#pragma",
         "plain",
     ),
     "rows of w past the last": ("lora_mma.cu", "n0 + row < g.n, k", "true, k", "address"),
