@@ -24,18 +24,6 @@ CELLS = [name for name in backends.NAMES if backends.cell(name, "nf4_dequantize"
 ISAS = ["portable", "avx2", "avx512"]
 
 
-def tensors(weight):
-    return [weight.codes, *weight.scales]
-
-
-def on(isa, monkeypatch):
-    compiled = pytest.importorskip("peftops._C")
-    if not hasattr(compiled, isa):
-        pytest.skip(f"this machine runs no {isa}")
-    for row in ("nf4", "lora"):
-        monkeypatch.setattr(f"peftops.cpu.{row}._C", getattr(compiled, isa))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CELLS)
 def test_backends_agree_bit_for_bit(name, dtype, request):
@@ -66,8 +54,8 @@ def test_products_are_made_of_the_values_of_dequantize(name, dtype, request):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_instruction_sets_agree_bit_for_bit(isa, monkeypatch):
-    on(isa, monkeypatch)
+def test_instruction_sets_agree_bit_for_bit(isa, on_isa):
+    on_isa(isa)
     for op in OPS:
         for dtype in DTYPES:
             for shape in (*SHAPES, (1, 513, 131, 1)):

@@ -126,16 +126,6 @@ PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, con
   }
 }
 
-template <int NW, class T, class B, class STORE>
-PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
-                                int64_t n, STORE store) {
-  const int64_t id = omp_get_thread_num(), team = omp_get_num_threads(), runs = n / NW;
-  for (int64_t c = runs * id / team * NW; c < runs * (id + 1) / team * NW; c += NW)
-    columns<NW>(w + c * k, x, m, k, h, b, r, c, store);
-  if (id + 1 == team)
-    for (int64_t c = runs * NW; c < n; ++c) columns<1>(w + c * k, x, m, k, h, b, r, c, store);
-}
-
 // f(c, Count<NW>) for this thread's share of n columns, NW at a time, and one at a time for the last
 template <int NW, class F>
 PEFTOPS_INLINE void share(int64_t n, F f) {
@@ -143,6 +133,14 @@ PEFTOPS_INLINE void share(int64_t n, F f) {
   for (int64_t c = runs * id / team * NW; c < runs * (id + 1) / team * NW; c += NW) f(c, Count<NW>{});
   if (id + 1 == team)
     for (int64_t c = runs * NW; c < n; ++c) f(c, Count<1>{});
+}
+
+template <int NW, class T, class B, class STORE>
+PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
+                                int64_t n, STORE store) {
+  share<NW>(n, [&](int64_t c, auto count) __attribute__((always_inline)) {
+    columns<decltype(count)::value>(w + c * k, x, m, k, h, b, r, c, store);
+  });
 }
 
 // All columns of a 4-bit weight for MX rows of split x
@@ -216,7 +214,7 @@ struct Coded {
 Coded coded(const Few& t, Tensors base, int64_t block) {
   const NF4 w(base, block);
   if (!in_runs(w, t.k)) return {w, nullptr, nullptr};
-  const int64_t ld = (t.k + 127) / 128 * 128;
+  const int64_t ld = pad128(t.k);
   bf16* x = t_x.get<bf16>(t.m * ld);
   split(t.x, t.m, t.k, x);
   if (t.m <= 8) return {w, x, nullptr};

@@ -5,6 +5,8 @@
 namespace peftops::ISA {
 namespace {
 
+inline int64_t pad128(int64_t k) { return (k + 127) / 128 * 128; }
+
 // out (m, pad128(k)): of every four elements 1, 0, 3, 2, the first of each of 32 fours, then the second …, as decode128
 // leaves those of a weight; zero beyond k
 inline void split(const bf16* x, int64_t m, int64_t k, bf16* out) {
@@ -93,7 +95,7 @@ template <int MX, int NW, bool NESTED>
 PEFTOPS_INLINE void dots(const NF4& w, const Scales<NW, NESTED>& scale, const bf16* x, int64_t k, int64_t c,
                          __m512 (&acc)[16]) {
   const __m512 table = _mm512_loadu_ps(w.table);
-  const int64_t runs = k / 64, ldx = (k + 127) / 128 * 128, bytes = k / 2;
+  const int64_t runs = k / 64, ldx = pad128(k), bytes = k / 2;
   const uint8_t* codes = w.codes + c * bytes;
   __m512 odd[MX == 1 ? NW : 1];  // one row has too few sums to hide the latency of one
   for (auto& v : odd) v = _mm512_setzero_ps();
@@ -136,7 +138,7 @@ PEFTOPS_INLINE void dots(const NF4& w, const Scales<NW, NESTED>& scale, const bf
 // out[pad128(k) / 2][L][16] pairs of split x (m, pad128(k)), a row in each lane, zero beyond m
 template <int L>
 void lanes(const bf16* x, int64_t m, int64_t k, uint32_t* out) {
-  const int64_t ld = (k + 127) / 128 * 128;
+  const int64_t ld = pad128(k);
   for (int64_t c = 0; c < ld; c += 32)
     for (int l = 0; l < L; ++l) {
       __m512i v[16];

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..functional import Base
 from ..ops.nf4 import NF4Weight
-from ..ops.nf4_state import NESTED
+from ..ops.nf4_state import NESTED, scales_of
 
 ORIGINAL = "_peftops_unmerged"  # attribute of a merged layer: its weight and bias before
 
@@ -76,7 +76,4 @@ def packed(base, weight):
         codes = weight.detach().view(torch.uint8)
     if type(codes) is not torch.Tensor:
         return "a tensor is not plain"
-    scales = [state.absmax]
-    if state.nested:
-        scales += [state.state2.absmax, state.state2.code, state.offset]
-    return codes, Base("nf4", [codes, state.code, *scales], state.blocksize), base.compute_dtype
+    return codes, Base("nf4", [codes, state.code, *scales_of(state)], state.blocksize), base.compute_dtype

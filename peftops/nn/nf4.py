@@ -10,7 +10,7 @@ from torch import nn
 from ..functional import lora_linear
 from ..ops.lora import no_delta
 from ..ops.nf4 import NF4Weight, expect_block
-from ..ops.nf4_state import NESTED, STATE, write
+from ..ops.nf4_state import NESTED, STATE, scales_of, write
 from ..ops.nf4_tables import FOUR_BITS
 from .nf4_packed import PackedNF4
 
@@ -106,11 +106,9 @@ class LinearNF4(PackedNF4, nn.Linear):
             raise ValueError("LinearNF4: linear must be quantized, which .to(device) does, got one that is not")
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError("LinearNF4: linear must be as it was loaded, got one repacked for inference on a CPU")
-        scales = (
-            (state.absmax, state.state2.absmax, state.state2.code, state.offset) if state.nested else (state.absmax,)
-        )
         codes = weight.detach().as_subclass(torch.Tensor).contiguous()
-        q = NF4Weight(codes, state.code, scales, state.shape, state.dtype, state.blocksize, state.quant_type)
+        about = state.shape, state.dtype, state.blocksize, state.quant_type
+        q = NF4Weight(codes, state.code, scales_of(state), *about)
         options = {"compute_dtype": linear.compute_dtype, "quant_storage": codes.dtype}
         return cls.of(q, linear.bias, **options).train(linear.training)
 

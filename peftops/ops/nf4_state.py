@@ -83,6 +83,13 @@ def read_state(tensors, name):
     return key, state
 
 
+def scales_of(state):
+    """What a QuantState of bitsandbytes has of scales, as a base has them."""
+    if not state.nested:
+        return [state.absmax]
+    return [state.absmax, state.state2.absmax, state.state2.code, state.offset]
+
+
 def positive(v):
     return type(v) is int and 0 < v < 1 << 48
 
