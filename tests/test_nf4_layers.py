@@ -272,7 +272,7 @@ def test_peft_reads_it():
 
 
 SHARDED = """
-import sys, torch
+import os, sys, torch
 from torch import nn
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -308,7 +308,9 @@ def worker(rank, path):
             wanted = narrow(x.bfloat16())
             fully_shard(narrow, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
             assert torch.equal(narrow(x), wanted)  # a policy of bf16 has cast no scale
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of torch that want Python's lock while the interpreter ends would abort the process
 
 if __name__ == "__main__":
     torch.multiprocessing.spawn(worker, (sys.argv[1],), nprocs=2)
@@ -320,9 +322,9 @@ def test_fsdp2_shards_codes_and_scales(tmp_path):
     script.write_text(SHARDED)
     forced = [peftops.backends._forced] if peftops.backends._forced else []
     command = [sys.executable, str(script), str(tmp_path / "store"), *forced]
-    root = str(tmp_path.cwd())
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root})
-    assert run.returncode == 0, run.stderr[-2000:]
+    env = os.environ | {"PYTHONPATH": str(tmp_path.cwd()), "PYTHONFAULTHANDLER": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 @pytest.fixture
