@@ -81,6 +81,9 @@ GEMV = ["x", "base", "a", "b", "scale", "bias", "gain", "gate", "form", "block"]
 BWD = ["dy", "x", "base", "a", "b", "scale", "h", "bits", "bias", "gain", "gate", "z", "form", "block", "p", "need"]
 
 
+NORM = ["x", "base", "a", "b", "scale", "form", "block"]
+
+
 def arguments(names, dropout=True):
     def make(shape, dtype, device="cpu"):
         for label, options in VARIANTS.items():
@@ -115,11 +118,44 @@ def dequantize(shape, dtype, device="cpu"):
         yield f"block={block}{', nested' if nested else ''}", [codes, table, scales, block, n * k, dtype]
 
 
+NORMS = ("plain", "transposed", "nf4", "nf4-few", "nf4-nested")  # variants that a norm can tell from each other
+
+
+def norms(names):
+    def make(shape, dtype, device="cpu"):
+        for label in NORMS:
+            tensors = lora(*shape, dtype, device, **VARIANTS[label])
+            dn = torch.linspace(-1, 1, shape[2], dtype=tensors["scale"].dtype, device=device)
+            n = dn.abs() + 1
+            n[::7], n[1::7] = 0, float("inf")
+            tensors |= {"dn": dn, "n": n, "need": [True, True]}
+            yield label, [tensors[name] for name in names]
+
+    return make
+
+
+def drop(shape, dtype, device="cpu"):
+    for p in (0.1, 0.5, 1.0):
+        tensors = lora(*shape, dtype, device, p=p)
+        yield f"p={p}", [tensors["x"], tensors["seed"], p]
+
+
+def mix(shape, dtype, device="cpu"):
+    for p in (0.1, 0.5, 1.0):
+        tensors = lora(*shape, dtype, device, p=p)
+        for label, v in ((", one", None), ("", tensors["x"].flip(0))):
+            yield f"p={p}{label}", [tensors["x"], v, tensors["bits"], p]
+
+
 CASES = {
     "lora_fwd": arguments(FWD),
     "lora_bwd": arguments(BWD),
     "lora_gemv": arguments(GEMV, dropout=False),
     "lora_mask": mask,
+    "dora_norm": norms(NORM),
+    "dora_norm_bwd": norms(["dn", "n", *NORM, "need"]),
+    "dora_drop": drop,
+    "dora_mix": mix,
     "nf4_quantize": quantize,
     "nf4_dequantize": dequantize,
 }

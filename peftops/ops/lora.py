@@ -217,6 +217,17 @@ def lora_linear(
     Raises ValueError for shapes and for a weight or scaling that requires grad, TypeError for dtypes.
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
+    x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
+    p = dropout_p if training else 0.0
+    seed = torch.randint(2**62, (1,), device=x.device) if p else None
+    args = x, lora_A, lora_B, bias, gain, gate, scale, seed, (base.form, base.block, p), *base.tensors
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        return LoRA.apply(*args)
+    return forward(None, *args)
+
+
+def prepared(x, weight, lora_A, lora_B, scaling):
+    """x, in autocast's dtype where there is one, the Base of weight likewise, and scaling as a (1,) tensor."""
     if not (x.dim() and lora_A.dim() == lora_B.dim() == 2):
         expect_dims(x, lora_A, lora_B)
     if isinstance(weight, NF4Weight) and weight.shape != (lora_B.shape[0], x.shape[-1]):
@@ -228,17 +239,11 @@ def lora_linear(
         x = x.to(dtype)
         if base.form != "nf4":
             base = base._replace(tensors=[t.to(dtype) for t in base.tensors])
-    p = dropout_p if training else 0.0
-    seed = torch.randint(2**62, (1,), device=device) if p else None
-    if isinstance(scaling, Tensor):
-        if scaling.requires_grad:
-            raise ValueError("lora: scaling must be a constant, got one that requires grad")
-    else:
-        scaling = scale_of(scaling, torch.float64 if x.dtype is torch.float64 else torch.float32, device)
-    args = x, lora_A, lora_B, bias, gain, gate, scaling, seed, (base.form, base.block, p), *base.tensors
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        return LoRA.apply(*args)
-    return forward(None, *args)
+    if not isinstance(scaling, Tensor):
+        return x, base, scale_of(scaling, torch.float64 if x.dtype is torch.float64 else torch.float32, device)
+    if scaling.requires_grad:
+        raise ValueError("lora: scaling must be a constant, got one that requires grad")
+    return x, base, scaling
 
 
 def nf4_linear(x, weight, bias=None):

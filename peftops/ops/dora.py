@@ -1,0 +1,187 @@
+"""DoRA: y = g ⊙ z + bias with z = x·Ŵᵀ + s · drop(x)·Aᵀ·Bᵀ and g = magnitude / ‖Ŵ + s·B·A‖, a norm for each row"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._op import expect, op
+from .lora import (
+    DTYPES,
+    expect_lora,
+    expect_probability,
+    lora_bwd,
+    lora_fwd,
+    lora_linear,
+    no_delta,
+    prepared,
+    rows,
+)
+
+
+@op
+def dora_norm(x: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scale: Tensor, form: str, block: int) -> Tensor:
+    """x (any, k), never read · base · a (r, k) · b (n, r)  ->  ‖Ŵ + s·b·a‖ of each row (n,), in scale's dtype
+
+    Ŵ, a and b are rounded to x's dtype, as in the product that the norm is for."""
+    expect_delta(x, base, a, b, scale, form, block)
+    return scale.new_empty(b.shape[0])
+
+
+@op
+def dora_norm_bwd(
+    dn: Tensor,
+    n: Tensor,
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    form: str,
+    block: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a and b, each in its own dtype, empty where `need` is False. Rows whose n is 0 or inf have none.
+
+    c = dn / n; c ⊙ b is rounded to x's dtype where it is multiplied by Ŵ."""
+    expect_delta(x, base, a, b, scale, form, block)
+    expect("dora", "dn", dn, b.shape[:1], scale.dtype)
+    expect("dora", "n", n, b.shape[:1], scale.dtype)
+    return tuple(torch.empty_like(t) if wanted else x.new_empty(0) for t, wanted in zip((a, b), need, strict=True))
+
+
+@op
+def dora_drop(x: Tensor, seed: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x (m, k)  ->  dropped = drop(x) (m, k) · rest = x - drop(x) (m, k) · bits (m, 4⌈k/32⌉), as lora_fwd draws them"""
+    expect("dora", "x", x, x.shape, *DTYPES)
+    expect("dora", "seed", seed, (1,), torch.int64)
+    expect_probability(p)
+    m, k = x.shape
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(m, 4 * -(-k // 32), dtype=torch.uint8)
+
+
+@op
+def dora_mix(u: Tensor, v: Tensor | None, bits: Tensor, p: float) -> Tensor:
+    """drop(u) + v - drop(v) (m, k), of the entries that bits keep; without v, drop(u)"""
+    m, k = u.shape
+    expect("dora", "u", u, (m, k), *DTYPES)
+    expect("dora", "v", v, (m, k), u.dtype)
+    expect("dora", "bits", bits, (m, 4 * -(-k // 32)), torch.uint8)
+    expect_probability(p)
+    return torch.empty_like(u)
+
+
+def expect_delta(x, base, a, b, scale, form, block):
+    if form == "given" or not base:
+        raise ValueError("dora: w must be given itself, got a product of it")
+    expect_lora(x, base, a, b, scale, None, None, None, form, block)
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, scale, x, form, block, *base):
+        n = dora_norm(x, list(base), a, b, scale, form, block)
+        ctx.save_for_backward(n, x, a, b, scale, *base)
+        ctx.constants = form, block
+        return n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dn):
+        n, x, a, b, scale, *base = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[:2])
+        grads = dora_norm_bwd(dn, n, x, base, a, b, scale, *ctx.constants, need)
+        return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *[None] * (4 + len(base))
+
+
+def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
+    """n = ‖Ŵ + scaling · B·A‖ of each row (n,) in fp32, differentiable in lora_A and lora_B.
+
+    weight (n, k), or an NF4Weight of that shape, or a Base of it; lora_A (r, k); lora_B (n, r); scaling a number or a
+    (1,) tensor. dtype is what the product is computed in, to which all are rounded: by default the weight's, or
+    autocast's. Raises ValueError for shapes and for a weight that requires grad, TypeError for dtypes.
+    Source: Liu et al., DoRA, arXiv 2402.09353, whose columns are the rows of PyTorch's weight.
+    """
+    if dtype is None:
+        dtype = getattr(weight, "dtype", None) or lora_A.dtype
+    x, base, scale = prepared(lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype), weight, lora_A, lora_B, scaling)
+    if base.form not in ("nf4", "given"):
+        base = base._replace(tensors=[t.to(x.dtype) for t in base.tensors])
+    if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+        return Norm.apply(lora_A, lora_B, scale, x, base.form, base.block, *base.tensors)
+    return dora_norm(x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
+
+
+def no_zeros(norm):
+    """inf where a row is zero, and has no direction: its gain is 0, and its magnitude has no gradient."""
+    return norm.masked_fill(norm == 0, float("inf"))
+
+
+def dora_linear(
+    x, weight, lora_A, lora_B, magnitude, bias=None, *, scaling=1.0, dropout_p=0.0, training=True, detach_norm=True,
+    dropout_mode="peft", norm=None,
+):  # fmt: skip
+    """y = g ⊙ z(x) + bias, z(x) = x·Wᵀ + scaling · drop(x)·Aᵀ·Bᵀ, g = magnitude / ‖W + scaling·B·A‖ of each row.
+
+    x, weight, lora_A, lora_B, bias and scaling are those of lora_linear; magnitude (n,) fp32, of any sign. Returns
+    (..., n) in x's dtype. g is 0 where a row of W + scaling·B·A is zero; where magnitude is that norm, this is LoRA.
+    detach_norm: the norm is a constant to the gradient (section 4.3 of the paper, and PEFT), else differentiated.
+    dropout_mode: "lora" drops the input of lora_A alone, as above. "peft" computes what PEFT does, where the base sees
+    drop(x) too: y = g ⊙ (drop(x)·Wᵀ + scaling · drop(x)·Aᵀ·Bᵀ) + (x - drop(x))·Wᵀ + bias, at the price of another
+    base product each way. Without dropout they are the same.
+    norm: what dora_weight_norm returns, where it is known, inf for 0; else it is computed.
+
+    Raises ValueError for shapes, dropout_mode and a weight that requires grad, TypeError for dtypes.
+    Source: Liu et al., DoRA, arXiv 2402.09353.
+    """
+    if dropout_mode not in ("peft", "lora"):
+        raise ValueError(f"dora: dropout_mode must be peft or lora, got {dropout_mode!r}")
+    n, wide = lora_B.shape[:1], torch.float64 if x.dtype is torch.float64 else torch.float32
+    expect("dora", "magnitude", magnitude, n, wide)
+    expect("dora", "norm", norm, n, wide)
+    if norm is None:
+        adapter = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
+        norm = no_zeros(dora_weight_norm(weight, *adapter, scaling=scaling, dtype=x.dtype))
+    gain, p = magnitude / norm, dropout_p if training else 0.0
+    if not p or dropout_mode == "lora":
+        options = {"scaling": scaling, "dropout_p": p, "gain": gain}
+        return lora_linear(x, weight, lora_A, lora_B, bias, **options)
+    x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
+    seed = torch.randint(2**62, (1,), device=x.device)
+    args = x, lora_A, lora_B, bias, gain, scale, seed, (base.form, base.block, p), *base.tensors
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        return Dropped.apply(*args)
+    return dropped(None, *args)
+
+
+def dropped(ctx, x, a, b, bias, gain, scale, seed, constants, *base):
+    """y of dropout_mode "peft", and what backward needs in ctx where there is one."""
+    shape, x, base, (form, block, p) = x.shape, rows(x), list(base), constants
+    kept, rest, bits = dora_drop(x, seed, p)
+    keep_z = ctx is not None and ctx.needs_input_grad[4]
+    y, h, _, z = lora_fwd(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0, keep_z)
+    delta = no_delta(x.shape[1], y.shape[1], x.dtype, x.device)
+    y += lora_fwd(rest, base, *delta, scale, None, None, None, None, form, block, 0.0, False)[0]
+    if ctx is not None:
+        ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, z, *base)
+        ctx.constants, ctx.shape = constants, shape
+    return y if len(shape) == 2 else y.view(shape[:-1] + y.shape[1:])
+
+
+class Dropped(torch.autograd.Function):
+    forward = staticmethod(dropped)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, a, b, scale, h, bits, bias, gain, z, *base = ctx.saved_tensors
+        (form, block, p), dy, need = ctx.constants, rows(dy), [*ctx.needs_input_grad[:5], False]
+        none, rest = x.new_empty(x.shape[0], 0, dtype=torch.uint8), (form, block, 0.0)
+        kept = dora_mix(x, None, bits, p)  # made again, as x is kept for other layers too
+        grads = lora_bwd(dy, kept, base, a, b, scale, h, none, bias, gain, None, z, *rest, need)
+        grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)][:5]
+        if need[0]:
+            delta, empty = no_delta(x.shape[1], dy.shape[1], x.dtype, x.device), x.new_empty(x.shape[0], 0)
+            only = [True] + [False] * 5
+            other = lora_bwd(dy, x, base, *delta, scale, empty, none, None, None, None, empty, *rest, only)[0]
+            grads[0] = dora_mix(grads[0], other, bits, p).view(ctx.shape)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - 5)

@@ -1,0 +1,36 @@
+"""The specification of DoRA's norm and of its dropout, with the roundings of LoRA's product."""
+
+from . import outside_autocast
+from .lora import roundings
+from .lora_base import matrix
+from .lora_dropout import drop, keep_bits
+
+
+@outside_autocast
+def dora_norm(n, x, base, a, b, scale, form, block):
+    _, rounded = roundings(x, scale)
+    w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+    n.copy_((w + scale * (rounded(b) @ rounded(a))).norm(dim=1))
+
+
+@outside_autocast
+def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
+    _, rounded = roundings(x, scale)
+    w, a, b = rounded(matrix(base, form, block, b.shape[0], x.shape[1])), rounded(a), rounded(b)
+    c = (dn / n).masked_fill((n == 0) | n.isinf(), 0)[:, None]
+    if need[0]:
+        da.copy_(scale * (rounded(c * b).T @ w) + scale * scale * ((b.T @ (c * b)) @ a))
+    if need[1]:
+        db.copy_(scale * (c * (w @ a.T)) + scale * scale * (c * (b @ (a @ a.T))))
+
+
+def dora_drop(dropped, rest, bits, x, seed, p):
+    bits.copy_(keep_bits(seed, *x.shape, p))
+    dora_mix(dropped, x, None, bits, p)
+    dora_mix(rest, x.new_zeros(()).expand_as(x), x, bits, p)
+
+
+def dora_mix(out, u, v, bits, p):
+    wide = u.float() if u.element_size() < 4 else u
+    kept = drop(wide, bits, p) if p else wide
+    out.copy_(kept if v is None else kept + v - drop(v.to(wide.dtype), bits, p))
