@@ -5,27 +5,173 @@ import torch
 from law import bound, error
 
 import peftops.functional as F
+from peftops import NF4Weight
+
+MODES = [("lora", 0.0), ("lora", 0.4), ("peft", 0.4)]
 
 
-def test_a_magnitude_that_is_the_norm_is_lora():
-    x, w, a, b = torch.randn(5, 16), torch.randn(24, 16), torch.randn(4, 16), torch.randn(24, 4)
-    m = F.dora_weight_norm(w, a, b, scaling=0.5)
-    exact, same = [F.lora_linear(*(t.to(d) for t in (x, w, a, b)), scaling=0.5) for d in (torch.float64, torch.float32)]
-    y = F.dora_linear(x, w, a, b, m, scaling=0.5)
-    assert error(y, exact) <= bound(same, exact)
+def leaves(m=70, k=64, n=48, r=8, dtype=torch.float32, bias=1.0):
+    generator = torch.Generator().manual_seed(m + k)
+    x, a, b, dy = (torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (r, k), (n, r), (m, n)))
+    w = torch.randn(n, k, generator=generator).to(dtype)
+    magnitude, bias = torch.randn(n, generator=generator) * 8, bias * torch.randn(n, generator=generator)
+    return [x, a, b, magnitude, bias], w, dy
+
+
+def formula(x, w, a, b, magnitude, bias, keep, p, mode, detach=True):
+    """The docstring, in torch"""
+    norm = (w + 0.5 * b @ a).norm(dim=1)
+    norm = norm.detach() if detach else norm
+    dropped = x * keep / (1 - p)
+    base = dropped if mode == "peft" else x
+    y = magnitude / norm * (base @ w.T + 0.5 * dropped @ a.T @ b.T) + bias
+    return y.to(x.dtype) + (x - dropped) @ w.T if mode == "peft" else y.to(x.dtype)
+
+
+def trained(call, tensors, dy):
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    y = call(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
+
+
+def compared(tensors, w, dy, mode, p, detach=True, weight=None):
+    """What we make of it, what the formula makes of it in the same dtype, and in double"""
+    seed = torch.manual_seed(3) and torch.randint(2**62, (1,))
+    keep = F.dropout_mask(seed, *tensors[0].shape, p)
+    options = {"scaling": 0.5, "dropout_p": p, "dropout_mode": mode, "detach_norm": detach}
+
+    def ours(x, a, b, magnitude, bias):
+        torch.manual_seed(3)
+        return F.dora_linear(x, w if weight is None else weight, a, b, magnitude, bias, **options)
+
+    def plain(x, a, b, magnitude, bias):
+        return formula(x, w.to(x.dtype), a, b, magnitude, bias, keep, p, mode, detach)
+
+    exact = trained(plain, [t.double() for t in tensors], dy.double())
+    return trained(ours, tensors, dy), trained(plain, tensors, dy), exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("mode, p", MODES)
+def test_is_its_formula(mode, p, detach, dtype):
+    out, same, exact = compared(*leaves(dtype=dtype), mode, p, detach)
+    assert [t.dtype for t in out] == [dtype] * 4 + [torch.float32] * 2
+    for ours, theirs, truth in zip(out, same, exact, strict=True):
+        assert error(ours, truth) <= bound(theirs, truth)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("mode, p", MODES)
+def test_over_a_4_bit_weight(mode, p, double_quant):
+    tensors, w, dy = leaves(dtype=torch.bfloat16)
+    q = NF4Weight.quantize(w, 64, double_quant)
+    out, same, exact = compared(tensors, q.dequantize(), dy, mode, p, weight=q)
+    for ours, theirs, truth in zip(out, same, exact, strict=True):
+        assert error(ours, truth) <= bound(theirs, truth)
 
 
 @pytest.mark.parametrize("mode", ["peft", "lora"])
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(p, detach, mode):
-    torch.manual_seed(0)
-    x, w, a, b, m, bias = (torch.randn(s, dtype=torch.float64) for s in ((5, 8), (6, 8), (3, 8), (6, 3), (6,), (6,)))
-    n = F.dora_weight_norm(w, a, b, scaling=0.7)
+    (x, a, b, m, bias), w, _ = leaves(5, 8, 6, 3)
+    w, tensors = w.double(), [t.double().requires_grad_() for t in (x, a, b, m, bias)]
+    norm = F.dora_weight_norm(w, tensors[1], tensors[2]).detach()
 
-    def f(*leaves):
+    def call(*tensors):
         torch.manual_seed(1)
-        options = {"norm": n} if detach else {"detach_norm": False}
-        return F.dora_linear(leaves[0], w, *leaves[1:], scaling=0.7, dropout_p=p, dropout_mode=mode, **options)
+        return F.dora_linear(tensors[0], w, *tensors[1:], dropout_p=p, dropout_mode=mode, **options)
 
-    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in (x, a, b, m, bias)])
+    options = {"norm": norm} if detach else {"detach_norm": False}
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+def test_a_magnitude_that_is_the_norm_is_lora():
+    (x, a, b, _, bias), w, _ = leaves(dtype=torch.bfloat16)
+    m = F.dora_weight_norm(w, a, b, scaling=0.5)
+    exact = F.lora_linear(*(t.double() for t in (x, w, a, b)), bias.double(), scaling=0.5)
+    same = F.lora_linear(x, w, a, b, bias, scaling=0.5)
+    assert error(F.dora_linear(x, w, a, b, m, bias, scaling=0.5), exact) <= bound(same, exact)
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-7), (torch.bfloat16, 2e-7)], ids=str)
+@pytest.mark.parametrize("form", ["dense", "transposed", "nf4"])
+def test_a_norm_is_right_to_a_rounding(form, dtype, most):
+    w, a, b = torch.randn(40, 3000).to(dtype), torch.randn(16, 3000).to(dtype) / 55, torch.randn(40, 16).to(dtype)
+    weight, w = {"dense": (w, w), "transposed": (w.T.contiguous().T, w), "nf4": (None, w)}[form]
+    if form == "nf4":
+        weight = NF4Weight.quantize(w)
+        w = weight.dequantize()
+    exact = (w.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
+    scale = torch.tensor([0.7], dtype=torch.float64).float()
+    norm = F.dora_weight_norm(weight, a, b, scaling=scale, dtype=dtype).double()
+    assert ((norm - exact).abs() / exact).max() <= most
+
+
+def test_a_norm_survives_cancellation():
+    """B·A ≈ -(1 - 1e-3)·W, where the sum of squares expanded has no digit left."""
+    a, b = torch.randn(16, 2048).bfloat16(), torch.randn(64, 16).bfloat16()
+    w = (b.double() @ a.double()).bfloat16()
+    scale = torch.tensor([-(1 - 1e-3)])
+    exact = (w.double() + scale.double() * (b.double() @ a.double())).norm(dim=1)
+    near = F.dora_weight_norm(w, a, b, scaling=scale).double()
+    assert exact.max() < 0.01 * w.double().norm(dim=1).min() and ((near - exact).abs() / exact).max() <= 5e-6
+
+
+def test_a_large_bias_costs_the_magnitude_nothing():
+    """The gradient is a sum of dy·z, and z is not found again in y."""
+    out, same, exact = compared(*leaves(dtype=torch.bfloat16, bias=0.0), "lora", 0.0)
+    large, _, truth = compared(*leaves(dtype=torch.bfloat16, bias=6400.0), "lora", 0.0)
+    assert error(large[4], truth[4]) <= bound(same[4], exact[4]) and torch.equal(large[4], out[4])
+
+
+def test_rows_that_are_zero_and_magnitudes_that_are_not_positive():
+    (x, a, b, m, bias), w, dy = leaves()
+    w[3], b[3], m[4], m[5] = 0, 0, 0, -2.0
+    x, a, b, m = (t.requires_grad_() for t in (x, a, b, m))
+    y = F.dora_linear(x, w, a, b, m, bias)
+    y.backward(dy)
+    assert torch.equal(y[:, 3:5], bias[3:5].expand(len(y), 2)) and m.grad[3] == 0 and m.grad[4] != 0
+    assert all(t.grad.isfinite().all() for t in (x, a, b, m))
+    opposite = F.dora_linear(x, w, a, b, -m, None)
+    assert torch.equal(opposite, -F.dora_linear(x, w, a, b, m, None))
+
+
+def test_nan_stays_in_its_row():
+    (x, a, b, m, bias), w, _ = leaves()
+    w[7, 5], b[9, 0] = float("nan"), float("nan")
+    assert F.dora_weight_norm(w, a, b).isnan().nonzero().flatten().tolist() == [7, 9]
+    y = F.dora_linear(x, w, a, b, m, bias)
+    assert y.isnan().any(0).nonzero().flatten().tolist() == [7, 9] and y[:, [7, 9]].isnan().all()
+
+
+@pytest.mark.parametrize("mode, p", MODES)
+def test_every_bit_is_determined(mode, p):
+    once, twice = (compared(*leaves(dtype=torch.bfloat16), mode, p, False)[0] for _ in range(2))
+    assert all(map(torch.equal, once, twice))
+
+
+@pytest.mark.parametrize("mode, p", MODES)
+def test_keeps_what_lora_keeps_and_one_z(mode, p):
+    (x, a, b, m, bias), w, _ = leaves()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        F.dora_linear(x, w, *(t.requires_grad_() for t in (a, b, m, bias)), dropout_p=p, dropout_mode=mode)
+    own = {t.data_ptr() for t in (x, w, a, b, m, bias)}
+    large = [t for pointer, t in kept.items() if pointer not in own and t.numel() > 48 * 8]
+    assert [t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)] == [(70, 48)]
+
+
+def test_bad_input_is_named():
+    (x, a, b, m, _), w, _ = leaves()
+    with pytest.raises(ValueError, match=r"dora: magnitude must be \(48,\), got \(47,\)"):
+        F.dora_linear(x, w, a, b, m[1:])
+    with pytest.raises(TypeError, match=r"dora: magnitude must be torch.float32, got torch.bfloat16"):
+        F.dora_linear(x, w, a, b, m.bfloat16())
+    with pytest.raises(ValueError, match="dora: dropout_mode must be peft or lora, got 'both'"):
+        F.dora_linear(x, w, a, b, m, dropout_mode="both")
+    with pytest.raises(ValueError, match="dora: w must be given itself, got a product of it"):
+        F.dora_linear(x, F.Base("given", [x @ w.T]), a, b, m)
+    with pytest.raises(ValueError, match="lora: w must be frozen"):
+        F.dora_linear(x, w.requires_grad_(), a, b, m)

@@ -243,7 +243,7 @@ def test_from_config_is_pefts_layer(peft, config, conv, dtype, cast):
 
 
 def test_from_config_names_what_it_refuses(peft):
-    for option in ({"use_dora": True}, {"alora_invocation_tokens": [1]}, {"use_qalora": True}):
+    for option in ({"alora_invocation_tokens": [1]}, {"use_qalora": True}):
         with pytest.raises(ValueError, match=f"LoRALinear: {next(iter(option))} is not supported"):
             LoRALinear.from_config(nn.Linear(16, 24), peft.LoraConfig(task_type="CAUSAL_LM", **option))
     with pytest.raises(ValueError, match="got 'pissa'"):
@@ -271,6 +271,6 @@ def test_from_peft_names_what_it_refuses(peft):
     stock.set_adapter([])
     with pytest.raises(ValueError, match=r"LoRALinear: layer must have one active adapter, got \[\]"):
         LoRALinear.from_peft(stock)
-    dora, _ = theirs(peft, nn.Linear(16, 24), use_dora=True)
-    with pytest.raises(ValueError, match="LoRALinear: layer must be plain LoRA, got DoraLinearVariant"):
-        LoRALinear.from_peft(dora)
+    other, _ = theirs(peft, nn.Linear(16, 24), init_lora_weights="mica")
+    with pytest.raises(ValueError, match="LoRALinear: layer must be LoRA or DoRA, got MiCALinearVariant"):
+        LoRALinear.from_peft(other)

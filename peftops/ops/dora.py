@@ -136,12 +136,12 @@ def dora_linear(
     if dropout_mode not in ("peft", "lora"):
         raise ValueError(f"dora: dropout_mode must be peft or lora, got {dropout_mode!r}")
     n, wide = lora_B.shape[:1], torch.float64 if x.dtype is torch.float64 else torch.float32
-    expect("dora", "magnitude", magnitude, n, wide)
-    expect("dora", "norm", norm, n, wide)
+    expect("dora", "magnitude", magnitude, n, torch.float32, wide)
+    expect("dora", "norm", norm, n, torch.float32, wide)
     if norm is None:
         adapter = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
         norm = no_zeros(dora_weight_norm(weight, *adapter, scaling=scaling, dtype=x.dtype))
-    gain, p = magnitude / norm, dropout_p if training else 0.0
+    gain, p = (magnitude / norm).to(wide), dropout_p if training else 0.0
     if not p or dropout_mode == "lora":
         options = {"scaling": scaling, "dropout_p": p, "gain": gain}
         return lora_linear(x, weight, lora_A, lora_B, bias, **options)

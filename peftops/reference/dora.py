@@ -10,7 +10,7 @@ from .lora_dropout import drop, keep_bits
 def dora_norm(n, x, base, a, b, scale, form, block):
     _, rounded = roundings(x, scale)
     w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
-    n.copy_((w + scale * (rounded(b) @ rounded(a))).norm(dim=1))
+    n.copy_((scale * (rounded(b) @ rounded(a)) + w).norm(dim=1))
 
 
 @outside_autocast

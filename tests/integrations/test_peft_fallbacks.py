@@ -99,7 +99,11 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
     "merged": (lambda model: model.merge_adapter(), plain),
     "several active adapters": (several, plain),
     "no active adapter": (lambda model: lin(model).set_adapter([]), plain),
-    "DoRA": (None, plain, {"use_dora": True}),
+    "DoRA with a bias or hooks of its own": (
+        lambda model: part(model, "lora_magnitude_vector").register_forward_hook(lambda *args: None),
+        plain,
+        {"use_dora": True},
+    ),
     "variant MiCALinearVariant": (None, plain, {"init_lora_weights": "mica"}),
     "base layer is Sub": (lambda model: turn_into(lin(model).base_layer, Sub), plain),
     "adapter layer is not nn.Linear": (lambda model: turn_into(part(model, "lora_B"), Sub), plain),
@@ -225,7 +229,7 @@ def test_every_reason_has_a_case():
     """A reason that nobody tests would be a guess."""
     parts = integration.plan, integration.foundation, integration.misfit
     source = "".join(map(inspect.getsource, parts))
-    constants = set(re.findall(r'return "([^"]+)"', source)) | {"DoRA", "extra arguments"}
+    constants = set(re.findall(r'return "([^"]+)"', source)) | {"extra arguments"}
     assert constants - set(CASES) == {
         "hooks on a part", "a tensor is not plain", "compute_dtype or x is not of autocast's dtype"
     }  # fmt: skip

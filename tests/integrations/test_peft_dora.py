@@ -1,0 +1,243 @@
+"""PEFT's DoRA, patched: the same model, the same training, the same checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from law import bound, error
+from torch import nn
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tiny import TOKENS, adapted, exactly, install_our_mask, logits, step, tiny
+
+import peftops
+from peftops.integrations.peft import lora_layers
+from peftops.nn import LinearNF4, LoRALinear, checked_norms
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def dora(kind="llama", dtype=torch.float32, **options):
+    """Magnitudes near the norm, as training leaves them"""
+    model = tiny(kind, dtype=dtype, use_dora=True, **options)
+    for layer in lora_layers(model).values():
+        base = layer.base_layer.weight.float()
+        length = (base if kind == "llama" else base.T).norm(dim=1)
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.data.copy_(length * torch.linspace(0.8, 1.2, len(length)))
+    return model
+
+
+def norms(model):
+    return {name: module.norm for name, module in model.named_modules() if "norm" in vars(module).get("_buffers", {})}
+
+
+def assert_law(model, same=None, **options):
+    exact, same = step(exactly(model)), step(same or model, **options)
+    patched = peftops.patch(copy.deepcopy(model), strict=True)
+    out = step(patched, **options)
+    for ours, theirs, truth in zip(out, same, exact, strict=True):
+        assert error(ours, truth) <= bound(theirs, truth)
+    assert peftops.report(patched).calls == {"fused": len(lora_layers(patched))}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_step(kind, dtype, p, monkeypatch):
+    install_our_mask(monkeypatch)
+    assert_law(dora(kind, dtype, lora_dropout=p, autocast_adapter_dtype=False))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_autocast(p, monkeypatch):
+    install_our_mask(monkeypatch)
+    assert_law(dora(dtype=torch.bfloat16, lora_dropout=p), autocast=torch.bfloat16)
+
+
+def net(kind):
+    """Two layers under PEFT's DoRA, over a base of this kind."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
+    if kind == "bitsandbytes":
+        bnb = pytest.importorskip("bitsandbytes")
+        for i in (0, 2):
+            old = base[i]
+            base[i] = bnb.nn.Linear4bit(
+                old.in_features, old.out_features, quant_type="nf4", compute_dtype=torch.float32
+            )
+            base[i].load_state_dict(old.state_dict())
+        base = base.to("cpu")
+    model = adapted(base, target_modules=["0", "2"], use_dora=True, **options_of(kind))
+    if kind == "LinearNF4":  # stock PEFT knows no such layer when it makes its own, only to read its weight
+        for i in ("0", "2"):
+            layer = model.base_model.model[int(i)]
+            layer.base_layer = LinearNF4.from_linear(layer.base_layer)
+            magnitude = layer.lora_magnitude_vector["default"]
+            magnitude.weight.data = layer.base_layer.dequantize().norm(dim=1)
+    return model
+
+
+def options_of(kind):
+    return {"lora_dropout": 0.0} if kind == "bitsandbytes" else {}
+
+
+def twenty(model, dtype):
+    """Losses, and parameters after twenty steps of Adam"""
+    generator = torch.Generator().manual_seed(1)
+    x, target = torch.randn(70, 64, generator=generator), torch.randn(70, 32, generator=generator)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.SGD(parameters, 0.05), []
+    torch.manual_seed(2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(x.to(dtype)) - target.to(dtype)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return [torch.stack(losses), *(p.detach() for p in parameters)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["dense", "LinearNF4", "bitsandbytes"])
+def test_twenty_steps(kind, p, monkeypatch):
+    install_our_mask(monkeypatch)
+    model = net(kind)
+    for layer in lora_layers(model).values():
+        layer.lora_dropout["default"] = nn.Dropout(p) if p else nn.Identity()
+    exact = twenty(in_double(model), torch.float64)
+    patched = peftops.patch(copy.deepcopy(model), strict=True)
+    with checked_norms():
+        out = twenty(patched, torch.float32)
+    same = twenty(model, torch.float32)
+    assert error(out, exact) <= bound(same, exact)
+    assert out[0][-1] < out[0][0] and set(peftops.report(patched).calls) == {"fused"}
+    assert peftops.report(patched).norms == 2 * 21
+
+
+def in_double(model):
+    """Stock PEFT over the dense weight that the 4-bit one stands for"""
+    model = copy.deepcopy(model)
+    for layer in lora_layers(model).values():
+        base = layer.base_layer
+        if type(base) is not nn.Linear:
+            weight = peft.utils.integrations.dequantize_module_weight(base)
+            layer.base_layer = nn.Linear(base.in_features, base.out_features)
+            layer.base_layer.weight.data, layer.base_layer.bias.data = weight.float(), base.bias.data.float()
+            layer.base_layer.requires_grad_(False)
+    return model.double()
+
+
+def test_a_checkpoint_is_pefts(tmp_path):
+    model = peftops.patch(dora(), strict=True)
+    expected, keys = logits(model), list(model.state_dict())
+    assert keys == list(peftops.unpatch(copy.deepcopy(model)).state_dict())
+    model.save_pretrained(tmp_path)
+    other = peftops.patch(dora())
+    with torch.no_grad():
+        for p in other.parameters():
+            if p.requires_grad:
+                p.mul_(1.5)
+    other.load_adapter(tmp_path, "default")
+    with checked_norms():
+        assert torch.equal(logits(other), expected)
+
+
+def test_unpatch_leaves_nothing():
+    model = dora()
+    before = {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
+    buffers = [name for name, _ in model.named_buffers()]
+    assert norms(peftops.patch(model, strict=True))
+    peftops.unpatch(model)
+    assert {name: (type(module), dict(vars(module))) for name, module in model.named_modules()} == before
+    assert [name for name, _ in model.named_buffers()] == buffers
+
+
+def test_another_adapter_after_patch():
+    """Each has its norm; one that has stepped while another was active is right too."""
+    model = peftops.patch(dora())
+    model.add_adapter(
+        "other", peft.LoraConfig(r=3, use_dora=True, target_modules="all-linear", init_lora_weights=False)
+    )
+    stock = peftops.unpatch(copy.deepcopy(model))
+    for name in ("other", "default", "other"):
+        model.set_adapter(name)
+        stock.set_adapter(name)
+        with checked_norms():
+            out, same = logits(model), logits(stock)
+        exact = logits(exactly(stock))
+        assert error(out, exact) <= bound(same, exact)
+    assert set(peftops.report(model).calls) == {"fused"}
+
+
+def test_merges_as_before():
+    model = peftops.patch(dora(), strict=True)
+    stock = peftops.unpatch(copy.deepcopy(model))
+    merged, expected = copy.deepcopy(model).merge_and_unload(), stock.merge_and_unload()
+    assert torch.equal(logits(merged), logits(expected))
+    model.merge_adapter()
+    logits(model)
+    model.unmerge_adapter()
+    with checked_norms():
+        assert logits(model).isfinite().all()
+    assert peftops.report(model).calls == {"fused": 14, "merged": 14}
+
+
+def test_embeddings_and_convolutions_are_pefts_own():
+    base = nn.Sequential()
+    base.add_module("emb", nn.Embedding(20, 16))
+    base.add_module("lin", nn.Linear(16, 24))
+    convolution = adapted(nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv2d(1, 2, 1)), target_modules=["0"], use_dora=True)
+    model = adapted(base, target_modules=["emb", "lin"], use_dora=True)
+    x = torch.arange(12).view(2, 6)
+    expected, image = model(x), torch.randn(2, 4, 9)
+    got = peftops.patch(model)(x)
+    exact = exactly(peftops.unpatch(copy.deepcopy(model)))(x)
+    assert error(got, exact) <= bound(expected, exact)
+    assert str(peftops.report(model)).startswith("1/2 LoRA layers fused") and peftops.report(model).reasons
+    first = convolution.base_model.model[0]
+    same = first(image)
+    peftops.patch(convolution)
+    assert torch.equal(first(image), same) and peftops.report(convolution).fallback == 1
+
+
+def test_a_magnitude_that_a_trainer_casts():
+    """TRL casts what it trains over a 4-bit base to bf16; stock PEFT's magnitude then stays where it is."""
+
+    def moved(model):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(torch.bfloat16)
+        model.to(torch.bfloat16)
+        peftops.patch(model) if model is ours else None
+        magnitudes = [p for name, p in model.named_parameters() if "magnitude" in name]
+        before = [p.detach().float().clone() for p in magnitudes]
+        optimizer = torch.optim.AdamW(magnitudes, 1e-5, weight_decay=0.0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+        changed = [p.detach().float() != b for p, b in zip(magnitudes, before, strict=True)]
+        return torch.cat(changed).float().mean()
+
+    stock, ours = dora(), dora()
+    assert moved(stock) < 0.05 and moved(ours) > 0.95
+
+
+def test_from_config_and_from_peft():
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=0.1, init_lora_weights=False)
+    torch.manual_seed(5)
+    base = nn.Linear(64, 48)
+    torch.manual_seed(7)
+    theirs = adapted(nn.Sequential(copy.deepcopy(base)), target_modules=["0"], use_dora=True, lora_dropout=0.1)
+    theirs = theirs.base_model.model[0]
+    torch.manual_seed(7)
+    ours = LoRALinear.from_config(copy.deepcopy(base), config)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(5, 64)
+    shared = LoRALinear.from_peft(theirs.eval())
+    exact, same = copy.deepcopy(theirs).double()(x.double()), theirs(x)
+    assert error(shared(x), exact) <= bound(same, exact)
+    assert shared.lora_magnitude_vector["default"] is theirs.lora_magnitude_vector["default"]

@@ -1,0 +1,260 @@
+"""Layers with use_dora: when norms are computed, and that a magnitude learns."""
+
+import copy
+
+import pytest
+import torch
+from law import bound, error
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import peftops
+import peftops.functional as F
+from peftops.nn import LinearNF4, LoRALinear, checked_norms
+from peftops.nn.dora import LAYERS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BASES = {
+    "dense": lambda dtype: nn.Linear(64, 48, dtype=dtype),
+    "nf4": lambda dtype: LinearNF4.from_linear(nn.Linear(64, 48, dtype=dtype)),
+}
+
+
+def layer(base="dense", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    new = LoRALinear(BASES[base](dtype), 4, **{"lora_alpha": 6, "init_lora_weights": False, "use_dora": True} | options)
+    with torch.no_grad():
+        magnitude(new).mul_(torch.linspace(0.5, 2, 48))
+    return new
+
+
+def magnitude(layer):
+    return layer.lora_magnitude_vector["default"].weight
+
+
+def norm(layer):
+    return layer.lora_magnitude_vector["default"].norm
+
+
+def computed(layer):
+    """How often its norm was, until now"""
+    return vars(layer)["_peftops_norms"]
+
+
+def right(layer):
+    weight, a, b, scaling, dtype = layer.operands("default")
+    return torch.equal(norm(layer), F.dora_weight_norm(weight, a.detach(), b.detach(), scaling=scaling, dtype=dtype))
+
+
+def step(layer, optimizer, x=None):
+    optimizer.zero_grad()
+    x = torch.randn(5, 64, dtype=torch.float32) if x is None else x
+    layer(x).square().sum().backward()
+    optimizer.step()
+
+
+def sgd(layer, rate=1e-3):
+    return torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], rate)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("mode, p", [("lora", 0.3), ("peft", 0.3), ("peft", 0.0)])
+def test_is_the_function(mode, p, base):
+    new, x = layer(base, lora_dropout=p, dropout_mode=mode), torch.randn(70, 64)
+    torch.manual_seed(1)
+    y = new(x)
+    torch.manual_seed(1)
+    weight, a, b, scaling, _ = new.operands("default")
+    options = {"scaling": scaling, "dropout_p": p, "dropout_mode": mode}
+    assert torch.equal(y, F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, **options))
+
+
+def test_starts_as_its_base_does():
+    base = nn.Linear(64, 48)
+    new, x = LoRALinear(base, 4, lora_alpha=8, use_dora=True), torch.randn(3, 5, 64)
+    expected = base(x)
+    assert error(new(x), expected.double()) <= 2 * bound(expected, expected.double())
+    assert [name for name, p in new.named_parameters() if p.requires_grad] == [
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+        "lora_magnitude_vector.default.weight",
+    ]
+    assert "lora_magnitude_vector.default.norm" not in new.state_dict()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_once_a_step(base):
+    """Four micro-batches, each run again in backward, an evaluation between steps: one norm a step."""
+    new = layer(base)
+    optimizer, before = sgd(new), computed(new)
+    for count in (1, 2, 3):
+        for _ in range(4):
+            checkpoint(new, torch.randn(5, 64), use_reentrant=False).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            new.eval()(torch.randn(5, 64))
+        new.train()
+        assert computed(new) == before + count and right(new)
+
+
+class Raw(torch.optim.Optimizer):
+    """Writes where no version counter sees it, as kernels on raw pointers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.detach().numpy()[...] += 0.1
+
+
+def hand_written(new):
+    with torch.no_grad():
+        new.lora_B["default"].weight.add_(1)
+    peftops.refresh(nn.Sequential(new))
+
+
+TRAPS = {
+    "a step through raw pointers": lambda new: Raw(new.lora_A.parameters()).step(),
+    "load_state_dict": lambda new: new.load_state_dict(
+        layer().state_dict() | {"lora_A.default.weight": torch.ones(4, 64)}
+    ),
+    "load_state_dict, assign": lambda new: new.load_state_dict(
+        {k: t.clone() * 2 for k, t in new.state_dict().items()}, assign=True
+    ),
+    "load_state_dict of a model": lambda new: nn.Sequential(new).load_state_dict(
+        {f"0.{k}": t + 1 for k, t in new.state_dict().items()}
+    ),
+    "to(bfloat16)": lambda new: new.to(torch.bfloat16),
+    "half": lambda new: nn.Sequential(new).half(),
+    "by hand": hand_written,
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_norm_is_never_stale(trap):
+    new = layer()
+    before = norm(new).clone()
+    TRAPS[trap](new)
+    assert right(new) and not torch.equal(norm(new), before)
+    assert norm(new).dtype == magnitude(new).dtype == torch.float32
+    with checked_norms():
+        assert new(torch.randn(5, 64, dtype=new.base_layer.weight.dtype)).isfinite().all()
+
+
+def test_two_optimizers_and_none():
+    """Each refreshes what it changes, and zero_grad nothing."""
+    one, two = layer(), layer()
+    first, second = sgd(one), sgd(two)
+    before = computed(one), computed(two)
+    (one(torch.randn(5, 64)).sum() + two(torch.randn(5, 64)).sum()).backward()
+    first.step()
+    assert (computed(one), computed(two)) == (before[0] + 1, before[1])
+    second.step()
+    second.zero_grad()
+    assert (computed(one), computed(two)) == (before[0] + 1, before[1] + 1) and right(one) and right(two)
+
+
+def test_another_scaling_has_another_norm():
+    new, x = layer(), torch.randn(5, 64)
+    new.scaling *= 2
+    new(x)
+    assert right(new)
+
+
+def test_checked_norms_finds_a_stale_one():
+    new = layer()
+    with torch.no_grad():
+        new.lora_A["default"].weight.add_(1)
+    new(torch.randn(5, 64))
+    with checked_norms(), pytest.raises(RuntimeError, match="dora: the norm of default is of other weights; call"):
+        new(torch.randn(5, 64))
+
+
+def test_a_copy_keeps_its_own():
+    new = layer()
+    twin = copy.deepcopy(new)
+    assert twin in LAYERS
+    step(twin, sgd(twin))
+    assert right(twin) and right(new) and not torch.equal(norm(twin), norm(new))
+
+
+def test_a_layer_that_is_gone_is_forgotten():
+    import gc
+
+    gc.collect()
+    before, new = len(LAYERS), layer()
+    assert len(LAYERS) == before + 1
+    del new
+    gc.collect()
+    assert len(LAYERS) == before
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_one_graph_for_all_steps(base):
+    counter = CompileCounterWithBackend("aot_eager")
+    new = layer(base, lora_dropout=0.1)
+    compiled, optimizer, x = torch.compile(new, fullgraph=True, backend=counter), sgd(new, 0.1), torch.randn(70, 64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        compiled(x).square().sum().backward()
+        optimizer.step()
+    assert counter.frame_count == 1
+    torch.manual_seed(4)
+    y = compiled(x)
+    torch.manual_seed(4)
+    expected = new(x)
+    assert error(y, expected.double()) <= bound(expected, expected.double())
+
+
+@pytest.mark.parametrize("cast", ["to", "data"])
+def test_a_magnitude_learns_in_bf16(cast):
+    """A step of 1e-4 of a bf16 number is no step; trainers that cast every parameter have frozen it so (trl#7268)."""
+    new = layer(dtype=torch.bfloat16, lora_dropout=0.0)
+    if cast == "to":
+        new.to(torch.bfloat16)
+    else:
+        for p in new.parameters():
+            p.data = p.data.to(torch.bfloat16)
+    stock = magnitude(new).detach().bfloat16()
+    new(torch.randn(5, 64).bfloat16())
+    optimizer = torch.optim.SGD([magnitude(new)], 1.0)
+    start = magnitude(new).detach().clone()
+    for _ in range(20):
+        magnitude(new).grad = start.abs() * 1e-4
+        optimizer.step()
+        stock -= (start.abs() * 1e-4).bfloat16()
+    assert torch.equal(stock, start.bfloat16())
+    moved = (start - magnitude(new).detach()) / start.abs()
+    assert magnitude(new).dtype is torch.float32 and ((moved - 2e-3).abs() < 1e-5).all()
+
+
+def test_learns():
+    new = layer(lora_dropout=0.1, init_lora_weights=True)
+    x, target = torch.randn(64, 64), torch.randn(64, 48)
+    optimizer, losses, start = torch.optim.Adam(new.parameters(), 0.02), [], magnitude(new).detach().clone()
+    for _ in range(40):
+        loss = (new(x) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0] and not torch.equal(start, magnitude(new).detach())
+
+
+def test_in_double():
+    new = layer(lora_dropout=0.0)
+    x = torch.randn(70, 64)
+    same = new(x)
+    exact = copy.deepcopy(new).double()(x.double())
+    assert exact.dtype is torch.float64 and error(same, exact) < 1e-5 and magnitude(new.double()).dtype is torch.float64
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="LoRALinear: lora_bias must be False with use_dora, got True"):
+        layer(lora_bias=True)
+    with pytest.raises(ValueError, match="LoRALinear: dropout_mode must be peft or lora, got 'none'"):
+        layer(dropout_mode="none")
