@@ -12,16 +12,21 @@ using peftops::Tensors;
 
 namespace {
 
-struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before we are
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* dtypes[6];
-  Names() {
-    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};  // in the order of Dtype
-    auto torch = py::module_::import("torch");
-    for (int i = 0; i < 6; ++i) dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
-  }
+// What torch gives for dltensor_from_py_object_no_sync, in the layout that DLPack 1 fixes: a view without a method
+// call.
+struct DLTensor {
+  void* data;
+  int32_t device[2];
+  int32_t dims;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void *before, *allocate, *give, *take;
+  int (*look)(void*, DLTensor*);
 };
 
 py::object own(PyObject* object) {
@@ -29,22 +34,73 @@ py::object own(PyObject* object) {
   return py::reinterpret_steal<py::object>(object);
 }
 
+struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before we are
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* dtypes[6];
+  const Exchange* exchange = nullptr;  // torch from 2.10 on
+  Names() {
+    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};  // in the order of Dtype
+    auto torch = py::module_::import("torch");
+    for (int i = 0; i < 6; ++i) dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
+    const py::object table = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+    if (!table.is_none()) exchange = (const Exchange*)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
+    PyErr_Clear();
+    if (exchange && (exchange->major != 1 || !exchange->look)) exchange = nullptr;
+  }
+};
+
+Dtype dtype_of(const DLTensor& t) {
+  if (t.lanes != 1) return Dtype::none;
+  switch (t.code << 8 | t.bits) {
+    case 0x220:
+      return Dtype::f32;
+    case 0x210:
+      return Dtype::f16;
+    case 0x410:
+      return Dtype::bf16;
+    case 0x108:
+      return Dtype::u8;
+    case 0x040:
+      return Dtype::i64;
+    case 0x608:
+      return Dtype::bit;
+  }
+  return Dtype::none;
+}
+
+bool look(PyObject* source, const Exchange* exchange, Tensor& tensor, int64_t& numel) {
+  DLTensor t;
+  if (!exchange || exchange->look(source, &t)) {
+    PyErr_Clear();
+    return false;
+  }
+  tensor = {(char*)t.data + t.byte_offset, {1, 1}, dtype_of(t)};
+  numel = 1;
+  for (int i = 0; i < t.dims; ++i) numel *= tensor.shape[i < 2 ? i : 1] = t.shape[i];
+  return true;
+}
+
 Tensor view(PyObject* source) {
   static const Names& names = *new Names;
   Tensor tensor{nullptr, {1, 1}, Dtype::none};
-  tensor.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(source, names.data_ptr)).ptr());
-  const auto shape = own(PyObject_GetAttr(source, names.shape));
-  const auto dtype = own(PyObject_GetAttr(source, names.dtype));
-  const auto dims = PyTuple_GET_SIZE(shape.ptr());
   int64_t numel = 1;
-  for (Py_ssize_t i = 0; i < dims; ++i) {
-    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-    numel *= tensor.shape[i < 2 ? i : 1] = size;
+  if (!look(source, names.exchange, tensor, numel)) {
+    tensor.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(source, names.data_ptr)).ptr());
+    const auto shape = own(PyObject_GetAttr(source, names.shape));
+    const auto dims = PyTuple_GET_SIZE(shape.ptr());
+    for (Py_ssize_t i = 0; i < dims; ++i)
+      numel *= tensor.shape[i < 2 ? i : 1] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    const auto dtype = own(PyObject_GetAttr(source, names.dtype));
+    for (int i = 0; i < 6; ++i)
+      if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
+    if (PyErr_Occurred()) throw py::error_already_set();
   }
-  for (int i = 0; i < 6; ++i)
-    if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
-  if (PyErr_Occurred()) throw py::error_already_set();
-  if (tensor.dtype == Dtype::none) throw py::type_error("peftops: no kernel for " + std::string(py::str(dtype)));
+  if (tensor.dtype == Dtype::none) {
+    const auto dtype = own(PyObject_GetAttr(source, names.dtype));
+    throw py::type_error("peftops: no kernel for " + std::string(py::str(dtype)));
+  }
   if (!tensor.data && numel) throw py::value_error("peftops: a kernel got a tensor without memory");
   return tensor;
 }
