@@ -9,10 +9,11 @@ namespace {
 struct Fma {
   using Item = float;
   using Vector = vec;
+  static constexpr int64_t CHAIN = 8;  // steps of one sum; what Ŵ cancels leaves the errors of longer ones
 
   static int64_t steps(int64_t r) { return r; }
   static Vector load(const Item* w) { return *(const vec_at*)w; }
-  static vec multiply(Vector w, Item x, vec sum) { return fma(w, vec{} + x, sum); }
+  static vec multiply(Vector w, Item x, vec sum) { return fma(w, x - vec{}, sum); }
 
   // out[j][i] = t, or its transpose, rounded to T
   template <class T>
@@ -45,7 +46,7 @@ constexpr int64_t RUN = 32;  // columns of one word of bits
 template <class T>
 inline void read(float (&to)[RUN], const T* from, int64_t count) {
   if (count == RUN)
-    for (int64_t i = 0; i < RUN; ++i) to[i] = widen(from[i]);
+    for (int64_t i = 0; i < RUN; i += LANES) *(vec_at*)(to + i) = load(from + i);
   else
     for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
@@ -58,11 +59,26 @@ inline void write(T* to, const float (&from)[RUN], int64_t count) {
     for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
 }
 
+#ifdef __AVX2__
+inline void write(fp16* to, const float (&from)[RUN], int64_t count) {
+  fp16 out[RUN];
+  for (int64_t i = 0; i < RUN; i += 8) {
+    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i*)(count == RUN ? to + i : out + i), eight);
+  }
+  if (count < RUN) memcpy(to, out, size_t(count) * sizeof(fp16));
+}
+#endif
+
 // out = keep ⊙ factor · x for the columns from c on; without bits all are kept
 inline void drop(float (&out)[RUN], const float (&x)[RUN], const uint8_t* bits, int64_t c, float factor) {
   uint32_t word = ~0u;
   if (bits) memcpy(&word, bits + c / 8, 4);
-  for (int64_t i = 0; i < RUN; ++i) out[i] = word >> i & 1 ? factor * x[i] : 0.0f;
+  for (int64_t i = 0; i < RUN; i += LANES) {
+    words bit;
+    for (int l = 0; l < LANES; ++l) bit[l] = 1u << l;
+    *(vec_at*)(out + i) = (bit & word >> i) != 0 ? factor * load(x + i) : vec{};
+  }
 }
 
 template <class T>

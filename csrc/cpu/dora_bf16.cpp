@@ -12,6 +12,7 @@ namespace {
 struct Dots {
   using Item = uint32_t;
   using Vector = __m512bh;
+  static constexpr int64_t CHAIN = 64;  // steps of one sum
 
   static int64_t steps(int64_t r) { return (r + 1) / 2; }
   static Vector load(const Item* w) { return pairs(w); }
