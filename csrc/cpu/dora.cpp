@@ -1,0 +1,146 @@
+// DoRA's norm in fp32 arithmetic, for every dtype and instruction set, and the passes of PEFT's dropout.
+#include "dora.h"
+
+#include "ops.h"
+
+namespace peftops::ISA {
+namespace {
+
+struct Fma {
+  using Item = float;
+  using Vector = vec;
+  static constexpr int64_t CHAIN = 8;  // steps of one sum; what Ŵ cancels leaves the errors of longer ones
+
+  static int64_t steps(int64_t r) { return r; }
+  static Vector load(const Item* w) { return *(const vec_at*)w; }
+  static vec multiply(Vector w, Item x, vec sum) { return fma(w, x - vec{}, sum); }
+
+  // out[j][i] = t, or its transpose, rounded to T
+  template <class T>
+  static Operand<Fma> pack(Tensor t, bool transposed, Scratch& scratch) {
+    const int64_t r = t.shape[transposed ? 1 : 0], columns = t.shape[transposed ? 0 : 1];
+    const int64_t ld = Operand<Fma>::padded(columns), down = transposed ? 1 : columns, along = transposed ? r : 1;
+    Item* out = scratch.get<Item>(r * ld);
+    with_type(t.dtype, [&](auto e) {
+      const auto* from = as<decltype(e)>(t);
+#pragma omp parallel for num_threads(threads_for(8 * r * columns)) schedule(static)
+      for (int64_t j = 0; j < r; ++j) {
+        for (int64_t i = 0; i < columns; ++i) out[j * ld + i] = rounded<T>(widen(from[j * down + i * along]));
+        for (int64_t i = columns; i < ld; ++i) out[j * ld + i] = 0;
+      }
+    });
+    return {out, ld};
+  }
+  template <class T>
+  static Operand<Fma> of_a(Tensor a) {
+    return pack<T>(a, false, t_a);
+  }
+  template <class T>
+  static Operand<Fma> of_b(Tensor b) {
+    return pack<T>(b, true, t_b);
+  }
+};
+
+constexpr int64_t RUN = 32;  // columns of one word of bits
+
+template <class T>
+inline void read(float (&to)[RUN], const T* from, int64_t count) {
+  if (count == RUN)
+    for (int64_t i = 0; i < RUN; i += LANES) *(vec_at*)(to + i) = load(from + i);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+
+template <class T>
+inline void write(T* to, const float (&from)[RUN], int64_t count) {
+  if (count == RUN)
+    for (int64_t i = 0; i < RUN; ++i) narrow(from[i], to + i);
+  else
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
+}
+
+#ifdef __AVX2__
+inline void write(fp16* to, const float (&from)[RUN], int64_t count) {
+  fp16 out[RUN];
+  for (int64_t i = 0; i < RUN; i += 8) {
+    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i*)(count == RUN ? to + i : out + i), eight);
+  }
+  if (count < RUN) memcpy(to, out, size_t(count) * sizeof(fp16));
+}
+#endif
+
+// out = keep ⊙ factor · x for the columns from c on; without bits all are kept
+inline void drop(float (&out)[RUN], const float (&x)[RUN], const uint8_t* bits, int64_t c, float factor) {
+  uint32_t word = ~0u;
+  if (bits) memcpy(&word, bits + c / 8, 4);
+  for (int64_t i = 0; i < RUN; i += LANES) {
+    words bit;
+    for (int l = 0; l < LANES; ++l) bit[l] = 1u << l;
+    *(vec_at*)(out + i) = (bit & word >> i) != 0 ? factor * load(x + i) : vec{};
+  }
+}
+
+template <class T>
+void drop_row(T* dropped, T* rest, const T* x, const uint8_t* bits, int64_t k, float factor) {
+  for (int64_t c = 0; c < k; c += RUN) {
+    const int64_t count = min(RUN, k - c);
+    float all[RUN] = {}, kept[RUN];
+    read(all, x + c, count);
+    drop(kept, all, bits, c, factor);
+    write(dropped + c, kept, count);
+    for (int64_t i = 0; i < RUN; ++i) all[i] -= kept[i];
+    write(rest + c, all, count);
+  }
+}
+
+template <class T>
+void mix_row(T* out, const T* u, const T* v, const uint8_t* bits, int64_t k, float factor) {
+  for (int64_t c = 0; c < k; c += RUN) {
+    const int64_t count = min(RUN, k - c);
+    float all[RUN] = {}, kept[RUN], other[RUN] = {};
+    read(all, u + c, count);
+    drop(kept, all, bits, c, factor);
+    if (v) {
+      read(other, v + c, count);
+      drop(all, other, bits, c, factor);
+      for (int64_t i = 0; i < RUN; ++i) kept[i] += other[i] - all[i];
+    }
+    write(out + c, kept, count);
+  }
+}
+
+float inverse(double p) { return p < 1 ? float(1 / (1 - p)) : 0.0f; }
+
+}  // namespace
+
+void dora_norm(Tensor n, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form, int64_t block) {
+  with_type(x.dtype, [&](auto e) { norm<Fma, decltype(e)>(n, x, base, a, b, scale, form, block); });
+}
+
+void dora_drop(Tensor dropped, Tensor rest, Tensor bits, Tensor x, Tensor seed, double p) {
+  const int64_t m = x.shape[0], k = x.shape[1], bytes = mask_bytes(k);
+  const Philox generator(*as<uint64_t>(seed), p);
+  with_type(x.dtype, [&](auto e) {
+    using T = decltype(e);
+#pragma omp parallel for num_threads(threads_for(8 * m * k)) schedule(static)
+    for (int64_t i = 0; i < m; ++i) {
+      uint8_t* keep = as<uint8_t>(bits) + i * bytes;
+      generator.draw(keep, i, bytes);
+      drop_row(as<T>(dropped) + i * k, as<T>(rest) + i * k, as<T>(x) + i * k, keep, k, inverse(p));
+    }
+  });
+}
+
+void dora_mix(Tensor out, Tensor u, Tensor v, Tensor bits, double p) {
+  const int64_t m = u.shape[0], k = u.shape[1], bytes = mask_bytes(k);
+  with_type(u.dtype, [&](auto e) {
+    using T = decltype(e);
+#pragma omp parallel for num_threads(threads_for(2 * m * k)) schedule(static)
+    for (int64_t i = 0; i < m; ++i)
+      mix_row(as<T>(out) + i * k, as<T>(u) + i * k, v.data ? as<T>(v) + i * k : nullptr,
+              p ? as<uint8_t>(bits) + i * bytes : nullptr, k, inverse(p));
+  });
+}
+
+}  // namespace peftops::ISA

@@ -1,0 +1,237 @@
+// ‖Ŵ + s·b·a‖ of each row of Ŵ, of tiles of b·a that are never stored. How they are multiplied is an engine's matter.
+#pragma once
+#include "nf4.h"
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace peftops::ISA {
+namespace {
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16, NV = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, NV = 2;
+#else
+constexpr int LANES = 4, NV = 2;
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+
+constexpr int MR = 4;                 // rows of a tile
+constexpr int64_t TILE = NV * LANES;  // columns of a tile
+constexpr int64_t TALL = 32;          // rows that one thread walks along
+constexpr int64_t CHUNK = 512;        // columns for which the operand of columns stays in the nearest cache
+constexpr int64_t CHAIN = 16;         // squares of one fp32 sum; a longer one loses digits
+constexpr int64_t PARTS = 8;          // sums of such sums, for the same reason
+constexpr int64_t COLUMNS = 64;       // columns that one thread walks down
+constexpr int64_t AHEAD = 16;         // rows below that it asks for
+
+thread_local Scratch t_a, t_b;   // of the caller, read by its team
+thread_local Scratch t_decoded;  // of each thread of a team
+
+inline vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline vec load(const float* p) { return *(const vec_at*)p; }
+inline vec load(const bf16* p) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+#endif
+}
+inline vec load(const fp16* p) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  return vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+#endif
+}
+
+// a (r, k) or bᵀ (r, n) as an engine wants them: item [step][column], zero beyond the last column
+template <class E>
+struct Operand {
+  const typename E::Item* at;
+  int64_t ld;
+
+  static int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64 + 16; }  // not all steps in one cache set
+};
+
+// A matrix (rows, columns) as it lies in memory, and the two operands whose product is added to it
+template <class E, class T>
+struct Sum {
+  const T* base;  // null where it is decoded
+  const NF4& codes;
+  Operand<E> x, w;  // a step's items for rows, and for columns
+  int64_t rows, columns, steps;
+  float s;
+
+  // v = x·w of R rows and TILE columns, of the steps [j, end)
+  template <int R>
+  inline __attribute__((always_inline)) void multiply(int64_t i, int64_t c, int64_t j, int64_t end,
+                                                      vec (&v)[R][NV]) const {
+    for (auto& row : v)
+      for (auto& part : row) part = vec{};
+    for (; j < end; ++j) {
+      const auto* t_x = x.at + j * x.ld + i;
+      const auto* t_w = w.at + j * w.ld + c;
+      typename E::Vector part[NV];
+#pragma GCC unroll 4
+      for (int q = 0; q < NV; ++q) part[q] = E::load(t_w + LANES * q);
+#pragma GCC unroll 4
+      for (int e = 0; e < R; ++e)
+#pragma GCC unroll 4
+        for (int q = 0; q < NV; ++q) v[e][q] = E::multiply(part[q], t_x[e], v[e][q]);
+    }
+  }
+
+  // v = base + s · x·w of R rows and TILE columns, or zero beyond the last; `from` is where they lie
+  template <int R, bool WHOLE>
+  inline __attribute__((always_inline)) void tile(int64_t i, int64_t c, const T* from, int64_t ld,
+                                                  vec (&v)[R][NV]) const {
+    multiply(i, c, 0, min(steps, E::CHAIN), v);
+    for (int64_t j = E::CHAIN; j < steps; j += E::CHAIN) {
+      vec more[R][NV];
+      multiply(i, c, j, min(steps, j + E::CHAIN), more);
+      for (int e = 0; e < R; ++e)
+        for (int q = 0; q < NV; ++q) v[e][q] += more[e][q];
+    }
+    T edge[WHOLE ? 1 : R * TILE];
+    const int64_t left = columns - c;
+    if (!WHOLE) {
+      memset((void*)edge, 0, sizeof edge);
+      for (int e = 0; e < R; ++e) memcpy((void*)(edge + e * TILE), from + e * ld, size_t(left) * sizeof(T));
+      from = edge, ld = TILE;
+    }
+    const vec scale = s - vec{};
+#pragma GCC unroll 4
+    for (int e = 0; e < R; ++e)
+#pragma GCC unroll 4
+      for (int q = 0; q < NV; ++q) {
+        v[e][q] = fma(v[e][q], scale, load(from + e * ld + LANES * q));
+        if (!WHOLE)  // where an operand is infinite, its product with what pads the other is not zero
+          for (int l = 0; l < LANES; ++l) v[e][q][l] = LANES * q + l < left ? v[e][q][l] : 0;
+      }
+  }
+
+  // sum[e] += squares of the row i + e
+  template <int R, bool WHOLE>
+  inline __attribute__((always_inline)) void along(int64_t i, int64_t c, const T* from, int64_t ld,
+                                                   vec (&sum)[R]) const {
+    for (int e = 0; e < R; ++e)  // the next rows, which no hardware prefetcher follows
+      for (size_t b = 0; b < TILE * sizeof(T); b += 64) __builtin_prefetch((const char*)(from + (R + e) * ld) + b);
+    vec v[R][NV];
+    tile<R, WHOLE>(i, c, from, ld, v);
+#pragma GCC unroll 4
+    for (int e = 0; e < R; ++e)
+#pragma GCC unroll 4
+      for (int q = 0; q < NV; ++q) sum[e] = fma(v[e][q], v[e][q], sum[e]);
+  }
+
+  // total[e] += squares of the row i + e, of the columns [c, end)
+  template <int R>
+  void along_chunk(int64_t i, int64_t c, int64_t end, const T* from, int64_t ld, vec* total) const {
+    vec sum[R];
+    for (int e = 0; e < R; ++e) sum[e] = vec{};
+    for (; c + TILE <= end; c += TILE, from += TILE) along<R, true>(i, c, from, ld, sum);
+    if (c < end) along<R, false>(i, c, from, ld, sum);
+    for (int e = 0; e < R; ++e) total[e] += sum[e];
+  }
+
+  // sum[lane] += squares of the rows [i, i + R) of TILE columns from c on
+  template <int R, bool WHOLE>
+  inline __attribute__((always_inline)) void down(int64_t i, int64_t c, vec* sum) const {
+    const T* from = base + i * columns + c;
+    for (int e = 0; e < R; ++e)
+      for (size_t b = 0; b < TILE * sizeof(T); b += 64)
+        __builtin_prefetch((const char*)(from + (AHEAD + e) * columns) + b);
+    vec v[R][NV];
+    tile<R, WHOLE>(i, c, from, columns, v);
+#pragma GCC unroll 4
+    for (int q = 0; q < NV; ++q)
+#pragma GCC unroll 4
+      for (int e = 0; e < R; ++e) sum[q] = fma(v[e][q], v[e][q], sum[q]);
+  }
+
+  template <int R>
+  void down_block(int64_t i, int64_t c, int64_t end, vec* sum) const {
+    for (; c + TILE <= end; c += TILE, sum += NV) down<R, true>(i, c, sum);
+    if (c < end) down<R, false>(i, c, sum);
+  }
+
+  void norms_of_rows(float* n) const {
+#pragma omp parallel for num_threads(threads_for(rows * columns * (steps + 2))) schedule(static)
+    for (int64_t first = 0; first < rows; first += TALL) {
+      const int64_t count = min(TALL, rows - first);
+      vec total[TALL] = {};
+      for (int64_t c = 0; c < columns; c += CHUNK) {
+        const int64_t some = min(CHUNK, columns - c);
+        const T* from = base + first * columns + c;
+        int64_t ld = columns;
+        if (!base) {
+          T* out = t_decoded.get<T>(TALL * (CHUNK + 32));
+          from = out, ld = CHUNK + 32;
+          for (int64_t e = 0; e < count; ++e) decode(codes, (first + e) * columns + c, some, out + e * ld);
+        }
+        int64_t i = 0;
+        for (; i + MR <= count; i += MR) along_chunk<MR>(first + i, c, c + some, from + i * ld, ld, total + i);
+        for (; i < count; ++i) along_chunk<1>(first + i, c, c + some, from + i * ld, ld, total + i);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        vec& t = total[i];
+        for (int half = LANES / 2; half; half /= 2)
+          for (int l = 0; l < half; ++l) t[l] += t[l + half];
+        n[first + i] = __builtin_sqrtf(t[0]);
+      }
+    }
+  }
+
+  void norms_of_columns(float* n) const {
+#pragma omp parallel for num_threads(threads_for(rows * columns * (steps + 2))) schedule(static)
+    for (int64_t first = 0; first < columns; first += COLUMNS) {
+      const int64_t count = min(COLUMNS, columns - first);
+      vec total[PARTS][COLUMNS / LANES] = {};
+      for (int64_t top = 0; top < rows; top += CHAIN) {
+        const int64_t end = min(rows, top + CHAIN);
+        vec sum[COLUMNS / LANES] = {};
+        int64_t i = top;
+        for (; i + MR <= end; i += MR) down_block<MR>(i, first, first + count, sum);
+        for (; i < end; ++i) down_block<1>(i, first, first + count, sum);
+        for (int64_t q = 0; q < COLUMNS / LANES; ++q) total[top / CHAIN % PARTS][q] += sum[q];
+      }
+      for (int64_t half = PARTS / 2; half; half /= 2)
+        for (int64_t e = 0; e < half; ++e)
+          for (int64_t q = 0; q < COLUMNS / LANES; ++q) total[e][q] += total[e + half][q];
+      for (int64_t c = 0; c < count; ++c) n[first + c] = __builtin_sqrtf(total[0][c / LANES][c % LANES]);
+    }
+  }
+};
+
+template <class E, class T>
+void norm(Tensor out, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form, int64_t block) {
+  const int64_t n = b.shape[0], k = x.shape[1], steps = E::steps(a.shape[0]);
+  const Operand<E> of_a = E::template of_a<T>(a), of_b = E::template of_b<T>(b);
+  const NF4 codes(base, form == Form::nf4 ? block : 0);
+  const T* w = form == Form::nf4 ? nullptr : as<T>(base.at[0]);
+  const float s = *as<float>(scale);
+  if (form == Form::transposed)
+    Sum<E, T>{w, codes, of_a, of_b, k, n, steps, s}.norms_of_columns(as<float>(out));
+  else
+    Sum<E, T>{w, codes, of_b, of_a, n, k, steps, s}.norms_of_rows(as<float>(out));
+}
+
+}  // namespace
+}  // namespace peftops::ISA

@@ -1,0 +1,123 @@
+"""The CPU column of dora: what a case of test_ops.py is too small to show."""
+
+import pytest
+import torch
+from law import bound, error
+from peftops.bench.cases import NORMS, VARIANTS, lora
+from peftops.bench.law import call, check, double
+
+import peftops.functional  # noqa: F401  registers the ops
+from peftops import backend
+from peftops.cpu import nf4
+
+dora = pytest.importorskip("peftops.cpu.dora")
+ISAS = ["portable", "avx2", "avx512"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, on_isa, monkeypatch):
+    on_isa(request.param)
+    monkeypatch.setattr(dora, "_C", nf4._C)
+
+
+def norm(w, a, b, form="dense", scale=0.7):
+    base = [w.T.contiguous() if form == "transposed" else w]
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return call("dora_norm", "cpu", [w[:0], base, a, b, torch.tensor([scale], dtype=wide), form, 0])[0]
+
+
+def exact_and_same(w, a, b, scale=0.7):
+    exact, same = [(w.to(d) + scale * (b.to(d) @ a.to(d))).norm(dim=1) for d in (torch.float64, torch.float32)]
+    return exact, same
+
+
+@pytest.mark.parametrize("op", ["dora_norm", "dora_norm_bwd", "dora_drop", "dora_mix"])
+def test_law(op, isa):
+    for dtype in DTYPES:
+        for shape in ((5, 133, 33, 20), (70, 64, 48, 16), (9, 64, 40, 0), (3, 1100, 39, 150)):
+            for label, err, most in check(op, "cpu", shape, dtype):
+                assert err <= most, f"{dtype}, {label}"
+
+
+def each(n, exact):
+    """Norms in parts of what they should be, so that no row hides behind a larger one."""
+    return (n / exact).float()
+
+
+@pytest.mark.parametrize("form", ["dense", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_row_is_exact(dtype, form, isa):
+    """As if it were rounded once, and where b·a leaves a thousandth of a weight as well as torch in fp32."""
+    n, k, r = 67, 14336, 16
+    w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
+    exact, _ = exact_and_same(w, a, b)
+    ones = torch.ones_like(exact)
+    assert error(each(norm(w, a, b, form), exact), ones) <= bound(each(exact.float(), exact), ones)
+    w = (-0.7 / (1 - 1e-3) * (b.double() @ a.double())).to(dtype)
+    exact, same = exact_and_same(w, a, b)
+    assert error(each(norm(w, a, b, form), exact), ones) <= bound(each(same, exact), ones)
+
+
+@pytest.mark.parametrize("label", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype, label):
+    t = lora(0, 700, 331, 9, dtype, **VARIANTS[label])
+    args, before, seen = (
+        [t[name] for name in ("x", "base", "a", "b", "scale", "form", "block")],
+        torch.get_num_threads(),
+        [],
+    )
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            seen.append(call("dora_norm", "cpu", args)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(seen[0], other) for other in seen[1:]) and seen[0].isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["dense", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_a_number_stays_in_its_row(dtype, form, isa):
+    n, k, r = 71, 133, 5
+    w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
+    clean = norm(w, a, b, form)
+    w[2, 0] = w[35, 70] = w[70, 132] = float("nan")
+    w[3, 5], b[36, 4] = float("inf"), float("-inf")
+    touched, rest = [2, 35, 70, 3, 36], torch.ones(n, dtype=torch.bool)
+    rest[touched] = False
+    n = norm(w, a, b, form)
+    assert torch.equal(n[rest], clean[rest])
+    assert n[touched[:3]].isnan().all() and n[touched[3:]].isinf().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_is_a_sum_over_parts_of_the_base(dtype, monkeypatch):
+    monkeypatch.setattr(nf4, "PART", 4 * 96 * 6)
+    for label, err, most in check("dora_norm_bwd", "cpu", (37, 96, 131, 5), dtype):
+        assert err <= most, label
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_dropout(dtype, isa):
+    t = lora(5, 133, 3, 1, dtype, p=0.5)
+    x, v = t["x"], t["x"].flip(0)
+    dropped, rest, bits = call("dora_drop", "cpu", [x, t["seed"], 0.0])
+    assert torch.equal(dropped, x) and not rest.any() and (bits == 255).all()
+    for other in (v, None):
+        args = [x, other, t["bits"], 0.0]
+        (out,), (same,), (exact,) = (
+            call("dora_mix", "cpu", args),
+            *(call("dora_mix", "reference", a) for a in (args, double(args))),
+        )
+        assert error(out, exact) <= bound(same, exact)
+
+
+def test_the_mask_is_that_of_the_product():
+    t = lora(70, 300, 24, 4, torch.bfloat16, p=0.3)
+    names = ("x", "base", "a", "b", "scale", "bias", "gain", "gate", "seed", "form", "block", "p")
+    bits = call("lora_fwd", "cpu", [*(t[name] for name in names), False])[2]
+    with backend("cpu"):
+        dropped, rest, same = torch.ops.peftops.dora_drop(t["x"], t["seed"], 0.3)
+    assert torch.equal(bits, same) and (dropped == 0).any() and torch.equal(rest[dropped == 0], t["x"][dropped == 0])
