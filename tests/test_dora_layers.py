@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import ranks
 import torch
 from law import bound, error
 from torch import nn
@@ -258,3 +259,35 @@ def test_bad_options_are_named():
         layer(lora_bias=True)
     with pytest.raises(ValueError, match="LoRALinear: dropout_mode must be peft or lora, got 'none'"):
         layer(dropout_mode="none")
+
+
+SHARDED = """
+from torch.distributed.fsdp import fully_shard
+from peftops.nn import LinearNF4, LoRALinear
+
+def train(model, x):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return model(x)
+
+def work(rank):
+    for make in (lambda: nn.Linear(64, 48), lambda: LinearNF4.from_linear(nn.Linear(64, 48))):
+        model = nn.Sequential(LoRALinear(make(), 4, lora_alpha=6, use_dora=True, init_lora_weights=False))
+        x = torch.randn(80, 64)
+        sharded = copy.deepcopy(model)
+        expected = train(model, x)
+        for layer in (*sharded, sharded):
+            fully_shard(layer)
+        y = train(sharded, x)
+        assert torch.equal(y, expected), rank
+        for p, q in zip(sharded.parameters(), model.parameters(), strict=True):
+            assert torch.equal(p.full_tensor(), q), rank
+        assert sharded[0].lora_magnitude_vector["default"].norm_of is None  # computed in every forward
+"""
+
+
+def test_fsdp2_computes_norms_of_what_it_gathers(tmp_path):
+    assert ranks.run("import copy\n" + SHARDED, tmp_path) == ""

@@ -2,11 +2,9 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
 
 import pytest
+import ranks
 import torch
 from law import bound, error
 from torch import nn
@@ -272,19 +270,13 @@ def test_peft_reads_it():
 
 
 SHARDED = """
-import os, sys, torch
-from torch import nn
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from contextlib import nullcontext
 import peftops
 from peftops.nn import LinearNF4, LoRALinear
 
-def worker(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def work(rank):
     with peftops.backend(sys.argv[2]) if len(sys.argv) > 2 else nullcontext():
         for double in (True, False):
             base = LinearNF4.from_linear(nn.Linear(64, 96, bias=False), double_quant=double)
@@ -308,23 +300,12 @@ def worker(rank, path):
             wanted = narrow(x.bfloat16())
             fully_shard(narrow, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
             assert torch.equal(narrow(x), wanted)  # a policy of bf16 has cast no scale
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # threads of torch that want Python's lock while the interpreter ends would abort the process
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(worker, (sys.argv[1],), nprocs=2)
 """
 
 
 def test_fsdp2_shards_codes_and_scales(tmp_path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
     forced = [peftops.backends._forced] if peftops.backends._forced else []
-    command = [sys.executable, str(script), str(tmp_path / "store"), *forced]
-    env = os.environ | {"PYTHONPATH": str(tmp_path.cwd()), "PYTHONFAULTHANDLER": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert ranks.run(SHARDED, tmp_path, *forced) == ""
 
 
 @pytest.fixture
