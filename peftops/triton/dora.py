@@ -20,8 +20,8 @@ def add_ranks(acc, A, B, o_n, o_r, o_k, N, K, R, DTYPE: tl.constexpr):
     return dot(t_b, cast(load_tile(A, o_r, o_k, R, K), DTYPE), acc)
 
 
-# limits: registers 48-255, spilled 0, reloads 0, loop 0-850, mma 1-, wide 4-
-# limits -BLOCK: loop 0-700, wide 8-
+# limits: registers 48-255, spilled 0, reloads 0, loop 0-900, mma 1-
+# limits -BLOCK: loop 0-700, wide 6-
 @triton.jit
 def norm_kernel(
     OUT, X, W, A, B, SCALE, N, K, R, KS,
@@ -67,7 +67,7 @@ def root_kernel(OUT, PARTS, COUNT, N, BP: tl.constexpr, BN: tl.constexpr):
     tl.store(OUT + o_n, tl.sqrt_rn(acc), mask=o_n < N)
 
 
-# limits: registers 24-128, spilled 0, reloads 0, wide 1-
+# limits: registers 24-96, spilled 0, reloads 0, wide 1-
 @triton.jit(do_not_specialize=["threshold"])
 def drop_kernel(
     DROPPED, REST, BITS, X, SEED, threshold, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
@@ -87,7 +87,7 @@ def drop_kernel(
     store_tile(REST, t_x - t_kept, o_m, o_k, M, K)
 
 
-# limits: registers 24-128, spilled 0, reloads 0, wide 1-
+# limits: registers 16-96, spilled 0, reloads 0, wide 1-
 @triton.jit
 def mix_kernel(OUT, U, V, BITS, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """out = factor · keep ⊙ u + v - factor · keep ⊙ v"""
@@ -103,30 +103,41 @@ def mix_kernel(OUT, U, V, BITS, factor, M, K, EVEN: tl.constexpr, BM: tl.constex
     store_tile(OUT, t, o_m, o_k, M, K)
 
 
-NORM = tile(8, 3, BN=128, BK=64)
-NORM_WIDE = tile(8, 2, BN=128, BK=64)  # ranks of more than 128, all of whose rows of a are loaded ahead
-NORM_ODD = tile(4, 1, BN=64, BK=32)  # rows that do not start at multiples of 16 bytes
-NORM_FP32 = tile(4, 1, BN=32, BK=32)  # without tensor cores tiles live in registers
-MOST = {"sm_80": 384, "sm_86": 128, "sm_90": 384, "sm_100": 384, "gfx942": 384, "interpret": 32}  # ranks of b held
+NORM = {  # by how many ranks of b are held at most: where all rows of a are loaded ahead, that takes room
+    "sm_80": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
+    "sm_86": {128: tile(8, 3, BN=128, BK=64)},
+    "sm_90": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
+    "sm_100": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
+    "gfx942": {384: tile(8, 2, BN=128, BK=64)},
+    "interpret": {32: tile(4, 1, BN=32, BK=32)},
+}
+NORM_ODD = {32: tile(4, 1, BN=64, BK=32)}  # rows that do not start at multiples of 16 bytes
+NORM_FP32 = {32: tile(4, 1, BN=32, BK=32)}  # without tensor cores tiles live in registers
 ELEMENTS = tile(4, 1, BM=16, BK=128)
 
 
+def norm_tile(r, x, even):
+    """The tile, of BR ranks a product and HELD products of which b is held; with none of them b is read every time"""
+    tiles = NORM_FP32 if x.element_size() == 4 else NORM[_gemm.machine(x.device)[0]] if even else NORM_ODD
+    most = min((ranks for ranks in tiles if r <= ranks), default=0)
+    sizes, br = tiles[most or min(tiles)], _gemm.rank(r, min(64, max(tiles)))
+    held = max(1, triton.cdiv(r, br)) if most else 0
+    return sizes | {"BR": br, "HELD": held, "STAGES": sizes["num_stages"] if held else 1}
+
+
 def dora_norm(n, x, base, a, b, scale, form, block):
-    (rows, r), k, kind = b.shape, x.shape[1], _gemm.machine(x.device)[0]
-    single, br = x.element_size() == 4 or _gemm.INTERPRET, _gemm.rank(r, 32 if x.element_size() == 4 else 64)
+    (rows, r), k = b.shape, x.shape[1]
     even = k % 8 == 0 and (rows % 8 == 0 or form != "transposed")
-    sizes = NORM_FP32 if single else NORM_ODD if not even else NORM_WIDE if r > 128 or kind == "gfx942" else NORM
-    held = max(1, triton.cdiv(r, br)) if r <= (MOST[kind] if sizes["num_stages"] > 1 else br) else 0
-    if r > br:  # read again and again
+    sizes = norm_tile(r, x, even)
+    if r > sizes["BR"]:  # every tile reads all of them: rounded once
         a, b = a.to(x.dtype), b.to(x.dtype)
     blocks = triton.cdiv(rows, sizes["BN"])
     count, span = _gemm.stripes(k, sizes["BK"], blocks, x)
     parts = n if count == 1 else n.new_empty(count, rows)
     w, told = operand(base, form, block, k, sizes["BK"])
     norm_kernel[(blocks, count)](
-        parts, x, w, a, b, scale, rows, k, r, span,
-        EVEN=even, ROOT=count == 1, HELD=held, STAGES=sizes["num_stages"] if held else 1, BR=br, **(sizes | told),
-    )  # fmt: skip
+        parts, x, w, a, b, scale, rows, k, r, span, EVEN=even, ROOT=count == 1, **(sizes | told)
+    )
     if count > 1:
         root_kernel[(triton.cdiv(rows, 256),)](n, parts, count, rows, BP=16, BN=256, enable_fp_fusion=True)
 
