@@ -36,7 +36,7 @@ def norm_kernel(
             N = N // 8 * 8
     i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_n, o_r, scale = i_n * BN + tl.arange(0, BN), tl.arange(0, BR), tl.load(SCALE)
-    total = tl.zeros((BN, BK), tl.float32)
+    t_n = tl.zeros((BN,), tl.float32)
     for k in tl.range(i_s * KS, min(i_s * KS + KS, K), BK, num_stages=STAGES):  # which has Ŵ loaded ahead too
         o_k, acc = k + tl.arange(0, BK), tl.zeros((BN, BK), tl.float32)
         t_w = tl.trans(base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, DTYPE))
@@ -49,8 +49,7 @@ def norm_kernel(
             for r in range(0, R, BR):
                 acc = add_ranks(acc, A, B, o_n, r + o_r, o_k, N, K, R, DTYPE)
         acc = t_w.to(tl.float32) + scale * acc
-        total += acc * acc
-    t_n = tl.sum(total, 1)
+        t_n += tl.sum(acc * acc, 1)
     if ROOT:
         t_n = tl.sqrt_rn(t_n)
     tl.store(OUT + i_s.to(tl.int64) * N + o_n, t_n, mask=o_n < N)
@@ -107,12 +106,12 @@ NORM = {  # by how many ranks of b are held at most: where all rows of a are loa
     "sm_80": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
     "sm_86": {128: tile(8, 3, BN=128, BK=64)},
     "sm_90": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
-    "sm_100": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
+    "sm_100": {64: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
     "gfx942": {384: tile(8, 2, BN=128, BK=64)},
     "interpret": {32: tile(4, 1, BN=32, BK=32)},
 }
-NORM_ODD = {32: tile(4, 1, BN=64, BK=32)}  # rows that do not start at multiples of 16 bytes
-NORM_FP32 = {32: tile(4, 1, BN=32, BK=32)}  # without tensor cores tiles live in registers
+NORM_ODD = {32: tile(8, 1, BN=64, BK=32)}  # rows that do not start at multiples of 16 bytes
+NORM_FP32 = {16: tile(4, 1, BN=32, BK=32)}  # without tensor cores tiles live in registers
 ELEMENTS = tile(4, 1, BM=16, BK=128)
 
 
@@ -131,8 +130,9 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     sizes = norm_tile(r, x, even)
     if r > sizes["BR"]:  # every tile reads all of them: rounded once
         a, b = a.to(x.dtype), b.to(x.dtype)
-    blocks = triton.cdiv(rows, sizes["BN"])
-    count, span = _gemm.stripes(k, sizes["BK"], blocks, x)
+    blocks = max(1, triton.cdiv(rows, sizes["BN"]))
+    resident = _gemm.machine(x.device)[1] * (2 if r <= 64 else 1)  # programs at once, by their registers
+    count, span = _gemm.stripes(k, sizes["BK"], blocks, x, most=max(1, resident // blocks))
     parts = n if count == 1 else n.new_empty(count, rows)
     w, told = operand(base, form, block, k, sizes["BK"])
     norm_kernel[(blocks, count)](
