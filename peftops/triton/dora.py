@@ -106,7 +106,7 @@ NORM = {  # by how many ranks of b are held at most: where all rows of a are loa
     "sm_80": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
     "sm_86": {128: tile(8, 3, BN=128, BK=64)},
     "sm_90": {128: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
-    "sm_100": {64: tile(8, 3, BN=128, BK=64), 384: tile(8, 2, BN=128, BK=64)},
+    "sm_100": {64: tile(8, 3, BN=128, BK=64), 256: tile(8, 2, BN=128, BK=64)},
     "gfx942": {384: tile(8, 2, BN=128, BK=64)},
     "interpret": {32: tile(4, 1, BN=32, BK=32)},
 }
