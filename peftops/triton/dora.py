@@ -20,8 +20,8 @@ def add_ranks(acc, A, B, o_n, o_r, o_k, N, K, R, DTYPE: tl.constexpr):
     return dot(t_b, cast(load_tile(A, o_r, o_k, R, K), DTYPE), acc)
 
 
-# limits: registers 48-255, spilled 0, reloads 0, loop 0-900, mma 1-
-# limits -BLOCK: loop 0-700, wide 6-
+# limits: registers 48-255, spilled 0, reloads 0, loop 0-900, mma 1-, fma 0
+# limits -BLOCK: loop 0-700, wide 6-, fma 0-
 @triton.jit
 def norm_kernel(
     OUT, X, W, A, B, SCALE, N, K, R, KS,
