@@ -97,6 +97,26 @@ CASES = [
     Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, HALF),
     Case("encode", "nf4_quantize", 1, 4096, 4096, 0),
     Case("encode, long blocks", "nf4_quantize", 1, 4096, 4096, 0, WIDE, block=4096),
+    *(Case(f"rank {r}", "dora_norm", 0, 4096, 4096, r) for r in (0, 16, 128, 256, 384, 768)),
+    Case("fp32 adapters", "dora_norm", 0, 4096, 14336, 64, fp32=True),
+    Case("transposed", "dora_norm", 0, 4096, 4096, 64, HALF, form="transposed"),
+    Case("transposed, wide", "dora_norm", 0, 4096, 4096, 384, form="transposed", fp32=True),
+    Case("odd rows", "dora_norm", 0, 768, 50257, 8, fp32=True),
+    *(Case(f"nf4, rank {r}", "dora_norm", 0, 4096, 4096, r, form="nf4", nested=True) for r in (16, 64, 256, 384, 768)),
+    Case("nf4, fp32 adapters", "dora_norm", 0, 4096, 4096, 64, HALF, form="nf4", fp32=True),
+    Case("nf4, small blocks", "dora_norm", 0, 4104, 1024, 8, form="nf4"),
+    *(Case("odd", "dora_norm", 0, 4099, 4101, r, form=form, fast=False) for r in (5, 200) for form in ("dense", "nf4")),
+    *(
+        Case("fp32", "dora_norm", 0, 4096, 4096, r, WIDE, form=form, fast=False)
+        for r, form in ((16, "dense"), (200, "nf4"))
+    ),
+    *(
+        Case("dora", "dora_norm_bwd", 0, 4096, 4096, 64, form=form, fast=False)
+        for form in ("dense", "transposed", "nf4")
+    ),
+    *(Case("dora", op, 8192, 4096, 0, 0, dtype, p=0.1) for op in ("dora_drop", "dora_mix") for dtype in (HALF, WIDE)),
+    Case("dora, two", "dora_mix", 8192, 4096, 0, 0, p=0.1, gain=True),
+    *(Case("odd", op, 1001, 4099, 0, 0, p=0.1, gain=True, fast=False) for op in ("dora_drop", "dora_mix")),
 ]
 
 
@@ -166,7 +186,9 @@ def tensors(c):
         "form": c.form, "block": c.block, "p": c.p, "keep_z": c.gain,
         "dy": make(c.m, c.n), "h": make(c.m, ra), "z": make(c.m, c.n if c.gain else 0),
         "bits": make(c.m, 4 * -(-c.k // 32) if c.p else 0, dtype=torch.uint8),
-        "need": [True, True, True, c.bias, c.gain, c.experts > 0], "m": c.m, "k": c.k,
+        "need": [True, True] if c.op == "dora_norm_bwd" else [True, True, True, c.bias, c.gain, c.experts > 0],
+        "m": c.m, "k": c.k, "dn": make(c.n, dtype=WIDE), "n": make(c.n, dtype=WIDE),
+        "u": make(c.m, c.k), "v": make(c.m, c.k) if c.gain else None,
     }  # fmt: skip
 
 

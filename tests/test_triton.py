@@ -7,12 +7,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from peftops.bench.cases import BWD, FWD, GEMV, lora, nf4
+from peftops.bench.cases import BWD, FWD, GEMV, NORM, lora, nf4
 from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.ops.nf4_tables import bounds, four_bits
-from peftops.triton import _gemm, _tile, lora_gemv, lora_product
+from peftops.triton import _gemm, _tile, dora, dora_grads, lora_gemv, lora_product
 from peftops.triton.lora import path
 from peftops.triton.nf4 import decode
 
@@ -214,3 +214,63 @@ def test_what_the_scratch_holds():
     parts = [lora_product.part(count, length, half) for count, length in ((4096, 4096), (14336, 4096), (28672, 8192))]
     assert parts == [4096, 4096, 2048] and lora_product.part(4096, 14336, half) == 1024
     assert lora_product.part(8, 2**25, half) == 1
+
+
+def norm(t):
+    return call("dora_norm", "triton", [t[name] for name in NORM])[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "transposed", "fp32": True}, {"form": "nf4", "nested": True}], ids=str
+)
+@pytest.mark.parametrize("shape", [(0, 264, 40, 20), (0, 520, 72, 40), (0, 250, 72, 33)], ids=str)
+def test_norm_in_parts(shape, options):
+    """Stripes of columns, and ranks that are held, or are too many to be: the law, and the same bits each time."""
+    t = lora(*shape, torch.bfloat16, **options)
+    error, bound = check_case("dora_norm", "triton", [t[name] for name in NORM])
+    assert error <= bound and torch.equal(norm(t), norm(t))
+
+
+def test_norm_where_the_adapter_undoes_the_weight():
+    """What is left is a thousandth of the weight: a sum of squares of the two would have lost it."""
+    t = lora(0, 512, 64, 8, torch.float32)
+    t["scale"].fill_(1)
+    t["base"] = [-(t["b"].double() @ t["a"].double() * (1 + 1e-3)).float()]
+    error, bound = check_case("dora_norm", "triton", [t[name] for name in NORM])
+    assert error <= bound
+
+
+def test_norm_of_a_row_that_is_not_a_number():
+    t = lora(0, 264, 40, 4, torch.bfloat16)
+    expected = norm(t)
+    t["base"][0][7, 200] = float("nan")
+    out = norm(t)
+    assert out[7].isnan() and torch.equal(out[:7], expected[:7]) and torch.equal(out[8:], expected[8:])
+
+
+def test_ranks_that_are_held(monkeypatch):
+    monkeypatch.setattr(_gemm, "INTERPRET", False)
+    half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+    for kind, held in (("sm_90", [1, 1, 1, 2, 6, 0]), ("sm_86", [1, 1, 1, 2, 0, 0])):
+        monkeypatch.setattr(_gemm, "machine", lambda device, kind=kind: (kind, 132))
+        assert [dora.norm_tile(r, half, True)["HELD"] for r in (0, 16, 64, 128, 384, 385)] == held
+    assert [dora.norm_tile(r, half, False)["HELD"] for r in (8, 32, 33)] == [1, 1, 0]
+    assert [dora.norm_tile(r, single, True)["HELD"] for r in (8, 17)] == [1, 0]
+
+
+def test_scratch_of_the_gradient_of_a_norm(decoded, monkeypatch):
+    """In parts of 4-bit weights the law holds."""
+    monkeypatch.setattr(lora_product, "SCRATCH", 2 * 45 * 7)
+    monkeypatch.setattr(dora_grads, "decode", lora_product.decode)
+    t = lora(0, 45, 33, 20, torch.float16, form="nf4", nested=True)
+    t |= {"dn": torch.linspace(-1, 1, 33), "n": torch.linspace(1, 2, 33), "need": [True, True]}
+    error, bound = check_case("dora_norm_bwd", "triton", [t[name] for name in ["dn", "n", *NORM, "need"]])
+    assert error <= bound and decoded == [(1, 7 * 45)] * 4 + [(1, 5 * 45)]
+
+
+def test_dropout_of_nothing():
+    """At p = 0 all is kept, whatever the bits of mix say."""
+    t = lora(5, 40, 1, 1, torch.bfloat16, p=0.5)
+    dropped, rest, bits = call("dora_drop", "triton", [t["x"], t["seed"], 0.0])
+    assert torch.equal(dropped, t["x"]) and not rest.any() and (bits == 255).all()
+    assert torch.equal(call("dora_mix", "triton", [t["x"], t["x"].flip(0), t["bits"], 0.0])[0], t["x"])
