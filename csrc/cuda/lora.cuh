@@ -26,11 +26,6 @@ int launch_lora_nf4(const GemvNf4& g, Dtype dtype, int processors, uintptr_t str
 namespace {
 
 template <class T>
-DEVICE float element(const void* p, int64_t i, bool wide) {
-  return wide ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
-}
-
-template <class T>
 DEVICE void load_elements(float (&out)[8], const void* p, int64_t i, bool wide) {
   if (wide)
     widen(out, load(static_cast<const float*>(p) + i));

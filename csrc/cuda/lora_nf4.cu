@@ -31,19 +31,6 @@ DEVICE int x_at(int row, int eight) {
   return (row * EIGHTS + (eight ^ (row & 1) * 4)) * 16;
 }
 
-template <class T>
-DEVICE uint32_t pair(float low, float high);  // by one instruction
-template <>
-DEVICE uint32_t pair<__half>(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-template <>
-DEVICE uint32_t pair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
 // y (m, n) in tiles of BN columns, whose rows of the base are the left operand, m ≤ BM. Within a group of 32 columns of
 // k, lane t of four has columns 8t to 8t + 7: one word of codes, 16 bytes of x. Its values are looked up, a byte at a
 // time, multiplied by absmax in fp32 and rounded once: these are the bits that dequantizing gives.

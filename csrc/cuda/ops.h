@@ -9,6 +9,11 @@ int device_runtime();
 int device_runs(int index);
 const char* device_error(int code);
 
+int dora_norm(peftops::Tensor out, peftops::Tensor sums, peftops::Tensor fragments_a, peftops::Tensor fragments_b,
+              peftops::Tensor x, peftops::Tensor w, peftops::Tensor table, peftops::Tensor absmax,
+              peftops::Tensor nested, peftops::Tensor nested_table, peftops::Tensor offset, peftops::Tensor a,
+              peftops::Tensor b, peftops::Tensor scale, peftops::Form form, int64_t block, bool tiled,
+              uintptr_t stream);
 int lora_gemv(peftops::Tensor y, peftops::Tensor h, peftops::Tensor x, peftops::Tensor w, peftops::Tensor table,
               peftops::Tensor absmax, peftops::Tensor nested, peftops::Tensor nested_table, peftops::Tensor offset,
               peftops::Tensor a, peftops::Tensor b, peftops::Tensor scale, peftops::Tensor bias, peftops::Tensor gain,

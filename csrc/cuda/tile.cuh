@@ -30,6 +30,26 @@ DEVICE float rounded(float v) {
   return widen(narrow<T>(v));
 }
 
+// Of T, or where wide, of fp32
+template <class T>
+DEVICE float element(const void* p, int64_t i, bool wide) {
+  return wide ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
+}
+
+// Two elements as they lie in memory
+template <class T>
+DEVICE uint32_t pair(float low, float high);  // by one instruction
+template <>
+DEVICE uint32_t pair<__half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+DEVICE uint32_t pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 // Eight elements that lie together, from a multiple of 16 bytes on
 template <class T>
 struct Eight {

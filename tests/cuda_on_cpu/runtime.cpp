@@ -12,6 +12,7 @@ struct Call {
   Dim blocks, threads;
   size_t dynamic;
   std::vector<unsigned char> parameters;
+  bool overlaps;  // the call before it, where it is allowed to
   std::string run(std::function<std::string()> before) const {
     return emulator::run(*kernel, blocks, threads, dynamic, parameters, before);
   }
@@ -22,7 +23,7 @@ struct State {
   cudaLaunchConfig_t configuration;
   cudaError_t last;
   std::string message;
-  std::vector<Call> postponed;  // a launch that the next may overlap, if that one is allowed to
+  std::vector<Call> postponed;  // a launch, and those behind it that may overlap what is before them
 };
 State& state() {  // there before any kernel registers itself
   static State all;
@@ -32,6 +33,16 @@ State& state() {  // there before any kernel registers itself
 cudaError_t failed(cudaError_t error, const std::string& message) {
   state().message = message;
   return state().last = error;
+}
+
+// The last of the calls; those before it run where it waits for them, or first.
+std::string run_all(std::vector<Call> calls) {
+  if (calls.empty()) return "";
+  const Call last = calls.back();
+  calls.pop_back();
+  if (last.overlaps) return last.run([calls] { return run_all(calls); });
+  const std::string error = run_all(calls);
+  return error.empty() ? last.run(nullptr) : error;
 }
 
 // What may be overlapped runs as late as it can where the schedule is lazy: where the launch behind it waits for it.
@@ -44,18 +55,17 @@ cudaError_t start(const void* function, const cudaLaunchConfig_t& c, void** argu
   for (const Shared& variable : kernel.shared) total += variable.size;
   if (total > size_t(shared_limit) || c.dynamicSmemBytes > size_t(std::max(48 << 10, state().dynamic[function])))
     return failed(cudaErrorInvalidValue, "more shared memory than allowed");
-  Call call{&kernel, {b.x, b.y, b.z}, {t.x, t.y, t.z}, c.dynamicSmemBytes, {}};
+  Call call{&kernel, {b.x, b.y, b.z}, {t.x, t.y, t.z}, c.dynamicSmemBytes, {}, false};
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
     call.parameters.resize(kernel.parameters[i].at + kernel.parameters[i].size);
     memcpy(&call.parameters[kernel.parameters[i].at], arguments[i], kernel.parameters[i].size);
   }
-  bool overlaps = false;
   for (unsigned i = 0; i < c.numAttrs; ++i)
-    overlaps |= c.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+    call.overlaps |= c.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                 c.attrs[i].val.programmaticStreamSerializationAllowed;
-  std::string error = overlaps ? call.run(finish) : finish();
-  if (!overlaps && error.empty() && schedule.lazy) state().postponed.push_back(call);
-  else if (!overlaps && error.empty()) error = call.run(nullptr);
+  std::string error = call.overlaps ? "" : finish();
+  if (error.empty()) state().postponed.push_back(call);
+  if (error.empty() && !schedule.lazy) error = finish();
   return error.empty() ? cudaSuccess : failed(cudaErrorLaunchFailure, error);
 }
 
@@ -68,8 +78,7 @@ cudaError_t start(const void* function, dim3 blocks, dim3 threads, void** argume
 int emulator::shared_limit = 227 << 10;
 
 std::string emulator::finish() {
-  const auto calls = std::exchange(state().postponed, {});
-  return calls.empty() ? "" : calls.front().run(nullptr);
+  return run_all(std::exchange(state().postponed, {}));
 }
 
 extern "C" {

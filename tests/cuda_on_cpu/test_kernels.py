@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peftops.bench.cases import CASES
+from peftops.bench.cases import CASES, NORM
+from peftops.bench.cases import lora as tensors
 from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
@@ -31,6 +32,12 @@ NF4_WAYS = {  # likewise of a 4-bit base; more tiles of k than there are stages,
     (3, 72, 40, 2): "dequantize + cuBLAS",
     (66, 64, 40, 2): "dequantize + cuBLAS",
 }
+NORM_SHAPES = [  # of which b is kept, streams or is not for tensor cores; some blocks have more tiles than stages
+    (1, 1040, 260, 20),
+    (1, 528, 132, 140),
+    (1, 133, 70, 20),
+    (1, 144, 36, 0),
+]
 
 
 def cases(shape, dtype, form="nf4"):
@@ -178,6 +185,76 @@ def test_is_deterministic_whatever_the_order(cuda_on_cpu):
             assert torch.equal(*results), (shape, label)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_law_of_norms_under_every_schedule(cuda_on_cpu, schedule):
+    cuda_on_cpu.schedule(*schedule)
+    for shape in NORM_SHAPES:
+        for dtype in DTYPES:
+            for label, error, bound in check("dora_norm", "cuda", shape, dtype):
+                assert error <= bound, (shape, dtype, label)
+
+
+def test_norms_meet_tensor_cores_where_16_bits_are_read_by_whole_pieces(cuda_on_cpu):
+    launches = {(1, 1040, 260, 20): 3, (1, 528, 132, 140): 3, (1, 133, 70, 20): 2, (1, 144, 36, 0): 2}
+    for shape in NORM_SHAPES:
+        for dtype in DTYPES:
+            for label, args in CASES["dora_norm"](shape, dtype):
+                cuda_on_cpu.counts()
+                call("dora_norm", "cuda", args)
+                counts = cuda_on_cpu.counts()
+                tiled = dtype is torch.bfloat16 and shape[1] % 16 == 0 and shape[3] > 0
+                assert (counts["mma"] > 0) == tiled, (shape, dtype, label)
+                assert counts["launches"] == (launches[shape] if dtype is torch.bfloat16 else 2), (shape, dtype, label)
+
+
+def test_norms_where_the_delta_cancels_the_weight(cuda_on_cpu):
+    for r, dtype in ((16, torch.bfloat16), (96, torch.float16), (16, torch.float32)):
+        a, b = torch.randn(r, 272).to(dtype), torch.randn(40, r).to(dtype)
+        w = (-(b.double() @ a.double()) / (1 - 1e-3)).to(dtype)
+        args = [w.new_empty(0, 272), [w], a, b, torch.ones(1), "dense", 0]
+        error, bound = check_case("dora_norm", "cuda", args)
+        assert error <= bound, (r, dtype)
+
+
+def test_what_is_not_finite_stays_in_its_row(cuda_on_cpu):
+    for shape in ((1, 72, 40, 3), (1, 72, 40, 70), (1, 71, 40, 3)):
+        for bad in (torch.nan, torch.inf):
+            _, args = next(CASES["dora_norm"](shape, torch.bfloat16))
+            args[1][0][5, 70], args[3][9, 1] = bad, bad
+            ours, wanted = (call("dora_norm", name, args)[0] for name in ("cuda", "reference"))
+            assert torch.equal(ours.isnan(), wanted.isnan()) and torch.equal(ours.isinf(), wanted.isinf())
+            assert (~ours.isfinite()).nonzero().flatten().tolist() == [5, 9]
+
+
+def test_norms_of_blocks_of_every_size(cuda_on_cpu):
+    shape = (1, 336, 40, 3)
+    for block in (32, 128, 512, 4096):
+        for nested in (False, True):
+            made = tensors(*shape, torch.bfloat16, form="nf4", block=block, nested=nested)
+            error, bound = check_case("dora_norm", "cuda", [made[name] for name in NORM])
+            assert error <= bound, (block, nested)
+
+
+def test_norms_need_no_more_shared_memory_than_there_is(cuda_on_cpu):
+    before = cuda_on_cpu.limit_shared(99 << 10)
+    try:
+        for shape in ((1, 144, 36, 64), (1, 272, 132, 70)):
+            for label, error, bound in check("dora_norm", "cuda", shape, torch.bfloat16):
+                assert error <= bound, (shape, label)
+    finally:
+        cuda_on_cpu.limit_shared(before)
+
+
+def test_norms_are_deterministic_whatever_the_order(cuda_on_cpu):
+    for shape in NORM_SHAPES:
+        for label, args in CASES["dora_norm"](shape, torch.bfloat16):
+            results = []
+            for schedule in (SCHEDULES[0], SCHEDULES[-1]):
+                cuda_on_cpu.schedule(*schedule)
+                results.append(call("dora_norm", "cuda", args)[0])
+            assert torch.equal(*results), (shape, label)
+
+
 def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
     monkeypatch.setattr(lora, "path", lambda *args: "one launch")  # h in 99999 ranks fits no shared memory
     _, args = next(CASES["lora_gemv"]((1, 8, 8, 99999), torch.float32))
@@ -188,17 +265,17 @@ def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
 LAW = """
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.test_kernels import NF4_WAYS, WAYS, cases
+from cuda_on_cpu.test_kernels import NF4_WAYS, NORM_SHAPES, WAYS, cases
 from peftops import backends, cuda
 from peftops.bench.law import check, check_case
-from peftops.cuda import _device, lora, nf4
+from peftops.cuda import _device, dora, lora, nf4
 import peftops.functional
 
 emulator = build.opened({library!r})
 class Emulated:
     def __getattr__(self, op):
         return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
-lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), lambda device: True
+dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
 for dtype in {dtypes}:
     for shape in (*WAYS, *NF4_WAYS):
@@ -209,6 +286,9 @@ for dtype in {dtypes}:
         for size in (7, 8192, 9001):
             for label, error, bound in check(op, "cuda", (0, size, 1, 0), dtype):
                 assert error <= bound, (op, size, label)
+    for shape in NORM_SHAPES:
+        for label, error, bound in check("dora_norm", "cuda", shape, dtype):
+            assert error <= bound, (shape, dtype, label)
 print("lawful")
 """
 

@@ -142,6 +142,45 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "fmaf(nested_table[scale.code], scale.value, offset)",
         "plain",
     ),
+    "fragments and pieces that nobody waits for": ("dora.cu", "    wait_copies<S::STAGES - 2>();\n", "", "plain"),
+    "barrier missing in the loop over fragments": (
+        "dora_mma.cu",
+        "wait_copies<STAGES - 2>();\n      __syncthreads();",
+        "wait_copies<STAGES - 2>();",
+        "plain",
+    ),
+    "barrier missing before squares replace fragments": (
+        "dora_mma.cu",
+        "  wait_copies<0>();\n  __syncthreads();",
+        "  wait_copies<0>();",
+        "thread",
+    ),
+    "barrier missing between ranks": (
+        "dora_plain.cu",
+        "rank += RANKS) {\n      __syncthreads();",
+        "rank += RANKS) {",
+        "plain",
+    ),
+    "squares added before they are made": (
+        "dora.cu",
+        "  wait_for_launch_before();\n  if (row >= g.n) return;",
+        "  if (row >= g.n) return;",
+        "plain",
+    ),
+    "fragments copied before they are made": (
+        "dora_mma.cu",
+        "  wait_for_launch_before();\n  allow_launch_behind();",
+        "  allow_launch_behind();",
+        "plain",
+    ),
+    "ranks and rows of a fragment swapped": ("dora.cu", "(left ? i / 2 : i % 2) * 8", "i % 2 * 8", "plain"),
+    "the scales of the tile before": ("dora.cu", "fetch_scales(tile + 1)", "fetch_scales(tile)", "plain"),
+    "rows of pieces past the last": (
+        "dora.cuh",
+        "column >= g.k || row + (F == Form::transposed ? 0 : i) >= g.n",
+        "column >= g.k",
+        "address",
+    ),
     "the approximate reciprocal": ("nf4.cu", "__frcp_rn(", "__fdividef(1.001f, ", "plain"),
     "elements past the last quantized": ("nf4.cu", "if (at + 8 <= size) return", "return", "address"),
 }
@@ -151,11 +190,11 @@ import sys
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.test_emulator import SCHEDULES
-from cuda_on_cpu.test_kernels import DTYPES, NF4_WAYS, WAYS, cases
+from cuda_on_cpu.test_kernels import DTYPES, NF4_WAYS, NORM_SHAPES, WAYS, cases
 from peftops import cuda
 from peftops.bench.cases import CASES
 from peftops.bench.law import call, check_case
-from peftops.cuda import _device, lora, nf4
+from peftops.cuda import _device, dora, lora, nf4
 import peftops.functional
 
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -163,15 +202,16 @@ emulator, kind = build.opened({library!r}), {kind!r}
 class Emulated:
     def __getattr__(self, op):
         return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
-lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), lambda device: True
+dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
-ways = {{"dense": WAYS, "nf4": NF4_WAYS}}
+ways = {{"dense": WAYS, "nf4": NF4_WAYS, "norm": NORM_SHAPES}}
 for schedule in SCHEDULES if kind == "plain" else SCHEDULES[:1]:
     emulator.schedule(*schedule)
     for dtype in DTYPES if kind != "thread" else DTYPES[1:]:
         for form, shape in [(form, shape) for form in {forms!r} for shape in ways[form]]:
-            for label, args in cases(shape, dtype, form):
-                error, bound = check_case("lora_gemv", "cuda", args)
+            norm = form == "norm"
+            for label, args in CASES["dora_norm"](shape, dtype) if norm else cases(shape, dtype, form):
+                error, bound = check_case("dora_norm" if norm else "lora_gemv", "cuda", args)
                 if not error <= bound:
                     sys.exit(f"unlawful: {{schedule}}, {{shape}}, {{dtype}}, {{label}}")
         for op in ("nf4_quantize", "nf4_dequantize") if "nf4" in {forms!r} else ():
@@ -192,7 +232,7 @@ def run(folder, kind, *forms):
 
 @pytest.mark.parametrize("kind", NOTICED)
 def test_the_kernels_as_they_are(kind):
-    done = run(build.KERNELS, kind, "dense", "nf4")
+    done = run(build.KERNELS, kind, "dense", "nf4", "norm")
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
 
 
@@ -203,7 +243,7 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
     text = (folder / file).read_text()
     assert text.count(right) == 1
     (folder / file).write_text(text.replace(right, wrong))
-    done = run(folder, kind, "nf4" if "nf4" in file else "dense")
+    done = run(folder, kind, "norm" if "dora" in file else "nf4" if "nf4" in file else "dense")
     said = done.stderr.strip().splitlines() or [""]
     print(f"{bug}: {next((line for line in said if 'Sanitizer' in line), said[-1])[:160]}")
     assert done.returncode and NOTICED[kind] in done.stderr, done.stderr[-3000:]
