@@ -11,11 +11,10 @@ from peftops import NF4Weight, backends
 from peftops.ops.lora import way
 
 from . import lora, nf4
-from .peers import BASE, LORA, OURS, SCALING
+from .peers import BASE, COPY, LORA, MICROSECONDS, OURS, SCALING
 from .timing import copies
 
 OPS = ("dora_norm", "dora_norm_bwd", "dora_drop", "dora_mix", "lora_fwd", "lora_bwd", "lora_gemv")
-COPY, MICROSECONDS = "copy of w", "µs"
 PEERS = {"dense": ("PEFT", "PEFT, compiled"), "nf4, double": (nf4.THEIRS, nf4.PEER, f"{OURS}, frozen")}
 SUFFIX = {"dense": "", "nf4, double": ", NF4"}
 ANOTHER = ", dropout_mode lora"  # which PEFT has not

@@ -18,7 +18,8 @@ from .timing import Contender, copies
 
 FEW = 64  # rows of a generation: no gradient, no dropout, no autocast
 WRONG = 0.05  # of the largest output: a peer that is further off computes something else
-OURS, BASE, LORA = "peftops", "frozen", "peftops, LoRA"
+OURS, BASE, LORA, COPY = "peftops", "frozen", "peftops, LoRA", "copy of w"
+MICROSECONDS = "µs"  # in place of a peer in a target that is no ratio
 SCALING = 2.0
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of a kernel on a hub
