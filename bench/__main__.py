@@ -1,6 +1,6 @@
 """peftops bench: time kernels on this machine beside their peers, after proving that they compute right.
 
-ROW: lora, nf4 (by default both). Commands: model (whole training steps and generation), readme (rewrites README's
+ROW: lora, nf4, dora (by default all). Commands: model (whole training steps and generation), readme (rewrites README's
 tables), plot (draws results), compare COMMIT (this tree against another), static (what compilers make of the GPU
 kernels), check (everything a GPU can tell, in one go); each has its own --help.
 """
@@ -13,7 +13,7 @@ from peftops.cli import BadInput, Parser, find_device, folder, need, probability
 from . import results
 from .progress import Progress
 
-ROWS = ("lora", "nf4")
+ROWS = ("lora", "nf4", "dora")
 COMMANDS = ("model", "readme", "plot", "compare", "static", "check")
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 

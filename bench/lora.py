@@ -61,11 +61,12 @@ def jobs(o, dtype, device):
             yield f"{name}, {m} rows", Problem((m, k, n, 16), dtype, device, 0.0)
 
 
-def cost(m, k, n, r, size=2, backward=False):
+def cost(problem, backward=False):
     """(flops, bytes). Forward: x, W, A and B are read once and y is written once; h stays in cache.
 
     Backward: dy is read twice, once for what has rank's size; x, W, A and B once; dx, dA and dB are written once.
     """
+    (m, k, n, r), size = problem.shape, problem.dtype.itemsize
     flops, moved = 2 * m * (k * n + k * r + r * n), size * (m * k + k * n + m * n) + 4 * r * (k + n)
     if backward:
         flops += 2 * m * (k * n + 2 * k * r + 2 * r * n)

@@ -27,25 +27,34 @@ def unlawful(row, dtype, device):
 def measure(row, o, dtype, device, progress, others=True):
     """A result for each problem and pass, and for what else the row measures: Python's time, for example."""
     ceilings, jobs = timing.ceilings(device, dtype, o.quick), list(row.jobs(o, dtype, device))
-    rounds = 5 if o.quick else 15
     for name, problem in progress.track(jobs, len(jobs), row.__name__.rpartition(".")[2]):
-        labels, absent = row.contenders(problem, o.backend)
-        if o.peers:
-            labels = [label for label in labels if label in o.peers or label == BASE or label.startswith(OURS)]
-            absent = {label: why for label, why in absent.items() if label in o.peers}
-        found = build(labels, problem, absent)
-        common = {"layer": name, "shape": problem.shape, "dropout": problem.p, "absent": absent}
-        common["error"] = {label: c.error for label, c in found.items() if c.error is not None}
-        for kind in found[OURS].calls:
-            line = common | row.path(problem, kind) | rate(row, problem, kind, ceilings)
-            yield finish(line, *times(found, kind, rounds, device))
-        close(found)
-    if not others:
-        return
-    for line, calls, modes in row.others(device, o.quick):
+        yield from layer(row, name, problem, o, ceilings)
+    if others:
+        yield from alone(row, device, o.quick)
+
+
+def layer(row, name, problem, o, ceilings):
+    """A result for each pass of one problem."""
+    labels, absent = row.contenders(problem, o.backend)
+    if o.peers:
+        labels = [label for label in labels if label in o.peers or label == BASE or label.startswith(OURS)]
+        absent = {label: why for label, why in absent.items() if label in o.peers}
+    found = build(labels, problem, absent)
+    common = {"layer": name, "shape": problem.shape, "dropout": problem.p, "absent": absent}
+    common["error"] = {label: c.error for label, c in found.items() if c.error is not None}
+    for kind in found[OURS].calls:
+        line = common | row.path(problem, kind) | rate(row, problem, kind, ceilings)
+        yield finish(line, *times(found, kind, 5 if o.quick else 15, problem.device))
+    close(found)
+
+
+def alone(row, device, quick):
+    """A result for each pass of what else the row measures."""
+    for line, calls, modes in row.others(device, quick):
         found = {label: timing.Contender(passes, device) for label, passes in calls.items()}
         for kind in found[OURS].calls:
-            yield finish(line | {"dropout": 0.0, "absent": {}}, *times(found, kind, rounds, device, modes=modes))
+            measured = times(found, kind, 5 if quick else 15, device, modes=modes)
+            yield finish({"dropout": 0.0, "absent": {}} | line, *measured)
 
 
 def build(labels, problem, absent):
@@ -90,7 +99,7 @@ def times(found, kind, rounds, device, modes=None):
 
 def rate(row, problem, kind, ceilings):
     """What ours moves and computes a second, and how much of what this device can."""
-    (copied, computed), (flops, moved) = ceilings, row.cost(*problem.shape, problem.dtype.itemsize, "backward" in kind)
+    (copied, computed), (flops, moved) = ceilings, row.cost(problem, "backward" in kind)
     return {
         "flops": flops,
         "bytes": moved,

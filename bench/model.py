@@ -1,5 +1,6 @@
 """peftops bench model: a whole model's steps and generation, frozen, with stock PEFT and with peftops.
 
+DoRA stands beside our LoRA too, and under dropout in the dropout_mode that PEFT has not.
 The model, its text and its steps are those of `peftops demo`.
 """
 
@@ -19,7 +20,7 @@ def options(argv):
     common(parser)
     parser.add_argument("--model", help="as in peftops demo")
     parser.add_argument("--text", metavar="FILE", help="as in peftops demo")
-    parser.add_argument("--method", default="lora", help="of peftops demo: lora or qlora")
+    parser.add_argument("--method", default="lora", help="of peftops demo: lora, qlora, dora or qdora")
     parser.add_argument("--rank", type=positive, default=RANK, help="of the adapters")
     return parser.parse_args(argv)
 
@@ -29,7 +30,7 @@ def main(argv=None):
     need("torch", "peft", "transformers", "gguf")
     from peftops.cli.training import METHODS, load_text, refuse_folder
 
-    from . import lora
+    from . import dora, lora
     from .measure import show, unlawful
 
     if len(METHODS.get(o.method, ())) != 2:
@@ -37,9 +38,10 @@ def main(argv=None):
         raise BadInput(f"--method must be of {able}, got {o.method!r}")
     device, dtype = find_device(o.device), torch_dtype(o.dtype)
     refuse_folder(o.model), load_text(o.text)
-    if wrong := unlawful(lora, dtype, device):
-        print(wrong)
-        return 1
+    for row in (lora, dora) if "dora" in o.method else (lora,):
+        if wrong := unlawful(row, dtype, device):
+            print(wrong)
+            return 1
     folder, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
@@ -57,30 +59,64 @@ def measure(o, dtype, device, progress):
     from peftops.cli import training as t
     from peftops.integrations.peft import report
 
+    from .dora import ANOTHER
     from .measure import finish, times
     from .peers import BASE, OURS
     from .timing import Contender
 
-    kinds = dict(zip(("PEFT", OURS), t.METHODS[o.method], strict=True))
-    rounds = 3 if o.quick else 9
+    kinds, rounds = contenders(o.method), 3 if o.quick else 9
     base, tokenizer = t.load_model(o.model, dtype, device)
     batch = t.chunks(tokenizer, t.load_text(o.text), device)[: t.SHAPE[0]]
     width, name = base.config.hidden_size, (o.model or "SmolLM2-135M").rpartition("/")[2]
-    method = "" if o.method == "lora" else f", {o.method}"
-    common = {"layer": f"{name}, all linear layers{method}", "op": "model", "absent": {}}
+    layer = f"{name}, all linear layers{'' if o.method == 'lora' else f', {o.method}'}"
+
+    def raced(calls, kind, rows, **about):
+        found = {label: Contender({kind: [call]}, device) for label, call in calls.items()}
+        line = {"layer": layer, "op": "model", "absent": dict(missing), "shape": (rows, width, width, o.rank)} | about
+        return finish(line, *times(found, kind, rounds, device, modes=("eager",)))
+
+    def steps(models, **about):
+        calls = {label: step(model, batch, dtype) for label, model in models.items()}
+        calls[BASE] = lambda: t.frozen_seconds(base, batch, dtype)
+        return raced(calls, "step without optimizer", batch.numel(), **about)
+
+    missing = t.absent(kinds.values())
+    kinds = {label: kind for label, kind in kinds.items() if kind not in missing}
     drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
     for p in progress.track(drops, len(drops), "steps of the model"):
         models = {label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model for label, kind in kinds.items()}
-        calls = {label: step(model, batch, dtype) for label, model in models.items()}
-        calls[BASE] = lambda: t.frozen_seconds(base, batch, dtype)
-        found = {label: Contender({"step without optimizer": [call]}, device) for label, call in calls.items()}
-        about = common | {"shape": (batch.numel(), width, width, o.rank), "dropout": p}
-        about["path"] = ", ".join(report(models[OURS]).paths)
-        yield finish(about, *times(found, "step without optimizer", rounds, device, modes=("eager",)))
-    everyone, kind = models | {BASE: base}, f"generate {TOKENS} tokens"
-    found = {label: Contender({kind: [generate(model, batch)]}, device) for label, model in everyone.items()}
-    about = common | {"shape": (1, width, width, o.rank), "dropout": 0.0}
-    yield finish(about, *times(found, kind, rounds, device, modes=("eager",)))
+        about = {"dropout": p, "path": ", ".join(report(models[OURS]).paths)}
+        yield steps(models, **about)
+        if p and kinds[OURS] in t.DORA:
+            other = {label: model for label, model in models.items() if label.startswith(OURS)}
+            other[OURS] = undropped_base(copy.deepcopy(models[OURS]))
+            yield steps(other, layer=layer + ANOTHER, **about)
+    calls = {label: generate(model, batch) for label, model in (models | {BASE: base}).items()}
+    yield raced(calls, f"generate {TOKENS} tokens", 1, dropout=0.0)
+
+
+def contenders(method):
+    """{label: kind}: stock, ours, and beside our DoRA our LoRA."""
+    from peftops.cli.training import METHODS
+
+    from .nf4 import PEER
+    from .peers import LORA, OURS
+
+    plain = method.replace("dora", "lora")
+    kinds = {"PEFT" if plain == "lora" else PEER: METHODS[method][0], OURS: METHODS[method][1]}
+    return kinds if plain == method else kinds | {LORA: METHODS[plain][1]}
+
+
+def undropped_base(model):
+    """In place, DoRA layers as nn.LoRALinear in dropout_mode "lora"."""
+    from peftops.integrations.peft import lora_layers
+    from peftops.nn import LoRALinear
+
+    for name, layer in lora_layers(model).items():
+        own = LoRALinear.from_peft(layer)
+        own.dropout_mode = "lora"
+        model.set_submodule(name, own)
+    return model
 
 
 def step(model, batch, dtype):

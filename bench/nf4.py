@@ -68,10 +68,10 @@ def path(problem, kind):
     return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": way_of_it}
 
 
-def cost(m, k, n, r, size=2, backward=False):
+def cost(problem, backward=False):
     """(flops, bytes): as those of lora, but for the weight."""
-    flops, moved = lora.cost(m, k, n, r, size, backward)
-    return flops, moved - round(k * n * (size - BYTES)) * (2 if backward else 1)
+    (_, k, n, _), (flops, moved) = problem.shape, lora.cost(problem, backward)
+    return flops, moved - round(k * n * (problem.dtype.itemsize - BYTES)) * (2 if backward else 1)
 
 
 def others(device, quick):

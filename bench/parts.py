@@ -14,6 +14,7 @@ from peftops.cli import replace
 
 from . import results
 from .cases import CASES, SHAPES
+from .peers import MICROSECONDS, OURS
 
 LARGER = [  # than those of every test: several tiles, one launch and two
     (300, 1024, 768, 16),
@@ -122,44 +123,63 @@ def layers(o):
 
 
 def bench(o):
-    """Layers beside their peers, those that have a target first, until the time is up."""
-    from . import lora
-    from .measure import measure, unlawful
-    from .progress import Progress
+    """Layers beside their peers and DoRA's norms, those that have a target first, until the time is up."""
+    from . import dora, lora, nf4
+    from .measure import unlawful
 
-    if wrong := unlawful(lora, torch.bfloat16, o.device):
+    rows = lora, nf4, dora
+    if wrong := unlawful(SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), torch.bfloat16, o.device):
         say("the law", False, wrong)
         return
-    wanted = [name for name, *_ in lora.TARGETS] if o.device.type == "cuda" else ["SmolLM2 k, v"]
-    known = lora.layers(o.device)
-    about = results.describe(o.device) | {"row": "lora", "dtype": "bf16"}
-    peers = [name for name in (*lora.peers.HERE, *lora.peers.GPU) if "compile" not in name]
-    lines = []
-    chosen = {name: known[name] for name in ([*wanted, *known] if o.device.type == "cuda" else wanted)}
-    for layer in chosen.items():
-        options = SimpleNamespace(dropout=None, shape=None, quick=True, backend=(), peers=peers, layers=dict([layer]))
-        for line in measure(lora, options, torch.bfloat16, o.device, Progress(), others=False):
-            results.append(o.out / "bench.jsonl", about | line)
-            lines.append(line)
-            way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
-            ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
-            missed = list(misses(line, lora.TARGETS))
-            say(f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {way}", True, ratios, misses=missed)
-            if time.monotonic() > o.end - 5:
-                break
+    about, lines = results.describe(o.device), []
+    for row, line in measured(rows, o.device):
+        here = about | {"row": row.__name__.rpartition(".")[2], "dtype": "bf16"} | line
+        results.append(o.out / "bench.jsonl", here)
+        lines.append(line)
+        way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
+        ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
+        missed = list(misses(line, row.TARGETS))
+        say(f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {way}", True, ratios, misses=missed)
         if time.monotonic() > o.end - 5:
             break
     for absent in results.absentees(lines):
         say("peers", True, absent, absent=True)
 
 
+def measured(rows, device):
+    """(row, line) of all their layers, those with a target first; on a GPU what they measure alone comes second."""
+    from .measure import alone, layer
+    from .peers import GPU, HERE, NF4
+    from .timing import ceilings
+
+    gpu, jobs = device.type == "cuda", []
+    options = SimpleNamespace(dropout=None if gpu else 0.1, shape=None, quick=True, backend=())
+    options.peers = [name for name in (*HERE, *NF4, *GPU) if "compile" not in name]
+    for row in rows:
+        options.layers, wanted = row.layers(device, not gpu), {target[:2] for target in row.TARGETS}
+        for name, problem in row.jobs(options, torch.bfloat16, device):
+            jobs.append((0 if (name, problem.p) in wanted else 2, row, name, problem))
+    jobs += [(1, row, None, None) for row in rows if gpu and row.__name__.endswith("dora")]
+    limits = ceilings(device, torch.bfloat16, quick=True)
+    jobs.sort(key=lambda job: job[0])
+    while jobs:  # what has been measured gives its memory back
+        _, row, name, problem = jobs.pop(0)
+        lines = layer(row, name, problem, options, limits) if name else alone(row, device, False)
+        yield from ((row, line) for line in lines)
+
+
 def misses(line, targets):
     """In words, by how much a line misses the targets that it has, as a graph where there is one."""
     for layer, dropout, kind, peer, most in targets:
-        if (layer, dropout, kind) == (line["layer"], line["dropout"], line["pass"]):
-            ratio = line.get("graph_ratio", line["ratio"]).get(peer)
-            if ratio and ratio > most:
-                yield f"{layer}, p = {dropout}, {kind}: {ratio:.2f} × {peer}'s time, target {most:.2f}"
+        if (layer, dropout, kind) != (line["layer"], line["dropout"], line["pass"]):
+            continue
+        where = f"{layer}, p = {dropout}, {kind}"
+        if peer == MICROSECONDS:
+            took = 1000 * line.get("graph_ms", line["ms"])[OURS][1]
+            if took > most:
+                yield f"{where}: {took:.1f} µs, target {most} on an H200"
+        elif (ratio := line.get("graph_ratio", line["ratio"]).get(peer)) and ratio > most:
+            yield f"{where}: {ratio:.2f} × {peer}'s time, target {most:.2f}"
 
 
 def stack(o):

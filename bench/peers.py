@@ -3,7 +3,7 @@
 import inspect
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 
@@ -18,7 +18,8 @@ from .timing import Contender, copies
 
 FEW = 64  # rows of a generation: no gradient, no dropout, no autocast
 WRONG = 0.05  # of the largest output: a peer that is further off computes something else
-OURS, BASE = "peftops", "frozen"
+OURS, BASE, LORA, COPY = "peftops", "frozen", "peftops, LoRA", "copy of w"
+MICROSECONDS = "µs"  # in place of a peer in a target that is no ratio
 SCALING = 2.0
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of a kernel on a hub
@@ -37,6 +38,7 @@ class Problem:
     device: torch.device
     p: float = 0.0
     base: str = "dense"  # "nf4", or "nf4, double": what peers and we make of the weight
+    dora: str = ""  # the dropout_mode, where the layer is DoRA's
 
     @cached_property
     def tensors(self):
@@ -87,7 +89,8 @@ def peft(t, w, a, b, fp32=True, base=frozen):
     model = nn.Module()
     model.linear, _ = base(t, w, a, b)
     model.is_loaded_in_4bit = base is bitsandbytes  # which PEFT asks
-    config = LoraConfig(r=t.shape[3], lora_alpha=SCALING * t.shape[3], lora_dropout=t.p, target_modules=["linear"])
+    options = {"lora_dropout": t.p, "use_dora": bool(t.dora), "target_modules": ["linear"]}
+    config = LoraConfig(r=t.shape[3], lora_alpha=SCALING * t.shape[3], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = get_peft_model(model, config, autocast_adapter_dtype=fp32).base_model.model.linear
@@ -129,8 +132,16 @@ def peft_compiled(t, w, a, b):
 
 def ours(t, w, a, b):
     layer, trained = peft(t, w, a, b, base=frozen if t.base == "dense" else four_bits)
+    if t.dora == "lora":
+        layer = peftops.nn.LoRALinear.from_peft(layer)
+        layer.dropout_mode = "lora"
+        return layer, trained
     model = nn.ModuleList([layer])
     return peftops.patch(model)[0], trained
+
+
+def ours_lora(t, w, a, b):
+    return ours(replace(t, dora=""), w, a, b)
 
 
 def on_backend(name):
@@ -271,7 +282,13 @@ ABSENT = {  # from what a 16-bit LoRA layer is measured beside
     "bitsandbytes": "has no kernel for a 16-bit base",
     "liger_kernel": "has no LoRA kernel",
 }
-BUILDERS = HERE | NF4 | GPU | {f"{OURS}, {name}": on_backend(name) for name in ("triton", "cuda", "cpu", "reference")}
+BUILDERS = (
+    HERE
+    | NF4
+    | GPU
+    | {LORA: ours_lora}
+    | {f"{OURS}, {name}": on_backend(name) for name in ("triton", "cuda", "cpu", "reference")}
+)
 
 
 def known(texts):
@@ -324,7 +341,9 @@ def checked(label, call, t):
     w, a, b, x = (v[:FEW].double() if v is rest[2] else v.double() for v in (w, *rest[:3]))
     if t.base != "dense" and label != BASE:
         w = peftops.NF4Weight.quantize(t.tensors[0][0]).dequantize().double()
-    exact = x @ w.T + (0 if "frozen" in label else SCALING * (x @ a.T @ b.T))
+    exact = x @ w.T if "frozen" in label else x @ w.T + SCALING * (x @ a.T @ b.T)
+    if t.dora and label != LORA and "frozen" not in label:  # which starts with the magnitudes of the weight alone
+        exact *= w.norm(dim=1) / (w + SCALING * b @ a).norm(dim=1)
     error = ((y - exact).abs().max() / exact.abs().max()).item()
     if not error <= WRONG:
         raise Absent(f"computes something else: its error is {error:.2g}")

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from .peers import BASE, OURS
 COLOURS = {BASE: "#888888", "torch": "#c7b42e", "torch.compile": "#8c6d31", "PEFT": "#d62728"}
 COLOURS |= {"PEFT, narrow adapters": "#ff9896", "PEFT, compiled": "#e377c2", OURS: "#1f77b4"}
 OTHERS = "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#aec7e8", "#98df8a", "#c5b0d5", "#ffbb78", "#9edae5", "#c49c94"
+TITLES = {"lora": "", "nf4": ", 4-bit base", "dora": ", DoRA"}
+MARKERS = {"lora": "o", "nf4": "s", "dora": "^"}
+BARS = {"bars" if family == "lora" else f"bars-{family}": (family, title) for family, title in TITLES.items()}
 
 
 def main(argv=None):
@@ -26,7 +30,7 @@ def main(argv=None):
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "peftops", "figure.constrained_layout.use": True, "font.size": 9}
     lines = [line for line in results.newest(o.results) if BASE in line["ratio"]]
-    figures = {"bars": bars, "bars-nf4": packed_bars, "roofline": roofline, "rows": rows}
+    figures = {name: partial(bars, *which) for name, which in BARS.items()} | {"roofline": roofline, "rows": rows}
     drawn = []
     for device in sorted({line["device"] for line in lines}):
         mine = [line for line in lines if line["device"] == device]
@@ -53,19 +57,12 @@ def save(figure, path):
     replace(path, lambda beside: figure.savefig(beside, format=path.suffix[1:], dpi=130, metadata=metadata))
 
 
-def bars(lines, device):
-    return barred([line for line in lines if line["row"] != "nf4"], device)
-
-
-def packed_bars(lines, device):
-    return barred([line for line in lines if line["row"] == "nf4"], f"{device}, over a 4-bit base")
-
-
-def barred(lines, title):
+def bars(family, title, lines, device):
     """Time as a multiple of the frozen layer's, for each layer."""
     from matplotlib import pyplot
 
-    shown = [line for line in lines if not results.swept(line) and line.get("op") not in (None, "host")]
+    shown = [line for line in lines if results.family(line) == family and not results.swept(line)]
+    shown = [line for line in shown if line.get("op") not in (None, "host")]
     if not shown:
         return None
     peers = colours(shown)
@@ -80,7 +77,7 @@ def barred(lines, title):
     axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.axvline(1, color="#444444", linewidth=0.8)
-    axes.set(xlabel="time ÷ the frozen layer's (shorter is better)", title=title)
+    axes.set(xlabel="time ÷ the frozen layer's (shorter is better)", title=f"{device}{title}")
     axes.legend(loc="lower right")
     return figure
 
@@ -101,13 +98,13 @@ def roofline(lines, device):
     top, slope = max(line["gemm_tflops"] for line in shown), max(line["copy_gbps"] for line in shown) / 1000
     least = min(line["flops"] / line["bytes"] for line in shown) / 2
     axes.plot([least, top / slope, 4000], [least * slope, top, top], color="#444444", label="copy, matrix product")
-    for packed, kind in sorted({(line["row"] == "nf4", line["pass"]) for line in shown}):
-        mine = [line for line in shown if (line["row"] == "nf4", line["pass"]) == (packed, kind)]
+    for family, kind in sorted({(results.family(line), line["pass"]) for line in shown}):
+        mine = [line for line in shown if (results.family(line), line["pass"]) == (family, kind)]
         axes.plot(
             [line["flops"] / line["bytes"] for line in mine],
             [line["tflops"] for line in mine],
-            "s" if packed else "o",
-            label=f"{kind}{', 4-bit base' if packed else ''}",
+            MARKERS[family],
+            label=f"{kind}{TITLES[family]}",
         )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=f"{OURS}, {device}")
     axes.legend()
@@ -122,7 +119,7 @@ def rows(lines, device):
     for line in lines:
         found = re.fullmatch(r"(.*), (\d+) rows", line["layer"])
         if found and line["pass"] == "forward" and not line["dropout"]:
-            groups[f"{found[1]}{', 4-bit base' if line['row'] == 'nf4' else ''}"].append(line)
+            groups[f"{found[1]}{TITLES[results.family(line)]}"].append(line)
     if not groups:
         return None
     figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4.2), squeeze=False)

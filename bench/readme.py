@@ -1,16 +1,42 @@
 """peftops bench readme: rewrites README's tables from the newest results."""
 
+from typing import NamedTuple
+
 from peftops.cli import BadInput, Parser, named, replace
 
 from . import results
-from .peers import BASE, FEW, OURS
+from .peers import BASE, COPY, FEW, LORA, OURS
 
 MARKS = "<!-- bench -->", "<!-- /bench -->"
-DENSE = "torch", "torch.compile", "PEFT", "PEFT, narrow adapters", "PEFT, compiled"
-NF4 = "bitsandbytes, frozen", "PEFT + bitsandbytes", f"{OURS}, frozen"
-TABLES = {  # by whether the row is nf4: what times are multiples of, the columns that come first, and who is PEFT
-    False: ("Times as multiples of the frozen layer's", DENSE, "PEFT"),
-    True: ("LoRA over a **4-bit base** (NF4): times as multiples of the frozen 16-bit layer's", NF4, NF4[1]),
+PEFT = {"of PEFT's time": ("PEFT", "PEFT + bitsandbytes")}
+
+
+class Table(NamedTuple):
+    title: str
+    first: tuple[str, ...]  # columns that come first
+    shares: dict[str, tuple[str, ...]] = PEFT  # {title: whose time it is a share of, the first who is there}
+    unit: str = BASE  # whose time times are multiples of
+
+
+TABLES = {
+    "lora": Table(
+        "Times as multiples of the frozen layer's",
+        ("torch", "torch.compile", "PEFT", "PEFT, narrow adapters", "PEFT, compiled"),
+    ),
+    "nf4": Table(
+        "LoRA over a **4-bit base** (NF4): times as multiples of the frozen 16-bit layer's",
+        ("bitsandbytes, frozen", "PEFT + bitsandbytes", f"{OURS}, frozen"),
+    ),
+    "dora": Table(
+        "**DoRA** over 16 and 4 bits: times as multiples of the frozen 16-bit layer's",
+        ("PEFT", "PEFT, compiled", "bitsandbytes, frozen", "PEFT + bitsandbytes", f"{OURS}, frozen", LORA),
+        PEFT | {"of our LoRA's time": (LORA,)},
+    ),
+    "norm": Table(
+        f"**DoRA's norm** of W + s·B·A, W (n, k): times as multiples of those of a {COPY} (of its codes, over 4 bits)",
+        ("torch", "PEFT"),
+        unit=COPY,
+    ),
 }
 
 
@@ -39,30 +65,31 @@ def rewrite(target, folder):
 
 
 def tables(lines):
-    """Markdown: tables for each device, times as multiples of the frozen layer's, and milliseconds on a GPU.
+    """Markdown: tables for each device, times as multiples of one contender's, and milliseconds on a GPU.
 
     From the medians of ratios within a round, which a machine that slows down for a while does not move.
     """
     for name in sorted({line["device"] for line in lines}):
-        for packed in TABLES:
-            shown = [line for line in lines if line["device"] == name and (line["row"] == "nf4") == packed]
+        for family, kind in TABLES.items():
+            shown = [line for line in lines if line["device"] == name and results.family(line) == family]
             if shown:
-                yield from table(name, shown, *TABLES[packed])
+                yield from table(name, shown, kind)
 
 
-def table(name, shown, title, first, stock):
+def table(name, shown, kind):
     gpu, last = any("driver" in line for line in shown), max(shown, key=lambda line: line["date"])
     made = " / ".join(sorted({line["commit"] for line in shown}))
     versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
     driver = f", driver {last['driver']}" if gpu else ""
     where = f"{name}{driver}, commit {made}, {last['date'][:10]}, {versions}"
-    yield f"\n{where}. {title}:\n"
-    peers = [peer for peer in first if any(peer in line["ratio"] for line in shown)]
-    peers += sorted({peer for line in shown for peer in line["ratio"]} - {BASE, *peers})
-    titles = ["layer", "m, k, n, r", "dtype", "dropout", "pass", *peers, "**peftops**", "of PEFT's time"]
+    yield f"\n{where}. {kind.title}:\n"
+    peers = [peer for peer in kind.first if any(peer in line["ratio"] for line in shown)]
+    peers += sorted({peer for line in shown for peer in line["ratio"]} - {kind.unit, *peers})
+    sizes = "n, k, r" if kind.unit == COPY else "m, k, n, r"
+    titles = ["layer", sizes, "dtype", "dropout", "pass", *peers, "**peftops**", *kind.shares]
     titles += ["ms", "of the roofline", "path"] if gpu else []
     yield f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
-    yield from (f"| {' | '.join(cells(line, peers, gpu, stock))} |" for line in shown)
+    yield from (f"| {' | '.join(cells(line, peers, gpu, kind))} |" for line in shown)
     absent = results.absentees(shown)
     yield f"\nAbsent: {'; '.join(absent)}.\n" if absent else ""
 
@@ -70,15 +97,18 @@ def table(name, shown, title, first, stock):
 def in_table(line):
     """Without what only plots show: passes forward where there are backward ones too, and the sweep over rows."""
     few = line["shape"][0] <= FEW
-    return BASE in line["ratio"] and (line["pass"] != "forward" or few) and not results.swept(line)
+    measured = results.family(line) in TABLES and TABLES[results.family(line)].unit in line["ratio"]
+    return measured and (line["pass"] != "forward" or few) and not results.swept(line)
 
 
-def cells(line, peers, gpu, stock):
-    mode = "graph_" if gpu and BASE in line.get("graph_ratio", {}) else ""
+def cells(line, peers, gpu, kind):
+    mode = "graph_" if gpu and kind.unit in line.get("graph_ratio", {}) else ""
     ratio = line[f"{mode}ratio"]
-    own = ratio[BASE]
+    own = ratio[kind.unit]
     times = [f"{own / ratio[peer]:.2f}" if peer in ratio else "–" for peer in peers]
     facts = [line["layer"], ", ".join(map(str, line["shape"])), line["dtype"], str(line["dropout"]), line["pass"]]
     way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
+    found = [next((ratio[peer] for peer in peers if peer in ratio), None) for peers in kind.shares.values()]
+    shares = ["–" if share is None else f"{share:.2f}" for share in found]
     extra = [f"{line[f'{mode}ms'][OURS][1]:.4g}", f"{line.get('roofline', 0):.0%}", way] if gpu else []
-    return [*facts, *times, f"**{own:.2f}**", f"{ratio[stock]:.2f}" if stock in ratio else "–", *extra]
+    return [*facts, *times, f"**{own:.2f}**", *shares, *extra]

@@ -152,7 +152,18 @@ def read(file):
 
 def swept(line):
     """Whether a line belongs to one layer's sweep over rows, which only a plot shows."""
-    return line["layer"].endswith(" rows") and line["row"] != "nf4"
+    return line["layer"].endswith(" rows") and family(line) == "lora"
+
+
+METHODS = {"qlora": "nf4", "dora": "dora", "qdora": "dora"}
+
+
+def family(line):
+    """What a line is shown among: lora, nf4, dora, or DoRA's norms."""
+    if line["row"] == "model":  # whose layers say how it was trained
+        found = [METHODS[word] for word in line["layer"].split(", ") if word in METHODS]
+        return found[0] if found else "lora"
+    return "norm" if line.get("op") == "dora_norm" else line["row"]
 
 
 def absentees(lines):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peftops.bench import compare, law, measure, nf4, peers, plot, readme, results, timing
+from peftops.bench import compare, dora, law, measure, nf4, peers, plot, readme, results, timing
 from peftops.bench import lora as row
 from peftops.bench.peers import BASE, OURS, Problem
 from test_cli import refusal, run
@@ -78,13 +78,13 @@ def test_what_is_wrong_is_not_timed(capsys, monkeypatch, short):
 
 
 def test_every_op_is_held_to_the_law_before_it_is_timed():
-    assert {op for one in (row, nf4) for op in one.OPS} == set(CONTRACTS)
+    assert {op for one in (row, nf4, dora) for op in one.OPS} == set(CONTRACTS)
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nothing"], "no row 'nothing'; there are lora, nf4 and model, readme"),
+        (["nothing"], "no row 'nothing'; there are lora, nf4, dora and model, readme"),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
         (["lora", "--device", "cuda:77"], "no device 'cuda:77'"),
@@ -101,7 +101,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["model", "--text", "/nowhere.txt"], "cannot read the text"),
         (["check", "--only", ""], "peftops bench check: --only must be of build"),
         (["plot", "--out", __file__], "Not a directory"),
-        (["model", "--method", "full"], "--method must be of lora, qlora, got 'full'"),
+        (["model", "--method", "full"], "--method must be of lora, qlora, dora, qdora, got 'full'"),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),
         (["check", "--only", "magic"], "--only must be of build"),
@@ -173,9 +173,9 @@ def test_ceilings_are_rates():
 
 
 def test_costs():
-    assert row.cost(1, 10, 20, 2) == (2 * (200 + 20 + 40), 2 * (10 + 200 + 20) + 4 * 2 * 30)
-    flops, moved = row.cost(4, 10, 20, 2, 2, backward=True)
-    forward, read = row.cost(4, 10, 20, 2, 2)
+    one, four = (Problem((m, 10, 20, 2), torch.bfloat16, CPU) for m in (1, 4))
+    assert row.cost(one) == (2 * (200 + 20 + 40), 2 * (10 + 200 + 20) + 4 * 2 * 30)
+    (flops, moved), (forward, read) = row.cost(four, backward=True), row.cost(four)
     assert flops - forward == 2 * 4 * (200 + 40 + 80) and moved - read == 2 * (160 + 80 + 200) + 8 * 2 * 30
 
 
@@ -312,10 +312,13 @@ def test_plots(capsys, tmp_path):
     results.append(tmp_path / "a.jsonl", line_of())
     results.append(tmp_path / "a.jsonl", line_of(row="nf4", layer="q, 8 rows", ratio={"frozen": 1.2, "somebody": 0.6}))
     results.append(tmp_path / "a.jsonl", line_of(row="nf4", layer="64 × 64", shape=[64, 64], ratio={"copy": 1.0}))
+    results.append(tmp_path / "a.jsonl", line_of(row="dora", layer="q, NF4"))
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
     made = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
     assert set(made) == {
-        f"a-b-{name}.{kind}" for name in ("bars", "bars-nf4", "roofline", "rows") for kind in ("png", "svg")
+        f"a-b-{name}.{kind}"
+        for name in ("bars", "bars-nf4", "bars-dora", "roofline", "rows")
+        for kind in ("png", "svg")
     }
     assert made["a-b-bars.png"].startswith(b"\x89PNG") and b"PEFT" not in made["a-b-roofline.svg"][:100]
     assert plot.multiple(line_of(), "PEFT") == 2 and plot.multiple(line_of(), OURS) == 1.1

@@ -35,7 +35,8 @@ def test_a_rehearsal_of_every_part(capsys, tmp_path):
     assert {"commit", "date", "device", "versions", "failures", "misses"} <= set(summary)
     assert len(out.splitlines()) < 80 and "failed: nothing" in out and "build 75 s" in out.splitlines()[0]
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
-    assert [line["pass"] for line in lines] == ["forward", "forward + backward"] * 2
+    assert [line["pass"] for line in lines] == ["forward", "forward + backward"] * (1 + 1 + 4)
+    assert [line["row"] for line in lines] == ["lora"] * 2 + ["nf4"] * 2 + ["dora"] * 8
     assert any("vllm (runs on a GPU)" in said for said in summary["absent"]) and "bench.jsonl" in out.splitlines()[-1]
     (steps,) = (event for event in events if event["part"] == "stack")
     assert steps["losses"][-1] < steps["losses"][0]
@@ -156,18 +157,26 @@ def test_targets_are_read_from_graphs_where_there_are_any():
         ("l", 0.0, "forward", "frozen", 1),
     ]
     assert list(parts.misses(line, targets)) == ["l, p = 0.0, forward: 0.90 × PEFT's time, target 0.50"]
+    took = line | {"ms": {"peftops": [0.02] * 3}, "graph_ms": {"peftops": [0.016] * 3}}
+    assert list(parts.misses(took, [("l", 0.0, "forward", peers.MICROSECONDS, 15)])) == [
+        "l, p = 0.0, forward: 16.0 µs, target 15 on an H200"
+    ]
+    assert list(parts.misses(took, [("l", 0.0, "forward", peers.MICROSECONDS, 30)])) == []
     assert list(parts.misses(line | {"graph_ratio": {"PEFT": 0.4, "frozen": 1.2}}, targets)) == [
         "l, p = 0.0, forward: 1.20 × frozen's time, target 1.00"
     ]
 
 
 def test_targets_are_of_layers_that_are_measured():
-    from peftops.bench import lora
+    from peftops.bench import dora, lora, nf4
 
-    known = lora.layers(torch.device("cuda"))
-    assert {layer for layer, *_ in lora.TARGETS} <= set(known) and all(
-        who in peers.BUILDERS for *_, who, _ in lora.TARGETS
-    )
+    gpu = torch.device("cuda")
+    for row in (lora, nf4, dora):
+        o = SimpleNamespace(dropout=None, shape=None, quick=True, layers=row.layers(gpu))
+        known = {(name, problem.p) for name, problem in row.jobs(o, torch.bfloat16, gpu)}
+        known |= {(f"{n} × {k}, r = {r}", 0.0) for n, k in dora.NORMS for r in dora.RANKS if row is dora}
+        assert {target[:2] for target in row.TARGETS} <= known
+        assert all(who in {*peers.BUILDERS, peers.MICROSECONDS} for *_, who, _ in row.TARGETS)
 
 
 class Graph:

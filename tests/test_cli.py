@@ -66,6 +66,8 @@ def test_doctor_without_compiled_kernels(capsys, monkeypatch):
         (["demo", "--dropout", "1.5"], "must be in"),
         (["demo", "--device", "cuda:77"], "no device 'cuda:77'"),
         (["demo", "--compare", "lora,magic"], "no method 'magic'"),
+        (["demo", "--compare", "dora,full,dora"], "names a method twice"),
+        (["demo", "--method", "magic"], "invalid choice"),
         (["demo", "--text", "/nowhere.txt"], "cannot read the text"),
         (["demo", "--model", "/nowhere"], "there is no folder /nowhere"),
     ],
@@ -154,6 +156,7 @@ def test_demo_of_qlora(capsys, tmp_path, tiny):
 
 def test_demo_of_qlora_names_bitsandbytes_where_it_is_absent(capsys, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(tiny, "find_spec", lambda name: None)
+    assert tiny.absent(tiny.METHODS["qdora"]) == {"QDoRA, bitsandbytes": "not installed"}
     argv = ["demo", "--compare", "lora,qlora", "--steps", "2", "--rank", "4", "--out", str(tmp_path)]
     code, out, _ = run(capsys, *argv)
     result = json.loads((tmp_path / "result.json").read_text())
@@ -164,7 +167,42 @@ def test_demo_of_qlora_names_bitsandbytes_where_it_is_absent(capsys, tmp_path, t
     assert 0 < abs(packed - dense) < 0.1 and (tmp_path / "adapter").is_dir() and (tmp_path / "adapter-qlora").is_dir()
 
 
-@pytest.mark.parametrize("label", ["QLoRA, bitsandbytes", "QLoRA, peftops"])
+@pytest.mark.parametrize("method", ["dora", "qdora"])
+def test_demo_of_dora(capsys, tmp_path, tiny, method):
+    if method == "qdora":
+        pytest.importorskip("bitsandbytes")
+    code, out, _ = run(capsys, "demo", "--method", method, "--steps", "4", "--rank", "4", "--out", str(tmp_path))
+    assert code == 0 and "14/14 LoRA layers fused" in out and ("NF4" in out) == (method == "qdora")
+    result = json.loads((tmp_path / "result.json").read_text())
+    stock, ours = (result["contenders"][label] for label in tiny.METHODS[method])
+    assert ours["trained"] == stock["trained"] and ours["fused"] == 14 and ours["norms"] == 14 * 5
+    assert max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)) < 0.01
+    config = json.loads((tmp_path / f"adapter-{method}" / "adapter_config.json").read_text())
+    assert config["use_dora"] and result["of_full"] is None and len(list(tmp_path.glob("adapter*"))) == 1
+
+
+def test_demo_says_how_close_others_come_to_full_fine_tuning(capsys, tmp_path, tiny, monkeypatch):
+    monkeypatch.setitem(tiny.RATES, tiny.FULL, 1e-3)  # nothing is learnt of random weights at the demo's
+    argv = ["demo", "--compare", "lora,dora,full", "--steps", "8", "--rank", "4", "--dtype", "fp32"]
+    code, out, _ = run(capsys, *argv, "--out", str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    runs, shares = result["contenders"], result["of_full"]
+    before, after = runs[tiny.FULL]["held_out"]
+    assert code == 0 and list(runs) == [*tiny.METHODS["lora"], *tiny.METHODS["dora"], tiny.FULL] and after < before
+    assert list(shares) == list(runs)[:-1] and "Of what full fine-tuning takes off the held-out loss" in out
+    for label, share in shares.items():
+        assert abs(share * (before - after) - (before - runs[label]["held_out"][1])) < 1e-9
+        assert f"{share:.0%} by {label}" in out
+
+
+def test_nothing_is_compared_with_full_fine_tuning_that_improved_nothing():
+    from peftops.cli.demo import of_full
+
+    runs = {"full fine-tuning": {"held_out": [2.0, 2.1]}, "DoRA, peftops": {"held_out": [2.0, 1.9]}}
+    assert of_full(runs) == {} and of_full({"DoRA, peftops": {}}) is None
+
+
+@pytest.mark.parametrize("label", ["QLoRA, bitsandbytes", "QDoRA, bitsandbytes", "QLoRA, peftops", "QDoRA, peftops"])
 def test_four_bits_change_all_linear_layers_but_the_head_alike(tiny, label):
     pytest.importorskip("bitsandbytes")
     model, _ = tiny.load_model(None, torch.float32, torch.device("cpu"))

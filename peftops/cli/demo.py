@@ -6,20 +6,22 @@ import os
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 from . import BadInput, Parser, device_name, find_device, folder, need, positive, probability, replace
 
 WARM_UP = 2  # rounds that do not count
+CHOICES = "lora", "qlora", "dora", "qdora", "full"
 
 
 def options(argv):
     parser = Parser("peftops demo", description=__doc__)
     parser.add_argument("--model", help="a local directory or a hub id; by default SmolLM2-135M-Instruct from PyPI")
     parser.add_argument("--text", metavar="FILE", help="what to learn; by default the reference of the Python language")
-    parser.add_argument("--method", default="lora", choices=["lora", "qlora", "full"], help="what is trained")
-    parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,qlora")
+    parser.add_argument("--method", default="lora", choices=CHOICES, help="what is trained")
+    parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,dora,full")
     parser.add_argument("--steps", type=positive, default=40, help="of training")
     parser.add_argument("--rank", type=positive, default=16, help="of the adapters")
     parser.add_argument("--dropout", type=probability, default=0.0, help="of the adapters' input")
@@ -108,7 +110,7 @@ def run(o, labels, dtype, device, console):
         args = base.config, dtype, device, o.rank, o.dropout
         peaks = [t.peak_memory(label, *args) for label in each("measure memory", labels)]
         contenders = [t.build(label, copy.deepcopy(base), o.rank, o.dropout, o.seed) for label in labels]
-        before = [losses(c.model) if c.label in t.METHODS["qlora"] else at_first for c in contenders]
+        before = [losses(c.model) if c.label in t.PACKED else at_first for c in contenders]
         training = progress.add_task("train, step by step in turn", total=o.steps)
         frozen = t.race(contenders, base, batches, dtype, o.seed, lambda: progress.advance(training))
         after = [losses(c.model) for c in each("evaluate", contenders)]
@@ -123,6 +125,7 @@ def run(o, labels, dtype, device, console):
     result["contenders"] = {
         c.label: numbers(c, peak, start, end, result, frozen, save(c, o.out, dtype)) for c, peak, start, end in rows
     }
+    result["of_full"] = of_full(result["contenders"])
     return result
 
 
@@ -141,7 +144,7 @@ def numbers(c, peak, before, after, result, frozen, size):
         "over_frozen": median(c.passes[i] / took for i, took in frozen.items()), "peak_bytes": peak,
         "trained": trained, "trained_share": trained / total, "checkpoint_bytes": size,
         "held_out": [before[0], after[0]], "unrelated": [before[1], after[1]],
-        "fused": report and report.fused, "fallback": report and report.fallback,
+        "fused": report and report.fused, "fallback": report and report.fallback, "norms": report and report.norms,
         "reasons": dict(report.reasons) if report else {}, "losses": c.losses,
     }  # fmt: skip
 
@@ -199,11 +202,11 @@ def table(result):
 
 def remarks(result):
     """What a reader of the table should know."""
-    from .training import FULL, METHODS
+    from .training import FULL, METHODS, PACKED, RATES
 
     runs = result["contenders"]
     yield f"The frozen model's forward + backward alone takes {result['frozen_s']:.3f} s (measured in the same rounds)."
-    for name, (stock, ours) in ((name, pair) for name, pair in METHODS.items() if pair[1:] and pair[1] in runs):
+    for stock, ours in (pair for pair in METHODS.values() if pair[1:] and pair[1] in runs):
         if stock in runs:
             most = max(abs(a - b) for a, b in zip(runs[stock]["losses"], runs[ours]["losses"], strict=True))
             why = "the dropout masks differ" if result["dropout"] else "same arithmetic, other roundings"
@@ -211,14 +214,33 @@ def remarks(result):
             ratio = runs[ours]["step_s"] / runs[stock]["step_s"]
             yield f"{ours} takes {ratio:.2f} × the time of {stock} for a step.{doubt}"
             yield f"Their training losses differ by {most:.4f} at most ({why})."
-        if name == "qlora":
-            yield "QLoRA's linear layers but the head are in NF4 with double quantization; its losses start from there."
         for reason, layers in runs[ours]["reasons"].items():
             yield f"{layers} layers of {ours} fell back to PEFT's own forward: {reason}."
+    if not runs.keys().isdisjoint(PACKED):
+        yield "4-bit bases are NF4 with double quantization in all linear layers but the head; losses start from there."
     if FULL in runs:
         yield "The checkpoint of full fine-tuning is not written; its size is that of the weights in the model's dtype."
     how = "growth of resident memory" if result["device_type"] == "cpu" else "memory that torch allocated"
     yield f"Peak memory is the {how} in a process of its own, weights included."
+    if shares := result["of_full"]:
+        before, after = runs[FULL]["held_out"]
+        rates = f"learning rate {RATES[FULL]:g}, of the others {max(RATES.values()):g}"
+        reached = "; ".join(f"{share:.0%} by {label}" for label, share in shares.items())
+        yield f"Of what full fine-tuning takes off the held-out loss ({before - after:.3f}; {rates}): {reached}."
+    elif shares is not None:
+        yield "Full fine-tuning does not lower the held-out loss here, so there is nothing to compare the others with."
+
+
+def of_full(runs):
+    """{label: what it takes off the base's held-out loss, as a share of what full fine-tuning does}; empty where that
+    takes nothing off, None where there are not both."""
+    from .training import FULL
+
+    if FULL not in runs or len(runs) == 1:
+        return None
+    before, after = runs[FULL]["held_out"]
+    others = {label: c["held_out"][1] for label, c in runs.items() if label != FULL}
+    return {label: (before - loss) / (before - after) for label, loss in others.items() if after < before}
 
 
 def draw(result, path):
@@ -229,7 +251,7 @@ def draw(result, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for (label, c), style in zip(result["contenders"].items(), ("-", "--", ":", "-."), strict=False):
+    for (label, c), style in zip(result["contenders"].items(), cycle(("-", "--", ":", "-.")), strict=False):
         steps = range(1, len(c["losses"]) + 1)
         (line,) = axes.plot(steps, c["losses"], style, label=f"{label}: {c['step_s']:.3f} s per step")
         axes.plot([0, len(steps)], c["held_out"], "o", color=line.get_color())

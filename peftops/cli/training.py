@@ -23,11 +23,22 @@ from . import BadInput, sentence
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHAPE = (2, 256)  # sequences and tokens of a batch
-STOCK, OURS, FULL = "LoRA, PEFT", "LoRA, peftops", "full fine-tuning"
-QLORA_STOCK, QLORA_OURS = "QLoRA, bitsandbytes", "QLoRA, peftops"
-METHODS = {"lora": (STOCK, OURS), "qlora": (QLORA_STOCK, QLORA_OURS), "full": (FULL,)}
+FULL = "full fine-tuning"
+METHODS = {  # stock and ours
+    "lora": ("LoRA, PEFT", "LoRA, peftops"),
+    "qlora": ("QLoRA, bitsandbytes", "QLoRA, peftops"),
+    "dora": ("DoRA, PEFT", "DoRA, peftops"),
+    "qdora": ("QDoRA, bitsandbytes", "QDoRA, peftops"),
+    "full": (FULL,),
+}
+DORA, PACKED = METHODS["dora"] + METHODS["qdora"], METHODS["qlora"] + METHODS["qdora"]
+BITSANDBYTES = METHODS["qlora"][0], METHODS["qdora"][0]
 RATES = {label: 5e-5 if label == FULL else 5e-4 for labels in METHODS.values() for label in labels}
-ADAPTERS = {OURS: "adapter", QLORA_OURS: "adapter-qlora"}  # what is kept of the contenders that peftops patches
+ADAPTERS = {  # what is kept of the contenders that peftops patches
+    labels[1]: "adapter" if method == "lora" else f"adapter-{method}"
+    for method, labels in METHODS.items()
+    if method != "full"
+}
 
 
 def load_model(name, dtype, device):
@@ -132,11 +143,12 @@ def build(label, model, rank, dropout, seed):
         return Contender(label, model.float().requires_grad_().train())
     import peft
 
-    if label in METHODS["qlora"]:
+    if label in PACKED:
         four_bits(label, model)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=label in DORA, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what PEFT still asks of transformers
         model = peft.get_peft_model(model, config).train()
@@ -150,8 +162,8 @@ def four_bits(label, model):
     head = model.get_output_embeddings()
     layers = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
     for name, linear in layers:
-        model.set_submodule(name, by_bitsandbytes(linear) if label == QLORA_STOCK else LinearNF4.from_linear(linear))
-    model.is_loaded_in_4bit = label == QLORA_STOCK  # where PEFT looks for bitsandbytes' layers
+        model.set_submodule(name, by_bitsandbytes(linear) if label in BITSANDBYTES else LinearNF4.from_linear(linear))
+    model.is_loaded_in_4bit = label in BITSANDBYTES  # where PEFT looks for bitsandbytes' layers
 
 
 def by_bitsandbytes(linear):
@@ -168,7 +180,7 @@ def by_bitsandbytes(linear):
 def absent(labels):
     """{label: why} of those that cannot run here."""
     missing = find_spec("bitsandbytes") is None
-    return {label: "not installed" for label in labels if label == QLORA_STOCK and missing}
+    return {label: "not installed" for label in labels if label in BITSANDBYTES and missing}
 
 
 def forward_backward(model, batch, dtype, **inputs):
