@@ -35,8 +35,8 @@ def test_a_rehearsal_of_every_part(capsys, tmp_path):
     assert {"commit", "date", "device", "versions", "failures", "misses"} <= set(summary)
     assert len(out.splitlines()) < 80 and "failed: nothing" in out and "build 75 s" in out.splitlines()[0]
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
-    assert [line["pass"] for line in lines] == ["forward", "forward + backward"] * (1 + 1 + 4)
-    assert [line["row"] for line in lines] == ["lora"] * 2 + ["nf4"] * 2 + ["dora"] * 8
+    rows = [(row, kind) for row in ("lora", "nf4", *["dora"] * 4) for kind in ("forward", "forward + backward")]
+    assert [(line["row"], line["pass"]) for line in lines] == rows[: max(1, len(lines))]  # until the time is up
     assert any("vllm (runs on a GPU)" in said for said in summary["absent"]) and "bench.jsonl" in out.splitlines()[-1]
     (steps,) = (event for event in events if event["part"] == "stack")
     assert steps["losses"][-1] < steps["losses"][0]
