@@ -109,6 +109,11 @@ def test_a_norm_is_right_to_a_rounding(form, dtype, most):
     assert ((norm - exact).abs() / exact).max() <= most
 
 
+def test_a_base_is_computed_in_its_own_dtype():
+    w, a, b = torch.randn(40, 96).bfloat16(), torch.randn(4, 96), torch.randn(40, 4)
+    assert torch.equal(F.dora_weight_norm(F.Base("dense", [w]), a, b), F.dora_weight_norm(w, a, b))
+
+
 def test_a_norm_survives_cancellation():
     """B·A ≈ -(1 - 1e-3)·W, where the sum of squares expanded has no digit left."""
     a, b = torch.randn(16, 2048).bfloat16(), torch.randn(64, 16).bfloat16()

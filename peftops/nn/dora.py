@@ -62,21 +62,25 @@ class Normed(nn.Module):
             found = self.operands(name)
             if found is None or (stepped is not None and not {id(found[1]), id(found[2])} & stepped):
                 continue
-            weight, a, b, scaling, dtype = found
+            weight, a, b, scaling, _ = found
             if magnitude.weight.dtype in HALF:  # cast behind our back
                 magnitude.weight.data = magnitude.weight.data.float()
             if "norm" not in magnitude._buffers:
                 magnitude.register_buffer("norm", torch.empty_like(magnitude.weight), persistent=False)
-            magnitude.norm_of = scaling if ready(magnitude.weight, a, b, *tensors_of(weight)) else None
+            magnitude.norm_of = scaling if ready(tensors_of(weight), magnitude.weight, a, b) else None
             if magnitude.norm_of is not None:
-                with torch.autocast(a.device.type, enabled=False):
-                    norm = no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
+                norm = computed(*found)
                 magnitude.norm = magnitude.norm.to(norm.device, norm.dtype)
                 magnitude.norm.copy_(norm)
                 vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
 
+    def lengths(self, name, scaling):
+        """(magnitude, norm) of dora_linear for this adapter; None for a norm that has to be computed in this call."""
+        magnitude = self._modules["lora_magnitude_vector"]._modules[name]
+        norm = self.norm(name, magnitude, scaling)
+        return magnitude.weight.to(torch.promote_types(magnitude.weight.dtype, torch.float32)), norm
+
     def norm(self, name, magnitude, scaling):
-        """The norm that is kept for this adapter; None where it has to be computed in this call."""
         if torch.compiler.is_compiling():
             return magnitude.norm if getattr(magnitude, "norm_of", None) == scaling else None
         if "norm" not in magnitude._buffers or magnitude.weight.dtype in HALF:
@@ -85,17 +89,9 @@ class Normed(nn.Module):
             self.refresh_norms()
         if magnitude.norm_of is None:
             return None
-        if _checked:
-            self.check_norm(name, magnitude)
-        return magnitude.norm
-
-    @torch.no_grad()
-    def check_norm(self, name, magnitude):
-        weight, a, b, scaling, dtype = self.operands(name)
-        with torch.autocast(a.device.type, enabled=False):
-            norm = no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
-        if not torch.equal(norm.nan_to_num(-1), magnitude.norm.nan_to_num(-1)):
+        if _checked and not torch.equal(computed(*self.operands(name)).nan_to_num(-1), magnitude.norm.nan_to_num(-1)):
             raise RuntimeError(f"dora: the norm of {name} is of other weights; call peftops.refresh after a change")
+        return magnitude.norm
 
     def _apply(self, fn, recurse=True):
         kept = {magnitude: magnitude.weight.data for magnitude in self.magnitudes().values()}
@@ -114,10 +110,19 @@ class Normed(nn.Module):
             watch(self)
 
 
-def ready(*tensors):
-    """Whether a norm can be made of these outside a forward: FSDP2 has sharded none, and no hook has to bring one."""
-    device = tensors[0].device
-    return device.type != "meta" and all(type(t) in PLAIN and t.device == device for t in tensors)
+@torch.no_grad()
+def computed(weight, a, b, scaling, dtype):
+    with torch.autocast(a.device.type, enabled=False):
+        return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
+
+
+def ready(weights, *others):
+    """Whether a norm can be made of these outside a forward: FSDP2 has sharded none, no hook has to bring one, and
+    weights are frozen, as those of a fused layer are."""
+    device = weights[0].device
+    if device.type == "meta" or any(t.requires_grad for t in weights):
+        return False
+    return all(type(t) in PLAIN and t.device == device for t in (*weights, *others))
 
 
 def tensors_of(weight):

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from .._op import expect, op
 from .lora import (
     DTYPES,
+    Base,
     expect_lora,
     expect_probability,
     lora_bwd,
@@ -102,7 +103,8 @@ def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     Source: Liu et al., DoRA, arXiv 2402.09353, whose columns are the rows of PyTorch's weight.
     """
     if dtype is None:
-        dtype = getattr(weight, "dtype", None) or lora_A.dtype
+        plain = isinstance(weight, Base) and weight.form != "nf4"
+        dtype = getattr(weight.tensors[0] if plain else weight, "dtype", lora_A.dtype)
     x, base, scale = prepared(lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype), weight, lora_A, lora_B, scaling)
     if base.form not in ("nf4", "given"):
         base = base._replace(tensors=[t.to(x.dtype) for t in base.tensors])

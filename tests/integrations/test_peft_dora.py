@@ -10,7 +10,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tiny import TOKENS, adapted, exactly, install_our_mask, logits, step, tiny
+from tiny import TOKENS, adapted, exactly, install_our_mask, logits, single, step, tiny
 
 import peftops
 from peftops.integrations.peft import lora_layers
@@ -70,7 +70,7 @@ def net(kind):
             )
             base[i].load_state_dict(old.state_dict())
         base = base.to("cpu")
-    model = adapted(base, target_modules=["0", "2"], use_dora=True, **options_of(kind))
+    model = adapted(base, target_modules=["0", "2"], use_dora=True)
     if kind == "LinearNF4":  # stock PEFT knows no such layer when it makes its own, only to read its weight
         for i in ("0", "2"):
             layer = model.base_model.model[int(i)]
@@ -78,10 +78,6 @@ def net(kind):
             magnitude = layer.lora_magnitude_vector["default"]
             magnitude.weight.data = layer.base_layer.dequantize().norm(dim=1)
     return model
-
-
-def options_of(kind):
-    return {"lora_dropout": 0.0} if kind == "bitsandbytes" else {}
 
 
 def twenty(model, dtype):
@@ -143,6 +139,28 @@ def test_a_checkpoint_is_pefts(tmp_path):
     other.load_adapter(tmp_path, "default")
     with checked_norms():
         assert torch.equal(logits(other), expected)
+
+
+def test_a_trained_base_is_pefts_own():
+    """Whether it was trained before patch or is since; norms are kept again where it is frozen again."""
+    x = torch.randn(3, 16)
+    for late in (False, True):
+        model = single(use_dora=True)
+        base = model.base_model.model.lin.base_layer
+        stock = copy.deepcopy(model)
+        model = peftops.patch(model) if late else model
+        base.requires_grad_()
+        peftops.patch(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        assert torch.equal(model(x), stock(x))
+        model(x).sum().backward()
+        optimizer.step()
+        assert base.weight.grad.any() and set(peftops.report(model).calls) == {"base weight is trained"}
+        base.requires_grad_(False)
+        peftops.refresh(model)
+        with checked_norms():
+            assert model(x).isfinite().all()
+        assert peftops.report(model).calls["fused"] == 1
 
 
 def test_unpatch_leaves_nothing():
