@@ -110,8 +110,6 @@ void mix_row(T* out, const T* u, const T* v, const uint8_t* bits, int64_t k, flo
   }
 }
 
-float inverse(double p) { return p < 1 ? float(1 / (1 - p)) : 0.0f; }
-
 }  // namespace
 
 void dora_norm(Tensor n, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form, int64_t block) {

@@ -137,7 +137,5 @@ bf16* gated(Tensor h, Tensor gate, int64_t columns, Scratch& scratch) {
   return out;
 }
 
-float inverse(double p) { return p < 1 ? float(1 / (1 - p)) : 0.0f; }
-
 }  // namespace
 }  // namespace peftops::ISA

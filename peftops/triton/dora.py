@@ -5,7 +5,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
-from ._tile import cast, dot, keep_bytes, load_keep, load_tile, store_tile, unpack
+from ._tile import cast, dot, inverse, keep_bytes, load_keep, load_tile, store_tile, unpack
 from .dora_grads import dora_norm_bwd
 from .lora_product import operand
 from .lora_rank import base_tile
@@ -145,21 +145,17 @@ def dora_norm(n, x, base, a, b, scale, form, block):
 def dora_drop(dropped, rest, bits, x, seed, p):
     m, k = x.shape
     drop_kernel[elements(m, k)](
-        dropped, rest, bits, x, seed, round(p * 65536), factor(p), m, k, EVEN=k % 8 == 0, **ELEMENTS
+        dropped, rest, bits, x, seed, round(p * 65536), inverse(p), m, k, EVEN=k % 8 == 0, **ELEMENTS
     )
 
 
 def dora_mix(out, u, v, bits, p):
     m, k = u.shape
     if p:
-        mix_kernel[elements(m, k)](out, u, v, bits, factor(p), m, k, EVEN=k % 8 == 0, **ELEMENTS)
+        mix_kernel[elements(m, k)](out, u, v, bits, inverse(p), m, k, EVEN=k % 8 == 0, **ELEMENTS)
     else:
         out.copy_(u)
 
 
 def elements(m, k):
     return triton.cdiv(m, ELEMENTS["BM"]), triton.cdiv(k, ELEMENTS["BK"])
-
-
-def factor(p):
-    return 1 / (1 - p) if p < 1 else 0.0

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
-from ._tile import add_parts, cast, dot, load_keep, load_tile, parts_of, store_tile, tile_of
+from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
 from .lora_product import multiply_bwd, operand
 from .lora_rank import base_tile, gated
 from .nf4 import nf4_tile
@@ -144,7 +144,7 @@ def lora_bwd(
         dy, z, b, h, scale, gain, gate,
     )  # fmt: skip
     dh = dhg if gate is None or not ranked else fold(dhg, gate, a.shape[0], x.dtype)
-    factor = 1 / (1 - p) if p < 1 else 0.0
+    factor = inverse(p)
     if need[5]:
         torch.sum((dhg.unflatten(1, (-1, h.shape[1])) * h[:, None]).view(*gate.shape, -1), 2, out=dgate)
     if need[1]:
