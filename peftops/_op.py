@@ -1,14 +1,11 @@
 """@op: from a contract, which checks an op's inputs and allocates its outputs, to a torch op."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
 from . import backends
 
 LIBRARY, CONTRACTS = torch.library.Library("peftops", "FRAGMENT"), {}
-NO_DEVICE = nullcontext()
 SCALARS = frozenset({type(None), str, bool, int, float, torch.dtype})
 
 
@@ -22,8 +19,12 @@ def op(contract):
     def run(args):
         outputs = contract(*args)
         fill, x = backends.find(name, args[0]), args[0]
-        with torch.cuda.device(x.device) if x.is_cuda else NO_DEVICE:  # kernels run on the current device
-            fill(*outputs, *args) if isinstance(outputs, tuple) else fill(outputs, *args)
+        filled = outputs if isinstance(outputs, tuple) else (outputs,)
+        if x.is_cuda:
+            with torch.cuda.device(x.device):  # kernels run on the current device
+                fill(*filled, *args)
+        else:
+            fill(*filled, *args)
         return outputs
 
     def dispatched(*args):

@@ -119,9 +119,12 @@ def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block):
     expect("lora", "a", a, (a.shape[0], k), dtype, wide)
     expect("lora", "b", b, (n, a.shape[0] if r == a.shape[0] else experts * a.shape[0]), dtype, wide)
     expect("lora", "scale", scale, (1,), wide)
-    expect("lora", "bias", bias, (n,), dtype, wide)
-    expect("lora", "gain", gain, (n,), wide)
-    expect("lora", "gate", gate, (m, experts), wide)
+    if bias is not None:
+        expect("lora", "bias", bias, (n,), dtype, wide)
+    if gain is not None:
+        expect("lora", "gain", gain, (n,), wide)
+    if gate is not None:
+        expect("lora", "gate", gate, (m, experts), wide)
     if r % experts or (gate is not None and not r):
         raise ValueError(f"lora: b must have as many columns for each of {experts} experts, got {r}")
 
@@ -149,8 +152,9 @@ class Base(NamedTuple):
             frozen = () if weight.form == "given" else weight.tensors
         else:
             frozen = (weight,)
-        if any(t.requires_grad for t in frozen):
-            raise ValueError("lora: w must be frozen, got one that requires grad")
+        for t in frozen:
+            if t.requires_grad:
+                raise ValueError("lora: w must be frozen, got one that requires grad")
         if isinstance(weight, Base):
             return weight
         columns = not weight.is_contiguous() and weight.T.is_contiguous()  # GPT-2's Conv1D: read where it lies
@@ -174,7 +178,7 @@ def forward(ctx, x, a, b, bias, gain, gate, scale, seed, constants, *base):
     if ctx is not None:
         ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, gate, z, *(base if form != "given" else ()))
         ctx.constants, ctx.shape = constants, shape
-    return y if len(shape) == 2 else y.view(shape[:-1] + y.shape[1:])
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
 
 class LoRA(torch.autograd.Function):
