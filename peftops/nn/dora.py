@@ -77,13 +77,14 @@ class Normed(nn.Module):
     def lengths(self, name, scaling):
         """(magnitude, norm) of dora_linear for this adapter; None for a norm that has to be computed in this call."""
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
-        norm = self.norm(name, magnitude, scaling)
-        return magnitude.weight.to(torch.promote_types(magnitude.weight.dtype, torch.float32)), norm
+        weight = magnitude.weight
+        norm = self.norm(name, magnitude, weight, scaling)
+        return weight.float() if weight.dtype in HALF else weight, norm
 
-    def norm(self, name, magnitude, scaling):
+    def norm(self, name, magnitude, weight, scaling):
         if torch.compiler.is_compiling():
             return magnitude.norm if getattr(magnitude, "norm_of", None) == scaling else None
-        if "norm" not in magnitude._buffers or magnitude.weight.dtype in HALF:
+        if "norm" not in magnitude._buffers or weight.dtype in HALF:
             self.keep_norms()
         elif magnitude.norm_of != scaling and magnitude.norm_of is not None:
             self.refresh_norms()
@@ -91,7 +92,7 @@ class Normed(nn.Module):
             return None
         if _checked and not torch.equal(computed(*self.operands(name)).nan_to_num(-1), magnitude.norm.nan_to_num(-1)):
             raise RuntimeError(f"dora: the norm of {name} is of other weights; call peftops.refresh after a change")
-        return magnitude.norm
+        return magnitude._buffers["norm"]
 
     def _apply(self, fn, recurse=True):
         kept = {magnitude: magnitude.weight.data for magnitude in self.magnitudes().values()}
