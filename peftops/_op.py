@@ -10,21 +10,20 @@ SCALARS = frozenset({type(None), str, bool, int, float, torch.dtype})
 
 
 def op(contract):
-    """Registers torch.ops.peftops.<contract>: its schema and its fake kernel are the contract itself.
-
-    Returns what calls the body directly where nobody could tell, which saves the dispatcher's 11 µs."""
+    """Registers torch.ops.peftops.<contract>, whose schema and fake kernel are the contract itself; returns a function
+    that runs the body directly where nobody could tell, which saves the dispatcher's 11 µs."""
     name = contract.__name__
     CONTRACTS[name] = contract
 
     def run(args):
         outputs = contract(*args)
-        fill, x = backends.find(name, args[0]), args[0]
-        filled = outputs if isinstance(outputs, tuple) else (outputs,)
+        x, fill = args[0], backends.find(name, args[0])
+        every = (*outputs, *args) if isinstance(outputs, tuple) else (outputs, *args)
         if x.is_cuda:
             with torch.cuda.device(x.device):  # kernels run on the current device
-                fill(*filled, *args)
+                fill(*every)
         else:
-            fill(*filled, *args)
+            fill(*every)
         return outputs
 
     def dispatched(*args):

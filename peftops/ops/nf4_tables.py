@@ -35,16 +35,19 @@ POSITIVE = (  # of the signed 8-bit dynamic map, as it is: a formula would depen
 )  # fmt: skip
 
 
-@functools.cache
 def four_bits(kind, device):
     """(16,) values of the codes"""
-    return torch.tensor(FOUR_BITS[kind], dtype=torch.float32, device=device)
+    return kept(FOUR_BITS[kind], device).detach()
+
+
+def eight_bits(device):
+    """(256,) values of the codes of scales"""
+    return kept((*(-v for v in reversed(POSITIVE)), 0.0, *POSITIVE, 1.0), device).detach()
 
 
 @functools.cache
-def eight_bits(device):
-    """(256,) values of the codes of scales"""
-    values = [-v for v in reversed(POSITIVE)] + [0.0, *POSITIVE, 1.0]
+def kept(values, device):
+    """One tensor for all weights; each gets an alias of its own, whose requires_grad is not that of others."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 

@@ -1,5 +1,6 @@
 """From .cu files to a Python module that runs them on the CPU: nvcc makes the host code and PTX, g++ the rest."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -100,11 +101,13 @@ def made(name, sources, words, make):
     """The file `name` in a folder of its own for these sources and words; make(target) makes it where it is missing."""
     digest = hashlib.sha256("\0".join([*(path.read_text() for path in sources), *words]).encode()).hexdigest()[:16]
     target = ROOT / "build" / "cuda_on_cpu" / digest / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_suffix(".new")
-        make(beside)
-        os.replace(beside, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of other processes that run tests
+        if not target.exists():
+            beside = target.with_suffix(".new")
+            make(beside)
+            os.replace(beside, target)
     return target
 
 
