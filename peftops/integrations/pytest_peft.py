@@ -30,9 +30,7 @@ class Linear(ours.FusedLinear):
 def dispatch(*args, **kwargs):
     made = DISPATCH(*args, **kwargs)
     if type(made) is layer.Linear:
-        made.__class__ = Linear
-        if made.magnitudes():
-            made.keep_norms()
+        made.__class__ = Linear  # norms of DoRA are made in its first forward, as those of an adapter added after patch
     return made
 
 
