@@ -120,6 +120,7 @@ COMMON = [
     (PLAIN, {"alpha_pattern": {"v_proj": 32}}, "ok dropped", "alpha_pattern"),
     (PLAIN, {"alpha_pattern": {"v_proj": 8}}, "ok ok", ""),
     (pair(Q) | pair(V, r=2), {"rank_pattern": {"v_proj": 2}}, "ok refused", "rank_pattern"),
+    (PLAIN, {"rank_pattern": {"v_proj": 4}}, "ok ok", ""),
     (pair(Q, r=24) | pair(V, r=24), {"r": 24}, "note ok", "--max-lora-rank 32"),
     (pair(Q, r=600) | pair(V, r=600), {"r": 600}, "refused ok", "ends at 512"),
     (PLAIN, {"target_modules": ".*_proj"}, "ok refused", "target_modules"),
@@ -206,6 +207,11 @@ def rewritten(folder, change):
     path.write_bytes(change(path.read_bytes()))
 
 
+def overlapping(data):
+    assert b"[128, 224]" in data
+    return data.replace(b"[128, 224]", b"[124, 220]")
+
+
 def first_shape(data):
     return data.replace(b"[4, 8]", b"[5, 8]", 1)
 
@@ -221,6 +227,8 @@ def first_shape(data):
         (lambda folder: save(folder, PLAIN, rank_pattern={"(": 4}), "is no adapter's"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (lambda folder: rewritten(folder, lambda data: data[:-1]), "is not a whole safetensors file: the last tensor"),
+        (lambda folder: rewritten(folder, lambda data: data + b"x"), "the last tensor should end at"),
+        (lambda folder: rewritten(folder, overlapping), "does not lie where it should"),
         (lambda folder: rewritten(folder, lambda data: data[:40]), "the header should end at"),
         (lambda folder: rewritten(folder, lambda data: b""), "the header should end at"),
         (lambda folder: rewritten(folder, lambda data: data[:8] + b"[" + data[9:]), "is not a whole safetensors file"),
