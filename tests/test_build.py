@@ -1,6 +1,7 @@
 """What is installed works: a wheel without CUDA, made the way pip makes it, in a place of its own."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,3 +117,30 @@ def test_an_sdist_contains_everything(tree, tmp_path):
         inside = {name.partition("/")[2] for name in tar.getnames()}
     folders = {str(file.relative_to(tree)) for name in FOLDERS for file in (tree / name).rglob("*.*")}
     assert folders | set(FILES) | {".ci/run"} <= inside
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="no binutils")
+def test_the_kernels_need_what_every_linux_has_and_openmp_alone():
+    compiled = pytest.importorskip("peftops._C")
+    said = command("readelf", "--dynamic", compiled.__file__, cwd=ROOT)
+    needed = set(re.findall(r"NEEDED.*\[(?:lib)?([\w+-]+)\.so", said))
+    assert "gomp" in needed and needed <= {
+        "gomp",
+        "stdc++",
+        "gcc_s",
+        "m",
+        "c",
+        "dl",
+        "rt",
+        "pthread",
+        "ld-linux-x86-64",
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_torch_and_the_kernels_share_one_openmp_runtime():
+    """A second one would start threads of its own: a wheel must not bring it."""
+    pytest.importorskip("peftops._C")
+    code = "import torch, peftops._C; print(open('/proc/self/maps').read())"
+    maps = command(sys.executable, "-c", code, cwd=ROOT)
+    assert len(set(re.findall(r"/\S*/lib(?:g|i)?omp[^/]*\.so\S*", maps))) == 1

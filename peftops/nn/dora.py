@@ -70,7 +70,8 @@ class Normed(nn.Module):
             magnitude.norm_of = scaling if ready(tensors_of(weight), magnitude.weight, a, b) else None
             if magnitude.norm_of is not None:
                 norm = computed(*found)
-                magnitude.norm = magnitude.norm.to(norm.device, norm.dtype)
+                kept = norm if magnitude.norm.is_meta else magnitude.norm
+                magnitude.norm = kept.to(norm.device, norm.dtype)
                 magnitude.norm.copy_(norm)
                 vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
 

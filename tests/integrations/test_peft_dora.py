@@ -188,6 +188,15 @@ def test_another_adapter_after_patch():
     assert peftops.report(model).calls == {"fused": 6}
 
 
+def test_weights_that_are_loaded_from_meta():
+    stock, x = single(use_dora=True), torch.randn(5, 16)
+    patched = peftops.patch(copy.deepcopy(stock).to("meta"))
+    patched.load_state_dict(stock.state_dict(), assign=True)
+    exact = exactly(stock)(x.double())
+    assert error(patched(x), exact) <= bound(stock(x), exact)
+    assert peftops.report(patched).calls == {"fused": 1} and len(norms(patched)) == 1
+
+
 def test_merges_as_before():
     model = peftops.patch(dora(), strict=True)
     stock = peftops.unpatch(copy.deepcopy(model))

@@ -1,0 +1,105 @@
+"""PEFT's own tests on peftops: a pytest plugin, and a command that runs them without and with it and compares.
+
+    python -m peftops.integrations.pytest_peft PEFT_CHECKOUT [-k "Vanilla and LoRA"]
+
+The tests are of the checkout, PEFT is the one that is installed. Exit code 0 says that every test has the same outcome.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+from peft.tuners.lora import layer, model
+
+from . import peft as ours
+
+DISPATCH, PLAN = model.dispatch_default, ours.plan
+OUTCOMES = "passed", "failure", "error", "skipped"
+calls = Counter()  # "fused" or why not
+
+
+class Linear(ours.FusedLinear):
+    """Has the name of PEFT's layer, since tests look at its repr."""
+
+
+def dispatch(*args, **kwargs):
+    made = DISPATCH(*args, **kwargs)
+    if type(made) is layer.Linear:
+        made.__class__ = Linear  # norms of DoRA are made in its first forward, as those of an adapter added after patch
+    return made
+
+
+def plan(made, x):
+    found = PLAN(made, x)
+    if not torch.compiler.is_compiling():
+        calls["fused" if type(found) is tuple else found] += 1
+    return found
+
+
+def pytest_configure():
+    model.dispatch_default, ours.plan = dispatch, plan
+
+
+def pytest_unconfigure():
+    model.dispatch_default, ours.plan = DISPATCH, PLAN
+
+
+def pytest_terminal_summary(terminalreporter):
+    counts = ", ".join(f"{count} {key}" for key, count in calls.most_common())
+    terminalreporter.write_line(f"peftops: calls of LoRA layers: {counts or 'none'}")
+
+
+def options(argv):
+    parser = argparse.ArgumentParser(prog="python -m peftops.integrations.pytest_peft", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("checkout", metavar="PEFT_CHECKOUT", type=Path, help="PEFT's sources, with tests/")
+    parser.add_argument(
+        "tests", nargs="*", default=["tests/test_custom_models.py"], help="files in it, default %(default)s"
+    )
+    parser.add_argument("-k", default="Vanilla and LoRA", help="which tests, as pytest's -k, default %(default)s")
+    found = parser.parse_args(argv)
+    for name in found.tests:
+        if not (found.checkout / name).exists():
+            parser.error(f"there is no {name} in {found.checkout}")
+    return found
+
+
+def outcomes(o, *plugin):
+    """{test: one of OUTCOMES} of a run in a process of its own, whose output is shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", *o.tests, "-k", o.k, "-q", "--tb=no", "--disable-warnings"]
+        done = subprocess.run([*command, "-o", "addopts=", f"--junitxml={report}", *plugin], cwd=o.checkout)
+        if not report.exists():
+            sys.exit(f"pytest ended with exit code {done.returncode} and without a report")
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    return {
+        f"{case.get('classname')}::{case.get('name')}": next((c.tag for c in case if c.tag in OUTCOMES), "passed")
+        for case in cases
+    }
+
+
+def main(argv=None):
+    o = options(argv)
+    stock, fused = outcomes(o), outcomes(o, "-p", __spec__.name)
+    print(f"{'':10}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES))
+    for name, run in ("PEFT", stock), ("peftops", fused):
+        counts = Counter(run.values())
+        print(f"{name:10}" + "".join(f"{counts[outcome]:10}" for outcome in OUTCOMES))
+    differ = [test for test in {**stock, **fused} if stock.get(test) != fused.get(test)]
+    for test in differ:
+        print(f"{test}: {stock.get(test, 'absent')} with PEFT, {fused.get(test, 'absent')} with peftops")
+    if "passed" not in stock.values():
+        print("no test passed with PEFT, so nothing was compared")
+        return 1
+    print(f"{len(differ)} differ" if differ else "every outcome is the same")
+    return int(bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
