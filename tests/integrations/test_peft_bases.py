@@ -149,7 +149,7 @@ CASES = {  # dtype of x, of the adapter, of what the base computes in, autocast
     "base-in-fp32": (BF16, FP32, FP32, None),
     "base-in-fp16": (FP32, FP32, FP16, None),
     "all-but-the-base-in-bf16": (BF16, BF16, FP32, None),
-    "base-in-fp32-under-autocast": (BF16, FP32, FP32, BF16),
+    "base-in-fp32-under-autocast": (FP32, FP32, FP32, BF16),
 }
 
 
