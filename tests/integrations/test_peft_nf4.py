@@ -156,11 +156,13 @@ def refuse_scales(layer):
     layer.base_layer.weight.quant_state.state2.blocksize = 128
 
 
-REASONS = {
+UNREAD = {
     "scales of the base weight": refuse_scales,
     "base weight is repacked for inference on a CPU": refuse_repacked,
     "base weight is not quantized yet": refuse_dense,
     "base weight is transposed": refuse_transposed,
+}
+REASONS = {
     "adapters disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merged_adapters.append("default"),
 }
@@ -168,7 +170,15 @@ REASONS = {
 
 def test_every_reason_has_a_case():
     constants = set(re.findall(r'return "([^"]+)"', inspect.getsource(peft_nf4.packed)))
-    assert constants - set(REASONS) == {"a tensor is not plain"}
+    assert constants - set(UNREAD) == {"a tensor is not plain"}
+
+
+@pytest.mark.parametrize("reason", UNREAD)
+def test_what_linear4bit_computes_itself(reason):
+    model = lora(theirs())
+    UNREAD[reason](layer_of(model))
+    (path,) = peftops.report(peftops.patch(model, strict=True)).paths
+    assert path.endswith(f"base's own product: {reason}")
 
 
 @pytest.mark.parametrize("reason", REASONS)

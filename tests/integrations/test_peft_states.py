@@ -1,0 +1,165 @@
+"""Whatever state a model is in: patch completes or changes nothing, unpatch gives every class back."""
+
+import copy
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft.tuners.lora import LoraLayer
+from tiny import logits, single, tiny
+
+import peftops
+import peftops.functional as F
+from peftops.integrations.peft import FUSED, Fused, FusedLinear
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+def state(model):
+    """Classes, and names of attributes."""
+    return {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+
+
+def classes(model):
+    return {name: type(module) for name, module in model.named_modules() if name.rpartition(".")[2] != "other"}
+
+
+def blocks(model):
+    return model.base_model.model.model.layers
+
+
+def other(**config):
+    return peft.LoraConfig(r=3, init_lora_weights=False, **{"target_modules": ["k_proj", "o_proj"]} | config)
+
+
+def test_patch_completes_what_is_half_patched():
+    model = tiny(target_modules=["q_proj"])
+    peftops.patch(blocks(model)[0])
+    model.add_adapter("other", other())
+    logits(model)
+    before = peftops.report(model)
+    assert before.reasons == {"not patched": 5} and before.calls == {FUSED: 1}
+    peftops.patch(model)
+    assert all(type(layer) is FusedLinear for layer in model.modules() if isinstance(layer, LoraLayer))
+    logits(model)
+    assert peftops.report(model).calls == {FUSED: 3, "no active adapter": 4}
+
+
+def test_a_patch_that_fails_changes_nothing(monkeypatch):
+    model, kept = tiny(use_dora=True), []
+    peftops.patch(blocks(model)[0])
+    before, buffers = state(model), [name for name, _ in model.named_buffers()]
+
+    def fail(layer):
+        kept.append(layer)
+        if len(kept) == 10:
+            raise MemoryError
+        keep(layer)
+
+    keep = Fused.keep_norms
+    monkeypatch.setattr(Fused, "keep_norms", fail)
+    with pytest.raises(MemoryError):
+        peftops.patch(model)
+    assert state(model) == before and [name for name, _ in model.named_buffers()] == buffers
+
+
+def add_layers(model):
+    model.add_adapter("other", other())
+
+
+def add_dora(model):
+    model.add_adapter("other", other(use_dora=True))
+    model.set_adapter("other")
+    logits(model)
+
+
+def add_and_delete(model):
+    model.add_adapter("other", other())
+    model.set_adapter("other")
+    logits(model)
+    model.delete_adapter("other")
+
+
+def fail_strictly(model):
+    base = blocks(model)[1].self_attn.q_proj.base_layer
+    base.requires_grad_()
+    with pytest.raises(ValueError, match="base weight is trained"):
+        peftops.patch(model, strict=True)
+    base.requires_grad_(False)
+
+
+def merge_and_unmerge(model):
+    model.merge_adapter()
+    logits(model)
+    model.unmerge_adapter()
+
+
+def patch_again(model):
+    add_layers(model)
+    peftops.patch(model)
+
+
+def unpatch_a_part(model):
+    peftops.unpatch(blocks(model)[0])
+
+
+BETWEEN = [add_layers, add_dora, add_and_delete, fail_strictly, merge_and_unmerge, patch_again, unpatch_a_part]
+IN_STOCK = {patch_again: add_layers, fail_strictly: lambda model: None, unpatch_a_part: lambda model: None}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_unpatch_restores_every_class(between):
+    model, stock = tiny(target_modules=["q_proj", "k_proj"]), tiny(target_modules=["q_proj", "k_proj"])
+    peftops.patch(model)
+    for each, change in ((model, between), (stock, IN_STOCK.get(between, between))):
+        torch.manual_seed(2)
+        change(each)
+    peftops.unpatch(model)
+    assert classes(model) == classes(stock)
+    assert not any(key.startswith("_peftops") for module in model.modules() for key in vars(module))
+    assert torch.equal(logits(model), logits(stock))
+
+
+def test_a_model_is_patched_before_its_weights_are_there():
+    model = tiny()
+    weights, expected = model.state_dict(), logits(peftops.patch(copy.deepcopy(model)))
+    model.to("meta")
+    assert peftops.report(peftops.patch(model)).reasons == {"no kernels for meta": 14}
+    model.to_empty(device="cpu").load_state_dict(weights)
+    for name, buffer in peftops.unpatch(tiny()).named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    assert torch.equal(logits(model), expected) and peftops.report(model).calls == {FUSED: 14}
+
+
+def outcome(model):
+    """Of a call: where y is, or the error."""
+    try:
+        return model(torch.randn(3, 16)).device
+    except RuntimeError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_tensors_of_two_devices_are_pefts_own(part):
+    model = single()
+    getattr(model.base_model.model.lin, part).to("meta")
+    expected = outcome(model)
+    assert outcome(peftops.patch(model)) == expected
+    assert peftops.report(model).reasons == {"tensors on different devices": 1}
+
+
+def test_a_base_weight_that_is_trained_is_refused_in_one_sentence():
+    x, w, a, b = torch.randn(3, 16), torch.randn(24, 16, requires_grad=True), torch.randn(4, 16), torch.randn(24, 4)
+    with pytest.raises(ValueError, match=r"^lora: w must be frozen, got one that requires grad$"):
+        F.lora_linear(x, w, a, b)
+
+
+@pytest.mark.parametrize("name", ["w", "a", "b"])
+def test_a_tensor_without_memory_is_refused_in_one_sentence(name):
+    t = {"x": torch.randn(3, 16), "w": torch.randn(24, 16), "a": torch.randn(4, 16), "b": torch.randn(24, 4)}
+    t[name] = t[name].to("meta")
+    with pytest.raises(ValueError, match=r"^peftops: a kernel got a tensor without memory$"):
+        F.lora_linear(*t.values())
