@@ -119,12 +119,9 @@ def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block):
     expect("lora", "a", a, (a.shape[0], k), dtype, wide)
     expect("lora", "b", b, (n, a.shape[0] if r == a.shape[0] else experts * a.shape[0]), dtype, wide)
     expect("lora", "scale", scale, (1,), wide)
-    if bias is not None:
-        expect("lora", "bias", bias, (n,), dtype, wide)
-    if gain is not None:
-        expect("lora", "gain", gain, (n,), wide)
-    if gate is not None:
-        expect("lora", "gate", gate, (m, experts), wide)
+    expect("lora", "bias", bias, (n,), dtype, wide)
+    expect("lora", "gain", gain, (n,), wide)
+    expect("lora", "gate", gate, (m, experts), wide)
     if r % experts or (gate is not None and not r):
         raise ValueError(f"lora: b must have as many columns for each of {experts} experts, got {r}")
 

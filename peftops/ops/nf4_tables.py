@@ -33,6 +33,7 @@ POSITIVE = (  # of the signed 8-bit dynamic map, as it is: a formula would depen
     0.796093762, 0.810156226, 0.82421875, 0.838281274, 0.852343738, 0.866406262, 0.880468726, 0.89453125, 0.908593774,
     0.922656238, 0.936718762, 0.950781226, 0.96484375, 0.978906274, 0.992968738,
 )  # fmt: skip
+EIGHT_BITS = *(-v for v in reversed(POSITIVE)), 0.0, *POSITIVE, 1.0
 
 
 def four_bits(kind, device):
@@ -42,7 +43,7 @@ def four_bits(kind, device):
 
 def eight_bits(device):
     """(256,) values of the codes of scales"""
-    return kept((*(-v for v in reversed(POSITIVE)), 0.0, *POSITIVE, 1.0), device).detach()
+    return kept(EIGHT_BITS, device).detach()
 
 
 @functools.cache

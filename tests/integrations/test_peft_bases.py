@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from test_peft_fallbacks import HOOKS, Sub, SubParameter
-from tiny import adapted, install_our_mask, single
+from tiny import Net, adapted, install_our_mask, single
 
 import peftops
 import peftops.integrations.peft as integration
@@ -49,15 +49,6 @@ class Quantized(nn.Module):
         with torch.autocast("cpu", BF16, enabled=torch.is_autocast_enabled("cpu") and self.computes is None):
             x = x.to(self.computes or x.dtype)
             return nn.functional.linear(x, self.qweight.to(x.dtype) / 512)
-
-
-class Net(nn.Module):
-    def __init__(self, lin):
-        super().__init__()
-        self.lin = lin
-
-    def forward(self, x):
-        return self.lin(x)
 
 
 class Wide(nn.Module):

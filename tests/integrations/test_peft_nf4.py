@@ -13,7 +13,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tiny import adapted, install_our_mask
+from tiny import Net, adapted, install_our_mask
 
 import peftops
 from peftops.integrations import peft_nf4
@@ -22,15 +22,6 @@ from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K, N = 64, 96
-
-
-class Net(nn.Module):
-    def __init__(self, lin):
-        super().__init__()
-        self.lin = lin
-
-    def forward(self, x):
-        return self.lin(x)
 
 
 def ours(dtype=torch.float32, compute_dtype=None, **options):

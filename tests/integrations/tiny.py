@@ -10,6 +10,17 @@ from torch import nn
 import peftops.functional as F
 
 
+class Net(nn.Module):
+    """One layer, under the name lin."""
+
+    def __init__(self, lin):
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, x):
+        return self.lin(x)
+
+
 def tiny(kind="llama", autocast_adapter_dtype=True, dtype=torch.float32, **config):
     """A language model of two blocks whose adapters are not zero."""
     torch.manual_seed(0)
