@@ -77,6 +77,7 @@ CASES = [
     *(Case("fewest tiles", op, 256, 1024, 1024, 64, p=0.1) for op in BOTH),
     *(Case("multiples of 8", op, 1001, 4104, 4120, 8, p=0.1, bias=True) for op in BOTH),
     *(Case("cublas", op, 8192, 4096, 4096, 16, p=0.1, gain=True, path="cublas") for op in BOTH),
+    *(Case("cublas, delta first", op, 8192, 4096, 4096, 16, p=0.1, bias=True, path="cublas") for op in BOTH),
     Case("few rows", "lora_gemv", 1, 4096, 4096, 16),
     Case("few rows, wide", "lora_gemv", 16, 4096, 14336, 8, fp32=True, bias=True, gain=True),
     Case("few rows, most", "lora_gemv", 64, 4096, 4096, 64, HALF, form="transposed", gain=True),

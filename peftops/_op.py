@@ -19,11 +19,11 @@ def op(contract):
         outputs = contract(*args)
         x, fill = args[0], backends.find(name, args[0])
         every = (*outputs, *args) if isinstance(outputs, tuple) else (outputs, *args)
-        if x.is_cuda:
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            fill(*every)
+        else:
             with torch.cuda.device(x.device):  # kernels run on the current device
                 fill(*every)
-        else:
-            fill(*every)
         return outputs
 
     def dispatched(*args):

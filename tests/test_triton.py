@@ -30,9 +30,9 @@ def assert_law(op, shape, dtype, cases=None):
 
 @pytest.mark.parametrize("op", ["lora_fwd", "lora_bwd", "lora_gemv"])
 def test_product_by_cublas(op, monkeypatch):
-    monkeypatch.setattr(_gemm, "path", lambda *args, **kwargs: "cublas")
-    monkeypatch.setattr(lora_gemv, "path", lambda *args: "cublas")
+    by_cublas(monkeypatch)
     assert_law(op, (5, 40, 48, 20), torch.bfloat16)
+    assert_law(op, (5, 40, 48, 0), torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", ["lora_fwd", "lora_bwd"])
@@ -43,9 +43,9 @@ def test_groups_of_tiles(op):
 def test_path(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", h200)
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
-    ways = [_gemm.path(9, 4096, k, half) for k in (2048, 4096, 4099, 8192)]
+    ways = [_gemm.path(9, 4096, k, half) for k in (1024, 1792, 1790, 2048)]
     assert ways == ["fused", "fused", "cublas", "cublas"]
-    assert _gemm.path(9, 4096, 8192, half, passes=2) == "fused" and _gemm.path(9, 4096, 4096, single) == "cublas"
+    assert _gemm.path(9, 4096, 3584, half, passes=2) == "fused" and _gemm.path(9, 4096, 4096, single) == "cublas"
     few = [lora_gemv.path(1, n, 4096, 16, form, half) for n, form in ((14336, "dense"), (4096, "dense"), (8, "given"))]
     assert few == ["one launch", "two launches", "given"]
     assert lora_gemv.path(1, 14336, 4096, 16, "dense", single) == "cublas"
@@ -58,11 +58,13 @@ def test_path_of_four_bits(monkeypatch):
     def ways(op, x, k, *rows):
         return [path(op, x, m, 4096, k, 16, "nf4") for m in rows]
 
-    assert ways("lora_fwd", half, 4096, 65, 512, 8192) == ["fused", "fused", "dequantize + cuBLAS"]
+    assert ways("lora_fwd", half, 4096, 65, 8192) == ["dequantize + cuBLAS"] * 2
     assert ways("lora_fwd", single, 4096, 65) == ways("lora_fwd", half, 4099, 65) == ["dequantize + cuBLAS"]
     assert ways("lora_gemv", half, 4096, 1, 64) == ["two launches"] * 2
     assert path("lora_gemv", half, 1, 4096, 4096, 0, "nf4") == "one launch"
     assert ways("lora_gemv", single, 4096, 1) == ways("lora_gemv", half, 4099, 1) == ["dequantize + cuBLAS"]
+    monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_80", 108))
+    assert ways("lora_fwd", half, 4096, 65, 512, 8192) == ["fused", "fused", "dequantize + cuBLAS"]
 
 
 def test_stripes_cover_and_fill(monkeypatch):

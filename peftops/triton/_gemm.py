@@ -42,9 +42,9 @@ NF4_TILES = {  # of products with 4-bit weights: decoding costs as many instruct
 }
 EPILOGUE = {2: gemm(64, 128, 64, 4, 1), 4: gemm(32, 64, 32, 4, 1)}  # of passes over y or dx, by bytes an element
 SLOWER = {  # ops a byte of the machine; how much slower than cuBLAS our product, and that which decodes 4 bits, is
-    "sm_80": (350, 0.05, 0.5),  # taken to be: not measured yet
+    "sm_80": (350, 0.05, 0.5),  # taken to be, all but sm_90, which is an H200's
     "sm_86": (160, 0.03, 0.35),
-    "sm_90": (367, 0.08, 0.5),
+    "sm_90": (367, 0.2, 4.0),
     "sm_100": (480, 0.20, 1.0),
     "gfx942": (325, 0.15, 0.6),
 }
@@ -66,7 +66,8 @@ def path(m, n, k, x, form="dense", passes=1):
     An epilogue reads and writes the result once more, 2·ops/(bytes·k) of the product's time, and `passes` counts
     such costs: our product may lose as much to cuBLAS and still be the faster. Without 16-byte rows it loses more.
     cuBLAS needs 4-bit weights decoded before: ½ byte read, 2 written and read again, but that read is the product's
-    own, are 2.5 bytes a weight, 0.63·ops/m of the product's time. That pays for decoding inside up to 500 rows or so.
+    own, are 2.5 bytes a weight, 0.63·ops/m of the product's time. That pays for decoding inside up to 500 rows or so,
+    and on an H200, whose tensor cores wait for it, never.
     """
     kind, _ = machine(x.device)
     if x.dtype is torch.float32:

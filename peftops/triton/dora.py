@@ -5,6 +5,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
+from ._launch import launched
 from ._tile import cast, dot, inverse, keep_bytes, load_keep, load_tile, store_tile, unpack
 from .dora_grads import dora_norm_bwd
 from .lora_product import operand
@@ -22,6 +23,7 @@ def add_ranks(acc, A, B, o_n, o_r, o_k, N, K, R, DTYPE: tl.constexpr):
 
 # limits: registers 48-255, spilled 0, reloads 0, loop 0-900, mma 1-, fma 0
 # limits -BLOCK: loop 0-700, wide 6-, fma 0-
+@launched
 @triton.jit
 def norm_kernel(
     OUT, X, W, A, B, SCALE, N, K, R, KS,
@@ -56,6 +58,7 @@ def norm_kernel(
 
 
 # limits: registers 16-64, spilled 0, reloads 0, loop 0-400
+@launched
 @triton.jit
 def root_kernel(OUT, PARTS, COUNT, N, BP: tl.constexpr, BN: tl.constexpr):
     """out = √Σ parts, in an order that only their number decides"""
@@ -67,6 +70,7 @@ def root_kernel(OUT, PARTS, COUNT, N, BP: tl.constexpr, BN: tl.constexpr):
 
 
 # limits: registers 24-96, spilled 0, reloads 0, wide 1-
+@launched
 @triton.jit(do_not_specialize=["threshold"])
 def drop_kernel(
     DROPPED, REST, BITS, X, SEED, threshold, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
@@ -87,6 +91,7 @@ def drop_kernel(
 
 
 # limits: registers 16-96, spilled 0, reloads 0, wide 1-
+@launched
 @triton.jit
 def mix_kernel(OUT, U, V, BITS, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """out = factor · keep ⊙ u + v - factor · keep ⊙ v"""

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
+from ._launch import launched
 from ._tile import cast, dot, load_tile, store_tile
 from .lora_product import multiply, operand
 from .lora_rank import base_tile, gate_columns, widen
@@ -13,6 +14,7 @@ from .lora_rank import base_tile, gate_columns, widen
 
 # limits: registers 64-255, spilled 0-16, reloads 0, loop 0-400, mma 8-, fma 0
 # limits -BLOCK: loop 0-350, wide 8-, fma 0-
+@launched
 @triton.jit
 def gemv_kernel(
     Y, X, W, A, B, SCALE, BIAS, GAIN, GATE, M, N, K, R, RB, E,
@@ -57,6 +59,7 @@ def product(
 
 # limits: registers 32-160, spilled 0-16, reloads 0, loop 0-180, mma 16-, wide 6-, fma 0
 # limits -BLOCK: wide 12-, fma 0-
+@launched
 @triton.jit
 def parts_kernel(
     YP, HP, X, W, A, M, N, K, R, KS,
@@ -80,6 +83,7 @@ def parts_kernel(
 
 
 # limits: registers 48-208, spilled 0-16, reloads 0, loop 0-540, mma 1-, wide 6-
+@launched
 @triton.jit
 def finish_kernel(
     Y, YP, HP, B, SCALE, BIAS, GAIN, GATE, M, N, R, RB, E,

@@ -6,19 +6,21 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
+from ._launch import launched
 from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
-from .lora_product import multiply_bwd, operand
+from .lora_product import adds, multiply_bwd, operand
 from .lora_rank import base_tile, gated
 from .nf4 import nf4_tile
 
 
 # limits: registers 48-255, spilled 0, reloads 0, loop 0-1400, mma 24-, wide 4-
+@launched
 @triton.jit
 def grads_kernel(
-    DHG, DB, DBIAS, DGAIN, DY, Z, B, H, SCALE, GAIN, GATE, M, N, R, RB, E, NS,
+    DHG, DB, DBIAS, DGAIN, DZ, DY, Z, B, H, SCALE, GAIN, GATE, M, N, R, RB, E, NS,
     EVEN: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dhg = s · dz·b over NS columns; db = s · dzᵀ·(gate ⊙ h), dbias = Σ dy, dgain = Σ dy ⊙ z over a block of rows"""
+    """dz; dhg = s · dz·b over NS columns; db = s · dzᵀ·(gate ⊙ h), dbias = Σ dy, dgain = Σ dy ⊙ z over BM rows"""
     if EVEN:
         N = N // 8 * 8
     i_m, i_s, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -37,6 +39,8 @@ def grads_kernel(
             tl.store(DGAIN + i_m * N + o_n, tl.sum(t_dy.to(tl.float32) * t_z.to(tl.float32), 0), mask=mine)
         if GAIN is not None:
             t_dy = cast(t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :], DY.dtype.element_ty)
+        if DZ is not None:
+            tl.store(DZ + o_m[:, None] * N + o_n[None, :], t_dy, mask=(o_m[:, None] < M) & mine[None, :])
         if DHG is not None:
             t_b = cast(load_tile(B, o_n, o_r, N, RB), DY.dtype.element_ty)
             acc = dot(t_dy, t_b, acc)
@@ -48,6 +52,7 @@ def grads_kernel(
 
 
 # limits: registers 24-192, spilled 0, reloads 0, loop 0-850, mma 8-, wide 12-
+@launched
 @triton.jit
 def da_kernel(
     DA, X, DH, BITS, factor, M, K, R, MS,
@@ -70,15 +75,18 @@ def da_kernel(
 
 # limits: registers 56-255, spilled 0-16, reloads 0, loop 0-700, mma 1-, wide 4-, fma 0
 # limits -BLOCK: registers 72-255, loop 0-650, wide 5-, fma 0-
+# limits -W: registers 48-255, spilled 0-32, wide 1-
 # limits -GAIN: waits 0-1
 # limits gfx942: registers 72-300
+# limits gfx942 -W: registers 48-300
+@launched
 @triton.jit
 def dgrad_kernel(
     DX, DY, W, DH, A, BITS, GAIN, factor, M, N, K, R,
     FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
     RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dx = factor · keep ⊙ (dh·a) + dz·Ŵ; BN of the K columns, BK of the N that are summed over"""
+    """dx = factor · keep ⊙ (dh·a) + dz·Ŵ, if there is one; BN of the K columns, BK of the N that are summed over"""
     TURNED: tl.constexpr = "transposed" if FORM == "dense" else "dense"
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
@@ -136,12 +144,15 @@ def lora_bwd(
             sums.zero_()
         return
     ranked = need[0] or need[1] or need[5]
-    dhg = None
+    dhg, dz = None, dy
     if ranked:
         dhg = b.new_empty(x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32)
+    library = need[0] and form != "given" and path(dx, dy, form, gain) == "cublas"
+    if library and gain is not None:
+        dz = torch.empty_like(dy)
     dy_pass(
         dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
-        dy, z, b, h, scale, gain, gate,
+        None if dz is dy else dz, dy, z, b, h, scale, gain, gate,
     )  # fmt: skip
     dh = dhg if gate is None or not ranked else fold(dhg, gate, a.shape[0], x.dtype)
     factor = inverse(p)
@@ -149,15 +160,29 @@ def lora_bwd(
         torch.sum((dhg.unflatten(1, (-1, h.shape[1])) * h[:, None]).view(*gate.shape, -1), 2, out=dgate)
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
-    if need[0]:
-        dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, p > 0)
+    if library:
+        delta = a.numel() > 0
+        first = delta and adds(dx)
+        if not first:
+            multiply_bwd(dx, dz, base, form, block)
+        if delta:
+            dgrad(dx, dz, [] if first else [dx], dh, a, bits, None, factor, "given", block, p > 0)
+        if first:
+            multiply_bwd(dx, dz, base, form, block, True)
+    elif need[0]:
+        dgrad(dx, dy, [] if form == "given" else base, dh, a, bits, gain, factor, form, block, p > 0)
 
 
-def dy_pass(dhg, db, dbias, dgain, dy, z, b, h, scale, gain, gate):
+def path(dx, dy, form, gain):
+    """Of dx = dz·Ŵ: "fused", or "cublas", which takes dz as a tensor of its own."""
+    return _gemm.path(*dx.shape, dy.shape[1], dx, form, passes=1 if gain is None else 2)
+
+
+def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
     """What a read of dy gives, in blocks of rows and stripes of columns whose parts are added in order."""
     (m, n), (rb, r) = dy.shape, (b.shape[1], h.shape[1])
     outputs = [None if out is None or not out.numel() else out for out in (dhg, db, dbias, dgain)]
-    if all(out is None for out in outputs):
+    if dz is None and all(out is None for out in outputs):
         return
     sizes = GRADS_ODD if n % 8 and not _gemm.INTERPRET else GRADS[_gemm.machine(dy.device)[0]]
     sizes = GRADS_FP32 if dy.element_size() == 4 else sizes
@@ -166,7 +191,7 @@ def dy_pass(dhg, db, dbias, dgain, dy, z, b, h, scale, gain, gate):
     count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
     parts = [None if out is None else parts_of(out, count if at == 0 else blocks) for at, out in enumerate(outputs)]
     grads_kernel[(blocks, count, ranks)](
-        *parts, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
+        *parts, dz, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
         EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
     )  # fmt: skip
     for out, part in zip(outputs, parts, strict=True):
@@ -197,11 +222,6 @@ def x_pass(da, x, dh, bits, factor, drop):
 def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, drop):
     (m, k), n, r, br = dx.shape, dy.shape[1], dh.shape[1], _gemm.rank(dh.shape[1], 32)
     sizes = _gemm.pick(m, k, dx, form)
-    if form == "given":
-        base = []
-    elif _gemm.path(m, k, n, dx, form, passes=1 if gain is None else 2) == "cublas":
-        multiply_bwd(dx, dy if gain is None else (dy * gain).to(dy.dtype), base, form, block)
-        base, form = [dx], "given"
     if form == "given":
         sizes, n = _gemm.epilogue(dx), 0
     w, told = operand(base, form, block, k, sizes["BN"])

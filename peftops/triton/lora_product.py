@@ -16,10 +16,10 @@ def operand(base, form, block, k, width):
     return base[0] if base else None, {"FORM": form, "BLOCK": None, "GROUP": None}
 
 
-def multiply(y, x, base, form, block):
-    """y = x·Ŵᵀ; a part of the rows of Ŵ gives as many columns of y."""
+def multiply(y, x, base, form, block, add=False):
+    """y = x·Ŵᵀ, or y + x·Ŵᵀ to add; a part of the rows of Ŵ gives as many columns of y."""
     if form != "nf4":
-        torch.mm(x, base[0] if form == "transposed" else base[0].T, out=y)
+        product(y, x, base[0] if form == "transposed" else base[0].T, add)
         return
     (_, n), k = y.shape, x.shape[1]
     span = part(n, k, x)
@@ -27,13 +27,13 @@ def multiply(y, x, base, form, block):
     for first in range(0, n, span):
         w = scratch[: n - first]
         decode(w.view(1, -1), base, block, first * k, 0)
-        torch.mm(x, w.T, out=y[:, first : first + span])
+        product(y[:, first : first + span], x, w.T, add)
 
 
-def multiply_bwd(dx, dz, base, form, block):
-    """dx = dz·Ŵ; a part of the columns of Ŵ gives as many of dx, so that sums stay whole."""
+def multiply_bwd(dx, dz, base, form, block, add=False):
+    """dx = dz·Ŵ, or dx + dz·Ŵ to add; a part of the columns of Ŵ gives as many of dx, so that sums stay whole."""
     if form != "nf4":
-        torch.mm(dz, base[0].T if form == "transposed" else base[0], out=dx)
+        product(dx, dz, base[0].T if form == "transposed" else base[0], add)
         return
     (_, k), n = dx.shape, dz.shape[1]
     span = part(k, n, dz)
@@ -42,7 +42,19 @@ def multiply_bwd(dx, dz, base, form, block):
         columns = min(span, k - first)
         w = scratch[: n * columns].view(n, columns)
         decode(w, base, block, first, k)
-        torch.mm(dz, w, out=dx[:, first : first + columns])
+        product(dx[:, first : first + columns], dz, w, add)
+
+
+def adds(x):
+    """Whether the product comes last and is added to the delta, which saves a read; fp32 would lose digits to it."""
+    return x.element_size() == 2
+
+
+def product(out, a, b, add):
+    if add:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def part(count, length, x):

@@ -5,6 +5,7 @@ import math
 import triton
 import triton.language as tl
 
+from ._launch import launched
 from ._tile import cast
 
 EXACT = {"enable_fp_fusion": False}  # a scale is a product and a sum, each of them rounded
@@ -59,6 +60,7 @@ def absmax_of(W, o_q, inside):
 
 
 # limits: registers 12-160, spilled 0, reloads 0, fma 0
+@launched
 @triton.jit
 def nf4_dequantize_kernel(OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr):
     """out (rows, COLS) = the elements first + row · PITCH + column of the flattened weight"""
@@ -71,6 +73,7 @@ def nf4_dequantize_kernel(OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP
 
 
 # limits: registers 24-192, spilled 0, reloads 0, wide 1-, fma 5-  (of a division that rounds correctly)
+@launched
 @triton.jit
 def nf4_quantize_kernel(CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BLOCK: tl.constexpr, BM: tl.constexpr):
     """absmax = max |x| of each block; a code counts the bounds below x · (1 / absmax), which may be reordered"""
