@@ -43,9 +43,9 @@ def test_groups_of_tiles(op):
 def test_path(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", h200)
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
-    ways = [_gemm.path(9, 4096, k, half) for k in (1024, 1792, 1790, 2048)]
-    assert ways == ["fused", "fused", "cublas", "cublas"]
-    assert _gemm.path(9, 4096, 3584, half, passes=2) == "fused" and _gemm.path(9, 4096, 4096, single) == "cublas"
+    ways = [_gemm.path(9, 4096, k, half) for k in (128, 456, 454, 512)]
+    assert ways == ["fused", "fused", "cublas", "cublas"] and _gemm.path(9, 64, 454, half) == "fused"
+    assert _gemm.path(9, 4096, 896, half, passes=2) == "fused" and _gemm.path(9, 4096, 4096, single) == "cublas"
     few = [lora_gemv.path(1, n, 4096, 16, form, half) for n, form in ((14336, "dense"), (4096, "dense"), (8, "given"))]
     assert few == ["one launch", "two launches", "given"]
     assert lora_gemv.path(1, 14336, 4096, 16, "dense", single) == "cublas"

@@ -10,6 +10,11 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def stream(device):
     """The handle of torch's current stream."""
     return torch._C._cuda_getCurrentRawStream(device.index)

@@ -43,13 +43,14 @@ def path(op, x, m, n, k, r, form):
     """What a report calls the way of m rows like x through a base of n columns and k rows.
 
     In one launch every block makes its own h: processors · r / n of what is read of the base is read again, from L2.
-    Of a 4-bit base that is four times as much, and a launch for h alone overlaps the next.
+    Of a 4-bit base that is four times as much, and a launch for h alone overlaps the next. On an H200 decoding a base
+    takes 13 µs and cuBLAS 10, and 64 rows that decode it inside 36, 32 rows 26.
     """
     if form == "given":
         return "epilogue"
     fp32 = x.dtype is torch.float32
     if form == "nf4":
-        if k % 32 or m > (4 if fp32 else 64):
+        if k % 32 or m > (4 if fp32 else 32 if _device.hopper(x.device) else 64):
             return "dequantize + cuBLAS"
         return "two launches" if r else "one launch"
     if form == "transposed" or k % 8 or (m > 4 and fp32):

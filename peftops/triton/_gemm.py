@@ -5,6 +5,8 @@ import functools
 import torch
 import triton
 
+from ._launch import cdiv, power_of_2
+
 INTERPRET = triton.knobs.runtime.interpret
 KINDS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (11, 0): "sm_100"}
 SHARED = {  # bytes a program may use
@@ -41,10 +43,11 @@ NF4_TILES = {  # of products with 4-bit weights: decoding costs as many instruct
     "interpret": (gemm(32, 32, 32, 4, 1),),
 }
 EPILOGUE = {2: gemm(64, 128, 64, 4, 1), 4: gemm(32, 64, 32, 4, 1)}  # of passes over y or dx, by bytes an element
+TINY = 1 << 21  # m·n·k: one launch is faster than two, and cuBLAS adds to what is rounded already
 SLOWER = {  # ops a byte of the machine; how much slower than cuBLAS our product, and that which decodes 4 bits, is
     "sm_80": (350, 0.05, 0.5),  # taken to be, all but sm_90, which is an H200's
     "sm_86": (160, 0.03, 0.35),
-    "sm_90": (367, 0.2, 4.0),
+    "sm_90": (367, 0.8, 4.0),
     "sm_100": (480, 0.20, 1.0),
     "gfx942": (325, 0.15, 0.6),
 }
@@ -72,7 +75,7 @@ def path(m, n, k, x, form="dense", passes=1):
     kind, _ = machine(x.device)
     if x.dtype is torch.float32:
         return "cublas"
-    if kind == "interpret":
+    if kind == "interpret" or m * n * k <= TINY:
         return "fused"
     budget, slower, decoding = SLOWER[kind]
     spent = budget * passes / max(1, k)
@@ -85,7 +88,7 @@ def pick(m, n, x, form="dense"):
     """The tile of a fused product with m rows and n columns."""
     kind, processors = machine(x.device)
     for t in (NF4_TILES if form == "nf4" else TILES)[kind]:
-        if triton.cdiv(m, t["BM"]) * triton.cdiv(n, t["BN"]) >= processors:
+        if cdiv(m, t["BM"]) * cdiv(n, t["BN"]) >= processors:
             break
     return t
 
@@ -96,12 +99,12 @@ def epilogue(x):
 
 def rank(r, most=64):
     """How many columns a tile of rank r holds: more take turns."""
-    return min(max(16, triton.next_power_of_2(r)), 16 if INTERPRET else most)
+    return min(max(16, power_of_2(r)), 16 if INTERPRET else most)
 
 
 def stripes(length, block, programs, x, most=1024):
     """(number, length): the stripes, of whole blocks, that give every multiprocessor two programs."""
-    wanted = min(triton.cdiv(2 * machine(x.device)[1], programs), most)
-    blocks = max(1, triton.cdiv(length, block))
-    span = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, span), span * block
+    wanted = min(cdiv(2 * machine(x.device)[1], programs), most)
+    blocks = max(1, cdiv(length, block))
+    span = cdiv(blocks, wanted)
+    return cdiv(blocks, span), span * block

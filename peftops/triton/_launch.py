@@ -9,6 +9,16 @@ from torch import Tensor
 MOST = 2048  # kinds of arguments that are kept
 
 
+def cdiv(a, b):
+    """Triton's own cost ten times as much on a host, as they are for kernels too."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The least that is not below n, of 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
 class Launched:
     """kernel[grid](*args, **options) as triton.jit has it, on the current device, which is that of the tensors.
 
@@ -34,19 +44,22 @@ class Launched:
                     starts |= part.data_ptr()
             else:
                 alike.append(arg)
-        if starts % 16:
+        hook = triton.knobs.runtime.launch_enter_hook  # a profiler's
+        if starts % 16 or (hook is not None and getattr(hook, "calls", True)):
             self.kernel[grid](*args, **options)
             return
         key = device, *alike, *options, *options.values()
         if found := self.kept.get(key):
-            compiled, rest = found
-            compiled[(*grid, 1, 1)[:3]](*args, *rest, stream=torch._C._cuda_getCurrentRawStream(device))
+            run, function, metadata, rest = found
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *rest)
             return
         compiled = self.kernel[grid](*args, **options)
         if compiled is not None:  # what only records launches compiles nothing
             if len(self.kept) >= MOST:
                 self.kept.clear()
-            self.kept[key] = compiled, [options[name] for name in self.kernel.arg_names[len(args) :]]
+            rest = [options[name] for name in self.kernel.arg_names[len(args) :]]
+            self.kept[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
 
 
 def launched(kernel):

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
-from ._launch import launched
+from ._launch import cdiv, launched
 from ._tile import cast, dot, inverse, keep_bytes, load_keep, load_tile, store_tile, unpack
 from .dora_grads import dora_norm_bwd
 from .lora_product import operand
@@ -125,7 +125,7 @@ def norm_tile(r, x, even):
     tiles = NORM_FP32 if x.element_size() == 4 else NORM[_gemm.machine(x.device)[0]] if even else NORM_ODD
     most = min((ranks for ranks in tiles if r <= ranks), default=0)
     sizes, br = tiles[most or min(tiles)], _gemm.rank(r, min(64, max(tiles)))
-    held = max(1, triton.cdiv(r, br)) if most else 0
+    held = max(1, cdiv(r, br)) if most else 0
     return sizes | {"BR": br, "HELD": held, "STAGES": sizes["num_stages"] if held else 1}
 
 
@@ -135,7 +135,7 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     sizes = norm_tile(r, x, even)
     if r > sizes["BR"]:  # every tile reads all of them: rounded once
         a, b = a.to(x.dtype), b.to(x.dtype)
-    blocks = max(1, triton.cdiv(rows, sizes["BN"]))
+    blocks = max(1, cdiv(rows, sizes["BN"]))
     resident = _gemm.machine(x.device)[1] * (2 if r <= 64 else 1)  # programs at once, by their registers
     count, span = _gemm.stripes(k, sizes["BK"], blocks, x, most=max(1, resident // blocks))
     parts = n if count == 1 else n.new_empty(count, rows)
@@ -144,7 +144,7 @@ def dora_norm(n, x, base, a, b, scale, form, block):
         parts, x, w, a, b, scale, rows, k, r, span, EVEN=even, ROOT=count == 1, **(sizes | told)
     )
     if count > 1:
-        root_kernel[(triton.cdiv(rows, 256),)](n, parts, count, rows, BP=16, BN=256, enable_fp_fusion=True)
+        root_kernel[(cdiv(rows, 256),)](n, parts, count, rows, BP=16, BN=256, enable_fp_fusion=True)
 
 
 def dora_drop(dropped, rest, bits, x, seed, p):
@@ -163,4 +163,4 @@ def dora_mix(out, u, v, bits, p):
 
 
 def elements(m, k):
-    return triton.cdiv(m, ELEMENTS["BM"]), triton.cdiv(k, ELEMENTS["BK"])
+    return cdiv(m, ELEMENTS["BM"]), cdiv(k, ELEMENTS["BK"])

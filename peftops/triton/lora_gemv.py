@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
-from ._launch import launched
+from ._launch import cdiv, launched, power_of_2
 from ._tile import cast, dot, load_tile, store_tile
 from .lora_product import multiply, operand
 from .lora_rank import base_tile, gate_columns, widen
@@ -124,17 +124,17 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     if kind in ("cublas", "given"):
         form = "given"
     experts, even = 1 if gate is None else gate.shape[1], n % 8 == k % 8 == 0
-    bm = min(max(16, triton.next_power_of_2(m)), 64)
+    bm = min(max(16, power_of_2(m)), 64)
     if kind == "one launch":
         sizes = one_launch(n, bm, x, form)
         w, told = operand(base, form, block, k, sizes["BK"])
-        gemv_kernel[(triton.cdiv(n, sizes["BN"]), triton.cdiv(m, bm))](
+        gemv_kernel[(cdiv(n, sizes["BN"]), cdiv(m, bm))](
             y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
-            EVEN=even, BM=bm, BR=r and max(16, triton.next_power_of_2(r)), **(sizes | told),
+            EVEN=even, BM=bm, BR=r and max(16, power_of_2(r)), **(sizes | told),
         )  # fmt: skip
         return
     yp, hp = two_launches(x, base, a, n, form, block, even, bm)
-    finish_kernel[(triton.cdiv(n, FINISH["BN"]), triton.cdiv(m, FINISH["BM"]))](
+    finish_kernel[(cdiv(n, FINISH["BN"]), cdiv(m, FINISH["BM"]))](
         y, yp, hp, b, scale, bias, gain, gate, m, n, r, rb, experts,
         YPARTS=yp.numel() // y.numel(), HPARTS=len(hp), EVEN=n % 8 == 0, BR=_gemm.rank(rb), **FINISH,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def one_launch(n, bm, x, form):
     kind, processors = _gemm.machine(x.device)
     if kind == "interpret":
         return SMALL
-    bn = min(max(32, triton.next_power_of_2(n // processors + 1) // 2), 128)
+    bn = min(max(32, power_of_2(n // processors + 1) // 2), 128)
     return tile(4 if bm < 64 and form != "nf4" else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
 
 
@@ -166,14 +166,14 @@ def two_launches(x, base, a, n, form, block, even, bm):
     (m, k), r, kind = x.shape, a.shape[0], _gemm.machine(x.device)[0]
     narrow = x.element_size() == 2 and kind != "interpret"
     sizes = tile(8, STAGES[kind], BN=64, BK=128) if narrow else SMALL
-    programs = triton.cdiv(r, sizes["BN"]) + (0 if form == "given" else triton.cdiv(n, sizes["BN"]))
+    programs = cdiv(r, sizes["BN"]) + (0 if form == "given" else cdiv(n, sizes["BN"]))
     if programs == 0:
         return base[0], x.new_empty(0, m, r, dtype=torch.float32)
-    count, span = _gemm.stripes(k, sizes["BK"], programs * triton.cdiv(m, bm), x, most=16)
+    count, span = _gemm.stripes(k, sizes["BK"], programs * cdiv(m, bm), x, most=16)
     w, told = operand(base, form, block, k, sizes["BK"])
     yp = w if form == "given" else x.new_empty(count, m, n, dtype=torch.float32)
     hp = x.new_empty(count, m, r, dtype=torch.float32)
-    parts_kernel[(programs, count, triton.cdiv(m, bm))](
+    parts_kernel[(programs, count, cdiv(m, bm))](
         None if form == "given" else yp, hp, x, None if form == "given" else w, a, m, n, k, r, span,
         EVEN=even, BM=bm, **(sizes | told),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import tile
-from ._launch import launched
+from ._launch import cdiv, launched
 from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
 from .lora_product import adds, multiply_bwd, operand
 from .lora_rank import base_tile, gated
@@ -187,7 +187,7 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
     sizes = GRADS_ODD if n % 8 and not _gemm.INTERPRET else GRADS[_gemm.machine(dy.device)[0]]
     sizes = GRADS_FP32 if dy.element_size() == 4 else sizes
     br = _gemm.rank(rb)
-    blocks, ranks = triton.cdiv(m, sizes["BM"]), max(1, triton.cdiv(rb, br))
+    blocks, ranks = cdiv(m, sizes["BM"]), max(1, cdiv(rb, br))
     count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
     parts = [None if out is None else parts_of(out, count if at == 0 else blocks) for at, out in enumerate(outputs)]
     grads_kernel[(blocks, count, ranks)](
@@ -210,7 +210,7 @@ def x_pass(da, x, dh, bits, factor, drop):
     if r == 0:
         return
     sizes = DA_FP32 if x.element_size() == 4 else DA[_gemm.machine(x.device)[0]]
-    columns, ranks = triton.cdiv(k, sizes["BK"]), triton.cdiv(r, br)
+    columns, ranks = cdiv(k, sizes["BK"]), cdiv(r, br)
     count, span = _gemm.stripes(m, sizes["BM"], columns * ranks, x)
     parts = parts_of(da, count)
     da_kernel[(columns, count, ranks)](
@@ -225,7 +225,7 @@ def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, drop):
     if form == "given":
         sizes, n = _gemm.epilogue(dx), 0
     w, told = operand(base, form, block, k, sizes["BN"])
-    dgrad_kernel[(triton.cdiv(m, sizes["BM"]) * triton.cdiv(k, sizes["BN"]),)](
+    dgrad_kernel[(cdiv(m, sizes["BM"]) * cdiv(k, sizes["BN"]),)](
         dx, dy, w, dh, a, bits, gain, factor, m, n, k, r,
-        DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=triton.cdiv(r, br), BR=br, **(sizes | told),
+        DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=cdiv(r, br), BR=br, **(sizes | told),
     )  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import triton
 import triton.language as tl
 
-from ._launch import launched
+from ._launch import cdiv, launched, power_of_2
 from ._tile import cast
 
 EXACT = {"enable_fp_fusion": False}  # a scale is a product and a sum, each of them rounded
@@ -99,7 +99,7 @@ def nf4_quantize_kernel(CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BL
 def nf4_quantize(codes, absmax, w, bounds, order, block):
     if size := w.numel():
         bm = max(1, 2048 // block)
-        nf4_quantize_kernel[(triton.cdiv(absmax.numel(), bm),)](
+        nf4_quantize_kernel[(cdiv(absmax.numel(), bm),)](
             codes, absmax, w, bounds, order, size, codes.numel(), absmax.numel(), BLOCK=block, BM=bm, **EXACT
         )
 
@@ -114,9 +114,9 @@ def decode(out, base, block, first, pitch):
     if out.numel():
         piece = math.gcd(columns, PIECE) if rows > 1 else 1
         if piece < PIECE // 4:
-            piece = min(triton.next_power_of_2(columns), PIECE)
+            piece = min(power_of_2(columns), PIECE)
         group = math.gcd(block, piece, first, columns, pitch if rows > 1 else 0)
-        nf4_dequantize_kernel[(rows * triton.cdiv(columns, piece),)](
+        nf4_dequantize_kernel[(rows * cdiv(columns, piece),)](
             out,
             tuple(base),
             first,
