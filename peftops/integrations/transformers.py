@@ -1,4 +1,7 @@
-"""enable_nf4: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes."""
+"""enable_nf4: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes.
+
+PeftopsCallback, for its Trainer, is in transformers_callback.py.
+"""
 
 import logging
 import math
@@ -18,7 +21,10 @@ from ..nn.nf4_packed import PackedNF4
 from ..ops.nf4 import NF4Weight
 from ..ops.nf4_state import STATE
 from ..ops.nf4_tables import FOUR_BITS
+from .transformers_callback import PeftopsCallback
 from .transformers_experts import PackedExperts, experts, pack
+
+__all__ = ["PeftopsCallback", "enable_nf4"]
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"

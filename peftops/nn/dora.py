@@ -114,6 +114,8 @@ class Normed(nn.Module):
 
 @torch.no_grad()
 def computed(weight, a, b, scaling, dtype):
+    if dtype is torch.float32:
+        a, b = a.float(), b.float()
     with torch.autocast(a.device.type, enabled=False):
         return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
 

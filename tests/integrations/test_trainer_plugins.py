@@ -1,0 +1,76 @@
+"""axolotl's plugin on a stand-in of its interface, Lightning, and Liger-Kernel's fused cross entropy."""
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tiny import TOKENS, tiny
+
+import peftops
+from peftops.integrations import liger
+from peftops.integrations.peft import FUSED
+
+
+def test_axolotl(monkeypatch):
+    """As axolotl calls it: found by its name, made without arguments, register before any check of the config."""
+    names = ["axolotl", "axolotl.integrations", "axolotl.integrations.base"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[names[-1]].BasePlugin = object
+    monkeypatch.delitem(sys.modules, "peftops.integrations.axolotl", raising=False)
+    plugin = peftops.integrations.axolotl.PeftopsPlugin()
+    cfg, model = {"lora_r": 8, "lora_qkv_kernel": True}, tiny()
+    plugin.register(cfg)
+    assert cfg == {"lora_r": 8} | dict.fromkeys(peftops.integrations.axolotl.KERNELS, False)
+    plugin.post_model_load(cfg, model)
+    assert peftops.report(model).fused == 14
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, change):
+            super().__init__()
+            self.model, self.losses = change(tiny()), []
+
+        def training_step(self, batch, index):
+            self.losses.append(self.model(input_ids=batch, labels=batch).loss)
+            return self.losses[-1]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+    found = []
+    for change in (lambda model: model, peftops.patch):
+        module = Module(change)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        trainer = lightning.Trainer(
+            max_steps=20, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **quiet
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(TOKENS.repeat(20, 1), batch_size=2))
+        found.append(torch.stack(module.losses))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+    assert len(found[0]) == 20 and set(peftops.report(module.model).calls) == {FUSED}
+
+
+def test_liger_leaves_an_adapter_on_the_head_untrained(caplog):
+    monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    model = tiny(target_modules=["q_proj", "lm_head"])
+    with caplog.at_level(logging.WARNING, "peftops"):
+        peftops.patch(peftops.unpatch(peftops.patch(model)))
+    assert not caplog.records and not liger.untrained(model)
+    options = dict.fromkeys(("rope", "rms_norm", "swiglu"), False)
+    monkey_patch.apply_liger_kernel_to_llama(**options, model=model.base_model.model)
+    with caplog.at_level(logging.WARNING, "peftops"):
+        peftops.patch(model)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "base_model.model.lm_head does not train"
+    ]
