@@ -187,16 +187,17 @@ class LinearNF4(PackedNF4, nn.Linear):
         if not any(key.startswith(f"{name}.{STATE}") for key in tensors) and tensors[name].is_floating_point():
             self.quantize(tensors[name].to(device) if move else tensors[name])
             return
-        q = NF4Weight.load(tensors, name)
+        q = NF4Weight.load({key: whole(t) for key, t in tensors.items()}, name)
         if q.shape != self.shape:
             raise ValueError(f"LinearNF4: weight must be {self.shape}, got {tuple(q.shape)}")
         self.quant_storage = tensors[name].dtype
         base, own = q.base, self.base().tensors
         if move and [(t.shape, t.dtype) for t in base[1:]] == [(t.shape, t.dtype) for t in own[1:]]:
             for mine, theirs in zip(own, base, strict=True):
-                mine.detach().view(theirs.shape).copy_(theirs)
-            base = [t.detach() for t in own]
-        elif move:
+                fill(mine.detach(), theirs.view(mine.shape))
+            self.weight_dtype, self.blocksize, self.quant_type = q.dtype, q.block, q.quant_type
+            return
+        if move:
             base = [t.to(device, copy=True) for t in base]
         self.hold([base[0].flatten(), *base[1:]], q.dtype, q.block, q.quant_type)
 
@@ -220,3 +221,12 @@ class LinearNF4(PackedNF4, nn.Linear):
 def whole(t):
     """All of a tensor that FSDP2 may have sharded."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def fill(t, source):
+    """Copies what every rank has all of into a tensor that FSDP2 may have sharded."""
+    if hasattr(t, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
+    t.copy_(source)
