@@ -1,16 +1,19 @@
 """Patched models on two ranks: the loss and the gradients of one process, for every launcher's way to share work."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from law import bound, error
 
 pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import TOKENS, exactly, install_our_mask, tiny
 
 import peftops
@@ -88,6 +91,38 @@ def ddp(rank):
                     peftops.patch(wrapped, strict=True)
                 assert_law(stock, wrapped, rank, backward=accelerator.backward)
                 assert_fused(model, checkpointing)
+
+
+def sharded(model, **options):
+    """As accelerate does it under FSDP2, whose own state on a CPU knows no FSDP."""
+    options = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False} | options
+    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(
+        state=state, mixed_precision="no", device=torch.device("cpu"), is_main_process=dist.get_rank() == 0
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def fsdp2(rank):
+    install_our_mask(pytest.MonkeyPatch())
+    for kind in KINDS:
+        for checkpointing in (False, True):
+            stock = made(kind, checkpointing)
+            for before in (True, False):
+                model = copy.deepcopy(stock)
+                if before:
+                    peftops.patch(model, strict=True)
+                model = sharded(model)
+                if not before:
+                    peftops.patch(model, strict=True)
+                assert all(hasattr(p, "to_local") for p in model.parameters())
+                assert_law(stock, model, rank)
+                assert_fused(model, checkpointing)
+
+
+def test_fsdp2(tmp_path):
+    assert ranks.run("from test_distributed import fsdp2 as work\n", tmp_path) == ""
 
 
 def test_ddp(tmp_path):
