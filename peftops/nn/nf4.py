@@ -161,7 +161,7 @@ class LinearNF4(PackedNF4, nn.Linear):
         missing_keys += [key for key, t in own.items() if strict and t is not None and key not in state_dict]
         tensors = {key: t for key, t in state_dict.items() if key == name or key.startswith(f"{name}.")}
         try:
-            if name in tensors:
+            if tensors.get(name, self.weight) is not self.weight:  # torch.distributed.checkpoint adds what is there
                 self.load(tensors, name, assign)
             bias = state_dict.get(f"{prefix}bias")
             if bias is not None and self.bias is not None:
@@ -174,7 +174,8 @@ class LinearNF4(PackedNF4, nn.Linear):
                         self.bias.copy_(bias)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
-        known = {key for key, t in own.items() if t is not None} | set(tensors)
+        members = {f"{prefix}{key}" for key, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        known = members | set(tensors)
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
 
     def load(self, tensors, name="weight", assign=False):
