@@ -1,19 +1,17 @@
 """Patched models on two ranks: the loss and the gradients of one process, for every launcher's way to share work."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from law import bound, error
 
 pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import get_peft_model_state_dict
 from tiny import TOKENS, exactly, install_our_mask, tiny
 
 import peftops
@@ -93,19 +91,30 @@ def ddp(rank):
                 assert_fused(model, checkpointing)
 
 
-def sharded(model, **options):
-    """As accelerate does it under FSDP2, whose own state on a CPU knows no FSDP."""
+def fsdp2_accelerator(**options):
+    """As under `accelerate launch`; on a CPU its state would know no FSDP, though its code works there."""
     options = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False} | options
-    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, **options)
-    state = SimpleNamespace(fsdp_plugin=plugin)
-    accelerator = SimpleNamespace(
-        state=state, mixed_precision="no", device=torch.device("cpu"), is_main_process=dist.get_rank() == 0
-    )
-    return fsdp2_prepare_model(accelerator, model)
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    for state in (accelerate.PartialState(), accelerator.state):
+        state.distributed_type = accelerate.DistributedType.FSDP
+    return accelerator
+
+
+def optimizer_of(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, momentum=0.9)
+
+
+def sharded(model, accelerator):
+    """The model and its optimizer, prepared."""
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    assert all(hasattr(p, "to_local") for p in model.parameters())
+    return model, optimizer
 
 
 def fsdp2(rank):
     install_our_mask(pytest.MonkeyPatch())
+    accelerator = fsdp2_accelerator()
     for kind in KINDS:
         for checkpointing in (False, True):
             stock = made(kind, checkpointing)
@@ -113,16 +122,54 @@ def fsdp2(rank):
                 model = copy.deepcopy(stock)
                 if before:
                     peftops.patch(model, strict=True)
-                model = sharded(model)
+                model, _ = sharded(model, accelerator)
                 if not before:
                     peftops.patch(model, strict=True)
-                assert all(hasattr(p, "to_local") for p in model.parameters())
                 assert_law(stock, model, rank)
                 assert_fused(model, checkpointing)
 
 
 def test_fsdp2(tmp_path):
     assert ranks.run("from test_distributed import fsdp2 as work\n", tmp_path) == ""
+
+
+def alone_on_both(model):
+    for p, g in zip([p for p in model.parameters() if p.requires_grad], alone(model)[1], strict=True):
+        p.grad = g
+
+
+def steps(model, optimizer, train, count=3):
+    for _ in range(count):
+        train(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def learning(rank):
+    """Adapters are saved as stock PEFT saves them, before and after three steps."""
+    install_our_mask(pytest.MonkeyPatch())
+    accelerator = fsdp2_accelerator()
+
+    def saved(model):
+        state = accelerator.get_state_dict(model) if hasattr(model, "unshard") else None
+        return get_peft_model_state_dict(model, state)
+
+    for kind in KINDS:
+        stock = made(kind)
+        model, optimizer = sharded(peftops.patch(copy.deepcopy(stock)), accelerator)
+        start, now = saved(stock), saved(model)
+        assert rank or (list(now) == list(start) and all(map(torch.equal, now.values(), start.values())))
+        steps(model, optimizer, lambda model: trained(model, rank))
+        now = saved(model)
+        exact = exactly(stock)
+        for one in (exact, stock):
+            steps(one, optimizer_of(one), alone_on_both)
+        truth, same = saved(exact).values(), saved(stock).values()
+        assert rank or error(now.values(), truth) <= bound(same, truth), kind
+
+
+def test_fsdp2_learns_and_saves(tmp_path):
+    assert ranks.run("from test_distributed import learning as work\n", tmp_path) == ""
 
 
 def test_ddp(tmp_path):
