@@ -13,9 +13,13 @@ pytest.importorskip("transformers")
 
 from peft import get_peft_model_state_dict
 from tiny import TOKENS, exactly, install_our_mask, tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import peftops
-from peftops.integrations.peft import FUSED, lora_layers
+from peftops.integrations.peft import FUSED, OWN, lora_layers
 from peftops.nn import LinearNF4
 
 KINDS = "lora", "qlora", "dora", "qdora"
@@ -58,7 +62,7 @@ def alone(model):
     return losses, [g / 2 for g in grads(model)]
 
 
-def assert_law(stock, model, rank, **options):
+def assert_law(stock, model, rank, alone=alone, **options):
     """The model, on two ranks, is as close to the truth as stock PEFT on one."""
     (losses, truth), (same_losses, same) = alone(exactly(stock)), alone(stock)
     loss = trained(model, rank, **options)
@@ -89,6 +93,10 @@ def ddp(rank):
                     peftops.patch(wrapped, strict=True)
                 assert_law(stock, wrapped, rank, backward=accelerator.backward)
                 assert_fused(model, checkpointing)
+
+
+def test_ddp(tmp_path):
+    assert ranks.run("from test_distributed import ddp as work\n", tmp_path) == ""
 
 
 def fsdp2_accelerator(**options):
@@ -172,5 +180,70 @@ def test_fsdp2_learns_and_saves(tmp_path):
     assert ranks.run("from test_distributed import learning as work\n", tmp_path) == ""
 
 
-def test_ddp(tmp_path):
-    assert ranks.run("from test_distributed import ddp as work\n", tmp_path) == ""
+def one_half(model):
+    model.zero_grad()
+    return [trained(model, 0)], grads(model)
+
+
+def fallbacks(rank):
+    """What is sharded inside of a layer is PEFT's own, or at least its own base's."""
+    install_our_mask(pytest.MonkeyPatch())
+    stock = made("lora")
+    model = peftops.patch(copy.deepcopy(stock), strict=True)
+    for layer in lora_layers(model).values():
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            fully_shard(part)
+    assert_law(stock, fully_shard(model), rank)
+    assert peftops.report(model).calls == {"adapter layer is not nn.Linear": 14}
+
+    mesh = init_device_mesh("cpu", (2,))
+    for plan, calls in (
+        ({"base_layer": ColwiseParallel(output_layouts=Replicate())}, {OWN: 6, FUSED: 8}),
+        ({"lora_B.default": ColwiseParallel(output_layouts=Replicate())}, {"hooks on a part": 6, FUSED: 8}),
+    ):
+        for before in (True, False):
+            model = copy.deepcopy(stock)
+            if before:
+                peftops.patch(model, strict=True)
+            for name, layer in lora_layers(model).items():
+                if name[-6:] in ("q_proj", "k_proj", "v_proj"):
+                    parallelize_module(layer, mesh, plan)
+            if not before:
+                peftops.patch(model)
+            assert_law(stock, model, 0, one_half)
+            assert peftops.report(model).calls == calls
+
+
+def test_what_is_sharded_inside_of_a_layer(tmp_path):
+    assert ranks.run("from test_distributed import fallbacks as work\n", tmp_path) == ""
+
+
+def release(model):
+    """Leaves parameters as ZeRO-3 does outside of a forward; returns what brings them back."""
+    whole = {p: p.data for p in model.parameters()}
+    for i, p in enumerate(whole):
+        p.ds_id, p.data = i, p.data.new_empty(0)
+
+    def gather():
+        for p, data in whole.items():
+            p.data = data
+
+    return gather
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("before", [True, False], ids=["patched before", "patched after"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero3_is_pefts_own(kind, before, monkeypatch):
+    install_our_mask(monkeypatch)
+    stock = made(kind)
+    model = copy.deepcopy(stock)
+    if before:
+        peftops.patch(model, strict=True)
+    gather = release(model)
+    if not before:
+        peftops.patch(model)
+    assert peftops.report(peftops.refresh(model)).reasons == {"ZeRO-3": 14}
+    gather()
+    assert_law(stock, model, 0, one_half)
+    assert peftops.report(model).calls == {"ZeRO-3": 14}
