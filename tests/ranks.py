@@ -29,6 +29,7 @@ def run(work, folder, *args):
     """What `work`, Python's source, says on stderr where a rank fails; empty where none does."""
     script = folder / "two_ranks.py"
     script.write_text(START + work + END)
+    (folder / "store").unlink(missing_ok=True)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, str(script), str(folder / "store"), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)

@@ -1,6 +1,9 @@
 """Patched models on two ranks: the loss and the gradients of one process, for every launcher's way to share work."""
 
 import copy
+import os
+import signal
+import sys
 
 import pytest
 import ranks
@@ -23,6 +26,11 @@ from peftops.integrations.peft import FUSED, OWN, lora_layers
 from peftops.nn import LinearNF4
 
 KINDS = "lora", "qlora", "dora", "qdora"
+
+
+def on_two_ranks(work, folder, *args):
+    name = work.__name__
+    return ranks.run(f"def work(rank):\n    import {__name__}\n    {__name__}.{name}(rank)\n", folder, *args)
 
 
 def made(kind, checkpointing=False, **config):
@@ -96,7 +104,7 @@ def ddp(rank):
 
 
 def test_ddp(tmp_path):
-    assert ranks.run("from test_distributed import ddp as work\n", tmp_path) == ""
+    assert on_two_ranks(ddp, tmp_path) == ""
 
 
 def fsdp2_accelerator(**options):
@@ -138,7 +146,26 @@ def fsdp2(rank):
 
 
 def test_fsdp2(tmp_path):
-    assert ranks.run("from test_distributed import fsdp2 as work\n", tmp_path) == ""
+    assert on_two_ranks(fsdp2, tmp_path) == ""
+
+
+def mixed(rank):
+    """A policy of bf16 casts what it gathers, magnitudes too: as close to the truth as stock PEFT under the same."""
+    install_our_mask(pytest.MonkeyPatch())
+    accelerator = fsdp2_accelerator(mixed_precision_policy="bf16")
+    for kind in KINDS:
+        stock = made(kind)
+        losses, truth = alone(exactly(stock))
+        theirs, _ = sharded(copy.deepcopy(stock), accelerator)
+        ours, _ = sharded(peftops.patch(stock, strict=True), accelerator)
+        same, loss = trained(theirs, rank), trained(ours, rank)
+        assert error(loss, losses[rank]) <= bound(same, losses[rank]), kind
+        assert error(grads(ours), truth) <= bound(grads(theirs), truth), kind
+        assert_fused(ours, False)
+
+
+def test_fsdp2_in_bf16(tmp_path):
+    assert on_two_ranks(mixed, tmp_path) == ""
 
 
 def alone_on_both(model):
@@ -177,12 +204,58 @@ def learning(rank):
 
 
 def test_fsdp2_learns_and_saves(tmp_path):
-    assert ranks.run("from test_distributed import learning as work\n", tmp_path) == ""
+    assert on_two_ranks(learning, tmp_path) == ""
 
 
 def one_half(model):
     model.zero_grad()
     return [trained(model, 0)], grads(model)
+
+
+def resumable(kind, accelerator):
+    model, optimizer = sharded(peftops.patch(made(kind), strict=True), accelerator)
+
+    def step(rank):
+        loss = trained(model, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return model, step
+
+
+def interrupted(rank):
+    accelerator = fsdp2_accelerator()
+    for kind in ("lora", "qdora"):
+        _, step = resumable(kind, accelerator)
+        step(rank)
+        step(rank)
+        accelerator.save_state(f"{sys.argv[2]}/{kind}")
+        accelerator.free_memory()
+    _, step = resumable("lora", accelerator)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(rank)
+
+
+def resumed(rank):
+    accelerator = fsdp2_accelerator()
+    for kind in ("lora", "qdora"):
+        _, step = resumable(kind, accelerator)
+        losses = [step(rank) for _ in range(4)]
+        accelerator.free_memory()
+        model, step = resumable(kind, accelerator)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        accelerator.load_state(f"{sys.argv[2]}/{kind}")
+        assert [step(rank), step(rank)] == losses[2:], kind
+        accelerator.free_memory()
+
+
+def test_a_killed_rank_ends_the_other_and_training_resumes(tmp_path):
+    assert "SIGKILL" in on_two_ranks(interrupted, tmp_path, str(tmp_path))
+    assert on_two_ranks(resumed, tmp_path, str(tmp_path)) == ""
 
 
 def fallbacks(rank):
@@ -215,7 +288,7 @@ def fallbacks(rank):
 
 
 def test_what_is_sharded_inside_of_a_layer(tmp_path):
-    assert ranks.run("from test_distributed import fallbacks as work\n", tmp_path) == ""
+    assert on_two_ranks(fallbacks, tmp_path) == ""
 
 
 def release(model):
