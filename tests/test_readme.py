@@ -54,11 +54,12 @@ def names(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
-def test_block(block, names):
+def test_block(block, names, ops):
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     if re.search(r"\bTrainer\(model", block):  # which adapts none itself
         model = names["get_peft_model"](model, names["LoraConfig"](target_modules="all-linear"))
     exec(block, names | {"model": model})
+    assert ops
 
 
 def test_there_are_blocks_of_everything():
