@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -209,6 +210,11 @@ def fallbacks(rank):
     """A layer whose adapter's modules do more than multiply, gather or split, is PEFT's own."""
     for method in METHODS:
         assert_law(method, by_parts, True, True, calls="adapter layer is not nn.Linear")
+    model = peftops.patch(pair("lora")[1])
+    fully_shard(model.base_model.model.model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"unpatch: .*1.mlp.up_proj has been made a FSDPFusedLinear since patch"):
+        peftops.unpatch(model)
+    assert peftops.report(model).fused == 14
     for name, (plan, calls) in PLANS.items():
         for first in (True, False):
             stock, ours = pair("lora")
