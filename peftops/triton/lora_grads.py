@@ -194,9 +194,7 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
         *parts, dz, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
         EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
     )  # fmt: skip
-    for out, part in zip(outputs, parts, strict=True):
-        if out is not None:
-            add_parts(out, part)
+    add_parts(*(pair for pair in zip(outputs, parts, strict=True) if pair[0] is not None))
 
 
 def fold(dhg, gate, r, dtype):
@@ -216,7 +214,7 @@ def x_pass(da, x, dh, bits, factor, drop):
     da_kernel[(columns, count, ranks)](
         parts, x, dh, bits, factor, m, k, r, span, DROP=drop, EVEN=k % 8 == 0, BR=br, **sizes
     )
-    add_parts(da, parts)
+    add_parts((da, parts))
 
 
 def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, drop):
