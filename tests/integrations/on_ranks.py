@@ -10,9 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils.fsdp_utils import (
+    fsdp2_prepare_model,
+    load_fsdp_model,
+    load_fsdp_optimizer,
+    save_fsdp_model,
+    save_fsdp_optimizer,
+)
 from law import bound, error
+from peft import get_peft_model_state_dict
 from tiny import METHODS, TOKENS, exactly, pair
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -90,9 +97,14 @@ def by_parts(model):
     return by_blocks(model)
 
 
-def by_ddp(model):
+def ranked():
+    """What a launcher tells accelerate."""
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+
+
+def by_ddp(model):
+    ranked()
     wrapped = Accelerator(cpu=True).prepare(model)
     assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
     return wrapped
@@ -184,6 +196,37 @@ def load(model, optimizer, folder):
     states = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
     dcp.load(states, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=states["m"], optim_state_dict=states["o"])
+
+
+def as_launched(**options):
+    """As under `accelerate launch`; on a CPU an Accelerator's state knows no FSDP, though its code works there."""
+    ranked()
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options)
+    accelerator.state.fsdp_plugin = plugin
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator, plugin
+
+
+def checkpoints(rank):
+    """What Trainer calls for its checkpoints, which are of adapters alone, and for an adapter to keep."""
+    losses = {}
+    for form, whole, methods in (("sharded_state_dict", False, METHODS), ("full_state_dict", True, ("lora", "dora"))):
+        accelerator, plugin = as_launched(state_dict_type=form, cpu_ram_efficient_loading=whole)
+        for method in methods:
+            folder = Path(sys.argv[2]) / f"{form} {method}"
+            models = [peftops.patch(pair(method)[1]) for _ in range(2)]
+            (one, first), (two, second) = (accelerator.prepare(model, adam(model)) for model in models)
+            found = steps(one, first)
+            assert losses.setdefault(method, found) == found
+            save_fsdp_model(plugin, accelerator, one, folder, adapter_only=True)
+            save_fsdp_optimizer(plugin, accelerator, first, one, folder)
+            load_fsdp_model(plugin, accelerator, two, folder, adapter_only=True)
+            load_fsdp_optimizer(plugin, accelerator, second, two, folder, adapter_only=True)
+            assert steps(two, second) == steps(one, first), (form, method)
+            kept = [get_peft_model_state_dict(model, accelerator.get_state_dict(model)) for model in (one, two)]
+            assert kept[0].keys() == kept[1].keys() and all(map(torch.equal, *(state.values() for state in kept)))
+            accelerator.free_memory()
 
 
 LAYERS = "base_model.model.model.layers.*.mlp"

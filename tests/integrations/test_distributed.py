@@ -19,7 +19,7 @@ README = Path(__file__).parent.parent.parent / "README.md"
 ZERO3 = "ZeRO-3"
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", "saved", "fallbacks"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "saved", "checkpoints", "fallbacks"])
 def test_on_two_ranks(case, tmp_path):
     assert ranks.run(f"from on_ranks import {case} as work\n", tmp_path, str(tmp_path)) == ""
 
