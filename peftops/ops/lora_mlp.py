@@ -15,10 +15,11 @@ def lora_mlp(x, gate, up, down):
     gate, up and down are (weight, lora_A, lora_B, bias, scaling, dropout_p) of lora_linear, which says what is raised.
     Of what lies between the layers, only the results of gate and up are kept for backward: half of the memory.
     """
-    x, *gate = lora.arguments(x, *gate)
-    x, *up = lora.arguments(x, *up)
-    _, *down = lora.arguments(x.new_empty(0, down[1].shape[-1]), *down)
-    args = x, (len(gate), len(up)), *gate, *up, *down
+    with torch.no_grad():
+        cast, *gate = lora.arguments(x, *gate)
+        _, *up = lora.arguments(cast, *up)
+        _, *down = lora.arguments(cast.new_empty(0, down[1].shape[-1]), *down)
+    args = x, cast, (len(gate), len(up)), *gate, *up, *down
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return MLP.apply(*args)
     return forward(None, *args)
@@ -48,22 +49,23 @@ class Part:
 
 
 def split(args, sizes):
-    """The arguments, x aside, of gate, up and down."""
+    """What is of gate, of up and of down."""
     first, second = sizes
     return args[:first], args[first : first + second], args[first + second :]
 
 
-def forward(ctx, x, sizes, *args):
+def forward(ctx, given, x, sizes, *args):
+    """given: x before autocast, in whose dtype its gradient is summed."""
     gate, up, down = split(args, sizes)
     if ctx is None:
         return lora.forward(None, silu(lora.forward(None, x, *gate)).mul_(lora.forward(None, x, *up)), *down)
-    needs = split(ctx.needs_input_grad[2:], sizes)
+    needs = split(ctx.needs_input_grad[3:], sizes)
     first = ctx.needs_input_grad[0]
     parts = [Part((first, *needs[0])), Part((first, *needs[1])), Part((first or any(needs[0] + needs[1]), *needs[2]))]
     g, u = lora.forward(parts[0], x, *gate), lora.forward(parts[1], x, *up)
     y = lora.forward(parts[2], silu(g).mul_(u), *down)
     saved = [part.give() for part in parts]
-    ctx.parts, ctx.sizes = parts, tuple(len(tensors) for tensors in saved[:2])
+    ctx.parts, ctx.sizes, ctx.dtype = parts, [len(tensors) for tensors in saved[:2]], given.dtype
     ctx.save_for_backward(g, u, *saved[0], *saved[1], *saved[2][1:])  # all but the product
     return y
 
@@ -78,8 +80,8 @@ class MLP(torch.autograd.Function):
         saved, (gate, up, down) = split(saved, ctx.sizes), ctx.parts
         act = silu(g)
         ds, *ddown = down.backward(dy, rows(act * u), *saved[2])
-        if ds is None:
+        if ds is None:  # only down is trained
             return (None,) * (len(ctx.needs_input_grad) - len(ddown)) + tuple(ddown)
         dx, *dgate = gate.backward(torch.ops.aten.silu_backward(ds * u, g), *saved[0])
         also, *dup = up.backward(act.mul_(ds), *saved[1])
-        return dx if also is None else dx.add_(also), None, *dgate, *dup, *ddown
+        return None if dx is None else dx.to(ctx.dtype).add_(also), None, None, *dgate, *dup, *ddown
