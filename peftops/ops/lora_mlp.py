@@ -82,6 +82,7 @@ class MLP(torch.autograd.Function):
         ds, *ddown = down.backward(dy, rows(act * u), *saved[2])
         if ds is None:  # only down is trained
             return (None,) * (len(ctx.needs_input_grad) - len(ddown)) + tuple(ddown)
-        dx, *dgate = gate.backward(torch.ops.aten.silu_backward(ds * u, g), *saved[0])
-        also, *dup = up.backward(act.mul_(ds), *saved[1])
+        du, dg = act.mul_(ds), torch.ops.aten.silu_backward(ds.mul_(u), g)
+        dx, *dgate = gate.backward(dg, *saved[0])
+        also, *dup = up.backward(du, *saved[1])
         return None if dx is None else dx.to(ctx.dtype).add_(also), None, None, *dgate, *dup, *ddown
