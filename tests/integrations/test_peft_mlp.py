@@ -1,4 +1,4 @@
-"""patch(model, fuse=("mlp",)): a SwiGLU of three LoRA layers as one operation. 10 seconds."""
+"""patch(model, fuse=("mlp",)): a SwiGLU of three LoRA layers as one operation. 6 seconds."""
 
 import copy
 import io
