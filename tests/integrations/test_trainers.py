@@ -144,7 +144,7 @@ def test_sft_casts_adapters_over_4_bits(tmp_path, tokenizer, dora):
             processing_class=tokenizer, peft_config=peft.LoraConfig(**LORA, use_dora=dora), callbacks=callbacks,
         )  # fmt: skip
 
-    (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback()])
+    (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback(strict=True)])
     assert error(ours, stock) <= ROUNDED
     adapter = next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
     assert adapter.dtype is torch.bfloat16 and set(report(trainer.model).calls) == {FUSED}
