@@ -1,6 +1,6 @@
 """peftops bench model: a whole model's steps and generation, frozen, with stock PEFT and with peftops.
 
-DoRA stands beside our LoRA too, and under dropout in the dropout_mode that PEFT has not.
+DoRA stands beside our LoRA too, and under dropout in the dropout_mode that PEFT has not. With --fuse, memory is shown.
 The model, its text and its steps are those of `peftops demo`.
 """
 
@@ -22,6 +22,7 @@ def options(argv):
     parser.add_argument("--text", metavar="FILE", help="as in peftops demo")
     parser.add_argument("--method", default="lora", help="of peftops demo: lora, qlora, dora or qdora")
     parser.add_argument("--rank", type=positive, default=RANK, help="of the adapters")
+    parser.add_argument("--fuse", choices=("mlp",), help="beside ours also peftops.patch(model, fuse=...)")
     return parser.parse_args(argv)
 
 
@@ -49,6 +50,10 @@ def main(argv=None):
     with Progress() as progress:
         for line in measure(o, dtype, device, progress):
             show(line)
+            for title, key in (("at most", "peak_mb"), ("kept for backward", "saved_mb")) if o.fuse else ():
+                sizes = ", ".join(f"{size:.0f} MB {label}" for label, size in line.get(key, {}).items())
+                if sizes:
+                    print(f"  {title}: {sizes}", flush=True)
             if folder:
                 results.append(folder / f"{results.slug(about['device'])}.jsonl", about | line)
     return 0
@@ -57,11 +62,11 @@ def main(argv=None):
 def measure(o, dtype, device, progress):
     """A result for each dropout, under autocast as trainers do, and one for a generation of one sequence, without."""
     from peftops.cli import training as t
-    from peftops.integrations.peft import report
+    from peftops.integrations.peft import patch, report
 
     from .dora import ANOTHER
     from .measure import finish, times
-    from .peers import BASE, OURS
+    from .peers import BASE, FUSE, OURS
     from .timing import Contender
 
     kinds, rounds = contenders(o.method), 3 if o.quick else 9
@@ -77,6 +82,8 @@ def measure(o, dtype, device, progress):
 
     def steps(models, **about):
         calls = {label: step(model, batch, dtype) for label, model in models.items()}
+        if FUSE in models:
+            about["saved_mb"] = {label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()}
         calls[BASE] = lambda: t.frozen_seconds(base, batch, dtype)
         return raced(calls, "step without optimizer", batch.numel(), **about)
 
@@ -85,6 +92,8 @@ def measure(o, dtype, device, progress):
     drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
     for p in progress.track(drops, len(drops), "steps of the model"):
         models = {label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model for label, kind in kinds.items()}
+        if o.fuse:
+            models[FUSE] = patch(copy.deepcopy(models[OURS]), fuse=o.fuse)
         about = {"dropout": p, "path": ", ".join(report(models[OURS]).paths)}
         yield steps(models, **about)
         if p and kinds[OURS] in t.DORA:
@@ -129,6 +138,21 @@ def step(model, batch, dtype):
             parameter.grad = None
 
     return run
+
+
+def saved(model, run):
+    """Bytes of distinct memory, the model's own aside, that are kept for backward in this run of it."""
+    import torch
+
+    own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, {}
+
+    def pack(t):
+        kept.setdefault(t.untyped_storage().data_ptr(), t)  # alive, so that no other takes its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(t.untyped_storage().nbytes() for start, t in kept.items() if start not in own)
 
 
 def generate(model, batch):

@@ -101,6 +101,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["model", "--text", "/nowhere.txt"], "cannot read the text"),
         (["check", "--only", ""], "peftops bench check: --only must be of build"),
         (["plot", "--out", __file__], "Not a directory"),
+        (["model", "--fuse", "qkv"], "argument --fuse: invalid choice: 'qkv'"),
         (["model", "--method", "full"], "--method must be of lora, qlora, dora, qdora, got 'full'"),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peftops.bench import dora, measure, model, nf4, peers, readme, results, timing
-from peftops.bench.peers import BASE, COPY, LORA, OURS, Problem
+from peftops.bench.peers import BASE, COPY, FUSE, LORA, OURS, Problem
 from test_bench import CPU, line_of
 from test_cli import run, tiny  # noqa: F401  a fixture
 
@@ -142,3 +142,16 @@ def test_the_copy_is_of_what_a_norm_reads():
     assert (
         calls[0]().dtype is torch.uint8 and calls[0]().numel() == NF4Weight.quantize(torch.ones(64, 32)).codes.numel()
     )
+
+
+def test_a_model_with_fused_mlps_stands_beside_ours_with_memory(capsys, tmp_path, tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
+    monkeypatch.setattr(timing, "PATIENCE", 0.01)
+    monkeypatch.setattr(measure, "unlawful", lambda *_: None)
+    monkeypatch.setattr(model, "TOKENS", 2)
+    code, out, _ = run(capsys, "bench", "model", "--fuse", "mlp", "--quick", "--rank", "4", "--out", str(tmp_path))
+    (file,) = tmp_path.glob("*.jsonl")
+    plain, dropped, generated = map(json.loads, file.open())
+    assert code == 0 and set(plain["ms"]) == set(generated["ms"]) == {BASE, "PEFT", OURS, FUSE}
+    assert plain["saved_mb"][FUSE] < plain["saved_mb"][OURS] < plain["saved_mb"]["PEFT"] < dropped["saved_mb"]["PEFT"]
+    assert out.count("  kept for backward: ") == 2 and out.count(f"MB {FUSE}") == 5

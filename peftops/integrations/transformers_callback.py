@@ -17,18 +17,18 @@ class PeftopsCallback(TrainerCallback):
     fused_layers, peak_memory_gib and, under TrainingArguments(include_num_input_tokens_seen=...), tokens_per_second
     since the line before. state.log_history has them, and callbacks that come after this one.
 
-    strict: as patch has it. Raises ValueError where training begins and there are no LoRA layers.
+    strict, fuse: as patch has them. Raises ValueError where training begins and there are no LoRA layers.
     """
 
-    def __init__(self, *, strict=False):
-        self.strict = strict
+    def __init__(self, *, strict=False, fuse=()):
+        self.options = {"strict": strict, "fuse": fuse}
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if lora_layers(model):
-            patch(model, strict=self.strict)
+            patch(model, **self.options)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        patch(model, strict=self.strict)
+        patch(model, **self.options)
         self.before = time.monotonic(), state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):

@@ -178,27 +178,27 @@ def forward(ctx, x, a, b, bias, gain, gate, scale, seed, constants, *base):
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
 
-class LoRA(torch.autograd.Function):
-    forward = staticmethod(forward)
+def backward(ctx, dy):
+    """The gradients of forward's arguments, None for what needs none."""
+    x, a, b, scale, h, bits, bias, gain, gate, z, *base = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:6])
+    if h is None:  # few rows: cheaper to make again than to keep
+        h = torch.mm(x, a.to(x.dtype).T)
+        bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
+    args = x, base, a, b, scale, h, bits, bias, gain, gate, z, *ctx.constants, need
+    grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
+    if need[0]:
+        grads[0] = grads[0].view(ctx.shape)
+    if need[5]:
+        grads[5] = grads[5].view(*ctx.shape[:-1], gate.shape[1])
+    dbase = [None] * (len(ctx.needs_input_grad) - 9)
+    if dbase and ctx.needs_input_grad[9]:
+        dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
+    return *grads, None, None, None, *dbase
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, a, b, scale, h, bits, bias, gain, gate, z, *base = ctx.saved_tensors
-        need = list(ctx.needs_input_grad[:6])
-        if h is None:  # few rows: cheaper to make again than to keep
-            h = torch.mm(x, a.to(x.dtype).T)
-            bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
-        args = x, base, a, b, scale, h, bits, bias, gain, gate, z, *ctx.constants, need
-        grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
-        if need[0]:
-            grads[0] = grads[0].view(ctx.shape)
-        if need[5]:
-            grads[5] = grads[5].view(*ctx.shape[:-1], gate.shape[1])
-        dbase = [None] * (len(ctx.needs_input_grad) - 9)
-        if dbase and ctx.needs_input_grad[9]:
-            dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
-        return *grads, None, None, None, *dbase
+
+class LoRA(torch.autograd.Function):
+    forward, backward = staticmethod(forward), staticmethod(once_differentiable(backward))
 
 
 def lora_linear(
@@ -218,13 +218,17 @@ def lora_linear(
     Raises ValueError for shapes and for a weight or scaling that requires grad, TypeError for dtypes.
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
-    p = dropout_p if training else 0.0
-    seed = torch.randint(2**62, (1,), device=x.device) if p else None
-    args = x, lora_A, lora_B, bias, gain, gate, scale, seed, (base.form, base.block, p), *base.tensors
+    args = arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, gain, gate)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return LoRA.apply(*args)
     return forward(None, *args)
+
+
+def arguments(x, weight, lora_A, lora_B, bias, scaling, p, gain=None, gate=None):
+    """What forward takes, the seed of dropout drawn."""
+    x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
+    seed = torch.randint(2**62, (1,), device=x.device) if p else None
+    return x, lora_A, lora_B, bias, gain, gate, scale, seed, (base.form, base.block, p), *base.tensors
 
 
 def prepared(x, weight, lora_A, lora_B, scaling):

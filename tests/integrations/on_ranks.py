@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import peftops
 from peftops.integrations.peft import lora_layers
+from peftops.integrations.peft_mlp import FusedMLP
 
 CHECKPOINTING = {"use_reentrant": False}
 
@@ -155,6 +157,19 @@ def fsdp2(rank):
     each(by_accelerate)
     for method in METHODS:
         assert_law_in_bf16(method)
+    for method in ("lora", "qlora"):
+        for first in (True, False):
+            assert_law_of_mlps(method, first)
+
+
+def assert_law_of_mlps(method, first):
+    stock, ours = pair(method)
+    exact, same = step(exactly(stock), TOKENS), step(stock, TOKENS)
+    patch = partial(peftops.patch, strict=True, fuse="mlp")
+    ours = by_blocks(patch(ours)) if first else patch(by_blocks(ours))
+    assert error(step(ours, TOKENS), exact) <= bound(same, exact), method
+    assert peftops.report(ours).mlps == {"fused": 2}
+    assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(ours).modules())
 
 
 def assert_law_in_bf16(method):
@@ -258,6 +273,10 @@ def fallbacks(rank):
     with pytest.raises(ValueError, match=r"unpatch: .*1.mlp.up_proj has been made a FSDPFusedLinear since patch"):
         peftops.unpatch(model)
     assert peftops.report(model).fused == 14
+    model = peftops.patch(pair("lora")[1], fuse="mlp")
+    fully_shard(model.base_model.model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match=r"unpatch: .*1.mlp has been made a FSDPFusedLlamaMLP since patch"):
+        peftops.unpatch(model)
     for name, (plan, calls) in PLANS.items():
         for first in (True, False):
             stock, ours = pair("lora")

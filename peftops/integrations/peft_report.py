@@ -1,0 +1,45 @@
+"""What peftops.report returns, and the rows that it asks layers about."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Report:
+    """How the LoRA layers of a model run now, and how they ran since patch."""
+
+    fused: int = 0
+    reasons: Counter = field(default_factory=Counter)  # why a layer is PEFT's own -> layers
+    calls: Counter = field(default_factory=Counter)  # peft.FUSED, peft.OWN or why not -> calls, compiled ones excluded
+    mlps: Counter = field(default_factory=Counter)  # peft.FUSED or why by layers -> calls of what patch(fuse=...) found
+    norms: int = 0  # of DoRA, computed since patch
+    paths: Counter = field(default_factory=Counter)  # backend, its way for rows of the base's dtype, why the base's own
+
+    @property
+    def fallback(self):
+        return self.reasons.total()
+
+    def __str__(self):
+        lines = [f"{self.fused}/{self.fused + self.fallback} LoRA layers fused"]
+        titles = {"PEFT's own": self.reasons, "calls": self.calls, "MLPs": self.mlps, "kernels": self.paths}
+        for title, counts in titles.items():
+            if counts:
+                lines.append(f"{title}: " + ", ".join(f"{count} {key}" for key, count in counts.most_common()))
+        if self.norms:
+            lines.append(f"norms: {self.norms} computed")
+        return "\n".join(lines)
+
+
+def rows_like(layer):
+    """No rows, of what this layer's base computes in, or its adapter where the base does not tell."""
+    base, adapter = layer.get_base_layer(), next(layer.lora_A.parameters(), torch.empty(0))
+    weight = vars(base)["_parameters"].get("weight")
+    if weight is None:
+        weight = adapter
+    state = getattr(weight, "quant_state", None)
+    dtype = getattr(base, "compute_dtype", None) or getattr(base, "weight_dtype", None) or getattr(state, "dtype", None)
+    dtype = dtype or weight.dtype
+    told = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    return torch.empty(0, dtype=dtype if told else adapter.dtype, device=weight.device)

@@ -1,0 +1,307 @@
+"""patch(model, fuse=("mlp",)): a SwiGLU of three LoRA layers as one operation. 6 seconds."""
+
+import copy
+import io
+import logging
+import re
+
+import pytest
+import torch
+from law import bound, error
+from peftops.bench.model import saved
+from torch import nn
+from torch.nn import functional
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tiny import Net, adapted, exactly, install_our_mask, logits, step, tiny
+
+import peftops
+from peftops.integrations.peft import FUSED, Fused
+from peftops.integrations.peft_mlp import FusedMLP
+from peftops.nn import LinearNF4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+K, N = 64, 96
+
+
+class Gated(nn.Module):
+    """down(silu(gate(x)) ⊙ up(x)), the names in an order that tells nothing."""
+
+    def __init__(self, k=K, n=N, kind=nn.Linear, act=nn.SiLU, **options):
+        super().__init__()
+        self.w1, self.w2, self.w3, self.act = kind(n, k, **options), kind(k, n, **options), kind(k, n, **options), act()
+
+    def forward(self, x):
+        return self.w1(self.act(self.w3(x)) * self.w2(x))
+
+
+def gated(block=Gated, autocast_adapter_dtype=True, targets=("w1", "w2", "w3"), config=None, **options):
+    """A LoRA model of one block under the name lin."""
+    torch.manual_seed(0)
+    net = Net(block(**options))
+    return adapted(net, autocast_adapter_dtype, target_modules=list(targets), **config or {})
+
+
+def mlp_of(model):
+    return model.base_model.model.lin
+
+
+def pass_of(model, x, autocast=None):
+    """y, the gradient of x and those of parameters."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = model(x)
+    y.backward(torch.ones_like(y))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same_bits(model, x, autocast=None, mlps=None):
+    """The model with its MLPs fused against the same by layers."""
+    by_layers, whole = peftops.patch(copy.deepcopy(model)), peftops.patch(model, fuse=("mlp",))
+    expected, out = pass_of(by_layers, x, autocast), pass_of(whole, x, autocast)
+    assert all(map(torch.equal, out, expected)) and [t.dtype for t in out] == [t.dtype for t in expected]
+    assert peftops.report(whole).mlps == (mlps or {FUSED: 1})
+    assert peftops.report(whole).calls == peftops.report(by_layers).calls
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16, "autocast_adapter_dtype": False},
+        {"dtype": torch.float16, "autocast_adapter_dtype": False},
+        {"autocast": torch.bfloat16},
+        {"dtype": torch.bfloat16, "autocast": torch.bfloat16},
+    ],
+    ids=["fp32", "bf16", "fp16", "autocast", "autocast-bf16"],
+)
+def test_a_step_is_stock(options, p, monkeypatch):
+    install_our_mask(monkeypatch)
+    autocast = options.pop("autocast", None) if (options := dict(options)) else None
+    model = tiny(lora_dropout=p, lora_bias=True, **options)
+    exact, same = step(exactly(model)), step(model, autocast)
+    by_layers = peftops.patch(copy.deepcopy(model))
+    whole = peftops.patch(copy.deepcopy(model), strict=True, fuse=("mlp",))
+    out, unfused = step(whole, autocast), step(by_layers, autocast)
+    for ours, theirs, truth in zip(out, same, exact, strict=True):
+        assert error(ours, truth) <= bound(theirs, truth)
+    assert torch.equal(out[0], unfused[0]) and all(map(torch.equal, out[1], unfused[1]))
+    report = peftops.report(whole)
+    assert report.mlps == {FUSED: 2} and report.calls == {FUSED: 14} and "MLPs: 2 fused" in str(report)
+    assert torch.equal(logits(whole.eval()), logits(by_layers.eval()))
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [nn.Linear, LinearNF4])
+def test_bases_and_rows(kind, autocast, rows):
+    dtype = torch.bfloat16 if autocast else torch.float32
+    model = gated(kind=kind, dtype=dtype, config={"lora_dropout": 0.3 if rows == 3 else 0.0})
+    if kind is LinearNF4:
+        for layer in mlp_of(model).children():
+            if isinstance(layer, peft.tuners.lora.Linear):
+                layer.base_layer.quantize(torch.randn(layer.out_features, layer.in_features))
+    assert_same_bits(model, torch.randn(2, rows, K, dtype=dtype), autocast)
+
+
+def test_what_needs_no_gradient_gets_none():
+    frozen = {"none": (), "up and down": ("w3",), "all but down": ("w1",), "all but gate": ("w2", "w3")}
+    for trained in frozen.values():
+        by_layers, whole = peftops.patch(gated()), peftops.patch(gated(), fuse="mlp")
+        for x in (torch.randn(3, K), torch.randn(3, K, requires_grad=True)):
+            grads = []
+            for model in (by_layers, whole):
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_("lora" in name and any(f".{w}." in name for w in trained))
+                    parameter.grad = None
+                x.grad, y = None, model(x)
+                assert y.requires_grad == (bool(trained) or x.requires_grad)
+                if y.requires_grad:
+                    y.sum().backward()
+                grads.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+            for ours, theirs in zip(*grads, strict=True):
+                assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_keeps_half_of_what_lies_between_the_layers(p):
+    model, x = gated(config={"lora_dropout": p}), torch.randn(100, K)
+    by_layers, whole = peftops.patch(copy.deepcopy(model)), peftops.patch(model, fuse=("mlp",))
+    before, after = (saved(each, lambda each=each: each(x).sum().backward()) for each in (by_layers, whole))
+    assert before - after == 2 * 100 * N * 4 and after >= 2 * 100 * N * 4  # silu and product; gate and up
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    model = peftops.patch(tiny(lora_dropout=0.3), fuse=("mlp",))
+    expected = step(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    out = step(model)
+    assert torch.equal(out[0], expected[0]) and all(map(torch.equal, out[1], expected[1]))
+    assert peftops.report(model).mlps == {FUSED: 6}
+
+
+def test_backward_twice_and_nothing_kept_after():
+    model = peftops.patch(gated(), fuse="mlp")
+    y = model(torch.randn(70, K)).sum()
+    grads = [torch.autograd.grad(y, list(mlp_of(model).w1.lora_A.parameters()), retain_graph=keep) for keep in (1, 0)]
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert not any("saved_tensors" in vars(part) for part in y.grad_fn.next_functions[0][0].parts)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+FALLBACKS = {
+    "DoRA": lambda model: None,
+    "merged": lambda model: mlp_of(model).w2.merge(),
+    "adapters disabled": lambda model: mlp_of(model).w1.enable_adapters(False),
+    "hooks on a part": lambda model: mlp_of(model).w3.register_forward_hook(lambda module, args, y: 2 * y),
+    "hooks on a part ": lambda model: mlp_of(model).act.register_forward_hook(lambda module, args, y: 2 * y),
+    "its parts have changed": lambda model: setattr(mlp_of(model), "act", nn.Tanh()),
+    "a layer is not patched": lambda model: peftops.unpatch(mlp_of(model).w2),
+    "several active adapters": lambda model: (
+        model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["w1"])),
+        model.base_model.set_adapter(["default", "other"]),
+    ),
+    "a base's own product": lambda model: mlp_of(model).w1.base_layer.register_forward_hook(lambda *args: None),
+    "base weight is trained": lambda model: mlp_of(model).w3.base_layer.weight.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_falls_back_to_the_layers_by_call(reason):
+    by_layers = peftops.patch(gated(config={"use_dora": reason == "DoRA"}))
+    whole = peftops.patch(copy.deepcopy(by_layers), fuse=("mlp",))
+    for model in (by_layers, whole):
+        torch.manual_seed(2)
+        FALLBACKS[reason](model)
+    x = torch.randn(5, K)
+    assert all(map(torch.equal, pass_of(whole, x), pass_of(by_layers, x)))
+    assert peftops.report(whole).mlps == {reason.strip(): 1}
+
+
+def test_a_cast_between_the_layers_falls_back():
+    model = gated(kind=LinearNF4, compute_dtype=torch.bfloat16)
+    for layer in (mlp_of(model).w1, mlp_of(model).w2, mlp_of(model).w3):
+        layer.base_layer.quantize(torch.randn(layer.out_features, layer.in_features))
+    assert_same_bits(model, torch.randn(5, K), torch.bfloat16, {"a layer casts its result": 1})
+
+
+def test_compiled_it_runs_by_layers():
+    torch._dynamo.reset()
+    model, x = gated(), torch.randn(70, K)
+    expected = pass_of(peftops.patch(copy.deepcopy(model)), x)
+    whole = peftops.patch(model, fuse=("mlp",))
+    out = pass_of(torch.compile(whole, backend="aot_eager", fullgraph=True), x)
+    assert all(map(torch.equal, out, expected)) and peftops.report(whole).mlps == {}
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Clamped(Gated):
+    def forward(self, x):
+        return self.w1(self.act(self.w3(x)).clamp(max=7) * self.w2(x))
+
+
+class Dropping(Gated):
+    def forward(self, x):
+        return self.w1(functional.dropout(self.act(self.w3(x)) * self.w2(x), 0.1, self.training))
+
+
+class Narrow(Gated):
+    def forward(self, x):
+        return self.w1(self.act(self.w3(x)) * self.w2(x).chunk(2, -1)[0])
+
+
+class Pair(Gated):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Weighted(Gated):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+
+OTHERS = {block.__name__: {"block": block} for block in (Residual, Clamped, Dropping, Narrow, Pair, Weighted)} | {
+    "another activation": {"act": nn.GELU},
+    "fewer layers": {"targets": ("w1", "w2")},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_what_computes_something_else_stays(options, caplog):
+    model, caught = gated(**options), torch.get_rng_state()
+    kind = type(mlp_of(model))
+    with pytest.raises(ValueError, match=r"^patch: no module computes down\(silu\(gate\(x\)\) \* up\(x\)\) of three"):
+        peftops.patch(copy.deepcopy(model), strict=True, fuse=("mlp",))
+    caplog.set_level(logging.INFO, "peftops")
+    assert type(mlp_of(peftops.patch(model, fuse=("mlp",)))) is kind
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("WARNING", "0 MLPs fused") in said
+    assert torch.equal(torch.get_rng_state(), caught)
+
+
+@pytest.mark.parametrize("n", [N, K])
+def test_gate_up_and_down_are_known_by_what_they_do(n):
+    """Also where all three have one shape."""
+    model = peftops.patch(gated(n=n), fuse=("mlp",), strict=True)
+    assert type(mlp_of(model))._peftops[:2] == (Gated, ("w3", "w2", "w1"))
+    assert_same_bits(gated(n=n), torch.randn(5, K))
+
+
+def test_strict_names_the_module_and_changes_nothing():
+    model = gated(config={"use_dora": True})
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=re.escape("patch: base_model.model.lin cannot be fused: DoRA")):
+        peftops.patch(model, strict=True, fuse=("mlp",))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("fuse", ["qkv", ("mlp", "qkv")])
+def test_other_names_are_an_error(fuse):
+    model = gated()
+    with pytest.raises(ValueError, match=r"^patch: fuse must be of mlp, got 'qkv'$"):
+        peftops.patch(model, fuse=fuse)
+    assert not any(isinstance(module, Fused) for module in model.modules())
+
+
+def test_copies_and_pickles_and_saves_what_stock_saves(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "stock")
+    peftops.patch(model, fuse=("mlp",)).save_pretrained(tmp_path / "fused")
+    for path in (tmp_path / "stock").iterdir():
+        assert path.read_bytes() == (tmp_path / "fused" / path.name).read_bytes(), path.name
+    expected, buffer = logits(model), io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(logits(other), expected) and peftops.report(other).mlps == {FUSED: 4}
+        mlp = other.base_model.model.model.layers[0].mlp
+        mlp.up_proj.lora_B["default"].weight.data.zero_()
+        assert not torch.equal(logits(other), expected)
+    assert torch.equal(logits(model), expected) and peftops.report(model).mlps == {FUSED: 4}
+
+
+def test_unpatch_and_merging_give_back_what_was():
+    model = tiny()
+    before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    peftops.patch(peftops.patch(model, fuse=("mlp",)), fuse="mlp")
+    assert sum(isinstance(module, FusedMLP) for module in model.modules()) == 2
+    step(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert {
+        name: (type(module), set(vars(module))) for name, module in peftops.unpatch(model).named_modules()
+    } == before
+    assert torch.equal(logits(merged), logits(model.merge_and_unload()))
+    assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(merged).modules())
