@@ -44,15 +44,18 @@ def test_a_rank_that_is_killed_ends_the_other_and_training_goes_on(tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("first", [True, False], ids=["patched first", "marked first"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_zero3_is_pefts_own(method):
+def test_zero3_is_pefts_own(method, first):
     """A stand-in: DeepSpeed marks parameters, of which none is whole outside of the calls of its hooks."""
     stock, ours = pair(method)
-    whole = {p: p.data for p in ours.parameters()}
+    if first:
+        peftops.patch(ours, strict=True)
+    whole, norms = {p: p.data for p in ours.parameters()}, peftops.report(ours).norms
     for p in whole:
         p.ds_id, p.data = 0, p.data.new_empty(0)
-    peftops.patch(ours)
-    assert peftops.report(ours).reasons == {ZERO3: 14} and not peftops.report(ours).norms
+    report = peftops.report(peftops.refresh(peftops.patch(ours)))
+    assert report.reasons == {ZERO3: 14} and report.norms == norms
     for p, data in whole.items():
         p.data = data
     with torch.no_grad():
