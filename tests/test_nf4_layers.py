@@ -308,6 +308,23 @@ def test_fsdp2_shards_codes_and_scales(tmp_path):
     assert ranks.run(SHARDED, tmp_path, *forced) == ""
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_loads_what_torch_distributed_makes_of_a_state_dict(strict, double):
+    """Which adds this layer's own parameters, under their names, to a state dict; also to one of adapters alone."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(full_state_dict=True, strict=strict)
+    one, two = (LoRALinear(LinearNF4.from_linear(linear(), 64, double), 4, lora_alpha=6) for _ in range(2))
+    two.base_layer.quantize(torch.randn(96, 64))
+    state = dcp.get_model_state_dict(one, options=options)
+    result = dcp.set_model_state_dict(two, dict(state), options=options)
+    assert same_bits(bits(one), bits(two)) and not result.missing_keys and not result.unexpected_keys
+    adapters = {key: t + 1 for key, t in state.items() if "lora" in key}
+    dcp.set_model_state_dict(two, dict(adapters), options=options)
+    assert same_bits(bits(one) | adapters, bits(two))
+
+
 @pytest.fixture
 def bnb():
     return pytest.importorskip("bitsandbytes")

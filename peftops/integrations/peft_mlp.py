@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from ..ops.lora_mlp import lora_mlp
 from .peft import FUSED, Fused, count, hooked, plan, rows_like
+from .peft_sharded import gathered
 
 log = logging.getLogger("peftops")
 
@@ -104,7 +105,8 @@ def fuse(model, strict):
         elif roles := roles_of(module):
             found[name] = module, fused(type(module), roles, beside(module, roles))
     for name, (module, kind) in found.items() if strict else ():
-        why = operands(module, kind._peftops, rows_like(layers(module, kind._peftops)[0]))
+        with gathered(model):
+            why = operands(module, kind._peftops, rows_like(layers(module, kind._peftops)[0]))
         if type(why) is str:
             raise ValueError(f"patch: {name} cannot be fused: {why}")
     if strict and not found:
@@ -115,10 +117,13 @@ def fuse(model, strict):
 
 
 def unfuse(model):
-    for module in model.modules():
-        if "_peftops" in vars(type(module)):
-            vars(module).pop("_peftops_calls", None)
-            module.__class__ = type(module)._peftops[0]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FusedMLP)}
+    for name, module in found.items():
+        if "_peftops" not in vars(type(module)):
+            raise ValueError(f"unpatch: {name} has been made a {type(module).__name__} since patch")
+    for module in found.values():
+        vars(module).pop("_peftops_calls", None)
+        module.__class__ = type(module)._peftops[0]
 
 
 def roles_of(module):

@@ -1,7 +1,9 @@
-"""What peftops.report returns."""
+"""What peftops.report returns, and the rows that it asks layers about."""
 
 from collections import Counter
 from dataclasses import dataclass, field
+
+import torch
 
 
 @dataclass
@@ -28,3 +30,16 @@ class Report:
         if self.norms:
             lines.append(f"norms: {self.norms} computed")
         return "\n".join(lines)
+
+
+def rows_like(layer):
+    """No rows, of what this layer's base computes in, or its adapter where the base does not tell."""
+    base, adapter = layer.get_base_layer(), next(layer.lora_A.parameters(), torch.empty(0))
+    weight = vars(base)["_parameters"].get("weight")
+    if weight is None:
+        weight = adapter
+    state = getattr(weight, "quant_state", None)
+    dtype = getattr(base, "compute_dtype", None) or getattr(base, "weight_dtype", None) or getattr(state, "dtype", None)
+    dtype = dtype or weight.dtype
+    told = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    return torch.empty(0, dtype=dtype if told else adapter.dtype, device=weight.device)

@@ -4,6 +4,7 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -60,7 +61,10 @@ class Normed(nn.Module):
         """Those whose adapters are among `stepped`, ids of parameters, or all."""
         for name, magnitude in self.magnitudes().items():
             found = self.operands(name)
-            if found is None or (stepped is not None and not {id(found[1]), id(found[2])} & stepped):
+            if found is None:  # as of a base that FSDP2 has sharded: what is kept may be old by now
+                magnitude.norm_of = None
+                continue
+            if stepped is not None and not {id(found[1]), id(found[2])} & stepped:
                 continue
             weight, a, b, scaling, _ = found
             if magnitude.weight.dtype in HALF:  # cast behind our back
@@ -85,7 +89,10 @@ class Normed(nn.Module):
     def norm(self, name, magnitude, weight, scaling):
         if torch.compiler.is_compiling():
             return magnitude.norm if getattr(magnitude, "norm_of", None) == scaling else None
-        if "norm" not in magnitude._buffers or weight.dtype in HALF:
+        half = weight.dtype in HALF
+        if half and dist.is_available() and dist.is_initialized():
+            return None  # a cast that FSDP2's policy of mixed precision wants, for this call
+        if half or "norm" not in magnitude._buffers:
             self.keep_norms()
         elif magnitude.norm_of != scaling and magnitude.norm_of is not None:
             self.refresh_norms()
@@ -121,12 +128,12 @@ def computed(weight, a, b, scaling, dtype):
 
 
 def ready(weights, *others):
-    """Whether a norm can be made of these outside a forward: FSDP2 has sharded none, no hook has to bring one, and
-    weights are frozen, as those of a fused layer are."""
+    """Whether a norm can be made of these outside a forward: FSDP2 and ZeRO-3 have sharded none, no hook has to bring
+    one, and weights are frozen, as those of a fused layer are."""
     device = weights[0].device
     if device.type == "meta" or any(t.requires_grad for t in weights):
         return False
-    return all(type(t) in PLAIN and t.device == device for t in (*weights, *others))
+    return all(type(t) in PLAIN and t.device == device and not hasattr(t, "ds_id") for t in (*weights, *others))
 
 
 def tensors_of(weight):

@@ -161,7 +161,7 @@ class LinearNF4(PackedNF4, nn.Linear):
         missing_keys += [key for key, t in own.items() if strict and t is not None and key not in state_dict]
         tensors = {key: t for key, t in state_dict.items() if key == name or key.startswith(f"{name}.")}
         try:
-            if name in tensors:
+            if tensors.get(name, self.weight) is not self.weight:  # torch.distributed.checkpoint adds what is there
                 self.load(tensors, name, assign)
             bias = state_dict.get(f"{prefix}bias")
             if bias is not None and self.bias is not None:
@@ -174,7 +174,8 @@ class LinearNF4(PackedNF4, nn.Linear):
                         self.bias.copy_(bias)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
-        known = {key for key, t in own.items() if t is not None} | set(tensors)
+        members = {f"{prefix}{key}" for key, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        known = members | set(tensors)
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
 
     def load(self, tensors, name="weight", assign=False):
@@ -187,16 +188,17 @@ class LinearNF4(PackedNF4, nn.Linear):
         if not any(key.startswith(f"{name}.{STATE}") for key in tensors) and tensors[name].is_floating_point():
             self.quantize(tensors[name].to(device) if move else tensors[name])
             return
-        q = NF4Weight.load(tensors, name)
+        q = NF4Weight.load({key: whole(t) for key, t in tensors.items()}, name)
         if q.shape != self.shape:
             raise ValueError(f"LinearNF4: weight must be {self.shape}, got {tuple(q.shape)}")
         self.quant_storage = tensors[name].dtype
         base, own = q.base, self.base().tensors
         if move and [(t.shape, t.dtype) for t in base[1:]] == [(t.shape, t.dtype) for t in own[1:]]:
             for mine, theirs in zip(own, base, strict=True):
-                mine.detach().view(theirs.shape).copy_(theirs)
-            base = [t.detach() for t in own]
-        elif move:
+                fill(mine.detach(), theirs.view(mine.shape))
+            self.weight_dtype, self.blocksize, self.quant_type = q.dtype, q.block, q.quant_type
+            return
+        if move:
             base = [t.to(device, copy=True) for t in base]
         self.hold([base[0].flatten(), *base[1:]], q.dtype, q.block, q.quant_type)
 
@@ -220,3 +222,12 @@ class LinearNF4(PackedNF4, nn.Linear):
 def whole(t):
     """All of a tensor that FSDP2 may have sharded."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def fill(t, source):
+    """Copies what every rank has all of into a tensor that FSDP2 may have sharded."""
+    if hasattr(t, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
+    t.copy_(source)

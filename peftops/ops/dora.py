@@ -162,7 +162,7 @@ def dropped(ctx, x, a, b, bias, gain, scale, seed, constants, *base):
     keep_z = ctx is not None and ctx.needs_input_grad[4]
     y, h, _, z = lora_fwd(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0, keep_z)
     delta = no_delta(x.shape[1], y.shape[1], x.dtype, x.device)
-    y += lora_fwd(rest, base, *delta, scale, None, None, None, None, form, block, 0.0, False)[0]
+    y = y + lora_fwd(rest, base, *delta, scale, None, None, None, None, form, block, 0.0, False)[0]  # y may be kept
     if ctx is not None:
         ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, z, *base)
         ctx.constants, ctx.shape = constants, shape

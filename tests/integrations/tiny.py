@@ -5,9 +5,11 @@ import copy
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import peftops.functional as F
+from peftops.nn import LinearNF4
 
 
 class Net(nn.Module):
@@ -37,6 +39,25 @@ def tiny(kind="llama", autocast_adapter_dtype=True, dtype=torch.float32, **confi
         if "norm" not in name and "ln_" not in name:
             nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else 0.1)
     return model
+
+
+METHODS = "lora", "qlora", "dora", "qdora"
+
+
+def pair(method, **config):
+    """A model of stock PEFT and the same again, whose base is in 4 bits for a method of q, the weights being equal."""
+    stock = tiny(use_dora=method.endswith("dora"), **config)
+    ours = copy.deepcopy(stock)
+    layers = [[layer for layer in model.modules() if isinstance(layer, LoraLayer)] for model in (stock, ours)]
+    for theirs, mine in zip(*layers, strict=True):
+        if method.startswith("q"):
+            mine.base_layer = LinearNF4.from_linear(mine.base_layer)
+            theirs.base_layer.weight.data = mine.base_layer.dequantize()
+        if method.endswith("dora"):  # magnitudes near the norm, as training leaves them
+            length = theirs.base_layer.weight.norm(dim=1)
+            for layer in (theirs, mine):
+                layer.lora_magnitude_vector["default"].weight.data = length * torch.linspace(0.8, 1.2, len(length))
+    return stock, ours
 
 
 def single(dtype=torch.float32, autocast_adapter_dtype=True, **config):

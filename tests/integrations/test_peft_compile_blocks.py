@@ -1,0 +1,81 @@
+"""torch.compile of whole decoder blocks of a patched model: one graph, for all batch sizes, and one more an adapter."""
+
+import copy
+
+import pytest
+import torch
+from law import bound, error
+from torch._dynamo.testing import CompileCounterWithBackend
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tiny import METHODS, exactly, install_our_mask, pair
+
+import peftops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MANY, FEW = (3, 6, 3), (2,)  # sizes of a batch, times 24 tokens; of 1 torch itself makes a graph of its own
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+class Block(torch.nn.Module):
+    """The first decoder block of a model, called with hidden states alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        inner = model.base_model.model.model
+        self.block = inner.layers[0]
+        with torch.no_grad():
+            self.positions = inner.rotary_emb(next(model.parameters()), torch.arange(24)[None])
+
+    def forward(self, x):
+        return self.block(x, position_embeddings=self.positions)
+
+
+def step(block, x):
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch.manual_seed(1)
+    y = block(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("method, p", [*zip(METHODS, (0.3, 0.0, 0.3, 0.0), strict=True)])
+def test_one_graph_for_all_batch_sizes(method, p, monkeypatch):
+    install_our_mask(monkeypatch)
+    stock, ours = pair(method, lora_dropout=p)
+    exact, stock, model = Block(exactly(stock)), Block(stock), peftops.patch(ours, strict=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(Block(model), fullgraph=True, backend=counter)
+    for size in MANY + FEW if p else MANY:  # few rows are another op where nothing is dropped
+        x = torch.randn(size, 24, 32)
+        truth, same = step(exact, x.double()), step(stock, x)
+        for ours, theirs, right in zip(step(compiled, x), same, truth, strict=True):
+            assert error(ours, right) <= bound(theirs, right)
+    assert counter.frame_count == 1 and peftops.report(model).calls == {}
+
+
+def graphs(model):
+    """How many there are after each call, where an adapter of the same shape is added and the two take turns."""
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    counter, found = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(Block(model), backend=counter)
+    for name in ("default", "other", "default", "other", "default"):
+        model.set_adapter(name)
+        step(compiled, torch.randn(3, 24, 32))
+        found.append(counter.frame_count)
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "qdora"])
+def test_adapters_that_take_turns_compile_no_more_than_stock(method):
+    """Stock of LoRA, since stock of DoRA is many graphs."""
+    expected, found = graphs(pair("lora")[0]), graphs(peftops.patch(pair(method)[1], strict=True))
+    assert all(a <= b for a, b in zip(found, expected, strict=True)) and found[-1] == found[2], (found, expected)

@@ -1,0 +1,106 @@
+"""Selective activation checkpointing: products and norms run once, and gradients are those of no checkpoint."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import peftops
+from peftops.nn import LinearNF4, LoRALinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BLOCKS = {
+    "lora": {},
+    "nf4": {},
+    "dora": {"use_dora": True},
+    "dora, dropout of lora": {"use_dora": True, "dropout_mode": "lora"},
+    "dora, norm differentiated": {"use_dora": True, "detach_norm": False},
+}
+
+
+def block(kind, p):
+    torch.manual_seed(0)
+    make = LinearNF4.from_linear if kind == "nf4" else lambda linear: linear
+    options = {"lora_alpha": 6, "lora_dropout": p, "init_lora_weights": False} | BLOCKS[kind]
+    layers = [LoRALinear(make(nn.Linear(*sizes)), 4, **options) for sizes in ((32, 48), (48, 32))]
+    return nn.Sequential(layers[0], nn.GELU(), layers[1])
+
+
+def step(model, x, run):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    y = run(model, x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def whole(model, x):
+    return model(x)
+
+
+def again(model, x, **options):
+    return checkpoint(model, x, use_reentrant=False, **options)
+
+
+def selective(*more):
+    return partial(create_selective_checkpoint_contexts, peftops.sac_policy(*more))
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_forward_runs_once(kind, p, rows, ops):
+    model, x = block(kind, p), torch.randn(rows, 32)
+    ops.clear()
+    expected, forwards = step(model, x, whole), counted(ops)
+    for run, times in ((again, 2), (partial(again, context_fn=selective()), 1)):
+        ops.clear()
+        out = step(model, x, run)
+        assert all(map(torch.equal, out, expected))
+        assert counted(ops) == {op: times * count for op, count in forwards.items()}
+
+
+def counted(ops):
+    return {op: ops.count(op) for op in ("lora_fwd", "lora_gemv", "dora_norm")}
+
+
+def test_more_ops_are_kept():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    calls = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            calls.append(op)
+            return op(*args, **kwargs or {})
+
+    counts = []
+    product = torch.ops.aten.addmm.default
+    for policy in (selective(), selective(product)):
+        calls.clear()
+        with Watch():
+            step(model, x, partial(again, context_fn=policy))
+        counts.append(calls.count(product))
+    assert counts == [3, 2]  # torch makes nothing again after the last tensor that backward wants
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=str)
+def test_a_patched_model(config, ops):
+    """Through transformers' own switch."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64))
+    lora = {"target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.3}
+    model = peftops.patch(peft.get_peft_model(model, peft.LoraConfig(r=4, **lora, **config)))
+    tokens, counts, found = torch.arange(80).view(2, 40) % 64, [], []
+    for options in ({}, {"context_fn": selective()}):
+        model.gradient_checkpointing_enable({"use_reentrant": False} | options)
+        ops.clear()
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        counts.append(ops.count("lora_fwd"))
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *found)) and counts[0] == 2 * counts[1] > 0
