@@ -15,13 +15,14 @@ class PeftopsCallback(TrainerCallback):
     The model is patched when the trainer is made, also where that made the PEFT model itself (TRL's peft_config), and
     again when training begins, for layers that came later. Lines of the log that have a loss gain lora_layers,
     fused_layers, peak_memory_gib and, under TrainingArguments(include_num_input_tokens_seen=...), tokens_per_second
-    since the line before. state.log_history has them, and callbacks that come after this one.
+    since the line before. state.log_history has them, and callbacks that come after this one; those of report_to come
+    before, unless trainer.callback_handler.callbacks is reordered.
 
     strict, fuse: as patch has them. Raises ValueError where training begins and there are no LoRA layers.
     """
 
     def __init__(self, *, strict=False, fuse=()):
-        self.options = {"strict": strict, "fuse": fuse}
+        self.options, self.before = {"strict": strict, "fuse": fuse}, (time.monotonic(), 0)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if lora_layers(model):

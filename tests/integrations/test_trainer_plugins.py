@@ -29,7 +29,8 @@ def test_axolotl(monkeypatch):
     cfg, model = {"lora_r": 8, "lora_qkv_kernel": True}, tiny()
     plugin.register(cfg)
     assert cfg == {"lora_r": 8} | dict.fromkeys(peftops.integrations.axolotl.KERNELS, False)
-    plugin.post_model_load(cfg, model)
+    [callback] = plugin.add_callbacks_pre_trainer(cfg, model)
+    callback.on_init_end(None, None, None, model=model)
     assert peftops.report(model).fused == 14
 
 
@@ -75,3 +76,15 @@ def test_liger_leaves_an_adapter_on_the_head_untrained(caplog):
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "base_model.model.lm_head does not train"
     ]
+    ours = liger_step(model)
+    assert {name for name, grad in ours.items() if grad is None} == {name for name in ours if "lm_head" in name}
+    assert peftops.report(model).calls == {FUSED: 2}
+    for name, grad in liger_step(peftops.unpatch(model)).items():
+        assert grad is None or error(ours[name], grad) <= 1e-5
+
+
+def liger_step(model):
+    """Gradients by name, from Liger-Kernel's cross entropy in Triton's interpreter."""
+    model.zero_grad()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
