@@ -82,7 +82,7 @@ class Normed(nn.Module):
     def lengths(self, name, scaling):
         """(magnitude, norm) of dora_linear for this adapter; None for a norm that has to be computed in this call."""
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
-        weight = magnitude.weight
+        weight = magnitude._parameters["weight"]  # of a module's attributes the one that every token reads
         norm = self.norm(name, magnitude, weight, scaling)
         return weight.float() if weight.dtype in HALF else weight, norm
 

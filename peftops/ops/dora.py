@@ -143,7 +143,9 @@ def dora_linear(
     if norm is None:
         adapter = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
         norm = no_zeros(dora_weight_norm(weight, *adapter, scaling=scaling, dtype=x.dtype))
-    gain, p = (magnitude / norm).to(wide), dropout_p if training else 0.0
+    gain, p = magnitude / norm, dropout_p if training else 0.0
+    if gain.dtype is not wide:
+        gain = gain.to(wide)
     if not p or dropout_mode == "lora":
         options = {"scaling": scaling, "dropout_p": p, "gain": gain}
         return lora_linear(x, weight, lora_A, lora_B, bias, **options)
