@@ -18,17 +18,12 @@ WORDS = [f"w{i}" for i in range(60)]
 
 
 @pytest.fixture
-def names(tmp_path, monkeypatch):
+def names(tmp_path, monkeypatch, tokenizer):
     """What blocks take for granted: imports, a model and its folder, data, a layer, tensors."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0))
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, "<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    for part in (model, transformers.PreTrainedTokenizerFast(tokenizer_object=made, **tokens)):
+    for part in (model, tokenizer):
         part.save_pretrained("model")
     text = " ".join(WORDS[:12])
     data = {

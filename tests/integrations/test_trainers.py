@@ -33,20 +33,15 @@ def base(packed=False):
     return model
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    made = Tokenizer(models.WordLevel(words, "<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **tokens)
-
-
 def text(seed, count=8):
     generator = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[i] for i in torch.randint(60, (count,), generator=generator))
+
+
+def numbers():
+    return datasets.Dataset.from_list(
+        [{"input_ids": ids, "labels": ids} for ids in torch.arange(256).view(16, 16) % 64]
+    )
 
 
 def arguments(folder, kind=transformers.TrainingArguments, **more):
@@ -81,9 +76,7 @@ def assert_same(make):
 
 
 def test_trainer(tmp_path):
-    rows = datasets.Dataset.from_list(
-        [{"input_ids": ids, "labels": ids} for ids in torch.arange(256).view(16, 16) % 64]
-    )
+    rows = numbers()
 
     def make(callbacks):
         args = arguments(tmp_path, include_num_input_tokens_seen="all")
@@ -95,9 +88,7 @@ def test_trainer(tmp_path):
 
 
 def test_trainer_under_bf16_and_checkpointing(tmp_path):
-    rows = datasets.Dataset.from_list(
-        [{"input_ids": ids, "labels": ids} for ids in torch.arange(256).view(16, 16) % 64]
-    )
+    rows = numbers()
 
     def make(callbacks):
         args = arguments(tmp_path, bf16=True, gradient_checkpointing=True, max_steps=5)
