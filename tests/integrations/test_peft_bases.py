@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from test_peft_fallbacks import HOOKS, Sub, SubParameter
-from tiny import Net, adapted, install_our_mask, single
+from tiny import Net, adapted, install_our_mask, pass_of, single
 
 import peftops
 import peftops.integrations.peft as integration
@@ -99,16 +99,6 @@ def base_of(name, computes=None):
     return base
 
 
-def step(model, x, autocast=None):
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        y = model(x)
-    y.float().square().mean().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for name, p in model.named_parameters() if "lora_" in name)]
-
-
 def exactly(model, x, autocast=None):
     """Stock PEFT with an adapter of float64, over the same product of the base."""
     model = copy.deepcopy(model)
@@ -118,13 +108,13 @@ def exactly(model, x, autocast=None):
         setattr(layer, name, base)
     for part in (layer.lora_A, layer.lora_B):
         part.double()
-    return step(model, x.double(), autocast)
+    return pass_of(model, x.double(), autocast)
 
 
 def assert_law(model, x, autocast=None):
-    exact, same = exactly(model, x, autocast), step(model, x, autocast)
+    exact, same = exactly(model, x, autocast), pass_of(model, x, autocast)
     patched = peftops.patch(copy.deepcopy(model), strict=True)
-    out = step(patched, x, autocast)
+    out = pass_of(patched, x, autocast)
     assert [t.dtype for t in out] == [t.dtype for t in same]
     assert error(out, exact) <= bound(same, exact)
     report = peftops.report(patched)
@@ -172,7 +162,7 @@ def test_dtype_where_a_gpu_runs_autocast(name, monkeypatch):
     if name == "TorchaoLoraLinear":
         model.lin.base_layer = Quantized(FP16)
     assert_law(model, x, BF16)
-    assert step(peftops.patch(model), x, BF16)[0].dtype is (FP32 if name in WIDENING else FP16)
+    assert pass_of(peftops.patch(model), x, BF16)[0].dtype is (FP32 if name in WIDENING else FP16)
 
 
 def int8(dtype):
@@ -218,7 +208,7 @@ def test_of_the_quantizers_that_are_installed(name, dtype, p, monkeypatch):
 def test_hooks_of_the_base_layer_run(hook):
     model, x = single(), torch.randn(7, 16)
     HOOKS[hook](model.base_model.model.lin.base_layer)
-    plainly, hooked = step(single(), x), step(model, x)
+    plainly, hooked = pass_of(single(), x), pass_of(model, x)
     assert not all(map(torch.equal, plainly, hooked))
     assert "hooks on the base layer" in str(assert_law(model, x))
 
@@ -256,7 +246,7 @@ def test_linear_layers_that_are_not_nn_linear(change, p, monkeypatch):
     change(model.base_model.model.lin.base_layer)
     assert_law(model, x)
     patched = peftops.patch(copy.deepcopy(model))
-    step(model, x), step(patched, x)
+    pass_of(model, x), pass_of(patched, x)
     grads = [m.base_model.model.lin.base_layer.weight.grad for m in (patched, model)]
     if change is trained_subclass:
         exact = exactly_trained(model, x)
@@ -267,7 +257,7 @@ def test_linear_layers_that_are_not_nn_linear(change, p, monkeypatch):
 
 def exactly_trained(model, x):
     model = copy.deepcopy(model).double()
-    step(model, x.double())
+    pass_of(model, x.double())
     return model.base_model.model.lin.base_layer.weight.grad
 
 
@@ -302,10 +292,10 @@ def test_merging_is_pefts_own(name, monkeypatch):
 
 def test_a_compiled_model_is_one_graph():
     model, x = lora(peft.tuners.lora.Linear, Quantized()), torch.randn(70, K)
-    exact, same = exactly(model, x), step(model, x)
+    exact, same = exactly(model, x), pass_of(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(peftops.patch(model), fullgraph=True, backend="aot_eager")
-    assert error(step(compiled, x), exact) <= bound(same, exact)
+    assert error(pass_of(compiled, x), exact) <= bound(same, exact)
 
 
 def test_rows_of_a_report_are_of_a_dtype_that_layers_compute_in():

@@ -15,7 +15,7 @@ from torch.nn import functional
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tiny import Net, adapted, exactly, install_our_mask, logits, step, tiny
+from tiny import Net, adapted, exactly, install_our_mask, logits, pass_of, step, tiny
 
 import peftops
 from peftops.integrations.peft import FUSED, Fused
@@ -46,17 +46,6 @@ def gated(block=Gated, autocast_adapter_dtype=True, targets=("w1", "w2", "w3"), 
 
 def mlp_of(model):
     return model.base_model.model.lin
-
-
-def pass_of(model, x, autocast=None):
-    """y, the gradient of x and those of parameters."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        y = model(x)
-    y.backward(torch.ones_like(y))
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def assert_same_bits(model, x, autocast=None, mlps=None):

@@ -13,7 +13,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tiny import Net, adapted, install_our_mask
+from tiny import Net, adapted, install_our_mask, pass_of
 
 import peftops
 from peftops.integrations import peft_nf4
@@ -53,16 +53,6 @@ def layer_of(model):
     return model.base_model.model.lin
 
 
-def step(model, x, autocast=None):
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        y = model(x)
-    y.float().square().mean().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
-
-
 def exactly(model, x, **config):
     """Stock PEFT in float64 over the dequantized weight."""
     base, wide = layer_of(model).base_layer, copy.deepcopy(model)
@@ -73,7 +63,7 @@ def exactly(model, x, **config):
     state = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     net.load_state_dict(state, strict=False)
     layer_of(net).base_layer = linear
-    return step(net.double(), x.double())
+    return pass_of(net.double(), x.double())
 
 
 CONFIG = {"lora_dropout": 0.3, "use_rslora": True}
@@ -95,9 +85,9 @@ def test_is_stock_peft(make, case, monkeypatch):
     model, x = lora(make(dtype, compute), **CONFIG), torch.randn(80, K, dtype=x_dtype)
     if x_dtype is torch.bfloat16 and not autocast:  # else stock PEFT multiplies in fp32
         model = model.to(torch.bfloat16)
-    exact, same = exactly(model, x, **CONFIG), step(model, x, autocast)
+    exact, same = exactly(model, x, **CONFIG), pass_of(model, x, autocast)
     patched = peftops.patch(copy.deepcopy(model), strict=True)
-    out = step(patched, x, autocast)
+    out = pass_of(patched, x, autocast)
     assert [t.dtype for t in out] == [t.dtype for t in same]
     assert error(out, exact) <= bound(same, exact)
     assert peftops.report(patched).calls == {"fused": 1} and peftops.report(patched).fused == 1
@@ -108,8 +98,8 @@ def test_is_stock_peft(make, case, monkeypatch):
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_formats(make, options):
     model, x = lora(make(**options)), torch.randn(5, K)
-    exact, same = exactly(model, x), step(model, x)
-    assert error(step(peftops.patch(model, strict=True), x), exact) <= bound(same, exact)
+    exact, same = exactly(model, x), pass_of(model, x)
+    assert error(pass_of(peftops.patch(model, strict=True), x), exact) <= bound(same, exact)
 
 
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
@@ -125,10 +115,10 @@ def test_saves_copies_and_pickles(make):
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_a_compiled_model_is_one_graph(make):
     model, x = lora(make()), torch.randn(70, K)
-    exact, same = exactly(model, x), step(model, x)
+    exact, same = exactly(model, x), pass_of(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(peftops.patch(model), fullgraph=True, backend="aot_eager")
-    assert error(step(compiled, x), exact) <= bound(same, exact)
+    assert error(pass_of(compiled, x), exact) <= bound(same, exact)
 
 
 def refuse_repacked(layer):
@@ -184,9 +174,9 @@ def test_what_linear4bit_keeps_for_peft(reason):
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_what_would_compute_otherwise_is_pefts_own(make):
     model = peftops.patch(lora(make(compute_dtype=torch.float16)), strict=True)
-    step(model, torch.randn(3, K), torch.bfloat16)
+    pass_of(model, torch.randn(3, K), torch.bfloat16)
     assert peftops.report(model).calls == {"compute_dtype or x is not of autocast's dtype": 1}
-    step(model, torch.randn(3, K, dtype=torch.bfloat16))
+    pass_of(model, torch.randn(3, K, dtype=torch.bfloat16))
     assert peftops.report(model).calls["x is not of the base weight's dtype"] == 1
 
 

@@ -92,6 +92,17 @@ def step(model, autocast=None):
     return out.logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
+def pass_of(model, x, autocast=None):
+    """y, and the gradients of x and of parameters, of one forward and backward"""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = model(x)
+    y.float().square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
 def exactly(model):
     """The same parameters in float64, where PEFT's own layers are the truth."""
     return copy.deepcopy(model).double()
