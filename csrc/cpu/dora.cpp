@@ -41,72 +41,30 @@ struct Fma {
   }
 };
 
-constexpr int64_t RUN = 32;  // columns of one word of bits
-
-template <class T>
-inline void read(float (&to)[RUN], const T* from, int64_t count) {
-  if (count == RUN)
-    for (int64_t i = 0; i < RUN; i += LANES) *(vec_at*)(to + i) = load(from + i);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-
-template <class T>
-inline void write(T* to, const float (&from)[RUN], int64_t count) {
-  if (count == RUN)
-    for (int64_t i = 0; i < RUN; ++i) narrow(from[i], to + i);
-  else
-    for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
-}
-
-#ifdef __AVX2__
-inline void write(fp16* to, const float (&from)[RUN], int64_t count) {
-  fp16 out[RUN];
-  for (int64_t i = 0; i < RUN; i += 8) {
-    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128((__m128i*)(count == RUN ? to + i : out + i), eight);
-  }
-  if (count < RUN) memcpy(to, out, size_t(count) * sizeof(fp16));
-}
-#endif
-
-// out = keep ⊙ factor · x for the columns from c on; without bits all are kept
-inline void drop(float (&out)[RUN], const float (&x)[RUN], const uint8_t* bits, int64_t c, float factor) {
-  uint32_t word = ~0u;
-  if (bits) memcpy(&word, bits + c / 8, 4);
-  for (int64_t i = 0; i < RUN; i += LANES) {
-    words bit;
-    for (int l = 0; l < LANES; ++l) bit[l] = 1u << l;
-    *(vec_at*)(out + i) = (bit & word >> i) != 0 ? factor * load(x + i) : vec{};
-  }
+// keep ⊙ factor · v of the columns from c on; without bits all are kept
+PEFTOPS_INLINE vec drop(vec v, const uint8_t* bits, int64_t c, float factor) {
+  v *= all(factor);
+  return bits ? kept(v, bits_at(bits, c)) : v;
 }
 
 template <class T>
 void drop_row(T* dropped, T* rest, const T* x, const uint8_t* bits, int64_t k, float factor) {
-  for (int64_t c = 0; c < k; c += RUN) {
-    const int64_t count = min(RUN, k - c);
-    float all[RUN] = {}, kept[RUN];
-    read(all, x + c, count);
-    drop(kept, all, bits, c, factor);
-    write(dropped + c, kept, count);
-    for (int64_t i = 0; i < RUN; ++i) all[i] -= kept[i];
-    write(rest + c, all, count);
+  for (int64_t c = 0; c < k; c += LANES) {
+    const vec every = load(x + c, k - c), some = drop(every, bits, c, factor);
+    store(dropped + c, some, k - c);
+    store(rest + c, every - some, k - c);
   }
 }
 
 template <class T>
 void mix_row(T* out, const T* u, const T* v, const uint8_t* bits, int64_t k, float factor) {
-  for (int64_t c = 0; c < k; c += RUN) {
-    const int64_t count = min(RUN, k - c);
-    float all[RUN] = {}, kept[RUN], other[RUN] = {};
-    read(all, u + c, count);
-    drop(kept, all, bits, c, factor);
+  for (int64_t c = 0; c < k; c += LANES) {
+    vec sum = drop(load(u + c, k - c), bits, c, factor);
     if (v) {
-      read(other, v + c, count);
-      drop(all, other, bits, c, factor);
-      for (int64_t i = 0; i < RUN; ++i) kept[i] += other[i] - all[i];
+      const vec other = load(v + c, k - c);
+      sum += other - drop(other, bits, c, factor);
     }
-    write(out + c, kept, count);
+    store(out + c, sum, k - c);
   }
 }
 

@@ -1,65 +1,22 @@
 // ‖Ŵ + s·b·a‖ of each row of Ŵ, of tiles of b·a that are never stored. How they are multiplied is an engine's matter.
 #pragma once
 #include "nf4.h"
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 namespace peftops::ISA {
 namespace {
 
-#if defined(__AVX512BW__)
-constexpr int LANES = 16, NV = 4;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, NV = 2;
-#else
-constexpr int LANES = 4, NV = 2;
-#endif
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-
+constexpr int NV = VECTORS;
 constexpr int MR = 4;                 // rows of a tile
 constexpr int64_t TILE = NV * LANES;  // columns of a tile
 constexpr int64_t TALL = 32;          // rows that one thread walks along
 constexpr int64_t CHUNK = 512;        // columns for which the operand of columns stays in the nearest cache
-constexpr int64_t CHAIN = 16;         // squares of one fp32 sum; a longer one loses digits
+constexpr int64_t SQUARES = 16;       // squares of one fp32 sum; a longer one loses digits
 constexpr int64_t PARTS = 8;          // sums of such sums, for the same reason
 constexpr int64_t COLUMNS = 64;       // columns that one thread walks down
 constexpr int64_t AHEAD = 16;         // rows below that it asks for
 
 thread_local Scratch t_a, t_b;   // of the caller, read by its team
 thread_local Scratch t_decoded;  // of each thread of a team
-
-inline vec fma(vec a, vec b, vec c) {
-#if defined(__AVX512BW__)
-  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline vec load(const float* p) { return *(const vec_at*)p; }
-inline vec load(const bf16* p) {
-#if defined(__AVX512BW__)
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif defined(__AVX2__)
-  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-#else
-  return vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
-#endif
-}
-inline vec load(const fp16* p) {
-#if defined(__AVX512BW__)
-  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  return vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
-#endif
-}
 
 // a (r, k) or bᵀ (r, n) as an engine wants them: item [step][column], zero beyond the last column
 template <class E>
@@ -204,13 +161,13 @@ struct Sum {
     for (int64_t first = 0; first < columns; first += COLUMNS) {
       const int64_t count = min(COLUMNS, columns - first);
       vec total[PARTS][COLUMNS / LANES] = {};
-      for (int64_t top = 0; top < rows; top += CHAIN) {
-        const int64_t end = min(rows, top + CHAIN);
+      for (int64_t top = 0; top < rows; top += SQUARES) {
+        const int64_t end = min(rows, top + SQUARES);
         vec sum[COLUMNS / LANES] = {};
         int64_t i = top;
         for (; i + MR <= end; i += MR) down_block<MR>(i, first, first + count, sum);
         for (; i < end; ++i) down_block<1>(i, first, first + count, sum);
-        for (int64_t q = 0; q < COLUMNS / LANES; ++q) total[top / CHAIN % PARTS][q] += sum[q];
+        for (int64_t q = 0; q < COLUMNS / LANES; ++q) total[top / SQUARES % PARTS][q] += sum[q];
       }
       for (int64_t half = PARTS / 2; half; half /= 2)
         for (int64_t e = 0; e < half; ++e)

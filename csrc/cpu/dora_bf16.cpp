@@ -24,7 +24,7 @@ struct Dots {
   static Operand<Dots> of_a(Tensor a) {
     const int64_t r = a.shape[0], k = a.shape[1], ld = Operand<Dots>::padded(k);
     Item* out = t_a.get<Item>(steps(r) * ld);
-    with_operand(a, [&](auto* from) { pack_rows(from, k, r, k, out, ld); });
+    with_operand<bf16>(a, [&](auto* from) { pack_rows(from, k, r, k, out, ld); });
     return {out, ld};
   }
 
@@ -32,7 +32,7 @@ struct Dots {
   static Operand<Dots> of_b(Tensor b) {
     const int64_t n = b.shape[0], r = b.shape[1], ld = Operand<Dots>::padded(n);
     Item* out = t_b.get<Item>(steps(r) * ld);
-    with_operand(b, [&](auto* from) {
+    with_operand<bf16>(b, [&](auto* from) {
 #pragma omp parallel for num_threads(threads_for(8 * n * r)) schedule(static)
       for (int64_t i = 0; i < n; i += PANEL)
         pack_columns(from + i * r, r, min(PANEL, n - i), r, out + i, PANEL, nullptr, ld);

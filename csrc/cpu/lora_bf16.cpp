@@ -14,7 +14,7 @@ thread_local Scratch t_a, t_h, t_bias;  // of the caller, read by its team
 uint32_t* pack_a(Tensor a) {
   const int64_t r = a.shape[0], k = a.shape[1], width = pad16(r), step = 512;
   uint32_t* out = t_a.get<uint32_t>((k + 1) / 2 * width);
-  with_operand(a, [&](auto* from) {
+  with_operand<bf16>(a, [&](auto* from) {
 #pragma omp parallel for num_threads(threads_for(32 * r * k))
     for (int64_t c = 0; c < k; c += step) pack_columns(from + c, k, r, min(step, k - c), out + c / 2 * width, width);
   });
@@ -73,8 +73,8 @@ const float* as_float(Tensor t, Scratch& scratch) {
 
 }  // namespace
 
-void lora_fwd(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
-              Tensor bias, Tensor gain, Tensor gate, Tensor seed, Form form, int64_t block, double p) {
+void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
+                   Tensor bias, Tensor gain, Tensor gate, Tensor seed, Form form, int64_t block, double p) {
   const Philox generator(p ? *as<uint64_t>(seed) : 0, p);
   shrink(h, as<uint8_t>(bits), x, a, p ? &generator : nullptr, inverse(p));
   const bf16 *from = as<bf16>(x), *y0 = nullptr, *hg = gated(h, gate, b.shape[1], t_h);

@@ -146,13 +146,13 @@ void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, flo
         narrow(s * value, out + i * columns + j);
       }
   };
-  with_operand(to, store);
+  with_operand<bf16>(to, store);
 }
 
 }  // namespace
 
-void lora_bwd(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base, Tensor a, Tensor b,
-              Tensor scale, Tensor h, Tensor bits, Tensor gain, Tensor gate, Form form, int64_t block, double p) {
+void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base, Tensor a, Tensor b,
+                   Tensor scale, Tensor h, Tensor bits, Tensor gain, Tensor gate, Form form, int64_t block, double p) {
   const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0], columns = b.shape[1];
   const int64_t padded = pad16(columns), ldv = (n + 31) / 32 * 32, ranks = pad16(r), ldk = (k + 31) / 32 * 32;
   const float s = *as<float>(scale);
@@ -162,7 +162,7 @@ void lora_bwd(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x
   uint32_t *bp = nullptr, *hp = nullptr;
   if (u) {
     bp = t_b.get<uint32_t>((n + 1) / 2 * padded);
-    with_operand(b, [&](auto* from) { pack_rows(from, columns, n, columns, bp, padded, g); });
+    with_operand<bf16>(b, [&](auto* from) { pack_rows(from, columns, n, columns, bp, padded, g); });
   }
   if (v) {
     hp = t_a.get<uint32_t>((m + 1) / 2 * padded);

@@ -28,6 +28,11 @@ struct Few {
   }
 };
 
+struct Stored {
+  const Few& t;
+  PEFTOPS_INLINE void operator()(float value, int64_t i, int64_t c) const { t.store(value, i, c); }
+};
+
 // lane j = the sum of v[j]
 PEFTOPS_INLINE __m512 sums(const __m512 (&v)[16]) {
   __m512 t[8], q[4];
@@ -231,8 +236,9 @@ const float* turned(const float* h, int64_t m, int64_t r, int64_t width, float* 
   return out;
 }
 
-template <class B, class STORE>
-void product(const Coded& v, const Few& t, const float* h, const B* b, STORE store) {
+template <class B>
+void product(const Coded& v, const Few& t, const float* h, const B* b) {
+  const Stored store{t};
   const bool nested = v.w.absmax8 && v.w.shift == 6 && 256 % (t.k / 64 ? t.k / 64 : 1) == 0;
   const auto columns_of = [&](auto rows, auto width) {
     constexpr int MX = decltype(rows)::value, NW = decltype(width)::value;
@@ -274,48 +280,59 @@ void product(const Coded& v, const Few& t, const float* h, const B* b, STORE sto
   }
 }
 
-template <int NW, class A, class B>
-void few(const Few& t, const A* a, int64_t ra, const B* b, Tensor gate, const Coded* codes) {
-  bf16* h = t_h.get<bf16>(t.m * ra);
+// f(Count<NW>), how many columns are summed at once for m rows
+template <class F>
+void by_width(int64_t m, F f) {
+  if (m == 1) return f(Count<16>{});
+  if (m == 2) return f(Count<8>{});
+  f(Count<4>{});
+}
+
+// h (m, rows of a) = x·aᵀ
+template <class A>
+void down(const Few& t, const A* a, int64_t ranks, bf16* h) {
+  const auto store = [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ranks + j); };
+  by_width(t.m, [&](auto width) {
+    all_columns<decltype(width)::value>(a, t.x, t.m, t.k, nullptr, (const bf16*)nullptr, 0, ranks, store);
+  });
+}
+
+// y from s · h
+template <class B>
+void up(const Few& t, const Coded* codes, const float* h, const B* b) {
+  if (codes) return product(*codes, t, h, b);
+  by_width(t.m,
+           [&](auto width) { all_columns<decltype(width)::value>(t.w, t.x, t.m, t.k, h, b, t.r, t.n, Stored{t}); });
+}
+
+void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
+  const int64_t ranks = a.shape[0];
+  bf16* h = t_h.get<bf16>(t.m * ranks);
   float* hs = t_spread.get<float>(t.m * t.r + 32 * t.r);
   const float* delta_h = hs;
   const int threads = threads_for(t.m * t.n * t.k);
 #pragma omp parallel num_threads(threads)
   {
-    all_columns<NW>(a, t.x, t.m, t.k, nullptr, b, 0, ra,
-                    [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ra + j); });
+    with_operand<bf16>(a, [&](const auto* from) { down(t, from, ranks, h); });
 #pragma omp barrier
 #pragma omp single
     {
-      spread(hs, h, gate, t.m, ra, t.r, t.s);
+      spread(hs, h, gate, t.m, ranks, t.r, t.s);
       if (codes && codes->lanes) delta_h = turned(hs, t.m, t.r, t.m > 16 ? 32 : 16, hs + t.m * t.r);
     }
-    const auto store = [&](float v, int64_t i, int64_t c) { t.store(v, i, c); };
-    if (codes)
-      product(*codes, t, delta_h, b, store);
-    else
-      all_columns<NW>(t.w, t.x, t.m, t.k, hs, b, t.r, t.n, store);
+    with_operand<bf16>(b, [&](const auto* from) { up(t, codes, delta_h, from); });
   }
 }
 
 }  // namespace
 
-void lora_gemv(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain,
-               Tensor gate, Form form, int64_t block) {
+void lora_few_bf16(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain,
+                   Tensor gate, Form form, int64_t block) {
   const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1], ra = a.shape[0];
   const bf16* w = form == Form::dense ? as<bf16>(base.at[0]) : nullptr;
   const Few t{as<bf16>(y), as<bf16>(x), w, m, n, k, r, *as<float>(scale), as<float>(gain), bias};
   const Coded found = coded(t, base, form == Form::nf4 ? block : 0);
-  const Coded* codes = form == Form::nf4 ? &found : nullptr;
-  const auto run = [&](auto* a_rows, auto* b_rows) {
-    if (m == 1)
-      few<16>(t, a_rows, ra, b_rows, gate, codes);
-    else if (m == 2)
-      few<8>(t, a_rows, ra, b_rows, gate, codes);
-    else
-      few<4>(t, a_rows, ra, b_rows, gate, codes);
-  };
-  with_operand(a, [&](auto* a_rows) { with_operand(b, [&](auto* b_rows) { run(a_rows, b_rows); }); });
+  few(t, a, b, gate, form == Form::nf4 ? &found : nullptr);
 }
 
 }  // namespace peftops::ISA

@@ -1,6 +1,6 @@
 // 4-bit weights as bitsandbytes stores them: two codes a byte, the first in its high half, and a scale for each block.
 #pragma once
-#include "tile.h"
+#include "vec.h"
 
 namespace peftops::ISA {
 namespace {
@@ -41,23 +41,12 @@ inline void decode_bytes(const uint8_t* codes, int64_t bytes, const T (&t)[16], 
   for (int64_t i = 0; i < bytes; ++i) out[2 * i] = t[codes[i] >> 4], out[2 * i + 1] = t[codes[i] & 15];
 }
 
-#ifdef __AVX512BW__
-inline void round16(__m512 v, float (&out)[16]) { _mm512_storeu_ps(out, v); }
-inline void round16(__m512 v, fp16 (&out)[16]) {
-  _mm256_storeu_si256((__m256i*)out, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-inline void round16(__m512 v, bf16 (&out)[16]) {
-  const __m512i word = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(word, odd), _mm512_set1_epi32(0x7fff)), 16);
-  const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
-  const __m512i bits = _mm512_mask_blend_epi32(number, _mm512_set1_epi32(0x7fc0), up);
-  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(bits));
-}
 template <class T>
 void NF4::values(int64_t at, T (&out)[16]) const {
-  round16(_mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale(at))), out);
+  for (int v = 0; v < 16; v += LANES) store(out + v, load(table + v) * all(scale(at)));
 }
 
+#if defined(__AVX512BW__)
 template <class T>
 inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
   const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)t));
@@ -103,13 +92,54 @@ inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16]
   }
   decode_bytes(codes + i, bytes - i, t, out + 2 * i);
 }
-#else
-template <class T>
-void NF4::values(int64_t at, T (&out)[16]) const {
-  const float s = scale(at);
-  for (int i = 0; i < 16; ++i) narrow(table[i] * s, out + i);
+#elif defined(__AVX2__)
+// The codes of sixteen bytes in the order of their elements
+inline void split(const uint8_t* codes, __m128i (&out)[2]) {
+  const __m128i w = _mm_loadu_si128((const __m128i*)codes), nibble = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(w, 4), nibble), odd = _mm_and_si128(w, nibble);
+  out[0] = _mm_unpacklo_epi8(even, odd), out[1] = _mm_unpackhi_epi8(even, odd);
 }
-
+// Looked up in a table of the low and in one of the high bytes of the values
+template <class T>
+inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
+  const __m128i first = _mm_loadu_si128((const __m128i*)t), second = _mm_loadu_si128((const __m128i*)(t + 8));
+  const __m128i byte = _mm_set1_epi16(0xff);
+  const __m128i low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+  const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    __m128i parts[2];
+    split(codes + i, parts);
+    for (int e = 0; e < 2; ++e) {
+      const __m128i l = _mm_shuffle_epi8(low, parts[e]), h = _mm_shuffle_epi8(high, parts[e]);
+      __m128i* to = (__m128i*)(out + 2 * i + 16 * e);
+      _mm_storeu_si128(to, _mm_unpacklo_epi8(l, h)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(l, h));
+    }
+  }
+  decode_bytes(codes + i, bytes - i, t, out + 2 * i);
+}
+inline void decode_run(const uint8_t* codes, int64_t bytes, const bf16 (&t)[16], bf16* out) {
+  decode_words(codes, bytes, t, out);
+}
+inline void decode_run(const uint8_t* codes, int64_t bytes, const fp16 (&t)[16], fp16* out) {
+  decode_words(codes, bytes, t, out);
+}
+inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16], float* out) {
+  const __m256 first = _mm256_loadu_ps(t), second = _mm256_loadu_ps(t + 8);
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    __m128i parts[2];
+    split(codes + i, parts);
+    for (int e = 0; e < 4; ++e) {
+      const __m256i code = _mm256_cvtepu8_epi32(e % 2 ? _mm_srli_si128(parts[e / 2], 8) : parts[e / 2]);
+      const __m256 low = _mm256_permutevar8x32_ps(first, code), high = _mm256_permutevar8x32_ps(second, code);
+      const __m256 which = (__m256)_mm256_slli_epi32(code, 28);  // its sign is the fourth bit of the code
+      _mm256_storeu_ps(out + 2 * i + 8 * e, _mm256_blendv_ps(low, high, which));
+    }
+  }
+  decode_bytes(codes + i, bytes - i, t, out + 2 * i);
+}
+#else
 template <class T>
 inline void decode_run(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
   decode_bytes(codes, bytes, t, out);

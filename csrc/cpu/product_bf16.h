@@ -55,36 +55,40 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
     }
 }
 
-constexpr int64_t TALL = 768;  // rows of x that are walked for every panel before the next ones: they stay in the cache
-
 // pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on, hint(c, i, j) asks for the part [i, j) of k of
-// what pack_w will read for c. Threads take equal runs of (slab of rows, panel, six rows).
+// what pack_w will read for c.
+template <class W, class B, class H>
+struct Worker {
+  const Product& t;
+  W pack_w;
+  B pack_b;
+  H hint;
+  uint32_t *w, *b;
+
+  Worker(const Product& t, W pack_w, B pack_b, H hint) : t(t), pack_w(pack_w), pack_b(pack_b), hint(hint) {
+    w = t_panel.get<uint32_t>((t.k + 1) / 2 * PANEL);
+    b = t_delta.get<uint32_t>((t.r + 1) / 2 * PANEL);
+  }
+
+  void pack(const Panel& panel) {
+    if (t.x) pack_w(w, panel.c);
+    pack_b(b, panel.c);
+  }
+
+  void rows(const Panel& panel, int64_t begin, int64_t end) {
+    by_rows<BLOCK, 4, 2, 1>(begin, end, [&](int64_t i, auto count) {
+      constexpr int MR = decltype(count)::value;
+      const int64_t done = i - panel.first;
+      if (t.x) hint(panel.next, t.k * done / panel.rows, t.k * (done + MR) / panel.rows);
+      if (t.x && !panel.c) prefetch(t.x + (i + MR) * t.k, 0, 1, MR * t.k);
+      tile<MR>(t, i, panel.c, w, b);
+    });
+  }
+};
+
 template <class W, class B, class H>
 void product(const Product& t, W pack_w, B pack_b, H hint) {
-  const int64_t panels = ceil_div(t.n, PANEL), slabs = ceil_div(t.m, TALL);
-  const int64_t blocks = slabs ? ceil_div(ceil_div(t.m, slabs), 6) : 0, rows = 6 * blocks;
-  const int threads = threads_for(t.m * t.n * (t.k + t.r));
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t team = omp_get_num_threads(), id = omp_get_thread_num();
-    uint32_t* w = t_panel.get<uint32_t>((t.k + 1) / 2 * PANEL);
-    uint32_t* b = t_delta.get<uint32_t>((t.r + 1) / 2 * PANEL);
-    const int64_t end = slabs * panels * blocks * (id + 1) / team;
-    for (int64_t item = slabs * panels * blocks * id / team; item < end;) {
-      const int64_t run = item / blocks, c = run % panels * PANEL, next = c + PANEL < t.n ? c + PANEL : 0;
-      const int64_t first = run / panels * rows, stop = min(end, (run + 1) * blocks);
-      if (t.x) pack_w(w, c);
-      pack_b(b, c);
-      const int64_t from = first + item % blocks * 6, to = min(t.m, first + (stop - run * blocks) * 6);
-      by_rows<6, 4, 2, 1>(from, to, [&](int64_t i, auto count) {
-        constexpr int MR = decltype(count)::value;
-        if (t.x) hint(next, t.k * (i - first) / rows, t.k * (i - first + MR) / rows);
-        if (t.x && !c) prefetch(t.x + (i + MR) * t.k, 0, 1, MR * t.k);
-        tile<MR>(t, i, c, w, b);
-      });
-      item = stop;
-    }
-  }
+  by_panels(t.m, t.n, t.m * t.n * (t.k + t.r), [&] { return Worker<W, B, H>(t, pack_w, pack_b, hint); });
 }
 
 // Columns of x·wᵀ: w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the other way.
@@ -106,7 +110,7 @@ void product_with(const Product& t, Form form, int64_t block, bool backward, Ten
           pack_columns(as<bf16>(w) + c * t.k, t.k, min(PANEL, t.n - c), t.k, out, PANEL, gain);
       },
       [&](uint32_t* out, int64_t c) {
-        with_operand(delta, [&](auto* from) {  // forward b (n, r), backward a (r, k)
+        with_operand<bf16>(delta, [&](auto* from) {  // forward b (n, r), backward a (r, k)
           if (backward)
             pack_rows(from + c, t.n, t.r, min(PANEL, t.n - c), out, PANEL);
           else

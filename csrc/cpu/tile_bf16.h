@@ -1,13 +1,10 @@
 // bf16 on AVX-512 with dot products: operands as pairs in 32-bit lanes, and the one micro-kernel that multiplies them.
 #pragma once
-#include "tile.h"
+#include "panels.h"
+#include "vec.h"
 
 namespace peftops::ISA {
 namespace {
-
-#define PEFTOPS_INLINE inline __attribute__((always_inline))
-
-constexpr int64_t PANEL = 64;  // columns of a packed panel
 
 PEFTOPS_INLINE uint32_t mask32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 PEFTOPS_INLINE uint16_t mask16(int64_t count) { return uint16_t(mask32(min(count, 16))); }
@@ -150,33 +147,11 @@ PEFTOPS_INLINE void multiply(const bf16* x, int64_t ldx, int64_t k, const uint32
         acc[i][v] = _mm512_dpbf16_ps(acc[i][v], pairs(w + k / 2 * ldw + 16 * v), single(row[i] + k - 1));
 }
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// f(i, Count) for blocks of rows of the sizes MR, …, each as often as it fits.
-template <int MR, int... REST, class F>
-PEFTOPS_INLINE void by_rows(int64_t i, int64_t end, F f) {
-  for (; i + MR <= end; i += MR) f(i, Count<MR>{});
-  if constexpr (sizeof...(REST) > 0) by_rows<REST...>(i, end, f);
-}
-
 // f(rank, vectors) for the ranks of r, sixteen to a vector.
 template <class F>
 PEFTOPS_INLINE void by_ranks(int64_t padded, F f) {
   by_rows<4, 2, 1>(0, padded / 16, f);
 }
-
-template <class F>
-void with_operand(Tensor t, F f) {
-  if (t.dtype == Dtype::f32)
-    f(as<float>(t));
-  else
-    f(as<bf16>(t));
-}
-
-inline int64_t pad16(int64_t r) { return (r + 15) / 16 * 16; }
 
 }  // namespace
 }  // namespace peftops::ISA

@@ -1,4 +1,4 @@
-"""4-bit weights on a CPU, and products with one where no kernel makes them of the codes: a part of it at a time."""
+"""4-bit weights on a CPU, and the parts in which a whole one is walked."""
 
 import threading
 
@@ -16,24 +16,6 @@ def nf4_quantize(codes, absmax, w, bounds, order, block):
 
 def nf4_dequantize(out, codes, table, scales, block, size, dtype):
     _C.nf4_dequantize(out, [codes, table, *scales], block)
-
-
-def product(y, x, base, block):
-    """y = x·Ŵᵀ"""
-    (_, k), n = x.shape, y.shape[1]
-    for first, count in parts(n, k, x):
-        w = scratch(x.dtype, count, k)
-        _C.nf4_part(w, base, block, k, first, 0)
-        torch.mm(x, w.T, out=y[:, first : first + count])
-
-
-def product_bwd(dx, dz, base, block):
-    """dx = dz·Ŵ"""
-    n, k = dz.shape[1], dx.shape[1]
-    for first, count in parts(k, n, dz):
-        w = scratch(dz.dtype, n, count)
-        _C.nf4_part(w, base, block, k, 0, first)
-        torch.mm(dz, w, out=dx[:, first : first + count])
 
 
 def parts(length, width, x):

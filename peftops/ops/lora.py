@@ -183,7 +183,7 @@ def backward(ctx, dy):
     x, a, b, scale, h, bits, bias, gain, gate, z, *base = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:6])
     if h is None:  # few rows: cheaper to make again than to keep
-        h = torch.mm(x, a.to(x.dtype).T)
+        h = down(x, a)
         bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
     args = x, base, a, b, scale, h, bits, bias, gain, gate, z, *ctx.constants, need
     grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
@@ -195,6 +195,14 @@ def backward(ctx, dy):
     if dbase and ctx.needs_input_grad[9]:
         dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
     return *grads, None, None, None, *dbase
+
+
+def down(x, a):
+    """x·aᵀ, rounded to x's dtype"""
+    a = a.to(x.dtype)
+    if x.is_cuda or x.dtype.itemsize > 2:
+        return torch.mm(x, a.T)
+    return torch.mm(x.float(), a.float().T).to(x.dtype)  # torch's 16-bit products are slow on most CPUs
 
 
 class LoRA(torch.autograd.Function):

@@ -1,0 +1,175 @@
+// Panels of a base and of a delta as floats, and the rows that are multiplied with them.
+#include "product.h"
+
+#include "nf4.h"
+#include "panels.h"
+
+namespace peftops::ISA {
+namespace {
+
+thread_local Scratch t_panel, t_delta, t_wide, t_decoded;  // of each thread of a team
+
+// A panel of `depth` rows lies as parts of WIDTH columns: out[column / WIDTH][row][column % WIDTH]
+inline float* in_panel(float* out, int64_t depth, int64_t row, int64_t column) {
+  return out + (column / WIDTH * depth + row) * WIDTH + column % WIDTH;
+}
+
+// The rows from `first` on of a panel, from (rows, columns ≤ PANEL) as it lies; gain multiplies rows
+template <class T, class From>
+void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, float* out, int64_t depth, int64_t first,
+               const float* gain) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < PANEL; c += LANES) {
+      vec v = load_as<T>(from + i * ld + c, columns - c);
+      if (gain) v *= all(gain[i]);
+      store(in_panel(out, depth, first + i, c), v);
+    }
+}
+
+// The same from the transpose, (columns ≤ PANEL, rows), of the columns from `column` on, a multiple of LANES
+template <class T, class From>
+void pack_columns(const From* from, int64_t ld, int64_t columns, int64_t rows, float* out, int64_t depth, int64_t first,
+                  int64_t column, const float* gain) {
+  for (int64_t i = 0; i < rows; i += LANES) {
+    vec v[LANES];
+    for (int64_t c = 0; c < LANES; ++c) v[c] = c < columns ? load_as<T>(from + c * ld + i, rows - i) : vec{};
+    for (int64_t c = 0; gain && c < LANES; ++c) v[c] *= load(gain + i, rows - i);
+    transpose(v);
+    for (int64_t c = 0; c < min(LANES, rows - i); ++c) store(in_panel(out, depth, first + i + c, column), v[c]);
+  }
+}
+
+// The panel of columns from c on of w, (depth, n) as it lies or its transpose
+template <class T>
+void pack_base(Tensor w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out, const float* gain) {
+  const T* from = as<T>(w);
+  const int64_t columns = min(PANEL, n - c);
+  if (along_rows) return pack_rows<T>(from + c, n, depth, columns, out, depth, 0, gain);
+  for (int64_t j = 0; j < PANEL; j += LANES)
+    pack_columns<T>(from + (c + j) * depth, depth, columns - j, depth, out, depth, 0, j, gain);
+}
+
+// The same of a 4-bit base, a part at a time that stays in the nearest cache
+template <class T>
+void pack_base(const NF4& w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out, const float* gain) {
+  constexpr int64_t tall = 32, run = 256, ld = run + 32;
+  const int64_t columns = min(PANEL, n - c);
+  T* part = t_decoded.get<T>(max(tall * PANEL, LANES * ld));
+  if (along_rows) {
+    for (int64_t i = 0; i < depth; i += tall) {
+      const int64_t rows = min(tall, depth - i);
+      for (int64_t e = 0; e < rows; ++e) decode(w, (i + e) * n + c, columns, part + e * PANEL);
+      pack_rows<T>(part, PANEL, rows, columns, out, depth, i, gain ? gain + i : nullptr);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < PANEL; j += LANES)
+    for (int64_t i = 0; i < depth; i += run) {
+      const int64_t count = max(0, min(LANES, columns - j)), rows = min(run, depth - i);
+      for (int64_t e = 0; e < count; ++e) decode(w, (c + j + e) * depth + i, rows, part + e * ld);
+      pack_columns<T>(part, ld, count, rows, out, depth, i, j, gain ? gain + i : nullptr);
+    }
+}
+
+// One thread's work
+template <class T>
+struct Worker {
+  const Product& t;
+  const NF4 codes;
+  int64_t ld;  // of the widened rows, which must not fall into one cache set
+  float *w, *b, *wide;
+
+  explicit Worker(const Product& t) : t(t), codes(t.base, t.form == Form::nf4 ? t.block : 0), ld(pad16(t.k) + 16) {
+    w = t_panel.get<float>(t.k * PANEL);
+    b = t_delta.get<float>(t.r * PANEL);
+    wide = sizeof(T) < sizeof(float) ? t_wide.get<float>(BLOCK * ld) : nullptr;
+  }
+
+  // w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the other way
+  void pack(const Panel& panel) {
+    const bool along_rows = (t.form == Form::transposed) != t.backward;
+    if (t.x.data && t.form == Form::nf4) pack_base<T>(codes, along_rows, t.k, t.n, panel.c, w, t.row_gain);
+    if (t.x.data && t.form != Form::nf4) pack_base<T>(t.base.at[0], along_rows, t.k, t.n, panel.c, w, t.row_gain);
+    with_operand<T>(t.delta, [&](auto* from) {
+      const int64_t columns = min(PANEL, t.n - panel.c);
+      if (t.backward) return pack_rows<T>(from + panel.c, t.n, t.r, columns, b, t.r, 0, nullptr);
+      for (int64_t j = 0; j < PANEL; j += LANES)
+        pack_columns<T>(from + (panel.c + j) * t.r, t.r, columns - j, t.r, b, t.r, 0, j, nullptr);
+    });
+  }
+
+  void rows(const Panel& panel, int64_t begin, int64_t end) {
+    by_rows<BLOCK, 4, 2, 1>(begin, end, [&](int64_t i, auto count) { tile<decltype(count)::value>(i, panel.c); });
+  }
+
+  template <int MR>
+  void tile(int64_t i, int64_t c) {
+    float sums[MR * PANEL];
+    const float* x = nullptr;
+    int64_t ldx = t.k;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (t.x.data) x = as<T>(t.x) + i * t.k;
+    } else if (t.x.data) {
+      for (int e = 0; e < MR; ++e) widen_row(as<T>(t.x) + (i + e) * t.k, t.k, nullptr, wide + e * ld);
+      x = wide, ldx = ld;
+    }
+    for (int64_t j = 0; j < min(PANEL, t.n - c); j += WIDTH) multiply_part<MR>(x, ldx, i, c, j, sums + j);
+    for (int e = 0; e < MR; ++e) finish(sums + e * PANEL, i + e, c);
+  }
+
+  // sums (MR, WIDTH) = x·w + s · mask ⊙ (h·b) for the columns from c + j on
+  template <int MR>
+  PEFTOPS_INLINE void multiply_part(const float* x, int64_t ldx, int64_t i, int64_t c, int64_t j, float* sums) const {
+    vec acc[MR][VECTORS];
+    clear(acc);
+    multiply(t.h + i * t.r, t.r, t.r, b + j * t.r, WIDTH, acc);
+    const int64_t bytes = mask_bytes(t.n);
+#pragma GCC unroll 8
+    for (int e = 0; e < MR; ++e)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        acc[e][v] *= all(t.s);
+        const int64_t at = c + j + LANES * v;
+        if (t.bits && at < t.n) acc[e][v] = kept(acc[e][v], bits_at(t.bits + (i + e) * bytes, at));
+      }
+    put(acc, sums, false);
+    for (int64_t done = 0; x && done < t.k; done += CHAIN) {
+      clear(acc);
+      multiply(x + done, ldx, min(CHAIN, t.k - done), w + j * t.k + done * WIDTH, WIDTH, acc);
+      put(acc, sums, true);
+    }
+  }
+
+  template <int MR>
+  PEFTOPS_INLINE static void put(const vec (&acc)[MR][VECTORS], float* sums, bool add) {
+#pragma GCC unroll 8
+    for (int e = 0; e < MR; ++e)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        float* at = sums + e * PANEL + LANES * v;
+        store(at, add ? load(at) + acc[e][v] : acc[e][v]);
+      }
+  }
+
+  // The row i of the panel: what is added to its sums, and rounded once
+  void finish(const float* sums, int64_t i, int64_t c) const {
+    for (int64_t v = 0; v < min(PANEL, t.n - c); v += LANES) {
+      const int64_t at = i * t.n + c + v, left = t.n - c - v;
+      vec value = load(sums + v);
+      if (t.y0.data) value += load(as<T>(t.y0) + at, left);
+      if (t.z.data) store(as<T>(t.z) + at, value, left);
+      if (t.gain) value *= load(t.gain + c + v, left);
+      if (t.bias) value += load(t.bias + c + v, left);
+      store(as<T>(t.out) + at, value, left);
+    }
+  }
+};
+
+}  // namespace
+
+void product(const Product& t) {
+  with_type(t.out.dtype,
+            [&](auto e) { by_panels(t.m, t.n, t.m * t.n * (t.k + t.r), [&] { return Worker<decltype(e)>(t); }); });
+}
+
+}  // namespace peftops::ISA

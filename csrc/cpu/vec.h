@@ -1,0 +1,229 @@
+// Vectors of floats for each instruction set, what makes them of 16-bit values and back, and the micro-kernel that
+// multiplies them.
+#pragma once
+#include "tile.h"
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace peftops::ISA {
+namespace {
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16;
+constexpr int VECTORS = 4;  // of one row of sums
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int VECTORS = 2;
+#else
+constexpr int LANES = 4;
+constexpr int VECTORS = 2;
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+constexpr int ROWS = 6;                 // of a block of sums
+constexpr int WIDTH = VECTORS * LANES;  // columns of it
+constexpr int64_t CHAIN = 64;           // terms of one sum; a longer one loses digits, so there are sums of sums
+
+inline int64_t pad16(int64_t r) { return (r + 15) / 16 * 16; }
+
+PEFTOPS_INLINE vec all(float v) { return v - vec{}; }
+
+PEFTOPS_INLINE vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+PEFTOPS_INLINE vec load(const float* p) { return *(const vec_at*)p; }
+PEFTOPS_INLINE vec load(const bf16* p) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+#endif
+}
+PEFTOPS_INLINE vec load(const fp16* p) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  return vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+#endif
+}
+
+PEFTOPS_INLINE void store(float* p, vec v) { *(vec_at*)p = v; }
+PEFTOPS_INLINE void store(bf16* p, vec v) {
+  const words word = (words)v, up = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  const halves h = __builtin_convertvector(v == v ? up : up * 0 + 0x7fc0, halves);
+  memcpy(p, &h, sizeof h);
+}
+PEFTOPS_INLINE void store(fp16* p, vec v) {
+#if defined(__AVX512BW__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int l = 0; l < LANES; ++l) narrow(v[l], p + l);
+#endif
+}
+
+// Up to LANES values, zero beyond
+template <class T>
+PEFTOPS_INLINE vec load(const T* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  T some[LANES];
+  memset((void*)some, 0, sizeof some);
+  if (count > 0) memcpy((void*)some, p, size_t(count) * sizeof(T));
+  return load(some);
+}
+template <class T>
+PEFTOPS_INLINE void store(T* p, vec v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  T some[LANES];
+  store(some, v);
+  if (count > 0) memcpy((void*)p, some, size_t(count) * sizeof(T));
+}
+
+// v, rounded to the type of the second argument
+PEFTOPS_INLINE vec round_to(vec v, float) { return v; }
+PEFTOPS_INLINE vec round_to(vec v, bf16) {
+  const words word = (words)v, up = (word + 0x7fff + (word >> 16 & 1)) & 0xffff0000;
+  return v == v ? (vec)up : v;
+}
+PEFTOPS_INLINE vec round_to(vec v, fp16) {
+  fp16 some[LANES];
+  store(some, v);
+  return load(some);
+}
+// Up to LANES values, rounded to T where they are wider
+template <class T, class From>
+PEFTOPS_INLINE vec load_as(const From* p, int64_t count) {
+  const vec v = load(p, count);
+  if constexpr (sizeof(T) < sizeof(From)) return round_to(v, T{});
+  return v;
+}
+
+template <class T, class From>
+PEFTOPS_INLINE vec load_as(const From* p) {
+  return load_as<T>(p, LANES);
+}
+
+// v where the bit of its lane is set, else zero
+PEFTOPS_INLINE vec kept(vec v, uint32_t bits) {
+  words bit;
+  for (int l = 0; l < LANES; ++l) bit[l] = 1u << l;
+  return (bit & bits) != 0 ? v : vec{};
+}
+// The bits of LANES columns from c on, a multiple of LANES
+PEFTOPS_INLINE uint32_t bits_at(const uint8_t* row, int64_t c) {
+  if (LANES == 4) return uint32_t(row[c / 8] >> c % 8);
+  uint32_t word = row[c / 8];
+  if (LANES == 16) word |= uint32_t(row[c / 8 + 1]) << 8;
+  return word;
+}
+
+PEFTOPS_INLINE float sum(vec v) {
+#if defined(__AVX512BW__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// A row as floats, with what has no bit set to zero; what is written beyond its end are zeros up to a whole vector
+template <class T>
+inline void widen_row(const T* from, int64_t count, const uint8_t* bits, float* out) {
+  int64_t c = 0;
+  if (!bits)
+    for (; c + LANES <= count; c += LANES) store(out + c, load(from + c));
+  for (; c < count; c += LANES) {
+    const vec v = load(from + c, count - c);
+    store(out + c, bits ? kept(v, bits_at(bits, c)) : v);
+  }
+}
+
+// LANES vectors as the rows of a matrix, transposed
+PEFTOPS_INLINE void transpose(vec (&v)[LANES]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+    words low, high;  // where a lane comes from: of v[i], or LANES further of v[i + step]
+    for (int l = 0; l < LANES; ++l) low[l] = l & step ? LANES + l - step : l, high[l] = l & step ? LANES + l : l + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & step)) {
+        const vec first = v[i], second = v[i + step];
+        v[i] = __builtin_shuffle(first, second, low), v[i + step] = __builtin_shuffle(first, second, high);
+      }
+  }
+}
+
+template <int MR, int NV>
+PEFTOPS_INLINE void clear(vec (&acc)[MR][NV]) {  // written out, since "= {}" also writes the memory that is never read
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = vec{};
+}
+
+// acc[i][v] += x[i][0 … k) · w[k][LANES v + lane]
+template <int MR, int NV>
+PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float* w, int64_t ldw, vec (&acc)[MR][NV]) {
+  const float* row[MR];
+  for (int i = 0; i < MR; ++i) row[i] = x + i * ldx;
+  for (int64_t c = 0; c < k; ++c) {
+    vec t_w[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) t_w[v] = load(w + c * ldw + LANES * v);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const vec t_x = all(row[i][c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] = fma(t_w[v], t_x, acc[i][v]);
+    }
+  }
+}
+
+// out (rows, width) = or += x (rows, k) · w (k, width), a multiple of sixteen
+inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int64_t ldx, int64_t rows, int64_t k,
+                          const float* w, int64_t ldw, int64_t width) {
+  const auto part = [&](int64_t i, int64_t first, auto count, auto vectors) {
+    constexpr int MR = decltype(count)::value, NV = decltype(vectors)::value;
+    for (int64_t c = 0; c < max(k, 1); c += CHAIN) {  // a sum of nothing is written too
+      vec acc[MR][NV];
+      clear(acc);
+      multiply(x + i * ldx + c, ldx, min(CHAIN, k - c), w + c * ldw + LANES * first, ldw, acc);
+#pragma GCC unroll 8
+      for (int e = 0; e < MR; ++e)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          float* at = out + (i + e) * ldo + LANES * (first + v);
+          store(at, add || c ? load(at) + acc[e][v] : acc[e][v]);
+        }
+    }
+  };
+  const auto columns = [&](int64_t first, auto vectors) {
+    by_rows<ROWS, 4, 2, 1>(0, rows, [&](int64_t i, auto count) { part(i, first, count, vectors); });
+  };
+  if constexpr (VECTORS == 4)
+    by_rows<4, 2, 1>(0, width / LANES, columns);
+  else
+    by_rows<VECTORS>(0, width / LANES, columns);
+}
+
+}  // namespace
+}  // namespace peftops::ISA
