@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def refusal(capsys, *argv):
 
 def test_doctor(capsys):
     code, out, _ = run(capsys, "doctor")
+    assert cli.device_name(torch.device("cpu")) in out
     assert f"peftops {peftops.__version__}" in out and torch.__version__ in out
     assert all(op in out for op in ("lora_fwd", "lora_bwd", "lora_gemv", "lora_mask"))
     assert code == 0 if "all is well" in out else "missing" in out
@@ -50,6 +52,28 @@ def test_doctor_without_compiled_kernels(capsys, monkeypatch):
     problems = []
     assert doctor.find_extension(problems) is None
     assert "install a C++ compiler" in problems[0] and "pip install" in problems[0]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Says which kernels run on this CPU: a name of csrc/bindings.cpp, and what they hold; or None where none do."""
+
+    def choose(isa, **ops):
+        module = isa and types.SimpleNamespace(cpu=types.SimpleNamespace(__name__=f"peftops._C.{isa}", **ops))
+        monkeypatch.setitem(sys.modules, "peftops._C", module)
+
+    return choose
+
+
+def test_a_cpu_is_named_with_its_instructions(kernels, monkeypatch):
+    monkeypatch.setattr(cli, "cpu_model", lambda: "AMD EPYC")
+    found = []
+    for isa in ("portable", "avx2", "avx512", "avx512_bf16", None):
+        kernels(isa)
+        found.append(cli.device_name(torch.device("cpu")))
+    assert found == [f"AMD EPYC, {name}" for name in ("portable", "AVX2", "AVX-512", "AVX-512 bf16", "no kernels")]
+    kernels("avx512", lora_fwd=None)
+    assert cli.cpu_kernels() == "AVX-512 bf16"
 
 
 @pytest.mark.parametrize(
