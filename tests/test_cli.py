@@ -149,6 +149,7 @@ def tiny(monkeypatch, one_thread):
         return {"input_ids": torch.tensor([list(text.encode())])}
 
     monkeypatch.setattr(training, "load_model", lambda name, dtype, device: (model.to(dtype), tokenizer))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # so that the demo takes the CPU
     monkeypatch.setattr(training, "SHAPE", (2, 32))
     monkeypatch.setattr(training, "peak_memory", lambda *args: 1_000_000)
     return training
@@ -193,7 +194,7 @@ def test_demo_chooses_what_this_machine_runs_fast(monkeypatch, kernels, isa, gpu
 
 
 def test_demo_says_what_it_chose(capsys, tmp_path, tiny):
-    code, out, _ = run(capsys, "demo", "--device", "cpu", "--steps", "2", "--rank", "4", "--out", str(tmp_path))
+    code, out, _ = run(capsys, "demo", "--steps", "2", "--rank", "4", "--out", str(tmp_path))
     result = json.loads((tmp_path / "result.json").read_text())
     assert code == 0 and result["dtype"] == demo.default_dtype(torch.device("cpu"))[0]
     assert f"On {result['device']}, in {result['dtype']} (" in out
@@ -201,7 +202,7 @@ def test_demo_says_what_it_chose(capsys, tmp_path, tiny):
 
 
 def test_a_log_shows_that_the_demo_lives(capsys, tmp_path, tiny):
-    code, out, _ = run(capsys, "demo", "--steps", "17", "--rank", "4", "--out", str(tmp_path), "--device", "cpu")
+    code, out, _ = run(capsys, "demo", "--steps", "17", "--rank", "4", "--out", str(tmp_path))
     lines = [line for line in out.splitlines() if line.startswith("train by turns: ")]
     counts = [
         re.match(r"train by turns: (\d+) of 17, loss \d\.\d{3}, (\d+:\d\d left|took \d+:\d\d)$", line)[1]
