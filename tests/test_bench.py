@@ -1,6 +1,7 @@
 """peftops bench: that it measures what it says, names who is absent, loses nothing, and draws what it has."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -278,6 +279,30 @@ def test_results_of_the_time_before_are_still_read(tmp_path):
     (tmp_path / "README.md").write_text(" ".join(readme.MARKS))
     readme.rewrite(tmp_path / "README.md", tmp_path)
     assert "**1.10**" in (tmp_path / "README.md").read_text()
+
+
+def test_two_kinds_of_one_cpu_share_no_file_and_no_table(tmp_path, monkeypatch):
+    target = tmp_path / "README.md"
+    target.write_text(" ".join(readme.MARKS))
+    for isa, ours in {"AVX2": 1.3, "AVX-512": 1.2, "AVX-512 bf16": 1.1}.items():
+        monkeypatch.setattr(cli, "cpu_kernels", lambda isa=isa: isa)
+        monkeypatch.setattr(cli, "cpu_model", lambda: "AMD EPYC")
+        device = results.describe(CPU)["device"]
+        line = line_of(device=device, ratio={"frozen": ours, "PEFT": 0.5})
+        results.append(tmp_path / f"{results.slug(device)}.jsonl", line)
+    results.append(tmp_path / "amd-epyc.jsonl", line_of(device="AMD EPYC", ratio={"frozen": 1.4}))
+    files = {file.name for file in tmp_path.glob("*.jsonl")}
+    assert files == {f"amd-epyc{name}.jsonl" for name in ("", "-avx2", "-avx-512", "-avx-512-bf16")}
+    readme.rewrite(target, tmp_path)
+    tables = {table.partition(", commit")[0]: table for table in target.read_text().split("\n\nAMD EPYC")[1:]}
+    assert {name: re.findall(r"\*\*(1\.\d+)\*\*", table) for name, table in tables.items()} == {
+        "": ["1.40"], ", AVX2": ["1.30"], ", AVX-512": ["1.20"], ", AVX-512 bf16": ["1.10"]
+    }  # fmt: skip
+
+
+def test_the_lines_of_one_cpu_are_in_its_file():
+    for file in results.RESULTS.glob("*.jsonl"):
+        assert {results.slug(line["device"]) for _, line in results.read(file)} == {file.stem}
 
 
 def test_a_damaged_results_file_is_named_and_kept(tmp_path):

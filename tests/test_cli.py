@@ -1,8 +1,11 @@
 """The commands: what they print, what they refuse, and that they lose nothing."""
 
+import io
 import json
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from peftops.bench import law
 import peftops
 from peftops import cli
 from peftops.__main__ import main
-from peftops.cli import doctor
+from peftops.cli import demo, doctor, progress
 
 
 def run(capsys, *argv):
@@ -28,6 +31,7 @@ def refusal(capsys, *argv):
 
 def test_doctor(capsys):
     code, out, _ = run(capsys, "doctor")
+    assert cli.device_name(torch.device("cpu")) in out
     assert f"peftops {peftops.__version__}" in out and torch.__version__ in out
     assert all(op in out for op in ("lora_fwd", "lora_bwd", "lora_gemv", "lora_mask"))
     assert code == 0 if "all is well" in out else "missing" in out
@@ -50,6 +54,28 @@ def test_doctor_without_compiled_kernels(capsys, monkeypatch):
     problems = []
     assert doctor.find_extension(problems) is None
     assert "install a C++ compiler" in problems[0] and "pip install" in problems[0]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Says which kernels run on this CPU: a name of csrc/bindings.cpp, and what they hold; or None where none do."""
+
+    def choose(isa, **ops):
+        module = isa and types.SimpleNamespace(cpu=types.SimpleNamespace(__name__=f"peftops._C.{isa}", **ops))
+        monkeypatch.setitem(sys.modules, "peftops._C", module)
+
+    return choose
+
+
+def test_a_cpu_is_named_with_its_instructions(kernels, monkeypatch):
+    monkeypatch.setattr(cli, "cpu_model", lambda: "AMD EPYC")
+    found = []
+    for isa in ("portable", "avx2", "avx512", "avx512_bf16", None):
+        kernels(isa)
+        found.append(cli.device_name(torch.device("cpu")))
+    assert found == [f"AMD EPYC, {name}" for name in ("portable", "AVX2", "AVX-512", "AVX-512 bf16", "no kernels")]
+    kernels("avx512", lora_fwd=None)
+    assert cli.cpu_kernels() == "AVX-512 bf16"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +149,7 @@ def tiny(monkeypatch, one_thread):
         return {"input_ids": torch.tensor([list(text.encode())])}
 
     monkeypatch.setattr(training, "load_model", lambda name, dtype, device: (model.to(dtype), tokenizer))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # so that the demo takes the CPU
     monkeypatch.setattr(training, "SHAPE", (2, 32))
     monkeypatch.setattr(training, "peak_memory", lambda *args: 1_000_000)
     return training
@@ -140,6 +167,59 @@ def test_demo(capsys, tmp_path, tiny):
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 4 and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert not list(tmp_path.rglob("*.new"))
+
+
+@pytest.mark.parametrize(
+    "isa, gpu, argv, dtype, steps, line",
+    [
+        ("avx2", False, [], "fp32", 20, "On a CPU, AVX2, in fp32 (no GPU is here, this CPU has no bf16 dot products)."),
+        ("avx512_bf16", False, [], "bf16", 40, "in bf16 (no GPU is here, this CPU has bf16 dot products)."),
+        (None, False, [], "fp32", 20, "On a CPU, no kernels, in fp32 (no GPU is here, peftops' kernels are not"),
+        ("avx512", False, ["--dtype", "bf16", "--device", "cpu"], "bf16", 40, "On a CPU, AVX-512, in bf16."),
+        ("avx512_bf16", False, ["--dtype", "fp32", "--steps", "7"], "fp32", 7, "in fp32 (no GPU is here)."),
+        ("avx2", True, [], "bf16", 40, "On a GPU, in bf16 (a GPU is here, GPUs multiply it fast)."),
+        ("avx2", True, ["--device", "cpu"], "fp32", 20, "in fp32 (this CPU has no bf16 dot products)."),
+    ],
+)
+def test_demo_chooses_what_this_machine_runs_fast(monkeypatch, kernels, isa, gpu, argv, dtype, steps, line):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(cli, "cpu_model", lambda: "a CPU")
+    kernels(isa)
+    o = demo.options(argv)
+    device, chosen = demo.resolve(o)
+    assert (device.type == "cuda") == chosen.startswith("On a GPU") and line in chosen
+    assert (o.dtype, o.steps) == (dtype, steps)
+
+
+def test_demo_says_what_it_chose(capsys, tmp_path, tiny):
+    code, out, _ = run(capsys, "demo", "--steps", "2", "--rank", "4", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert code == 0 and result["dtype"] == demo.default_dtype(torch.device("cpu"))[0]
+    assert f"On {result['device']}, in {result['dtype']} (" in out
+    assert result["device"] == cli.device_name(torch.device("cpu"))
+
+
+def test_a_log_shows_that_the_demo_lives(capsys, tmp_path, tiny):
+    code, out, _ = run(capsys, "demo", "--steps", "17", "--rank", "4", "--out", str(tmp_path))
+    lines = [line for line in out.splitlines() if line.startswith("train by turns: ")]
+    counts = [
+        re.match(r"train by turns: (\d+) of 17, loss \d\.\d{3}, (\d+:\d\d left|took \d+:\d\d)$", line)[1]
+        for line in lines
+    ]
+    assert counts == ["3", "6", "9", "12", "15", "17"] and "measure memory: 1 of 2" in out and code == 0
+
+
+def test_a_terminal_shows_steps_loss_and_time_left():
+    text = io.StringIO()
+    console = pytest.importorskip("rich.console").Console(file=text, force_terminal=True, width=80)
+    with progress.Progress(console) as shown:
+        stage = shown.stage("train by turns", 40)
+        for _ in range(2):
+            stage.advance("loss 1.234")
+    last = next(line for line in reversed(text.getvalue().splitlines()) if "2/40" in line)
+    assert "loss 1.234" in last and re.search(r"\d:\d\d:\d\d", last)
 
 
 def test_demo_of_qlora(capsys, tmp_path, tiny):

@@ -50,12 +50,31 @@ def find_device(name=None):
     return found
 
 
+INSTRUCTIONS = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 bf16"}
+
+
+def cpu_kernels():
+    """The instructions of the kernels that run on this CPU: AVX-512 bf16, AVX-512, AVX2, portable, or "no kernels"."""
+    try:
+        from peftops._C import cpu
+    except ImportError:
+        return "no kernels"
+    isa = cpu.__name__.rpartition(".")[2]
+    if isa == "avx512" and hasattr(cpu, "lora_fwd"):  # bf16 dot products
+        isa = "avx512_bf16"
+    return INSTRUCTIONS.get(isa, isa)
+
+
 def device_name(device):
-    """What to call this device in a table."""
+    """What to call this device in a table; a CPU's instructions are a part of its name."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {cpu_kernels()}"
+
+
+def cpu_model():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(": ")[2].strip() for line in lines if line.startswith("model name"))

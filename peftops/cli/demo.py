@@ -10,10 +10,23 @@ from itertools import cycle
 from pathlib import Path
 from statistics import median
 
-from . import BadInput, Parser, device_name, find_device, folder, need, positive, probability, replace
+from . import (
+    BadInput,
+    Parser,
+    cpu_kernels,
+    device_name,
+    find_device,
+    folder,
+    need,
+    positive,
+    probability,
+    replace,
+)
+from .progress import Progress
 
 WARM_UP = 2  # rounds that do not count
 CHOICES = "lora", "qlora", "dora", "qdora", "full"
+STEPS = {"bf16": 40, "fp32": 20}  # a step in fp32 takes twice as long; the whole stays under five minutes
 
 
 def options(argv):
@@ -22,11 +35,17 @@ def options(argv):
     parser.add_argument("--text", metavar="FILE", help="what to learn; by default the reference of the Python language")
     parser.add_argument("--method", default="lora", choices=CHOICES, help="what is trained")
     parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,dora,full")
-    parser.add_argument("--steps", type=positive, default=40, help="of training")
+    parser.add_argument(
+        "--steps", type=positive, help=f"of training; by default {STEPS['bf16']} in bf16, {STEPS['fp32']} in fp32"
+    )
     parser.add_argument("--rank", type=positive, default=16, help="of the adapters")
     parser.add_argument("--dropout", type=probability, default=0.0, help="of the adapters' input")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of the model")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--dtype",
+        choices=list(STEPS),
+        help="of the model; by default bf16, but fp32 on a CPU without bf16 dot products",
+    )
+    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is a GPU")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, batches and dropout")
     parser.add_argument(
         "--out", type=folder, metavar="DIR", default=Path("peftops-demo"), help="what is made is kept here"
@@ -48,9 +67,10 @@ def main(argv=None):
     if unknown := [method for method in methods if method not in METHODS]:
         raise BadInput(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     labels = [label for method in methods for label in METHODS[method]]
-    device = find_device(o.device)
+    device, chosen = resolve(o)
     refuse_folder(o.model)
     console = Console()
+    console.print(chosen, highlight=False, soft_wrap=True)
     console.print(f"{' against '.join(labels)}: {o.steps} steps by turns.")
     with heard(console):
         result = run(o, labels, {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype], device, console)
@@ -62,6 +82,33 @@ def main(argv=None):
     adapters = [folder for label, folder in ADAPTERS.items() if label in labels]
     console.print(f"In {o.out}: {', '.join([*adapters, 'loss.png', 'result.json'])}")
     return 0
+
+
+def resolve(o):
+    """(device, a line of what was chosen and why). Options that depend on the machine are set where they were None."""
+    device = find_device(o.device)
+    reasons = []
+    if o.device is None:
+        reasons.append("no GPU is here" if device.type == "cpu" else "a GPU is here")
+    if o.dtype is None:
+        o.dtype, why = default_dtype(device)
+        reasons.append(why)
+    if o.steps is None:
+        o.steps = STEPS[o.dtype]
+    because = f" ({', '.join(reasons)})" if reasons else ""
+    return device, f"On {device_name(device)}, in {o.dtype}{because}."
+
+
+def default_dtype(device):
+    """(bf16 or fp32, why)."""
+    if device.type == "cuda":
+        return "bf16", "GPUs multiply it fast"
+    kernels = cpu_kernels()
+    if "bf16" in kernels:
+        return "bf16", "this CPU has bf16 dot products"
+    if kernels == "no kernels":
+        return "fp32", "peftops' kernels are not compiled"
+    return "fp32", "this CPU has no bf16 dot products"
 
 
 @contextmanager
@@ -85,21 +132,14 @@ def run(o, labels, dtype, device, console):
     """Loads, measures memory, trains by turns and evaluates: everything that the JSON holds."""
     import copy
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from . import training as t
 
-    columns = TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     text, absent = t.load_text(o.text), t.absent(labels)
     labels = [label for label in labels if label not in absent]
-    with Progress(*columns, console=console) as progress:
-
-        def each(description, items):
-            return progress.track(items, description=description, total=len(items))
-
-        loading = progress.add_task("load the model", total=1)
+    with Progress(console) as progress:
+        loading = progress.stage("load the model", 1)
         base, tokenizer = t.load_model(o.model, dtype, device)
-        progress.advance(loading)
+        loading.advance()
         held, batches = t.split(t.chunks(tokenizer, text, device, least=8), o.steps, o.seed)
         unrelated = t.chunks(tokenizer, Path(__file__).with_name("unrelated.txt").read_text(), device)
 
@@ -108,12 +148,12 @@ def run(o, labels, dtype, device, console):
 
         at_first = losses(base)
         args = base.config, dtype, device, o.rank, o.dropout
-        peaks = [t.peak_memory(label, *args) for label in each("measure memory", labels)]
+        peaks = [t.peak_memory(label, *args) for label in progress.track("measure memory", labels)]
         contenders = [t.build(label, copy.deepcopy(base), o.rank, o.dropout, o.seed) for label in labels]
         before = [losses(c.model) if c.label in t.PACKED else at_first for c in contenders]
-        training = progress.add_task("train, step by step in turn", total=o.steps)
-        frozen = t.race(contenders, base, batches, dtype, o.seed, lambda: progress.advance(training))
-        after = [losses(c.model) for c in each("evaluate", contenders)]
+        training = progress.stage("train by turns", o.steps)
+        frozen = t.race(contenders, base, batches, dtype, o.seed, lambda loss: training.advance(f"loss {loss:.3f}"))
+        after = [losses(c.model) for c in progress.track("evaluate", contenders)]
     result = {
         "model": o.model or t.DEFAULT, "text": o.text or "pydoc_data.topics", "steps": o.steps, "rank": o.rank,
         "dropout": o.dropout, "dtype": o.dtype, "seed": o.seed, "batch": t.SHAPE, "device": device_name(device),

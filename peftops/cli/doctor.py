@@ -24,7 +24,7 @@ def main(argv=None):
     problems = []
     extension = find_extension(problems)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    print(describe_cpu(extension))
+    print(describe_cpu())
     print("\n".join(describe_cuda(extension, devices[1:], problems)))
     if extension or find_spec("peftops._C") is None:
         for line in self_test(devices, problems):
@@ -59,13 +59,10 @@ def find_extension(problems):
     return None
 
 
-def describe_cpu(extension):
+def describe_cpu():
     import torch
 
-    kernels = extension.cpu.__name__.rpartition(".")[2] if extension else "none"
-    dots = ", bf16 dot products" if extension and hasattr(extension.cpu, "lora_fwd") else ""
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    return f"cpu: {device_name(torch.device('cpu'))}, {cores} cores, {threads} threads, kernels: {kernels}{dots}"
+    return f"cpu: {device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def describe_cuda(extension, devices, problems):

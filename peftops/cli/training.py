@@ -198,8 +198,11 @@ def frozen_seconds(model, batch, dtype):
     return clock(batch.device) - start
 
 
-def race(contenders, frozen, batches, dtype, seed, tick=lambda: None):
-    """Trains all of them on the same batches by turns; the seconds of a frozen step in every third round, by round."""
+def race(contenders, frozen, batches, dtype, seed, tick):
+    """Trains all of them on the same batches by turns; the seconds of a frozen step in every third round, by round.
+
+    tick takes the last contender's loss after each round.
+    """
     seconds = {}
     for i, batch in enumerate(batches):
         first = i % len(contenders)
@@ -208,7 +211,7 @@ def race(contenders, frozen, batches, dtype, seed, tick=lambda: None):
             contender.step(batch, dtype)
         if i % 3 == 2 or len(batches) < 3:
             seconds[i] = frozen_seconds(frozen, batch, dtype)
-        tick()
+        tick(contenders[-1].losses[-1])
     return seconds
 
 
