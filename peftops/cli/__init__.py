@@ -60,8 +60,6 @@ def cpu_kernels():
     except ImportError:
         return "no kernels"
     isa = cpu.__name__.rpartition(".")[2]
-    if isa == "avx512" and hasattr(cpu, "lora_fwd"):  # bf16 dot products
-        isa = "avx512_bf16"
     return INSTRUCTIONS.get(isa, isa)
 
 
