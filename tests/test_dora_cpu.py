@@ -11,7 +11,7 @@ from peftops import backend
 from peftops.cpu import nf4
 
 dora = pytest.importorskip("peftops.cpu.dora")
-ISAS = ["portable", "avx2", "avx512"]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
