@@ -16,7 +16,7 @@ import torch
 from peftops.bench import law
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ORDERS = 5
+ORDERS = 8
 aten = torch.ops.aten
 PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}  # of which linear and matmul are made
 
