@@ -104,7 +104,7 @@ def rate(row, problem, kind, ceilings):
         "flops": flops,
         "bytes": moved,
         "copy_gbps": round(copied / 1e9, 1),
-        "gemm_tflops": round(computed / 1e12, 3),
+        "gemm_tflops": round(computed / 1e12, 6),
     }
 
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import isa
+
 START = """
 import datetime, os, sys, torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ if __name__ == "__main__":
 def run(work, folder, *args):
     """What `work`, Python's source, says on stderr where a rank fails; empty where none does."""
     script = folder / "ranks.py"
-    script.write_text(START + work + END)
+    script.write_text(isa.again() + START + work + END)
     env = os.environ | {"PYTHONPATH": path(), "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, str(script), str(folder / "store"), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)

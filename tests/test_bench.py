@@ -172,6 +172,8 @@ def test_peak_memory_is_that_of_the_call():
 def test_ceilings_are_rates():
     copied, computed = timing.ceilings(CPU, torch.float32, quick=True)
     assert 1e8 < copied < 1e13 and 1e8 < computed < 1e15
+    slow = measure.rate(row, SMALL, "forward", (1e9, 2e8))  # as bf16 is on a CPU that does not multiply it
+    assert slow["gemm_tflops"] == 2e-4 and slow["copy_gbps"] == 1
 
 
 def test_costs():

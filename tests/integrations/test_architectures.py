@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from law import bound, error
+from law import chain_bound, error, orders
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -112,6 +112,7 @@ def inputs_of(name):
 
 def step(model, inputs):
     """The loss, and gradients by name."""
+    model.zero_grad()
     dtype = next(model.parameters()).dtype
     inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
     loss = model(**inputs).loss
@@ -124,9 +125,9 @@ def test_every_layer_is_fused_and_a_step_is_stock(name):
     """But those of experts and of their routers, whose weights are in no nn.Linear."""
     model, inputs = build(name), inputs_of(name)
     patched = peftops.patch(copy.deepcopy(model))
-    exact, same, out = step(exactly(model), inputs), step(model, inputs), step(patched, inputs)
-    assert list(out) == list(same) and sum("lora_" in key for key in out) >= 8
-    assert error(out.values(), exact.values()) <= bound(same.values(), exact.values())
+    exact, same, out = step(exactly(model), inputs), orders(lambda: step(model, inputs)), step(patched, inputs)
+    assert list(out) == list(same[0]) and sum("lora_" in key for key in out) >= 8
+    assert error(out.values(), exact.values()) <= chain_bound([draw.values() for draw in same], exact.values())
     kinds = Counter(type(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
     experts, report = kinds.pop(ParamWrapper, 0), peftops.report(patched)
     assert (report.fused, set(report.calls)) == (kinds.pop(Linear), {"fused"}) and not kinds

@@ -25,7 +25,7 @@ def test_on_two_ranks(case, tmp_path):
 
 
 def launch(folder, *args):
-    """Two ranks under accelerate's launcher, with README's configuration."""
+    """Two ranks under accelerate's launcher, with README's configuration, on the machine's best kernels."""
     (config,) = re.findall(r"^```yaml\n(# fsdp2.yaml\n.*?)^```$", README.read_text(), re.M | re.S)
     (folder / "fsdp2.yaml").write_text(config)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp2.yaml")]

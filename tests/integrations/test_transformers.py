@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import isa
 import pytest
+import ranks
 import torch
 from law import bound, error
 from torch import nn
@@ -148,9 +150,9 @@ def test_does_without_bitsandbytes(saved, tmp_path):
     except ImportError:
         pass
     script, forced = tmp_path / "alone.py", peftops.backends._forced
-    script.write_text(ALONE)
+    script.write_text(isa.again() + ALONE)
     command = [sys.executable, str(script), str(saved / "llama"), str(stored), str(tmp_path), *filter(None, [forced])]
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"PYTHONPATH": ranks.path()}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert files(tmp_path / "saved") == files(stored if stored.exists() else tmp_path / "made")
