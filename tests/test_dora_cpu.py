@@ -1,5 +1,6 @@
 """The CPU column of dora: what a case of test_ops.py is too small to show."""
 
+import isa
 import pytest
 import torch
 from law import bound, error
@@ -11,7 +12,7 @@ from peftops import backend
 from peftops.cpu import nf4
 
 dora = pytest.importorskip("peftops.cpu.dora")
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = isa.NAMES
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

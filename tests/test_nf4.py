@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import isa
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from peftops.ops.nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["nf4_quantize", "nf4_dequantize"]
 CELLS = [name for name in backends.NAMES if backends.cell(name, "nf4_dequantize")]
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = isa.NAMES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
