@@ -8,8 +8,8 @@ namespace {
 thread_local Scratch t_tile;                                            // of each thread of a team
 thread_local Scratch t_b, t_h, t_turned, t_parts, t_sum, t_grad, t_dh;  // of the caller, read by its team
 
-constexpr int64_t WIDE = 128;      // columns of a tile
-constexpr int64_t HIGH = 32;       // rows of a tile, which stays in the nearest cache
+constexpr int64_t WIDE = 64;       // columns of a tile
+constexpr int64_t HIGH = 64;       // rows of a tile, which stays in the nearest cache
 constexpr int64_t LD = WIDE + 16;  // its rows must not fall into one cache set
 
 // out (rows, padded columns) = gain ⊙ t, rounded to T before, zero beyond
@@ -28,22 +28,33 @@ float* pack_b(Tensor b, const float* gain) {
   return out;
 }
 
-// out (padded r, m) = hᵀ, zero beyond
-const float* turned(const float* h, int64_t m, int64_t r) {
-  const int64_t rows = pad16(r);
-  float* out = t_turned.get<float>(rows * m);
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t i = 0; i < m; ++i) out[j * m + i] = j < r ? h[i * r + j] : 0;
-  return out;
+// hᵀ (padded r, m), zero beyond
+struct Turned {
+  const float* at;
+  int64_t ld;
+};
+
+Turned turned(const float* h, int64_t m, int64_t r) {
+  const int64_t ld = pad16(m) + 16;
+  float* out = t_turned.get<float>(pad16(r) * ld);
+  for (int64_t j = 0; j < r; j += LANES)
+    for (int64_t i = 0; i < m; i += LANES) {
+      vec v[LANES];
+      for (int64_t e = 0; e < LANES; ++e) v[e] = i + e < m ? load(h + (i + e) * r + j, r - j) : vec{};
+      transpose(v);
+      for (int64_t e = 0; e < LANES; ++e) store(out + (j + e) * ld + i, v[e]);
+    }
+  for (int64_t j = (r + LANES - 1) / LANES * LANES; j < pad16(r); ++j)
+    memset(out + j * ld, 0, size_t(m) * sizeof(float));
+  return {out, ld};
 }
 
-// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be absent, h is turned.
+// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be absent.
 // A column group is one thread's, whatever their number, and groups are added in order: the same bits every time.
 template <class T>
-void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, const float* h, const float* b,
-            int64_t padded) {
+void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turned h, const float* b, int64_t padded) {
   const int64_t m = t.shape[0], n = t.shape[1], bytes = mask_bytes(n);
-  const int64_t groups = u ? min(4, ceil_div(n, WIDE)) : ceil_div(n, WIDE);
+  const int64_t groups = min(u ? 4 : 8, ceil_div(n, WIDE));
   if (v) memset(v, 0, size_t(padded * ldv) * sizeof(float));
   float* parts = u ? t_parts.get<float>(groups * m * padded) : nullptr;
   const int threads = threads_for(m * n * padded);
@@ -62,7 +73,7 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
         if (u)
           multiply_into(parts + (group * m + i0) * padded, padded, c0 > begin, tile, LD, rows, columns, b + c0 * padded,
                         padded, padded);
-        if (v) multiply_into(v + c0, ldv, true, h + i0, m, padded, rows, tile, LD, pad16(columns));
+        if (v) multiply_into(v + c0, ldv, true, h.at + i0, h.ld, padded, rows, tile, LD, pad16(columns));
       }
   }
   for (int64_t i = 0; u && i < m * padded; i += LANES) {
@@ -75,8 +86,15 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
 // dh (m, r), rounded to T, and dgate from u (m, padded): s · u is the gradient of the gated h
 template <class T>
 float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns, int64_t padded, float s) {
-  const int64_t m = h.shape[0], r = h.shape[1], experts = gate.data ? gate.shape[1] : 1, each = columns / experts;
+  const int64_t m = h.shape[0], r = h.shape[1];
   float* dh = t_dh.get<float>(m * r);
+  if (!gate.data) {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < r; j += LANES)
+        store(dh + i * r + j, round_to(load(u + i * padded + j) * all(s), T{}), r - j);
+    return dh;
+  }
+  const int64_t experts = gate.shape[1], each = columns / experts;
   for (int64_t i = 0; i < m; ++i) {
     float* sum = dh + i * r;
     for (int64_t j = 0; j < r; ++j) sum[j] = 0;
@@ -84,7 +102,7 @@ float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colu
       float part = 0;
       for (int64_t j = e * each; j < (e + 1) * each; ++j) {
         const float d = s * u[i * padded + j];
-        sum[j % r] += gate.data ? as<float>(gate)[i * experts + e] * d : d;
+        sum[j % r] += as<float>(gate)[i * experts + e] * d;
         part += d * widen(as<T>(h)[i * r + j % r]);
       }
       if (dgate.data) as<float>(dgate)[i * experts + e] = part;
@@ -116,7 +134,7 @@ void backward(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x
   const int64_t padded = pad16(columns), ranks = pad16(r), ldv = pad16(n), ldk = pad16(k);
   const bool inner = dx.data || da.data || dgate.data;
   float *u = inner ? t_sum.get<float>(m * padded) : nullptr, *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
-  const float* hp = v ? turned(gated<T>(h, gate, columns, t_h), m, columns) : nullptr;
+  const Turned hp = v ? turned(gated<T>(h, gate, columns, t_h), m, columns) : Turned{};
   if (u || v) reduce<T>(u, v, ldv, dy, nullptr, hp, u ? pack_b<T>(b, gain) : nullptr, padded);
   if (v) store_gradient<T>(db, v, ldv, true, s, gain);
   if (!inner) return;

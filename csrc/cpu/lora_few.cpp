@@ -12,14 +12,14 @@ constexpr int COLUMNS = 4;  // rows of the weight that are read side by side
 
 // acc[e][i] += w[e] · x[i] lane by lane; w is rounded to T where it is wider
 template <class T, int W, int X, class From>
-PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t k, vec (&acc)[W][X]) {
+PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t ldx, int64_t k, vec (&acc)[W][X]) {
   const auto step = [&](int64_t c, int64_t some) __attribute__((always_inline)) {
     vec t_w[W];
 #pragma GCC unroll 4
     for (int e = 0; e < W; ++e) t_w[e] = load_as<T>(w + e * ldw + c, some);
 #pragma GCC unroll 4
     for (int i = 0; i < X; ++i) {
-      const vec t_x = load(x + i * k + c, some);
+      const vec t_x = load(x + i * ldx + c, some);
 #pragma GCC unroll 4
       for (int e = 0; e < W; ++e) acc[e][i] = fma(t_w[e], t_x, acc[e][i]);
     }
@@ -27,6 +27,20 @@ PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t
   int64_t c = 0;
   for (; c + LANES <= k; c += LANES) step(c, LANES);
   if (c < k) step(c, k - c);
+}
+
+// The same as sums of sums, each of CHAIN terms a lane
+template <class T, int W, int X, class From>
+PEFTOPS_INLINE void add_product(const From* w, int64_t ldw, const float* x, int64_t k, vec (&acc)[W][X]) {
+  for (int64_t c = 0; c < k; c += CHAIN * LANES) {
+    vec part[W][X];
+    clear(part);
+    add_dots<T>(w + c, ldw, x + c, k, min(CHAIN * LANES, k - c), part);
+#pragma GCC unroll 4
+    for (int e = 0; e < W; ++e)
+#pragma GCC unroll 4
+      for (int i = 0; i < X; ++i) acc[e][i] += part[e][i];
+  }
 }
 
 template <class T>
@@ -44,9 +58,10 @@ struct Few {
   void block(const T* w, int64_t i, int64_t c) const {
     vec acc[W][X];
     clear(acc);
-    with_operand<T>(
-        b, [&](const auto* from) { add_dots<T>(from + c * columns, columns, hs + i * columns, columns, acc); });
-    add_dots<T>(w, k, x + i * k, k, acc);
+    with_operand<T>(b, [&](const auto* from) {
+      add_dots<T>(from + c * columns, columns, hs + i * columns, columns, columns, acc);
+    });
+    add_product<T>(w, k, x + i * k, k, acc);
     for (int e = 0; e < W; ++e)
       for (int q = 0; q < X; ++q) {
         float value = sum(acc[e][q]);
@@ -84,7 +99,7 @@ void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t c
         constexpr int X = decltype(count)::value;
         vec acc[1][X];
         clear(acc);
-        add_dots<T>(from + j * k, k, x + i * k, k, acc);
+        add_product<T>(from + j * k, k, x + i * k, k, acc);
         for (int q = 0; q < X; ++q) h[(i + q) * r + j] = rounded<T>(sum(acc[0][q]));
       });
   });

@@ -26,13 +26,19 @@ namespace {
 
 // (m, columns): h, or each expert's columns of h times its gate, rounded to T
 template <class T>
-float* gated(Tensor h, Tensor gate, int64_t columns, Scratch& scratch) {
-  const int64_t m = h.shape[0], r = h.shape[1], experts = gate.data ? gate.shape[1] : 1, each = columns / experts;
-  float* out = scratch.get<float>(m * columns);
+const float* gated(Tensor h, Tensor gate, int64_t columns, Scratch& scratch) {
+  const int64_t m = h.shape[0], r = h.shape[1];
+  if (!gate.data && h.dtype == Dtype::f32) return as<float>(h);
+  float* out = scratch.get<float>(pad16(m * columns));
+  if (!gate.data) {
+    widen_row(as<T>(h), m * r, nullptr, out);
+    return out;
+  }
+  const int64_t experts = gate.shape[1], each = columns / experts;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < columns; ++j) {
       const float value = widen(as<T>(h)[i * r + j % r]);
-      out[i * columns + j] = gate.data ? rounded<T>(value * as<float>(gate)[i * experts + j / each]) : value;
+      out[i * columns + j] = rounded<T>(value * as<float>(gate)[i * experts + j / each]);
     }
   return out;
 }
