@@ -121,18 +121,20 @@ struct Worker {
   template <int MR>
   PEFTOPS_INLINE void multiply_part(const float* x, int64_t ldx, int64_t i, int64_t c, int64_t j, float* sums) const {
     vec acc[MR][VECTORS];
-    clear(acc);
-    multiply(t.h + i * t.r, t.r, t.r, b + j * t.r, WIDTH, acc);
     const int64_t bytes = mask_bytes(t.n);
+    for (int64_t done = 0; done < max(t.r, 1); done += CHAIN) {  // a sum of nothing is written too
+      clear(acc);
+      multiply(t.h + i * t.r + done, t.r, min(CHAIN, t.r - done), b + j * t.r + done * WIDTH, WIDTH, acc);
 #pragma GCC unroll 8
-    for (int e = 0; e < MR; ++e)
+      for (int e = 0; e < MR; ++e)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) {
-        acc[e][v] *= all(t.s);
-        const int64_t at = c + j + LANES * v;
-        if (t.bits && at < t.n) acc[e][v] = kept(acc[e][v], bits_at(t.bits + (i + e) * bytes, at));
-      }
-    put(acc, sums, false);
+        for (int v = 0; v < VECTORS; ++v) {
+          acc[e][v] *= all(t.s);
+          const int64_t at = c + j + LANES * v;
+          if (t.bits && at < t.n) acc[e][v] = kept(acc[e][v], bits_at(t.bits + (i + e) * bytes, at));
+        }
+      put(acc, sums, done > 0);
+    }
     for (int64_t done = 0; x && done < t.k; done += CHAIN) {
       clear(acc);
       multiply(x + done, ldx, min(CHAIN, t.k - done), w + j * t.k + done * WIDTH, WIDTH, acc);

@@ -11,13 +11,16 @@ namespace {
 
 #if defined(__AVX512BW__)
 constexpr int LANES = 16;
-constexpr int VECTORS = 4;  // of one row of sums
+constexpr int VECTORS = 4;     // of one row of sums
+constexpr int64_t CHAIN = 64;  // terms of one sum; a longer one loses digits, so there are sums of sums
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int VECTORS = 2;
+constexpr int64_t CHAIN = 64;
 #else
 constexpr int LANES = 4;
 constexpr int VECTORS = 2;
+constexpr int64_t CHAIN = 32;  // products are rounded too, where they are not fused with the sum
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
@@ -26,7 +29,6 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 constexpr int ROWS = 6;                 // of a block of sums
 constexpr int WIDTH = VECTORS * LANES;  // columns of it
-constexpr int64_t CHAIN = 64;           // terms of one sum; a longer one loses digits, so there are sums of sums
 
 inline int64_t pad16(int64_t r) { return (r + 15) / 16 * 16; }
 
