@@ -64,13 +64,6 @@ void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator
   }
 }
 
-const float* as_float(Tensor t, Scratch& scratch) {
-  if (!t.data || t.dtype == Dtype::f32) return as<float>(t);
-  float* out = scratch.get<float>(t.shape[0]);
-  for (int64_t i = 0; i < t.shape[0]; ++i) out[i] = widen(as<bf16>(t)[i]);
-  return out;
-}
-
 }  // namespace
 
 void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
@@ -80,7 +73,7 @@ void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors 
   const bf16 *from = as<bf16>(x), *y0 = nullptr, *hg = gated(h, gate, b.shape[1], t_h);
   if (form == Form::given) from = nullptr, y0 = as<bf16>(base.at[0]);
   const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1];
-  const float s = *as<float>(scale), *wide_bias = as_float(bias, t_bias);
+  const float s = *as<float>(scale), *wide_bias = as_float<bf16>(bias, t_bias);
   const Product t{as<bf16>(y), as<bf16>(z), from, hg, y0, m, n, k, r, s, nullptr, as<float>(gain), wide_bias};
   product_with(t, form, block, false, base, b, nullptr);
 }

@@ -135,20 +135,6 @@ bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colum
   return dh;
 }
 
-// v (padded, ldv), scaled, as the gradient of a (r, k), or transposed as that of b (n, columns)
-void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, float s, const float* gain) {
-  const int64_t rows = to.shape[0], columns = to.shape[1];
-  const auto store = [&](auto* out) {
-#pragma omp parallel for num_threads(threads_for(16 * rows * columns))
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        const float value = transposed ? v[j * ldv + i] * (gain ? gain[i] : 1.0f) : v[i * ldv + j];
-        narrow(s * value, out + i * columns + j);
-      }
-  };
-  with_operand<bf16>(to, store);
-}
-
 }  // namespace
 
 void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base, Tensor a, Tensor b,
@@ -169,7 +155,7 @@ void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Ten
     pack_rows(gated(h, gate, columns, t_h), columns, m, columns, hp, padded);
   }
   if (u || v) reduce(u, v, ldv, dy, nullptr, hp, bp, padded);
-  if (v) store_gradient(db, v, ldv, true, s, g);
+  if (v) store_gradient<bf16>(db, v, ldv, true, s, g);
   if (!inner) return;
 
   const bf16* dh = ungated(dgate, h, gate, u, columns, padded, s);
@@ -184,7 +170,7 @@ void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Ten
     v = t_grad.get<float>(ranks * ldk);
     pack_rows(dh, r, m, r, hp, ranks);
     reduce(nullptr, v, ldk, x, as<uint8_t>(bits), hp, nullptr, ranks);
-    store_gradient(da, v, ldk, false, inverse(p), nullptr);
+    store_gradient<bf16>(da, v, ldk, false, inverse(p), nullptr);
   }
 }
 

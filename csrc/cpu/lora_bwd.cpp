@@ -37,15 +37,8 @@ struct Turned {
 Turned turned(const float* h, int64_t m, int64_t r) {
   const int64_t ld = pad16(m) + 16;
   float* out = t_turned.get<float>(pad16(r) * ld);
-  for (int64_t j = 0; j < r; j += LANES)
-    for (int64_t i = 0; i < m; i += LANES) {
-      vec v[LANES];
-      for (int64_t e = 0; e < LANES; ++e) v[e] = i + e < m ? load(h + (i + e) * r + j, r - j) : vec{};
-      transpose(v);
-      for (int64_t e = 0; e < LANES; ++e) store(out + (j + e) * ld + i, v[e]);
-    }
-  for (int64_t j = (r + LANES - 1) / LANES * LANES; j < pad16(r); ++j)
-    memset(out + j * ld, 0, size_t(m) * sizeof(float));
+  for (int64_t i = 0; i < m; i += LANES) transpose_into<float>(h + i * r, r, m - i, r, out + i, ld);
+  for (int64_t j = r; j < pad16(r); ++j) memset(out + j * ld, 0, size_t(m) * sizeof(float));
   return {out, ld};
 }
 
@@ -110,20 +103,6 @@ float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colu
     for (int64_t j = 0; j < r; ++j) sum[j] = rounded<T>(sum[j]);
   }
   return dh;
-}
-
-// v (padded, ldv), scaled, as the gradient of a (r, k), or transposed as that of b (n, columns)
-template <class T>
-void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, float s, const float* gain) {
-  const int64_t rows = to.shape[0], columns = to.shape[1];
-  with_operand<T>(to, [&](auto* out) {
-#pragma omp parallel for num_threads(threads_for(16 * rows * columns))
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        const float value = transposed ? v[j * ldv + i] * (gain ? gain[i] : 1.0f) : v[i * ldv + j];
-        narrow(s * value, out + i * columns + j);
-      }
-  });
 }
 
 template <class T>

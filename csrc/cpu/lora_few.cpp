@@ -119,22 +119,19 @@ void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale
   const NF4 codes(base, form == Form::nf4 ? block : 0);
   with_type(x.dtype, [&](auto e) {
     using T = decltype(e);
-    float *wide = t_few.get<float>(m * (k + columns + r)), *hs = wide + m * k;
-    for (int64_t i = 0; i < m * k; i += LANES) store(wide + i, load(as<T>(x) + i, m * k - i), m * k - i);
+    float *wide = t_few.get<float>(pad16(m * k) + m * (columns + r)), *hs = wide + pad16(m * k);
+    widen_row(as<T>(x), m * k, nullptr, wide);
     down<T>(hs, wide, a, gate, m, columns, *as<float>(scale), hs + m * columns);
-    const bool coded = form == Form::nf4;
-    const Few<T> few{as<T>(y),
-                     coded ? nullptr : as<T>(base.at[0]),
-                     coded ? &codes : nullptr,
-                     wide,
-                     hs,
-                     m,
-                     n,
-                     k,
-                     columns,
-                     as<float>(gain),
-                     b,
-                     bias};
+    Few<T> few{};
+    few.y = as<T>(y);
+    if (form == Form::nf4)
+      few.codes = &codes;
+    else
+      few.base = as<T>(base.at[0]);
+    few.x = wide, few.hs = hs;
+    few.m = m, few.n = n, few.k = k, few.columns = columns;
+    few.gain = as<float>(gain);
+    few.b = b, few.bias = bias;
 #pragma omp parallel for num_threads(threads_for(m * n * k)) schedule(static)
     for (int64_t c = 0; c < n; c += COLUMNS) {
       if (c + COLUMNS <= n) {

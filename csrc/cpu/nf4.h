@@ -72,12 +72,6 @@ inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], 
   }
   decode_bytes(codes + i, bytes - i, t, out + 2 * i);
 }
-inline void decode_run(const uint8_t* codes, int64_t bytes, const bf16 (&t)[16], bf16* out) {
-  decode_words(codes, bytes, t, out);
-}
-inline void decode_run(const uint8_t* codes, int64_t bytes, const fp16 (&t)[16], fp16* out) {
-  decode_words(codes, bytes, t, out);
-}
 inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16], float* out) {
   const __m512 values = _mm512_loadu_ps(t);
   const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
@@ -118,12 +112,6 @@ inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], 
   }
   decode_bytes(codes + i, bytes - i, t, out + 2 * i);
 }
-inline void decode_run(const uint8_t* codes, int64_t bytes, const bf16 (&t)[16], bf16* out) {
-  decode_words(codes, bytes, t, out);
-}
-inline void decode_run(const uint8_t* codes, int64_t bytes, const fp16 (&t)[16], fp16* out) {
-  decode_words(codes, bytes, t, out);
-}
 inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16], float* out) {
   const __m256 first = _mm256_loadu_ps(t), second = _mm256_loadu_ps(t + 8);
   int64_t i = 0;
@@ -141,10 +129,15 @@ inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16]
 }
 #else
 template <class T>
-inline void decode_run(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
+inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
   decode_bytes(codes, bytes, t, out);
 }
 #endif
+
+template <class T>
+inline void decode_run(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
+  decode_words(codes, bytes, t, out);
+}
 
 // out[0 … count) = the elements of w from `at` on
 template <class T>

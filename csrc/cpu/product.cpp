@@ -30,13 +30,7 @@ void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, floa
 template <class T, class From>
 void pack_columns(const From* from, int64_t ld, int64_t columns, int64_t rows, float* out, int64_t depth, int64_t first,
                   int64_t column, const float* gain) {
-  for (int64_t i = 0; i < rows; i += LANES) {
-    vec v[LANES];
-    for (int64_t c = 0; c < LANES; ++c) v[c] = c < columns ? load_as<T>(from + c * ld + i, rows - i) : vec{};
-    for (int64_t c = 0; gain && c < LANES; ++c) v[c] *= load(gain + i, rows - i);
-    transpose(v);
-    for (int64_t c = 0; c < min(LANES, rows - i); ++c) store(in_panel(out, depth, first + i + c, column), v[c]);
-  }
+  transpose_into<T>(from, ld, columns, rows, in_panel(out, depth, first, column), WIDTH, gain);
 }
 
 // The panel of columns from c on of w, (depth, n) as it lies or its transpose
@@ -82,7 +76,7 @@ struct Worker {
   explicit Worker(const Product& t) : t(t), codes(t.base, t.form == Form::nf4 ? t.block : 0), ld(pad16(t.k) + 16) {
     w = t_panel.get<float>(t.k * PANEL);
     b = t_delta.get<float>(t.r * PANEL);
-    wide = sizeof(T) < sizeof(float) ? t_wide.get<float>(BLOCK * ld) : nullptr;
+    wide = sizeof(T) < sizeof(float) ? t_wide.get<float>(ROWS * ld) : nullptr;
   }
 
   // w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the other way
@@ -99,7 +93,7 @@ struct Worker {
   }
 
   void rows(const Panel& panel, int64_t begin, int64_t end) {
-    by_rows<BLOCK, 4, 2, 1>(begin, end, [&](int64_t i, auto count) { tile<decltype(count)::value>(i, panel.c); });
+    by_rows<ROWS, 4, 2, 1>(begin, end, [&](int64_t i, auto count) { tile<decltype(count)::value>(i, panel.c); });
   }
 
   template <int MR>

@@ -76,7 +76,7 @@ struct Worker {
   }
 
   void rows(const Panel& panel, int64_t begin, int64_t end) {
-    by_rows<BLOCK, 4, 2, 1>(begin, end, [&](int64_t i, auto count) {
+    by_rows<ROWS, 4, 2, 1>(begin, end, [&](int64_t i, auto count) {
       constexpr int MR = decltype(count)::value;
       const int64_t done = i - panel.first;
       if (t.x) hint(panel.next, t.k * done / panel.rows, t.k * (done + MR) / panel.rows);

@@ -1,7 +1,6 @@
 // bf16 on AVX-512 with dot products: operands as pairs in 32-bit lanes, and the one micro-kernel that multiplies them.
 #pragma once
 #include "panels.h"
-#include "vec.h"
 
 namespace peftops::ISA {
 namespace {

@@ -182,6 +182,20 @@ PEFTOPS_INLINE void clear(vec (&acc)[MR][NV]) {  // written out, since "= {}" al
     for (int v = 0; v < NV; ++v) acc[i][v] = vec{};
 }
 
+// out[i · ldo + lane] = from[lane · ld + i] for i < count, rounded to T, zero in the lanes from `lanes` on; gain
+// multiplies the i
+template <class T, class From>
+void transpose_into(const From* from, int64_t ld, int64_t lanes, int64_t count, float* out, int64_t ldo,
+                    const float* gain = nullptr) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    vec v[LANES];
+    for (int64_t l = 0; l < LANES; ++l) v[l] = l < lanes ? load_as<T>(from + l * ld + i, count - i) : vec{};
+    for (int64_t l = 0; gain && l < LANES; ++l) v[l] *= load(gain + i, count - i);
+    transpose(v);
+    for (int64_t e = 0; e < min(LANES, count - i); ++e) store(out + (i + e) * ldo, v[e]);
+  }
+}
+
 // acc[i][v] += x[i][0 … k) · w[k][LANES v + lane]
 template <int MR, int NV>
 PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float* w, int64_t ldw, vec (&acc)[MR][NV]) {
@@ -225,6 +239,29 @@ inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int
     by_rows<4, 2, 1>(0, width / LANES, columns);
   else
     by_rows<VECTORS>(0, width / LANES, columns);
+}
+
+// A vector as floats, as it lies where it is of floats
+template <class T>
+const float* as_float(Tensor t, Scratch& scratch) {
+  if (!t.data || t.dtype == Dtype::f32) return as<float>(t);
+  float* out = scratch.get<float>(pad16(t.shape[0]));
+  widen_row(as<T>(t), t.shape[0], nullptr, out);
+  return out;
+}
+
+// v (padded, ldv), scaled, as the gradient of a (r, k), or transposed as that of b (n, columns)
+template <class T>
+void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, float s, const float* gain) {
+  const int64_t rows = to.shape[0], columns = to.shape[1];
+  with_operand<T>(to, [&](auto* out) {
+#pragma omp parallel for num_threads(threads_for(16 * rows * columns))
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        const float value = transposed ? v[j * ldv + i] * (gain ? gain[i] : 1.0f) : v[i * ldv + j];
+        narrow(s * value, out + i * columns + j);
+      }
+  });
 }
 
 }  // namespace
