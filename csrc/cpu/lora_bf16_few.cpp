@@ -310,7 +310,7 @@ void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
   bf16* h = t_h.get<bf16>(t.m * ranks);
   float* hs = t_spread.get<float>(t.m * t.r + 32 * t.r);
   const float* delta_h = hs;
-  const int threads = threads_for(t.m * t.n * t.k);
+  const int threads = threads_for_few(t.m, t.n, t.k);
 #pragma omp parallel num_threads(threads)
   {
     with_operand<bf16>(a, [&](const auto* from) { down(t, from, ranks, h); });

@@ -132,7 +132,7 @@ void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale
     few.m = m, few.n = n, few.k = k, few.columns = columns;
     few.gain = as<float>(gain);
     few.b = b, few.bias = bias;
-#pragma omp parallel for num_threads(threads_for(m * n * k)) schedule(static)
+#pragma omp parallel for num_threads(threads_for_few(m, n, k)) schedule(static)
     for (int64_t c = 0; c < n; c += COLUMNS) {
       if (c + COLUMNS <= n) {
         few.template some<COLUMNS>(c);

@@ -147,7 +147,8 @@ def quantize_nf4(w, blocksize=64, double_quant=True):
 
     Each block of blocksize (32, 64 … 4096) consecutive elements is divided by its largest magnitude, absmax, in fp32,
     and each element rounded to the nearest of the sixteen values of NormalFloat; double_quant: scales get 8-bit codes
-    too. Raises ValueError for another blocksize, TypeError for another dtype.
+    too; where torch runs no AVX2, the table that bitsandbytes makes for those differs from ours in last bits.
+    Raises ValueError for another blocksize, TypeError for another dtype.
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
     """
     return NF4Weight.quantize(w, blocksize, double_quant)
