@@ -37,7 +37,8 @@ def op(contract):
 
     def call(*args):
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        plain = None if watched or torch._C._get_tracing_state() else ready(args)
+        watched = watched or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
+        plain = None if watched else ready(args)
         return overload(*args) if plain is None else run(plain)
 
     return call
@@ -65,8 +66,7 @@ def ready(args, subclasses=False):
 
 def expect(row, name, tensor, shape, *dtypes):
     """The one check and the one error form; None is always as expected."""
-    if tensor is None or (tensor.shape == shape and tensor.dtype in dtypes):
-        return
-    if tensor.shape != shape:
+    if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
-    raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")
+    if tensor is not None and tensor.dtype not in dtypes:
+        raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")

@@ -84,7 +84,9 @@ def test_gradcheck(p, detach, mode):
         return F.dora_linear(tensors[0], w, *tensors[1:], dropout_p=p, dropout_mode=mode, **options)
 
     options = {"norm": norm} if detach else {"detach_norm": False}
-    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradcheck(call, tensors, check_forward_ad=True) and torch.autograd.gradgradcheck(
+        call, tensors
+    )
 
 
 def test_a_magnitude_that_is_the_norm_is_lora():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from law import bound, error
 from peftops.bench.cases import CASES, SHAPES
 from peftops.bench.law import call, check, check_case
+from torch._subclasses import FakeTensorMode
 
 import peftops
 import peftops.functional as F
@@ -231,3 +232,36 @@ def test_more_elements_than_a_32_bit_number_counts():
     assert torch.equal(q.codes[-extra // 2 :], small.codes)
     del w
     assert torch.equal(q.dequantize()[-extra:], small.dequantize())
+
+
+def test_no_two_weights_share_a_table():
+    first, second = (NF4Weight.quantize(torch.randn(64, 64)) for _ in range(2))
+    expected = second.dequantize()
+    for tensor in first.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(second.dequantize(), expected)
+    assert torch.equal(NF4Weight.quantize(expected).table, second.table)
+
+
+MODES = {
+    "inference_mode": torch.inference_mode,
+    "meta": lambda: torch.device("meta"),
+    "fake": FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_made_inside_a_mode_stays_there(mode):
+    """Whatever is kept from the first call, as scales and tables are"""
+    w, a, b, scaling = torch.randn(70, 64), torch.randn(4, 64), torch.randn(70, 4), torch.rand(()).item()
+    with MODES[mode]():
+        inside = [t if mode == "inference_mode" else torch.empty(t.shape) for t in (w, a, b)]
+        packed = F.quantize_nf4(inside[0])
+        F.lora_linear(inside[0], packed, *inside[1:], scaling=scaling)
+        F.nf4_linear(inside[0], packed)
+    packed, x = F.quantize_nf4(w), w.clone().requires_grad_()
+    with torch.device("meta"):
+        y = F.dora_linear(x, packed, a, b.requires_grad_(), torch.ones(70, device="cpu"), detach_norm=False)
+        y.sum().backward()
+    (F.lora_linear(x, packed, a, b, scaling=scaling) + F.nf4_linear(x, packed)).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any() and b.grad.any()

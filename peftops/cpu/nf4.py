@@ -29,5 +29,5 @@ def scratch(dtype, rows, columns):
     size = rows * columns
     kept = getattr(_kept, "memory", None)
     if kept is None or kept.nbytes < size * dtype.itemsize:
-        _kept.memory = kept = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
+        _kept.memory = kept = torch.empty(size * dtype.itemsize, dtype=torch.uint8, device="cpu")
     return kept[: size * dtype.itemsize].view(dtype).view(rows, columns)

@@ -1,5 +1,6 @@
 """enable: bitsandbytes' own 4-bit layers and functions run on our kernels, until disable."""
 
+import functools
 import math
 import warnings
 from importlib import import_module
@@ -41,13 +42,20 @@ def disable():
         _library = None
 
 
+@functools.cache
+def table_of(quant_type, device):
+    """One for all calls, of which none hands it out"""
+    with torch.inference_mode(False):
+        return four_bits(quant_type, device)
+
+
 def quantize_4bit(A, blocksize, quant_type, quant_storage):
-    codes, absmax = nf4_quantize(A, *bounds(four_bits(quant_type, A.device)), blocksize)
+    codes, absmax = nf4_quantize(A, *bounds(table_of(quant_type, A.device)), blocksize)
     return codes.view(quant_storage)[:, None], absmax
 
 
 def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
-    codes, table = A.contiguous().view(torch.uint8), four_bits(quant_type, A.device)
+    codes, table = A.contiguous().view(torch.uint8), table_of(quant_type, A.device)
     return nf4_dequantize(codes, table, [absmax.float()], blocksize, math.prod(shape), dtype).view(shape)
 
 
@@ -59,8 +67,10 @@ def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
 def gemm_4bit(
     A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
 ):
-    scales = [absmax] if absmax_8bit is None else [absmax_8bit, absmax, absmax_code, absmax_offset.reshape(())]
-    base = Base("nf4", [B.contiguous().view(torch.uint8), four_bits(quant_type, A.device), *scales], blocksize)
+    scales = [absmax.float()]
+    if absmax_8bit is not None:
+        scales = [absmax_8bit, *scales, absmax_code.float(), absmax_offset.float().reshape(())]
+    base = Base("nf4", [B.contiguous().view(torch.uint8), table_of(quant_type, A.device), *scales], blocksize)
     n, k = shapeB
     return lora_linear(A, base, *no_delta(k, n, A.dtype, A.device), bias).to(A.dtype)
 

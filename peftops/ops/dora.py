@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._op import expect, op
 from .lora import (
@@ -16,7 +15,9 @@ from .lora import (
     no_delta,
     prepared,
     rows,
+    shaped,
 )
+from .lora_formula import formula, gradients, transformed
 
 
 @op
@@ -86,12 +87,23 @@ class Norm(torch.autograd.Function):
         return n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dn):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return Norm.backward_again(ctx, dn)
         n, x, a, b, scale, *base = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:2])
         grads = dora_norm_bwd(dn, n, x, base, a, b, scale, *ctx.constants, need)
         return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *[None] * (4 + len(base))
+
+    @staticmethod
+    def backward_again(ctx, dn):
+        """What backward returns, with a graph of its own."""
+        _, x, a, b, scale, *base = ctx.saved_tensors
+
+        def function(a, b):
+            return formula("dora_norm_formula", x, base, a, b, scale, *ctx.constants)
+
+        return *gradients(function, (a, b), ctx.needs_input_grad[:2], dn), *[None] * (4 + len(base))
 
 
 def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
@@ -108,6 +120,8 @@ def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     x, base, scale = prepared(lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype), weight, lora_A, lora_B, scaling)
     if base.form not in ("nf4", "given"):
         base = base._replace(tensors=[t.to(x.dtype) for t in base.tensors])
+    if transformed():
+        return formula("dora_norm_formula", x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
     if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
         return Norm.apply(lora_A, lora_B, scale, x, base.form, base.block, *base.tensors)
     return dora_norm(x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
@@ -150,35 +164,40 @@ def dora_linear(
         options = {"scaling": scaling, "dropout_p": p, "gain": gain}
         return lora_linear(x, weight, lora_A, lora_B, bias, **options)
     x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
+    if base.form == "given":
+        raise ValueError("dora: w must be given itself for dropout_mode peft, got a product of it")
     seed = torch.randint(2**62, (1,), device=x.device)
     args = x, lora_A, lora_B, bias, gain, scale, seed, (base.form, base.block, p), *base.tensors
+    if transformed():
+        return plain(*args)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return Dropped.apply(*args)
     return dropped(None, *args)
 
 
-def dropped(ctx, x, a, b, bias, gain, scale, seed, constants, *base):
+def dropped(ctx, given, a, b, bias, gain, scale, seed, constants, *base):
     """y of dropout_mode "peft", and what backward needs in ctx where there is one."""
-    shape, x, base, (form, block, p) = x.shape, rows(x), list(base), constants
+    x, base, (form, block, p) = rows(given), list(base), constants
     kept, rest, bits = dora_drop(x, seed, p)
     keep_z = ctx is not None and ctx.needs_input_grad[4]
     y, h, _, z = lora_fwd(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0, keep_z)
     delta = no_delta(x.shape[1], y.shape[1], x.dtype, x.device)
     y = y + lora_fwd(rest, base, *delta, scale, None, None, None, None, form, block, 0.0, False)[0]  # y may be kept
     if ctx is not None:
-        ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, z, *base)
-        ctx.constants, ctx.shape = constants, shape
-    return y if len(shape) == 2 else y.view(shape[:-1] + y.shape[1:])
+        ctx.save_for_backward(given, a, b, bias, gain, scale, h, bits, z, *base)
+        ctx.constants = constants
+    return shaped(y, given.shape)
 
 
 class Dropped(torch.autograd.Function):
     forward = staticmethod(dropped)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, a, b, scale, h, bits, bias, gain, z, *base = ctx.saved_tensors
-        (form, block, p), dy, need = ctx.constants, rows(dy), [*ctx.needs_input_grad[:5], False]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return Dropped.backward_again(ctx, dy)
+        given, a, b, bias, gain, scale, h, bits, z, *base = ctx.saved_tensors
+        (form, block, p), x, dy, need = ctx.constants, rows(given), rows(dy), [*ctx.needs_input_grad[:5], False]
         none, rest = x.new_empty(x.shape[0], 0, dtype=torch.uint8), (form, block, 0.0)
         kept = dora_mix(x, None, bits, p)  # made again, as x is kept for other layers too
         grads = lora_bwd(dy, kept, base, a, b, scale, h, none, bias, gain, None, z, *rest, need)
@@ -187,5 +206,25 @@ class Dropped(torch.autograd.Function):
             delta, empty = no_delta(x.shape[1], dy.shape[1], x.dtype, x.device), x.new_empty(x.shape[0], 0)
             only = [True] + [False] * 5
             other = lora_bwd(dy, x, base, *delta, scale, empty, none, None, None, None, empty, *rest, only)[0]
-            grads[0] = dora_mix(grads[0], other, bits, p).view(ctx.shape)
+            grads[0] = dora_mix(grads[0], other, bits, p).view(given.shape)
         return *grads, *[None] * (len(ctx.needs_input_grad) - 5)
+
+    @staticmethod
+    def backward_again(ctx, dy):
+        """What backward returns, with a graph of its own."""
+        *args, scale, _, bits, _ = ctx.saved_tensors[:9]
+        base = ctx.saved_tensors[9:]
+
+        def function(given, a, b, bias, gain):
+            y = formula("dora_formula", rows(given), base, a, b, scale, bias, gain, bits, *ctx.constants)
+            return y.to(given.dtype).view(dy.shape)
+
+        grads = gradients(function, args, ctx.needs_input_grad[:5], dy)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - 5)
+
+
+def plain(given, a, b, bias, gain, scale, seed, constants, *base):
+    """dropped's y by torch's own operations, for those who have to see them"""
+    x = rows(given)
+    y = formula("dora_plain", x, base, a, b, scale, bias, gain, seed, *constants)
+    return y.to(x.dtype).view(*given.shape[:-1], y.shape[1])

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .._op import expect, op
+from .lora_formula import formula, gradients, transformed
 from .nf4 import NF4Weight, expect_base
 
 FEW = 64  # rows up to which one pass over the base, written for few rows, wins
@@ -162,43 +162,84 @@ def rows(t):
     return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def forward(ctx, x, a, b, bias, gain, gate, scale, seed, constants, *base):
+def shaped(y, shape):
+    """y (m, n) as (..., n) for an x of this shape: no view of y, so it may be changed in place."""
+    return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, [*shape[:-1], y.shape[1]])
+
+
+def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
     """y, and what backward needs in ctx where there is one."""
-    shape, x, gate, (form, block, p) = x.shape, rows(x), rows(gate), constants
-    base = [rows(t) for t in base] if form == "given" else list(base)
+    x, gates, (form, block, p) = rows(given), rows(gate), constants
+    weight = [rows(t) for t in base] if form == "given" else list(base)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[4]
     h = bits = z = None
     if not p and not keep_z and x.shape[0] <= FEW:  # a shape that nobody asks for is none that compile guards
-        y = lora_gemv(x, base, a, b, scale, bias, gain, gate, form, block)
+        y = lora_gemv(x, weight, a, b, scale, bias, gain, gates, form, block)
     else:
-        y, h, bits, z = lora_fwd(x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z)
+        y, h, bits, z = lora_fwd(x, weight, a, b, scale, bias, gain, gates, seed, form, block, p, keep_z)
     if ctx is not None:
-        ctx.save_for_backward(x, a, b, scale, h, bits, bias, gain, gate, z, *(base if form != "given" else ()))
-        ctx.constants, ctx.shape = constants, shape
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+        kept = base if form != "given" or keep_z else ()
+        ctx.save_for_backward(given, a, b, bias, gain, gate, scale, h, bits, z, *kept)
+        ctx.constants = constants
+    return shaped(y, given.shape)
 
 
 def backward(ctx, dy):
     """The gradients of forward's arguments, None for what needs none."""
-    x, a, b, scale, h, bits, bias, gain, gate, z, *base = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return backward_again(ctx, dy)
+    given, a, b, bias, gain, gate, scale, h, bits, z, *base = ctx.saved_tensors
+    x, need = rows(given), list(ctx.needs_input_grad[:6])
     if h is None:  # few rows: cheaper to make again than to keep
         h = down(x, a)
         bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
-    args = x, base, a, b, scale, h, bits, bias, gain, gate, z, *ctx.constants, need
+    if ctx.constants[0] == "given":
+        base = []
+    args = x, base, a, b, scale, h, bits, bias, gain, rows(gate), z, *ctx.constants, need
     grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
     if need[0]:
-        grads[0] = grads[0].view(ctx.shape)
+        grads[0] = grads[0].view(given.shape)
     if need[5]:
-        grads[5] = grads[5].view(*ctx.shape[:-1], gate.shape[1])
+        grads[5] = grads[5].view(gate.shape)
     dbase = [None] * (len(ctx.needs_input_grad) - 9)
     if dbase and ctx.needs_input_grad[9]:
         dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
     return *grads, None, None, None, *dbase
 
 
+def backward_again(ctx, dy):
+    """What backward returns, with a graph of its own."""
+    *args, scale, _, bits, _ = ctx.saved_tensors[:10]
+    (form, block, p), base, y0 = ctx.constants, ctx.saved_tensors[10:], ()
+    if form == "given":
+        y0 = base or [torch.zeros_like(dy, requires_grad=True)]  # whose values only a gradient of gain asks for
+
+    def function(given, a, b, bias, gain, gate, *y0):
+        weight = [rows(t) for t in y0] or base
+        y = formula("lora_formula", rows(given), weight, a, b, scale, bias, gain, rows(gate), bits, form, block, p)[0]
+        return y.to(given.dtype).view(dy.shape)
+
+    needs = *ctx.needs_input_grad[:6], *ctx.needs_input_grad[9 : 9 + len(y0)]
+    grads = gradients(function, (*args, *y0), needs, dy)
+    others = [None] * (len(ctx.needs_input_grad) - 9 - len(y0))
+    return *grads[:6], None, None, None, *grads[6:], *others
+
+
+def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
+    """forward's y by torch's own operations, for those who have to see them"""
+    (form, block, p), x, gates = constants, rows(given), rows(gate)
+    base = [rows(t) for t in base] if form == "given" else list(base)
+    expect_lora(x, base, a, b, scale, bias, gain, gates, form, block)
+    y = formula("lora_plain", x, base, a, b, scale, bias, gain, gates, seed, form, block, p)
+    return y.to(x.dtype).view(*given.shape[:-1], y.shape[1])
+
+
 def down(x, a):
     """x·aᵀ, rounded to x's dtype"""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # around backward, whatever was around forward
+        with torch.autocast(kind, enabled=False):
+            return down(x, a)
     a = a.to(x.dtype)
     if x.is_cuda or x.dtype.itemsize > 2:
         return torch.mm(x, a.T)
@@ -206,7 +247,7 @@ def down(x, a):
 
 
 class LoRA(torch.autograd.Function):
-    forward, backward = staticmethod(forward), staticmethod(once_differentiable(backward))
+    forward, backward = staticmethod(forward), staticmethod(backward)
 
 
 def lora_linear(
@@ -227,6 +268,8 @@ def lora_linear(
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
     args = arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, gain, gate)
+    if transformed():
+        return plain(*args)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return LoRA.apply(*args)
     return forward(None, *args)
@@ -297,7 +340,8 @@ def scale_of(scaling, dtype, device):
     """A (1,) tensor, kept between calls where it is safe to: not from a capture, nor from a tracer."""
     if torch.compiler.is_compiling():
         return torch.ones(1, dtype=dtype, device=device) * scaling  # torch.full would compile anew for every value
-    if torch._C._len_torch_dispatch_stack() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or transformed() or torch._C._len_torch_dispatch_stack():
         return torch.full((1,), scaling, dtype=dtype, device=device)
     return kept_scale(float(scaling), dtype, device)
 
@@ -305,7 +349,7 @@ def scale_of(scaling, dtype, device):
 def no_delta(k, n, dtype, device):
     """lora_A (0, k) and lora_B (n, 0), in what is legal for x of dtype; kept between calls where it is safe to."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
         return torch.empty(0, k, dtype=wide, device=device), torch.empty(n, 0, dtype=wide, device=device)
     return kept_empty(k, n, wide, device)
 
@@ -319,7 +363,9 @@ def kept_empty(k, n, dtype, device):
 @functools.lru_cache(maxsize=1024)
 def kept_scale(scaling, dtype, device):
     with torch.inference_mode(False):  # else training could not save it for backward
-        return torch.full((1,), scaling, dtype=dtype).to(device)  # a copy, so it is there for every stream
+        return torch.full((1,), scaling, dtype=dtype, device="cpu").to(
+            device
+        )  # a copy, so it is there for every stream
 
 
 def dropout_mask(seed, m, k, p):

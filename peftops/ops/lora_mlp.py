@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from . import lora
-from .lora import rows
+from .lora_formula import transformed
 
 
 def lora_mlp(x, gate, up, down):
@@ -19,6 +18,8 @@ def lora_mlp(x, gate, up, down):
         cast, *gate = lora.arguments(x, *gate)
         _, *up = lora.arguments(cast, *up)
         _, *down = lora.arguments(cast.new_empty(0, down[1].shape[-1]), *down)
+    if transformed():
+        raise RuntimeError("lora_mlp: forward-mode AD and torch.func want layers by themselves")
     args = x, cast, (len(gate), len(up)), *gate, *up, *down
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return MLP.apply(*args)
@@ -74,12 +75,13 @@ class MLP(torch.autograd.Function):
     forward = staticmethod(forward)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("lora_mlp: create_graph must be False; layers by themselves differentiate again")
         g, u, *saved = ctx.saved_tensors
         saved, (gate, up, down) = split(saved, ctx.sizes), ctx.parts
         act = silu(g)
-        ds, *ddown = down.backward(dy, rows(act * u), *saved[2])
+        ds, *ddown = down.backward(dy, act * u, *saved[2])
         if ds is None:  # only down is trained
             return (None,) * (len(ctx.needs_input_grad) - len(ddown)) + tuple(ddown)
         du, dg = act.mul_(ds), torch.ops.aten.silu_backward(ds.mul_(u), g)

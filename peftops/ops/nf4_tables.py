@@ -1,7 +1,5 @@
 """What the codes of bitsandbytes stand for, as float32 (nf4: Dettmers et al., QLoRA, arXiv 2305.14314)."""
 
-import functools
-
 import torch
 
 FOUR_BITS = {
@@ -38,18 +36,12 @@ EIGHT_BITS = *(-v for v in reversed(POSITIVE)), 0.0, *POSITIVE, 1.0
 
 def four_bits(kind, device):
     """(16,) values of the codes"""
-    return kept(FOUR_BITS[kind], device).detach()
+    return torch.tensor(FOUR_BITS[kind], dtype=torch.float32, device=device)
 
 
 def eight_bits(device):
     """(256,) values of the codes of scales"""
-    return kept(EIGHT_BITS, device).detach()
-
-
-@functools.cache
-def kept(values, device):
-    """One tensor for all weights; each gets an alias of its own, whose requires_grad is not that of others."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(EIGHT_BITS, dtype=torch.float32, device=device)
 
 
 def bounds(table):

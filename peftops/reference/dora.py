@@ -1,16 +1,21 @@
 """The specification of DoRA's norm and of its dropout, with the roundings of LoRA's product."""
 
 from . import outside_autocast
-from .lora import roundings
+from .lora import lora_formula, roundings
 from .lora_base import matrix
 from .lora_dropout import drop, keep_bits
 
 
-@outside_autocast
 def dora_norm(n, x, base, a, b, scale, form, block):
+    n.copy_(dora_norm_formula(x, base, a, b, scale, form, block))
+
+
+@outside_autocast
+def dora_norm_formula(x, base, a, b, scale, form, block):
+    """By operations that torch can differentiate"""
     _, rounded = roundings(x, scale)
     w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
-    n.copy_((scale * (rounded(b) @ rounded(a)) + w).norm(dim=1))
+    return (scale * (rounded(b) @ rounded(a)) + w).norm(dim=1)
 
 
 @outside_autocast
@@ -22,6 +27,20 @@ def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
         da.copy_(scale * (rounded(c * b).T @ w) + scale * scale * ((b.T @ (c * b)) @ a))
     if need[1]:
         db.copy_(scale * (c * (w @ a.T)) + scale * scale * (c * (b @ (a @ a.T))))
+
+
+def dora_plain(x, base, a, b, scale, bias, gain, seed, form, block, p):
+    bits = keep_bits(seed, *x.shape, p)
+    return dora_formula(x, base, a, b, scale, bias, gain, bits, form, block, p)
+
+
+@outside_autocast
+def dora_formula(x, base, a, b, scale, bias, gain, bits, form, block, p):
+    """y where the base sees drop(x) too, still to be rounded to x's dtype; torch can differentiate it"""
+    kept = drop(x.to(scale.dtype), bits, p).to(x.dtype)
+    y, *_ = lora_formula(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0)
+    w = matrix(base, form, block, b.shape[0], x.shape[1]).to(x.dtype)
+    return y + (x - kept).to(scale.dtype) @ w.to(scale.dtype).T
 
 
 def dora_drop(dropped, rest, bits, x, seed, p):

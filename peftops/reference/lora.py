@@ -6,17 +6,27 @@ from .lora_dropout import drop, keep, keep_bits
 from .lora_gate import fold, repeat, spread
 
 
-@outside_autocast
 def lora_fwd(y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z):
-    wide, rounded = roundings(x, scale)
     if p:
         bits.copy_(keep_bits(seed, *x.shape, p))
-    h.copy_(drop(wide(x), bits, p) @ rounded(a).T)
+    found = lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p)
+    for out, value in zip((y, h, z) if keep_z else (y, h), found, strict=False):
+        out.copy_(value)
+
+
+@outside_autocast
+def lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p):
+    """y, h and z, still to be rounded to x's dtype, by operations that torch can differentiate"""
+    wide, rounded = roundings(x, scale)
+    h = rounded(drop(wide(x), bits, p) @ rounded(a).T)
     w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
-    acc = product(wide(x), w, form) + scale * (rounded(spread(wide(h), gate, b)) @ rounded(b).T)
-    if keep_z:
-        z.copy_(acc)
-    y.copy_(acc * (1 if gain is None else gain) + (0 if bias is None else bias))
+    z = product(wide(x), w, form) + scale * (rounded(spread(h, gate, b)) @ rounded(b).T)
+    return z * (1 if gain is None else gain) + (0 if bias is None else bias), h, z
+
+
+def lora_plain(x, base, a, b, scale, bias, gain, gate, seed, form, block, p):
+    bits = keep_bits(seed, *x.shape, p) if p else None
+    return lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p)[0]
 
 
 def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -121,7 +122,7 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
         plain,
         {"lora_dropout": 0.3},
     ),
-    "torch.func or tracing": (None, mapped),
+    "torch.func, forward-mode AD or tracing": (None, mapped),
     "base weight is trained": (lambda model: lin(model).base_layer.requires_grad_(), plain),
     "dtype of x or of the base weight": (lambda model: model.double(), lambda model, x: model(x.double())),
     "x is not of the base weight's dtype": (None, lambda model, x: model(x.bfloat16())),
@@ -225,7 +226,20 @@ def test_traced_calls_are_stock(recwarn):
     patched = peftops.patch(copy.deepcopy(stock))
     x = torch.randn(7, 16)
     program = torch.jit.trace(lin(patched), x)
-    assert torch.equal(program(2 * x), stock(2 * x)) and "torch.func or tracing" in peftops.report(patched).calls
+    assert torch.equal(program(2 * x), stock(2 * x))
+    assert "torch.func, forward-mode AD or tracing" in peftops.report(patched).calls
+
+
+def test_forward_mode_ad_is_stock():
+    stock = single()
+    patched = peftops.patch(copy.deepcopy(stock))
+    x, v = torch.randn(2, 7, 16)
+    found = []
+    for model in (stock, patched):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))))
+    assert torch.equal(found[0].primal, found[1].primal) and torch.equal(found[0].tangent, found[1].tangent)
+    assert set(peftops.report(patched).calls) == {"torch.func, forward-mode AD or tracing"}
 
 
 def test_every_reason_has_a_case():

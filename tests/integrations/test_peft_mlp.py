@@ -294,3 +294,10 @@ def test_unpatch_and_merging_give_back_what_was():
     } == before
     assert torch.equal(logits(merged), logits(model.merge_and_unload()))
     assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(merged).modules())
+
+
+def test_a_second_derivative_is_refused():
+    model = peftops.patch(gated(), fuse=("mlp",))
+    x = torch.randn(5, K, requires_grad=True)
+    with pytest.raises(RuntimeError, match="lora_mlp: create_graph must be False"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)

@@ -1,0 +1,32 @@
+"""What kernels have no derivative for: second derivatives, forward-mode AD and transforms of torch.func.
+
+There the specification is computed instead, whose operations are torch's own.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import backends
+
+
+def transformed():
+    """Whether forward-mode AD or a transform of torch.func has to see every operation."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def formula(name, *args):
+    """What the specification's function of this name makes of args."""
+    return backends.cell("reference", name)(*args)
+
+
+def gradients(function, args, needs, dy):
+    """dy's product with the derivative of function(*args), for each of args that needs it; torch can differentiate it.
+
+    Each argument gets a name of its own, so that no gradient runs through another argument.
+    """
+    with torch.enable_grad():
+        args = [arg.view_as(arg) if need else arg for arg, need in zip(args, needs, strict=True)]
+        y = function(*args)
+        wanted = [arg for arg, need in zip(args, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if need else None for need in needs]
