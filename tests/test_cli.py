@@ -253,7 +253,7 @@ def test_demo_of_dora(capsys, tmp_path, tiny, method):
     assert code == 0 and "14/14 LoRA layers fused" in out and ("NF4" in out) == (method == "qdora")
     result = json.loads((tmp_path / "result.json").read_text())
     stock, ours = (result["contenders"][label] for label in tiny.METHODS[method])
-    assert ours["trained"] == stock["trained"] and ours["fused"] == 14 and ours["norms"] == 14 * 5
+    assert ours["trained"] == stock["trained"] and ours["fused"] == 14 and ours["norms"] >= 14 * 5
     assert max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)) < 0.01
     config = json.loads((tmp_path / f"adapter-{method}" / "adapter_config.json").read_text())
     assert config["use_dora"] and result["of_full"] is None and len(list(tmp_path.glob("adapter*"))) == 1

@@ -34,12 +34,18 @@ class Report:
 
 def rows_like(layer):
     """No rows, of what this layer's base computes in, or its adapter where the base does not tell."""
-    base, adapter = layer.get_base_layer(), next(layer.lora_A.parameters(), torch.empty(0))
-    weight = vars(base)["_parameters"].get("weight")
-    if weight is None:
-        weight = adapter
+    weight = layer.get_base_layer()._parameters.get("weight")
+    held = next(layer.lora_A.parameters(), torch.empty(0)) if weight is None else weight
+    return torch.empty(0, dtype=dtype_of(layer), device=held.device)
+
+
+def dtype_of(layer):
+    """What this layer's base computes in, or its adapter where the base does not tell."""
+    base = layer.get_base_layer()
+    weight = base._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
     dtype = getattr(base, "compute_dtype", None) or getattr(base, "weight_dtype", None) or getattr(state, "dtype", None)
-    dtype = dtype or weight.dtype
-    told = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
-    return torch.empty(0, dtype=dtype if told else adapter.dtype, device=weight.device)
+    dtype = dtype or getattr(weight, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    return next(layer.lora_A.parameters(), torch.empty(0)).dtype

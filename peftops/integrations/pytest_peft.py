@@ -30,7 +30,9 @@ class Linear(ours.FusedLinear):
 def dispatch(*args, **kwargs):
     made = DISPATCH(*args, **kwargs)
     if type(made) is layer.Linear:
-        made.__class__ = Linear  # norms of DoRA are made in its first forward, as those of an adapter added after patch
+        made.__class__ = (
+            Linear  # gains of DoRA are kept from its first forward, as those of an adapter added after patch
+        )
     return made
 
 

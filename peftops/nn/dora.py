@@ -1,6 +1,11 @@
-"""DoRA's norms: a buffer beside each magnitude, which forward only reads and an optimizer's step refreshes."""
+"""DoRA's gain, magnitude / norm: made in every call but those that generate, which read what is kept of the prompt's.
 
-import weakref
+Weights move in more ways than anybody can watch: optimizers over flat copies, averages, `.data`, raw pointers. So a
+call that trains, or that reads more than one position, computes its norm, at the price of one more read of the weight.
+A generated token would pay that price in full. It takes the gain of the prompt's call, if its stamp is unchanged.
+"""
+
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..functional import dora_weight_norm
 from ..ops.dora import no_zeros
 
-LAYERS = weakref.WeakSet()  # whose norms are kept
 PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
-_hook, _checked = None, False
+CHECKING = []  # one entry for each checked_norms() that somebody is inside of
+_moves = 0  # steps of optimizers and changes of mode, after either of which no kept norm is trusted
 
 
 class Magnitude(nn.Module):
@@ -26,81 +31,87 @@ class Magnitude(nn.Module):
 
 
 class Normed(nn.Module):
-    """A layer with lora_A, lora_B and lora_magnitude_vector of each adapter, and so with norms to keep.
+    """A layer with lora_A, lora_B and lora_magnitude_vector of each adapter, and so with gains to keep.
 
     A magnitude stays in fp32, whatever the model is cast to: in bf16 a step is too small to change it.
     """
 
     def operands(self, name):
-        """(weight, lora_A, lora_B, scaling, dtype) for dora_weight_norm of one adapter; None where it has no norm."""
+        """(weight, lora_A, lora_B, scaling) for dora_weight_norm of one adapter; None where it has no norm."""
+        raise NotImplementedError
+
+    def computes_in(self):
+        """The dtype of the product that the norm is for."""
         raise NotImplementedError
 
     def magnitudes(self):
         return dict(self._modules["lora_magnitude_vector"].items()) if "lora_magnitude_vector" in self._modules else {}
 
-    def keep_norms(self):
-        """From now on, norms of all adapters are kept; what has been kept before is refreshed."""
-        watch(self)
-        hooks = self._load_state_dict_post_hooks
-        if loaded not in hooks.values():
+    def keep_gains(self):
+        """From now on, gains of all adapters are kept; what has been kept before is refreshed."""
+        if loaded not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(loaded)
-        self.refresh_norms()
+        self.refresh_gains()
 
-    def forget_norms(self):
-        LAYERS.discard(self)
+    def forget_gains(self):
         for key in [key for key, hook in self._load_state_dict_post_hooks.items() if hook is loaded]:
             del self._load_state_dict_post_hooks[key]
         for magnitude in self.magnitudes().values():
-            magnitude._buffers.pop("norm", None)
-            magnitude._non_persistent_buffers_set.discard("norm")
-            vars(magnitude).pop("norm_of", None)
+            magnitude._buffers.pop("gain", None)
+            magnitude._non_persistent_buffers_set.discard("gain")
+            vars(magnitude).pop("gain_of", None)
         vars(self).pop("_peftops_norms", None)
 
     @torch.no_grad()
-    def refresh_norms(self, stepped=None):
-        """Those whose adapters are among `stepped`, ids of parameters, or all."""
+    def refresh_gains(self):
+        """Those of all adapters whose weights are whole outside of a forward."""
         for name, magnitude in self.magnitudes().items():
-            found = self.operands(name)
-            if found is None:  # as of a base that FSDP2 has sharded: what is kept may be old by now
-                magnitude.norm_of = None
-                continue
-            if stepped is not None and not {id(found[1]), id(found[2])} & stepped:
-                continue
-            weight, a, b, scaling, _ = found
-            if magnitude.weight.dtype in HALF:  # cast behind our back
-                magnitude.weight.data = magnitude.weight.data.float()
-            if "norm" not in magnitude._buffers:
-                magnitude.register_buffer("norm", torch.empty_like(magnitude.weight), persistent=False)
-            magnitude.norm_of = scaling if ready(tensors_of(weight), magnitude.weight, a, b) else None
-            if magnitude.norm_of is not None:
-                norm = computed(*found)
-                kept = norm if magnitude.norm.is_meta else magnitude.norm
-                magnitude.norm = kept.to(norm.device, norm.dtype)
-                magnitude.norm.copy_(norm)
-                vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
+            weight, operands = widened(magnitude), self.operands(name)
+            magnitude.gain_of = None
+            if operands is not None and ready(tensors_of(operands[0]), weight, *operands[1:3]):
+                keep(magnitude, self.computed(weight, operands), stamp(weight, *operands))
 
-    def lengths(self, name, scaling):
-        """(magnitude, norm) of dora_linear for this adapter; None for a norm that has to be computed in this call."""
+    def gain(self, name, x, *operands):
+        """(n,), differentiable in the magnitude; operands: weight, lora_A, lora_B and scaling of this call."""
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
         weight = magnitude._parameters["weight"]  # of a module's attributes the one that every token reads
-        norm = self.norm(name, magnitude, weight, scaling)
-        return weight.float() if weight.dtype in HALF else weight, norm
-
-    def norm(self, name, magnitude, weight, scaling):
+        if weight.dtype in HALF:
+            weight = widened(magnitude)
+        _, a, b, _ = operands
+        training = torch.is_grad_enabled() and (weight.requires_grad or a.requires_grad or b.requires_grad)
         if torch.compiler.is_compiling():
-            return magnitude.norm if getattr(magnitude, "norm_of", None) == scaling else None
-        half = weight.dtype in HALF
-        if half and dist.is_available() and dist.is_initialized():
-            return None  # a cast that FSDP2's policy of mixed precision wants, for this call
-        if half or "norm" not in magnitude._buffers:
-            self.keep_norms()
-        elif magnitude.norm_of != scaling and magnitude.norm_of is not None:
-            self.refresh_norms()
-        if magnitude.norm_of is None:
-            return None
-        if _checked and not torch.equal(computed(*self.operands(name)).nan_to_num(-1), magnitude.norm.nan_to_num(-1)):
-            raise RuntimeError(f"dora: the norm of {name} is of other weights; call peftops.refresh after a change")
-        return magnitude._buffers["norm"]
+            return self.traced_gain(magnitude, weight, x, training, operands)
+        if training:
+            return self.computed(weight, operands)
+        now = stamp(weight, *operands)
+        if now is not None and vars(magnitude).get("gain_of") == now and one_position(x) and not sharded():
+            gain = magnitude._buffers["gain"]
+            if CHECKING and not torch.equal(gain.nan_to_num(), self.computed(weight, operands).nan_to_num()):
+                raise RuntimeError(f"dora: the norm of {name} is of other weights; call peftops.refresh after a change")
+            return gain
+        gain = self.computed(weight, operands)
+        keep(magnitude, gain, now)
+        return gain
+
+    def traced_gain(self, magnitude, weight, x, training, operands):
+        """Under torch.compile no stamp can be compared: what is kept serves one position of a frozen adapter."""
+        _, a, b, _ = operands
+        frozen = "gain" in magnitude._buffers and not (training or a.requires_grad or b.requires_grad)
+        if frozen and one_position(x):
+            return magnitude.gain
+        gain = self.computed(weight, operands)
+        if frozen:
+            magnitude.gain.copy_(gain)
+        return gain
+
+    def computed(self, weight, operands):
+        if not torch.compiler.is_compiling():
+            vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
+        return weight / norm_of(*operands, self.computes_in())
+
+    def train(self, mode=True):
+        moved()
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         kept = {magnitude: magnitude.weight.data for magnitude in self.magnitudes().values()}
@@ -109,22 +120,49 @@ class Normed(nn.Module):
             now = magnitude.weight
             if now.dtype in HALF and before.dtype not in HALF:
                 now.data = now.data.to(before.dtype) if now.is_meta else before.to(now.device)
-        if self in LAYERS:
-            self.refresh_norms()
+        if any("gain" in magnitude._buffers for magnitude in kept):
+            self.refresh_gains()
         return self
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if any("norm" in magnitude._buffers for magnitude in self.magnitudes().values()):
-            watch(self)
 
 
 @torch.no_grad()
-def computed(weight, a, b, scaling, dtype):
+def norm_of(weight, a, b, scaling, dtype):
     if dtype is torch.float32:
         a, b = a.float(), b.float()
     with torch.autocast(a.device.type, enabled=False):
         return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
+
+
+def keep(magnitude, gain, of):
+    """In place, where graphs read it. No graph of autograd has saved it: a call that trains has a gain of its own."""
+    kept = magnitude._buffers.get("gain")
+    if kept is None or (kept.device, kept.dtype, kept.shape) != (gain.device, gain.dtype, gain.shape):
+        with torch.inference_mode(False):
+            kept = torch.empty_like(gain)
+        magnitude.register_buffer("gain", kept, persistent=False)
+    kept.copy_(gain)
+    magnitude.gain_of = of
+
+
+def stamp(magnitude, weight, a, b, scaling):
+    """What a gain is of, as far as it shows from outside; None for what shows nothing."""
+    if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
+        return None  # views that somebody has made for this call
+    try:
+        return _moves, scaling, [(t.data_ptr(), t._version) for t in (magnitude, a, b, *tensors_of(weight))]
+    except RuntimeError:
+        return None  # tensors of inference_mode count no versions
+
+
+def one_position(x):
+    """Whether x (..., k) is one token of each sequence."""
+    return (x.shape[-2] if x.dim() > 1 else 1) == 1
+
+
+def sharded():
+    """Whether FSDP2 is at work in this process: what it gathers has the versions of what it gathered before."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return hasattr(fsdp, "FSDPModule") and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def ready(weights, *others):
@@ -140,42 +178,51 @@ def tensors_of(weight):
     return weight.tensors if hasattr(weight, "tensors") else (weight,)
 
 
-def watch(layer):
-    global _hook
-    LAYERS.add(layer)
-    _hook = _hook or register_optimizer_step_post_hook(stepped)
+def widened(magnitude):
+    """Its weight in fp32, which a magnitude that somebody has cast behind our back gets again.
+
+    Under a policy of FSDP2 the cast may be for this call alone, and the parameter is left alone.
+    """
+    weight = magnitude.weight
+    if weight.dtype not in HALF:
+        return weight
+    if torch.compiler.is_compiling() or (dist.is_available() and dist.is_initialized()):
+        return weight.float()
+    weight.data = weight.data.float()
+    return weight
 
 
-def stepped(optimizer, args, kwargs):
-    if LAYERS:
-        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer in tuple(LAYERS):
-            layer.refresh_norms(parameters)
+def moved(*args):
+    global _moves
+    _moves += 1
+
+
+register_optimizer_step_post_hook(moved)
 
 
 def loaded(layer, incompatible_keys):
-    layer.refresh_norms()
+    layer.refresh_gains()
 
 
 def refresh(model):
     """Computes the norms of all DoRA layers of a model anew, and returns the model.
 
-    Steps of any torch.optim.Optimizer, load_state_dict and .to() do it themselves. Call it after weights have changed
-    in another way: by hand, by an average of weights, or by an optimizer that is none of torch's or whose parameters
-    are copies of the model's. Parameters that FSDP2 has sharded have their norm computed in every forward.
+    Calls that train, and calls of more than one position, compute the norm themselves. What is kept from them serves
+    the tokens that follow, until an optimizer steps, the model's mode changes, or a weight does in a way that torch
+    counts. So refresh is only needed before a call of a single position (as the first token of an empty prompt), or
+    before a compiled one with a frozen adapter, where weights were written through `.data` or a raw pointer.
     """
     for layer in model.modules():
         if isinstance(layer, Normed) and layer.magnitudes():
-            layer.keep_norms()
+            layer.keep_gains()
     return model
 
 
 @contextmanager
 def checked_norms():
-    """Inside, every forward of a DoRA layer computes its norm, and raises RuntimeError where another is kept."""
-    global _checked
-    before, _checked = _checked, True
+    """Inside, a DoRA layer that would take a kept norm computes it, and raises RuntimeError where another is kept."""
+    CHECKING.append(True)
     try:
         yield
     finally:
-        _checked = before
+        CHECKING.pop()

@@ -157,17 +157,22 @@ def dora_linear(
     if norm is None:
         adapter = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
         norm = no_zeros(dora_weight_norm(weight, *adapter, scaling=scaling, dtype=x.dtype))
-    gain, p = magnitude / norm, dropout_p if training else 0.0
+    options = {"scaling": scaling, "dropout_p": dropout_p if training else 0.0, "dropout_mode": dropout_mode}
+    return linear_of_gain(x, weight, lora_A, lora_B, magnitude / norm, bias, **options)
+
+
+def linear_of_gain(x, weight, a, b, gain, bias, *, scaling, dropout_p, dropout_mode="peft"):
+    """dora_linear where its gain is known"""
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     if gain.dtype is not wide:
         gain = gain.to(wide)
-    if not p or dropout_mode == "lora":
-        options = {"scaling": scaling, "dropout_p": p, "gain": gain}
-        return lora_linear(x, weight, lora_A, lora_B, bias, **options)
-    x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
+    if not dropout_p or dropout_mode == "lora":
+        return lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=dropout_p, gain=gain)
+    x, base, scale = prepared(x, weight, a, b, scaling)
     if base.form == "given":
         raise ValueError("dora: w must be given itself for dropout_mode peft, got a product of it")
     seed = torch.randint(2**62, (1,), device=x.device)
-    args = x, lora_A, lora_B, bias, gain, scale, seed, (base.form, base.block, p), *base.tensors
+    args = x, a, b, bias, gain, scale, seed, (base.form, base.block, dropout_p), *base.tensors
     if transformed():
         return plain(*args)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):

@@ -30,8 +30,8 @@ def dora(kind="llama", dtype=torch.float32, **options):
     return model
 
 
-def norms(model):
-    return {name: module.norm for name, module in model.named_modules() if "norm" in vars(module).get("_buffers", {})}
+def gains(model):
+    return {name: module.gain for name, module in model.named_modules() if "gain" in vars(module).get("_buffers", {})}
 
 
 def assert_law(model, **options):
@@ -167,7 +167,7 @@ def test_unpatch_leaves_nothing():
     model = dora()
     before = {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
     buffers = [name for name, _ in model.named_buffers()]
-    assert norms(peftops.patch(model, strict=True))
+    assert gains(peftops.patch(model, strict=True))
     peftops.unpatch(model)
     assert {name: (type(module), dict(vars(module))) for name, module in model.named_modules()} == before
     assert [name for name, _ in model.named_buffers()] == buffers
@@ -194,7 +194,7 @@ def test_weights_that_are_loaded_from_meta():
     patched.load_state_dict(stock.state_dict(), assign=True)
     exact = exactly(stock)(x.double())
     assert error(patched(x), exact) <= bound(stock(x), exact)
-    assert peftops.report(patched).calls == {"fused": 1} and len(norms(patched)) == 1
+    assert peftops.report(patched).calls == {"fused": 1} and len(gains(patched)) == 1
 
 
 def test_merges_as_before():

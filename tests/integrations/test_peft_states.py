@@ -59,8 +59,8 @@ def test_a_patch_that_fails_changes_nothing(monkeypatch):
             raise MemoryError
         keep(layer)
 
-    keep = Fused.keep_norms
-    monkeypatch.setattr(Fused, "keep_norms", fail)
+    keep = Fused.keep_gains
+    monkeypatch.setattr(Fused, "keep_gains", fail)
     with pytest.raises(MemoryError):
         peftops.patch(model)
     assert state(model) == before and [name for name, _ in model.named_buffers()] == buffers

@@ -1,0 +1,248 @@
+"""Layers with use_dora: that no gain is of other weights, whoever moves them."""
+
+import copy
+
+import pytest
+import torch
+from test_dora_layers import BASES, gain, layer, magnitude, sgd, step
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import peftops
+import peftops.functional as F
+from peftops.nn import checked_norms
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def computed(layer):
+    """How often its norm was, until now"""
+    return vars(layer)["_peftops_norms"]
+
+
+def right(layer):
+    weight, a, b, scaling = layer.operands("default")
+    norm = F.dora_weight_norm(weight, a.detach(), b.detach(), scaling=scaling, dtype=layer.computes_in())
+    return torch.equal(gain(layer), magnitude(layer).detach() / norm)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_norms_are_computed_in_all_calls_but_those_of_one_position(base):
+    new, counts = layer(base), []
+    before = computed(new)
+    for grad, shape in (
+        (True, (2, 5, 64)),
+        (True, (2, 1, 64)),
+        (False, (2, 5, 64)),
+        (False, (2, 1, 64)),
+        (False, (64,)),
+    ):
+        with torch.set_grad_enabled(grad):
+            new(torch.randn(shape))
+        counts.append(computed(new) - before)
+    assert counts == [1, 2, 3, 3, 3] and right(new)
+
+
+class Raw(torch.optim.Optimizer):
+    """Writes where no version counter sees it, as kernels on raw pointers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            raw(group["params"])
+
+
+def raw(parameters):
+    for p in parameters:
+        p.detach().numpy()[...] += 0.1
+
+
+def adapters(new):
+    return [new.lora_A["default"].weight, new.lora_B["default"].weight]
+
+
+@torch.no_grad()
+def by_hand(new):
+    for p in adapters(new):
+        p.add_(0.1)
+
+
+@torch.no_grad()
+def interpolated(new):
+    """As optimizers without a schedule do when they change between training and evaluation"""
+    for p in adapters(new):
+        p.lerp_(torch.ones_like(p), 0.1)
+
+
+def in_data(new):
+    for p in adapters(new):
+        p.data.add_(0.1)
+
+
+def other_data(new):
+    for p in adapters(new):
+        p.data = p.data + 0.1
+
+
+def averaged(new):
+    """As averages of weights do, before an evaluation"""
+    for p in adapters(new):
+        p.data.copy_((p.data + 0.1).clone())
+
+
+def flat(new):
+    """As an optimizer does that holds one buffer, of which parameters are parts"""
+    buffer = torch.cat([p.data.flatten() for p in adapters(new)])
+    for p, part in zip(adapters(new), buffer.split([p.numel() for p in adapters(new)]), strict=True):
+        p.data = part.view(p.shape)
+    new(torch.randn(2, 3, 64))
+    buffer += 0.1
+
+
+def of_copies(new):
+    """A step of torch's own optimizer over copies, which are copied back"""
+    copies = [p.detach().clone().requires_grad_() for p in adapters(new)]
+    for p in copies:
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(copies, 0.1).step()
+    for p, moved in zip(adapters(new), copies, strict=True):
+        p.data.copy_(moved.data)
+
+
+def by_gradients(new):
+    optimizer = sgd(new, 0.01)
+    step(new, optimizer)
+
+
+MOVES = {  # how, and whether it shows from outside
+    "an optimizer": (by_gradients, True),
+    "an optimizer's kernel on raw pointers": (lambda new: Raw(adapters(new)).step(), True),
+    "by hand": (by_hand, True),
+    "interpolated": (interpolated, True),
+    "vector_to_parameters": (
+        lambda new: vector_to_parameters(parameters_to_vector(adapters(new)) + 0.1, adapters(new)),
+        True,
+    ),
+    "other .data": (other_data, True),
+    "load_state_dict": (lambda new: new.load_state_dict({k: t + 0.1 for k, t in new.state_dict().items()}), True),
+    "load_state_dict, assign": (
+        lambda new: new.load_state_dict({k: t.clone() * 2 for k, t in new.state_dict().items()}, assign=True),
+        True,
+    ),
+    "load_state_dict of a model": (
+        lambda new: nn.Sequential(new).load_state_dict({f"0.{k}": t + 1 for k, t in new.state_dict().items()}),
+        True,
+    ),
+    "scaling": (lambda new: setattr(new, "scaling", 2 * new.scaling), True),
+    "base": (lambda new: new.base_layer.weight.data.copy_(torch.randn(48, 64)), False),
+    "other base": (lambda new: setattr(new.base_layer.weight, "data", torch.randn(48, 64)), True),
+    "in .data": (in_data, False),
+    "averaged": (averaged, False),
+    "raw pointers": (lambda new: raw(adapters(new)), False),
+    "a flat buffer": (flat, False),
+    "copies": (of_copies, True),  # their optimizer shows, though it holds none of these parameters
+}
+
+
+def expected(new, x):
+    weight, a, b, scaling = new.operands("default")
+    with torch.no_grad():
+        return F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, scaling=scaling)
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_norm_is_never_stale(move):
+    """After each way to move weights, in calls that train, evaluate, and generate, with a norm kept from before"""
+    new, prompt, token = layer(), torch.randn(2, 40, 64), torch.randn(2, 1, 64)
+    change, shows = MOVES[move]
+
+    def call(x, train=False):
+        with torch.set_grad_enabled(train):
+            return new(x).detach()
+
+    for kinds in ("train", "prompt token", "prompt", "token" if shows else "prompt token", "refresh token"):
+        call(prompt), call(token)
+        before = expected(new, token)
+        change(new)
+        assert not torch.equal(expected(new, token), before)
+        for kind in kinds.split():
+            if kind == "refresh":
+                peftops.refresh(nn.Sequential(new))
+                continue
+            x = token if kind == "token" else prompt
+            assert torch.equal(call(x, kind == "train"), expected(new, x)), (kinds, kind)
+
+
+def test_a_call_with_other_parameters():
+    new, prompt, token = layer(), torch.randn(2, 5, 64), torch.randn(2, 1, 64)
+    other = {name: p.detach() + 0.1 for name, p in new.named_parameters() if "lora_" in name}
+    twin = copy.deepcopy(new)
+    twin.load_state_dict(other, strict=False)
+    for x in (prompt, token):
+        with torch.no_grad():
+            new(prompt), new(token)
+            assert torch.equal(torch.func.functional_call(new, other, x), expected(twin, x))
+            assert torch.equal(new(token), expected(new, token))
+
+
+def test_a_change_of_mode_is_a_change():
+    """Where averages of weights come in and go out again"""
+    new, token = layer(), torch.randn(2, 1, 64)
+    with torch.no_grad():
+        for mode in (False, True):
+            new(torch.randn(2, 5, 64))
+            in_data(new)
+            nn.Sequential(new).train(mode)
+            assert torch.equal(new(token), expected(new, token))
+
+
+def test_casts_keep_a_norm_of_its_own():
+    for change in (lambda new: new.to(torch.bfloat16), lambda new: nn.Sequential(new).half()):
+        new = layer()
+        change(new)
+        assert right(new) and gain(new).dtype == magnitude(new).dtype == torch.float32
+
+
+def test_a_backward_after_an_evaluation():
+    """What a call that trains has saved is not what a later one keeps."""
+    new, x = layer(), torch.randn(2, 5, 64)
+    y = new(x)
+    with torch.no_grad():
+        new(x), in_data(new), new(x)
+    y.sum().backward()
+    assert magnitude(new).grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_checked_norms_finds_a_stale_one():
+    new, token = layer(), torch.randn(2, 1, 64)
+    new(torch.randn(2, 5, 64))
+    in_data(new)
+    with checked_norms(), pytest.raises(RuntimeError, match="dora: the norm of default is of other weights; call"):
+        new(token)
+    peftops.refresh(nn.Sequential(new))
+    with checked_norms():
+        assert torch.equal(new(token), expected(new, token))
+
+
+def test_a_copy_keeps_its_own():
+    new = layer()
+    twin = copy.deepcopy(new)
+    with torch.no_grad():
+        by_hand(twin)
+        new(torch.randn(2, 5, 64)), twin(torch.randn(2, 5, 64))
+    assert right(twin) and right(new) and not torch.equal(gain(twin), gain(new))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_compiled_layer_of_a_frozen_adapter(base):
+    """Its prompt's graph leaves the norm that its tokens' graph reads, also where weights are swapped unseen."""
+    torch._dynamo.reset()
+    new, prompt, token = layer(base).requires_grad_(False), torch.randn(2, 5, 64), torch.randn(2, 1, 64)
+    calls = torch.compile(new, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(calls(prompt), expected(new, prompt)) and torch.equal(calls(token), expected(new, token))
+            in_data(new)
