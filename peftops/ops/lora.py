@@ -191,7 +191,7 @@ def backward(ctx, dy):
     given, a, b, bias, gain, gate, scale, h, bits, z, *base = ctx.saved_tensors
     x, need = rows(given), list(ctx.needs_input_grad[:6])
     if h is None:  # few rows: cheaper to make again than to keep
-        h = down(x, a)
+        h = down(x, a, scale)
         bits, z = x.new_empty(x.shape[0], 0, dtype=torch.uint8), x.new_empty(x.shape[0], 0)
     if ctx.constants[0] == "given":
         base = []
@@ -234,16 +234,13 @@ def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
     return y.to(x.dtype).view(*given.shape[:-1], y.shape[1])
 
 
-def down(x, a):
+def down(x, a, scale):
     """x·aᵀ, rounded to x's dtype"""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # around backward, whatever was around forward
-        with torch.autocast(kind, enabled=False):
-            return down(x, a)
     a = a.to(x.dtype)
-    if x.is_cuda or x.dtype.itemsize > 2:
+    if not x.is_cuda:  # whose 16-bit products torch does slowly, and those of compiled code by other sums
+        return lora_gemv(x, [a], *no_delta(*reversed(a.shape), x.dtype, x.device), scale, *[None] * 3, "dense", 0)
+    with torch.autocast("cuda", enabled=False):  # around backward, whatever was around forward
         return torch.mm(x, a.T)
-    return torch.mm(x.float(), a.float().T).to(x.dtype)  # torch's 16-bit products are slow on most CPUs
 
 
 class LoRA(torch.autograd.Function):
