@@ -28,7 +28,7 @@ def op(contract):
 
     def dispatched(*args):
         with torch._C._AutoDispatchBelowAutograd():  # else out= refuses inputs that require grad
-            return run(ready(args, subclasses=True))
+            return run(ready(contract, args, subclasses=True))
 
     LIBRARY.define(name + torch.library.infer_schema(contract, mutates_args=()))
     LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
@@ -38,30 +38,43 @@ def op(contract):
     def call(*args):
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         watched = watched or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-        plain = None if watched else ready(args)
+        plain = None if watched else ready(contract, args)
         return overload(*args) if plain is None else run(plain)
 
     return call
 
 
-def ready(args, subclasses=False):
-    """What kernels may rely on: every tensor is contiguous and starts at a multiple of 16 bytes.
+def ready(contract, args, subclasses=False, whole=None):
+    """What kernels may rely on: every tensor is contiguous, starts at a multiple of 16 bytes and is where the first is.
 
-    None where a tensor is of a subclass, whose __torch_dispatch__ may wait for the op.
+    A view that torch negates when it is read, as of an imaginary part, is negated. None where a tensor is of a
+    subclass, whose __torch_dispatch__ may wait for the op. whole: all args, where these are the items of one.
     """
-    out = []
+    whole, out = whole or args, []
+    place = whole[0].get_device()
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is nn.Parameter or (subclasses and isinstance(arg, Tensor)):
-            if not arg.is_contiguous() or arg.data_ptr() % 16:
+            if arg.get_device() != place:
+                expect_one_device(contract, whole)
+            if not arg.is_contiguous() or arg.data_ptr() % 16 or arg.is_neg():
                 arg = arg.clone(memory_format=torch.contiguous_format)
         elif kind is list:
-            if (arg := ready(arg, subclasses)) is None:
+            if (arg := ready(contract, arg, subclasses, whole)) is None:
                 return None
         elif kind not in SCALARS:
             return None
         out.append(arg)
     return out
+
+
+def expect_one_device(contract, args):
+    """Raises for the first that is elsewhere than the first of all."""
+    names, device = contract.__code__.co_varnames, args[0].device
+    for name, arg in zip(names, args, strict=False):
+        for t in arg if isinstance(arg, list) else [arg]:
+            if isinstance(t, Tensor) and t.device != device:
+                raise ValueError(f"{contract.__name__}: {name} must be on {device}, got {t.device}")
 
 
 def expect(row, name, tensor, shape, *dtypes):

@@ -304,7 +304,7 @@ def work(rank):
 
 
 def test_fsdp2_shards_codes_and_scales(tmp_path):
-    forced = [peftops.backends._forced] if peftops.backends._forced else []
+    forced = list(peftops.backends.FORCED.values())
     assert ranks.run(SHARDED, tmp_path, *forced) == ""
 
 

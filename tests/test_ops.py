@@ -6,8 +6,8 @@ from peftops.bench.cases import CASES, SHAPES
 from peftops.bench.law import call, check, double
 
 import peftops.functional  # noqa: F401  registers the ops
-from peftops import backends
-from peftops._op import CONTRACTS
+from peftops import backend, backends
+from peftops._op import CONTRACTS, expect_one_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if backends.cell(name, op)]
@@ -15,11 +15,11 @@ CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if backends.c
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("op, backend", CELLS)
-def test_law(op, backend, shape, dtype, request):
-    if backend == "cuda":
+@pytest.mark.parametrize("op, name", CELLS)
+def test_law(op, name, shape, dtype, request):
+    if name == "cuda":
         request.getfixturevalue("cuda_on_cpu")
-    for label, error, bound in check(op, backend, shape, dtype):
+    for label, error, bound in check(op, name, shape, dtype):
         assert error <= bound, label
 
 
@@ -50,6 +50,24 @@ def test_memory_is_made_ready():
     strided = torch.empty(16, 5).T.copy_(args[0])
     for x in (shifted, strided):
         assert torch.equal(call("lora_fwd", "cpu", [x, *args[1:]])[0], expected)
+
+
+def test_tensors_are_of_one_device():
+    _, args = next(CASES["lora_fwd"]((5, 16, 24, 4), torch.float32))
+    args[3] = args[3].to("meta")
+    with pytest.raises(ValueError, match="lora_fwd: b must be on cpu, got meta"):
+        expect_one_device(CONTRACTS["lora_fwd"], args)
+
+
+def test_threads_leave_a_backend_in_any_order():
+    first, second = backend("reference"), backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    assert backends.forced() == "cpu"
+    first.__exit__(None, None, None)
+    assert backends.forced() == "cpu"
+    second.__exit__(None, None, None)
+    assert backends.forced() is None
 
 
 def test_forced_backend_never_falls_back():

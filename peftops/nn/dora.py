@@ -18,7 +18,7 @@ from ..ops.dora import no_zeros
 
 PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
-CHECKING = []  # one entry for each checked_norms() that somebody is inside of
+CHECKING = []  # one entry for each checked_norms() that some thread is inside of
 _moves = 0  # steps of optimizers and changes of mode, after either of which no kept norm is trusted
 
 

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from .._arguments import dtype_or_none, explained, number, tensor, tensor_or_none
 from .._op import expect, op
 from .lora import (
+    ADAPTER,
     DTYPES,
     Base,
+    expect_dims,
     expect_lora,
     expect_probability,
     lora_bwd,
@@ -16,6 +19,7 @@ from .lora import (
     prepared,
     rows,
     shaped,
+    weight,
 )
 from .lora_formula import formula, gradients, transformed
 
@@ -106,6 +110,7 @@ class Norm(torch.autograd.Function):
         return *gradients(function, (a, b), ctx.needs_input_grad[:2], dn), *[None] * (4 + len(base))
 
 
+@explained("dora", weight=weight, lora_A=tensor, lora_B=tensor, scaling=number, dtype=dtype_or_none)
 def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     """n = ‖Ŵ + scaling · B·A‖ of each row (n,) in fp32, differentiable in lora_A and lora_B.
 
@@ -114,6 +119,8 @@ def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     autocast's. Raises ValueError for shapes and for a weight that requires grad, TypeError for dtypes.
     Source: Liu et al., DoRA, arXiv 2402.09353, whose columns are the rows of PyTorch's weight.
     """
+    if not lora_A.dim() == lora_B.dim() == 2:
+        expect_dims(lora_A[None], lora_A, lora_B)
     if dtype is None:
         plain = isinstance(weight, Base) and weight.form != "nf4"
         dtype = getattr(weight.tensors[0] if plain else weight, "dtype", lora_A.dtype)
@@ -132,6 +139,7 @@ def no_zeros(norm):
     return norm.masked_fill(norm == 0, float("inf"))
 
 
+@explained("dora", **ADAPTER, magnitude=tensor, norm=tensor_or_none)
 def dora_linear(
     x, weight, lora_A, lora_B, magnitude, bias=None, *, scaling=1.0, dropout_p=0.0, training=True, detach_norm=True,
     dropout_mode="peft", norm=None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._arguments import explained, number, probability, size, tensor, tensor_or_none
 from .._op import expect, op
 from .lora_formula import formula, gradients, transformed
 from .nf4 import NF4Weight, expect_base
@@ -63,7 +64,7 @@ def lora_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, a, b, bias, gain and gate, each in its own dtype, empty where `need` is False."""
     m, k, n, r = *x.shape, b.shape[0], a.shape[0]
-    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block, gradient=True)
     expect("lora", "dy", dy, (m, n), x.dtype)
     expect("lora", "h", h, (m, r), x.dtype)
     expect("lora", "bits", bits, (m, 4 * -(-k // 32) if p else 0), torch.uint8)
@@ -106,8 +107,10 @@ FORMS = *SHAPES, "nf4"
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block):
+def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block, gradient=False):
     """base may be empty where the product is given and only gradients are asked for; a rank of 0 is no delta."""
+    if form != "nf4" and len(base) != 1 and (form != "given" or base or not gradient):
+        raise ValueError(f"lora: w must be one tensor, got {len(base)}")
     m, k, n, r, dtype = *x.shape, *b.shape, x.dtype
     experts = 1 if gate is None else gate.shape[1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -122,11 +125,13 @@ def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block):
     expect("lora", "bias", bias, (n,), dtype, wide)
     expect("lora", "gain", gain, (n,), wide)
     expect("lora", "gate", gate, (m, experts), wide)
-    if r % experts or (gate is not None and not r):
+    if not experts or r % experts or (gate is not None and not r):
         raise ValueError(f"lora: b must have as many columns for each of {experts} experts, got {r}")
 
 
 def expect_probability(p):
+    if isinstance(p, Tensor):
+        raise TypeError(f"lora: p must be a number, got a tensor of {tuple(p.shape)}")
     if not 0 <= p <= 1:
         raise ValueError(f"lora: p must be in [0, 1], got {p}")
 
@@ -158,8 +163,24 @@ class Base(NamedTuple):
         return Base("transposed", [weight.T]) if columns else Base("dense", [weight])
 
 
+def weight(value):
+    """What is wrong with the weight of a call, for @explained"""
+    if isinstance(value, Base):
+        good = value.form in FORMS and isinstance(value.tensors, list) and not any(map(tensor, value.tensors))
+    else:
+        good = isinstance(value, NF4Weight) or tensor(value) is None
+    return None if good else f"a dense tensor, an NF4Weight or a Base of tensors of form {' or '.join(FORMS)}"
+
+
+ADAPTER = {"x": tensor, "weight": weight, "lora_A": tensor, "lora_B": tensor, "bias": tensor_or_none}
+ADAPTER |= {"scaling": number, "dropout_p": probability}
+
+
 def rows(t):
-    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    """t (..., k) as (m, k)"""
+    if t is None or t.dim() == 2:
+        return t
+    return t.flatten(0, -2) if t.dim() > 2 else t[None]
 
 
 def shaped(y, shape):
@@ -247,6 +268,7 @@ class LoRA(torch.autograd.Function):
     forward, backward = staticmethod(forward), staticmethod(backward)
 
 
+@explained("lora", **ADAPTER, gain=tensor_or_none, gate=tensor_or_none)
 def lora_linear(
     x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, training=True, gain=None, gate=None
 ):
@@ -299,6 +321,7 @@ def prepared(x, weight, lora_A, lora_B, scaling):
     return x, base, scaling
 
 
+@explained("lora", x=tensor, bias=tensor_or_none)
 def nf4_linear(x, weight, bias=None):
     """y = x·Ŵᵀ + bias, differentiable in x and bias: lora_linear without a delta.
 
@@ -365,6 +388,7 @@ def kept_scale(scaling, dtype, device):
         )  # a copy, so it is there for every stream
 
 
+@explained("lora", seed=tensor, m=size, k=size, p=probability)
 def dropout_mask(seed, m, k, p):
     """keep (m, k) bool, what lora_linear keeps of x for this (1,) int64 seed; drop(x) is keep ⊙ x / (1 - p)."""
     return lora_mask(seed, m, k, p)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._arguments import dtype_or_none, explained, flag, instance, size, tensor
 from .._op import expect, op
 from .nf4_state import BLOCKS, DTYPES, NESTED, read, write
 from .nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
@@ -37,6 +38,8 @@ def expect_block(block):
 
 def expect_base(row, base, block, size, wide):
     """[codes, table (16,), absmax], or in place of that [.., absmax8, nested_absmax, nested_table (256,), offset]"""
+    if len(base) not in (3, 6):
+        raise ValueError(f"{row}: base must be codes, a table and 1 or 4 scales, got {len(base)} tensors")
     codes, table, *scales = base
     count = -(-size // block)
     if codes.dtype is not torch.uint8:
@@ -46,13 +49,11 @@ def expect_base(row, base, block, size, wide):
     expect(row, "table", table, (16,), wide)
     if len(scales) == 1:
         expect(row, "absmax", scales[0], (count,), wide)
-    elif len(scales) == 4:
+    else:
         expect(row, "absmax", scales[0], (count,), torch.uint8)
         expect(row, "nested_absmax", scales[1], (-(-count // NESTED),), wide)
         expect(row, "nested_table", scales[2], (NESTED,), wide)
         expect(row, "offset", scales[3], (), wide)
-    else:
-        raise ValueError(f"{row}: scales must be 1 or 4 tensors, got {len(scales)}")
     expect_block(block)
 
 
@@ -142,6 +143,7 @@ def quantize_scales(absmax):
     return codes.to(torch.uint8), nested, table, offset
 
 
+@explained("nf4", w=tensor, blocksize=size, double_quant=flag)
 def quantize_nf4(w, blocksize=64, double_quant=True):
     """NF4Weight of w, of any shape, in fp32, fp16 or bf16: codes are the bytes of bitsandbytes 0.50.
 
@@ -154,6 +156,7 @@ def quantize_nf4(w, blocksize=64, double_quant=True):
     return NF4Weight.quantize(w, blocksize, double_quant)
 
 
+@explained("nf4", q=instance(NF4Weight), dtype=dtype_or_none)
 def dequantize_nf4(q, dtype=None):
     """The tensor that an NF4Weight stands for, in its own dtype or in another: fl(table[code] · absmax)."""
     return q.dequantize(dtype)

@@ -149,7 +149,7 @@ def test_does_without_bitsandbytes(saved, tmp_path):
         load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16).save_pretrained(stored)
     except ImportError:
         pass
-    script, forced = tmp_path / "alone.py", peftops.backends._forced
+    script, forced = tmp_path / "alone.py", peftops.backends.forced()
     script.write_text(isa.again() + ALONE)
     command = [sys.executable, str(script), str(saved / "llama"), str(stored), str(tmp_path), *filter(None, [forced])]
     environment = os.environ | {"PYTHONPATH": ranks.path()}
