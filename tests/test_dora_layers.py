@@ -112,6 +112,19 @@ def test_a_magnitude_learns_in_bf16(cast):
     assert magnitude(new).dtype is torch.float32 and ((moved - 2e-3).abs() < 1e-5).all()
 
 
+def test_an_optimizer_that_has_stepped_before_a_magnitude_is_widened():
+    new = layer(dtype=torch.bfloat16, lora_dropout=0.0)
+    for p in new.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW([magnitude(new)], 1e-3)
+    magnitude(new).grad = torch.ones_like(magnitude(new))
+    optimizer.step()
+    new(torch.randn(5, 64).bfloat16()).sum().backward()
+    optimizer.step()
+    kept = optimizer.state[magnitude(new)]
+    assert magnitude(new).dtype is kept["exp_avg"].dtype is torch.float32 and magnitude(new).isfinite().all()
+
+
 def test_learns():
     new = layer(lora_dropout=0.1, init_lora_weights=True)
     x, target = torch.randn(64, 64), torch.randn(64, 48)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import silu
 
 from ..ops.lora_mlp import lora_mlp
-from .peft import FUSED, Fused, count, hooked, plan, rows_like
+from .peft import FUSED, Fused, count, plan, rows_like
+from .peft_hooks import hooked
 from .peft_sharded import gathered
 
 log = logging.getLogger("peftops")

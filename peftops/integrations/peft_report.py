@@ -32,17 +32,26 @@ class Report:
         return "\n".join(lines)
 
 
+def parameter(module, name):
+    """What module.name is, read where nn.Module keeps parameters, since its __getattr__ would cost more.
+
+    A module may also hold it as a buffer or a plain attribute.
+    """
+    held = vars(module)["_parameters"]
+    return held[name] if name in held else getattr(module, name, None)
+
+
 def rows_like(layer):
     """No rows, of what this layer's base computes in, or its adapter where the base does not tell."""
-    weight = layer.get_base_layer()._parameters.get("weight")
-    held = next(layer.lora_A.parameters(), torch.empty(0)) if weight is None else weight
+    weight = parameter(layer.get_base_layer(), "weight")
+    held = next(layer.lora_A.parameters(), torch.empty(0)) if not isinstance(weight, torch.Tensor) else weight
     return torch.empty(0, dtype=dtype_of(layer), device=held.device)
 
 
 def dtype_of(layer):
     """What this layer's base computes in, or its adapter where the base does not tell."""
     base = layer.get_base_layer()
-    weight = base._parameters.get("weight")
+    weight = parameter(base, "weight")
     state = getattr(weight, "quant_state", None)
     dtype = getattr(base, "compute_dtype", None) or getattr(base, "weight_dtype", None) or getattr(state, "dtype", None)
     dtype = dtype or getattr(weight, "dtype", None)

@@ -6,12 +6,13 @@ A generated token would pay that price in full. It takes the gain of the prompt'
 """
 
 import sys
+import weakref
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..functional import dora_weight_norm
 from ..ops.dora import no_zeros
@@ -19,6 +20,7 @@ from ..ops.dora import no_zeros
 PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
 CHECKING = []  # one entry for each checked_norms() that some thread is inside of
+WIDENED = {}  # by id, references to magnitudes that somebody had cast to 16 bits
 _moves = 0  # steps of optimizers and changes of mode, after either of which no kept norm is trusted
 
 
@@ -189,7 +191,19 @@ def widened(magnitude):
     if torch.compiler.is_compiling() or (dist.is_available() and dist.is_initialized()):
         return weight.float()
     weight.data = weight.data.float()
+    if weight.grad is not None:
+        weight.grad = weight.grad.float()
+    WIDENED[id(weight)] = weakref.ref(weight)
     return weight
+
+
+def follow(optimizer, args, kwargs):
+    """Widens what an optimizer has kept of a magnitude from before it was widened."""
+    for weight in [reference() for reference in WIDENED.values()]:
+        state = {} if weight is None else optimizer.state.get(weight, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dtype in HALF and value.shape == weight.shape:
+                state[key] = value.float()
 
 
 def moved(*args):
@@ -197,6 +211,7 @@ def moved(*args):
     _moves += 1
 
 
+register_optimizer_step_pre_hook(follow)
 register_optimizer_step_post_hook(moved)
 
 

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from accelerate.hooks import ModelHook, add_hook_to_module
+from law import bound, error
 from peft.helpers import disable_input_dtype_casting
 from tiny import adapted, single
 
@@ -127,6 +129,7 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
     "dtype of x or of the base weight": (lambda model: model.double(), lambda model, x: model(x.double())),
     "x is not of the base weight's dtype": (None, lambda model, x: model(x.bfloat16())),
     "dtype of the adapter": (lambda model: lin(model).lora_A.bfloat16() and lin(model).lora_B.bfloat16(), plain),
+    integration.FP16: (lambda model: lin(model).base_layer.half(), lambda model, x: model(x.half())),
     "dtype of a bias": (
         lambda model: setattr(lin(model).base_layer, "bias", nn.Parameter(torch.ones(24).half(), False)),
         half_autocast,
@@ -240,6 +243,71 @@ def test_forward_mode_ad_is_stock():
             found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))))
     assert torch.equal(found[0].primal, found[1].primal) and torch.equal(found[0].tangent, found[1].tangent)
     assert set(peftops.report(patched).calls) == {"torch.func, forward-mode AD or tracing"}
+
+
+def test_what_is_too_large_for_fp16_between_the_adapters():
+    stock = single()
+    lin(stock).base_layer.half()
+    with torch.no_grad():
+        part(stock, "lora_A").weight.fill_(300)
+        part(stock, "lora_B").weight.fill_(1e-4)
+    x = torch.full((3, 16), 100.0).half()
+    y = peftops.patch(copy.deepcopy(stock))(x)
+    assert y.isfinite().all() and torch.equal(y, stock(x))
+
+
+def test_a_bias_that_is_a_buffer():
+    stock = single()
+    base = lin(stock).base_layer
+    bias = base.bias.detach() + 3
+    del base.bias
+    base.register_buffer("bias", bias)
+    patched, x = peftops.patch(copy.deepcopy(stock)), torch.randn(7, 16)
+    exact = copy.deepcopy(stock).double()(x.double())
+    assert error(patched(x), exact) <= bound(stock(x), exact) and peftops.report(patched).calls == {"fused": 1}
+
+
+class Counting(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_of_accelerate_on_the_layer_itself(late):
+    """As a model gets them that is dispatched over devices, before or after patch"""
+    stock, model, hook = single(), single(), Counting()
+    if late:
+        peftops.patch(model)
+    add_hook_to_module(lin(model), hook)
+    if not late:
+        peftops.patch(model, strict=True)
+    x = torch.randn(7, 16)
+    assert torch.equal(model(x), peftops.patch(copy.deepcopy(stock))(x)) and hook.calls == 1
+    assert peftops.report(model).calls == {"fused": 1}
+    peftops.unpatch(model)
+    assert torch.equal(model(x), stock(x)) and hook.calls == 2 and type(lin(model)) is type(lin(stock))
+
+
+def test_a_forward_of_its_own_is_called_and_named():
+    stock, model = single(), single()
+    for each in (stock, model):
+        shadow_forward(lin(each))
+    peftops.patch(model)
+    x = torch.randn(7, 16)
+    assert torch.equal(model(x), stock(x)) and type(lin(model)) is type(lin(stock))
+    assert peftops.report(model).reasons == {"its forward was replaced": 1}
+    with pytest.raises(ValueError, match="lin cannot be fused: its forward was replaced"):
+        peftops.patch(model, strict=True)
+    patched = peftops.patch(single())
+    shadow_forward(lin(patched))
+    assert peftops.report(patched).reasons == {"its forward was replaced": 1}
+    patched(x)
+    assert peftops.report(patched).fused == 1  # since it calls ours
+    with pytest.raises(ValueError, match=r"unpatch: .*lin has been given a forward of its own since patch"):
+        peftops.unpatch(patched)
 
 
 def test_every_reason_has_a_case():
