@@ -1,9 +1,13 @@
 """The CPU's kernels of lora: each instruction set, and what torch is not asked for."""
 
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import isa
 import pytest
+import ranks
 import torch
 from peftops.bench.cases import lora
 from peftops.bench.law import check
@@ -66,3 +70,39 @@ def test_torch_multiplies_nothing_on_a_cpu(m, isa, on_isa, multiplied):
     assert multiplied == []
     torch.mm(torch.eye(2), torch.eye(2))
     assert multiplied == ["mm"]
+
+
+HUNGRY = """
+import resource
+
+import torch
+
+import peftops.functional as F
+
+torch.set_num_threads(2)
+k = 2**20
+x, w, a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((70, k), (1, k), (1, k), (1, 1)))
+wide, ranks, many = w.repeat(70, 1), a.repeat(16, 1), b.repeat(70, 16)
+F.lora_linear(x[:, :64], w[:, :64], a[:, :64], b)  # threads are there
+calls = {  # what is left -> what takes more, the first of them in the middle of a team's work
+    96 << 20: lambda: F.lora_linear(x, w, a, b),
+    8 << 20: lambda: F.dora_weight_norm(wide, ranks, many),
+}
+for left, call in calls.items():
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + left, -1))
+    try:
+        call()
+        refused = False
+    except MemoryError:
+        refused = True
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert refused and call().isfinite().all()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+def test_too_little_memory_is_an_error_and_no_crash():
+    script, environment = isa.again() + HUNGRY, os.environ | {"PYTHONPATH": ranks.path()}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -130,8 +130,7 @@ struct Sum {
   }
 
   void norms_of_rows(float* n) const {
-#pragma omp parallel for num_threads(threads_for(rows * columns * (steps + 2))) schedule(static)
-    for (int64_t first = 0; first < rows; first += TALL) {
+    const auto rows_from = [&](int64_t first) {
       const int64_t count = min(TALL, rows - first);
       vec total[TALL] = {};
       for (int64_t c = 0; c < columns; c += CHUNK) {
@@ -153,7 +152,11 @@ struct Sum {
           for (int l = 0; l < half; ++l) t[l] += t[l + half];
         n[first + i] = __builtin_sqrtf(t[0]);
       }
-    }
+    };
+    Team team;
+#pragma omp parallel for num_threads(threads_for(rows * columns * (steps + 2))) schedule(static)
+    for (int64_t first = 0; first < rows; first += TALL) team.run([&] { rows_from(first); });
+    team.finish();
   }
 
   void norms_of_columns(float* n) const {

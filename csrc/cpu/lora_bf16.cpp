@@ -39,8 +39,7 @@ const bf16* dropped(const bf16* x, int64_t k, const uint8_t* bits, int64_t rows)
 void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator, float factor) {
   const int64_t m = x.shape[0], k = x.shape[1], r = a.shape[0], padded = pad16(r), bytes = mask_bytes(k);
   const uint32_t* ap = pack_a(a);
-#pragma omp parallel for num_threads(threads_for(m * k * padded)) schedule(static)
-  for (int64_t block = 0; block < m; block += 8) {
+  const auto rows_from = [&](int64_t block) {
     const int64_t end = min(block + 8, m);
     if (generator)
       for (int64_t i = block; i < end; ++i) generator->draw(bits + i * bytes, i, bytes);
@@ -61,7 +60,11 @@ void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator
           }
       });
     });
-  }
+  };
+  Team team;
+#pragma omp parallel for num_threads(threads_for(m * k * padded)) schedule(static)
+  for (int64_t block = 0; block < m; block += 8) team.run([&] { rows_from(block); });
+  team.finish();
 }
 
 }  // namespace

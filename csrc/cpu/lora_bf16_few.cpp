@@ -311,17 +311,19 @@ void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
   float* hs = t_spread.get<float>(t.m * t.r + 32 * t.r);
   const float* delta_h = hs;
   const int threads = threads_for_few(t.m, t.n, t.k);
+  Team team;
 #pragma omp parallel num_threads(threads)
   {
-    with_operand<bf16>(a, [&](const auto* from) { down(t, from, ranks, h); });
+    team.run([&] { with_operand<bf16>(a, [&](const auto* from) { down(t, from, ranks, h); }); });
 #pragma omp barrier
 #pragma omp single
     {
       spread(hs, h, gate, t.m, ranks, t.r, t.s);
       if (codes && codes->lanes) delta_h = turned(hs, t.m, t.r, t.m > 16 ? 32 : 16, hs + t.m * t.r);
     }
-    with_operand<bf16>(b, [&](const auto* from) { up(t, codes, delta_h, from); });
+    team.run([&] { with_operand<bf16>(b, [&](const auto* from) { up(t, codes, delta_h, from); }); });
   }
+  team.finish();
 }
 
 }  // namespace

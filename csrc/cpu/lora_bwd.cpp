@@ -51,8 +51,7 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turn
   if (v) memset(v, 0, size_t(padded * ldv) * sizeof(float));
   float* parts = u ? t_parts.get<float>(groups * m * padded) : nullptr;
   const int threads = threads_for(m * n * padded);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t group = 0; group < groups; ++group) {
+  const auto share = [&](int64_t group) {
     const int64_t begin = group * n / groups / 32 * 32;
     const int64_t end = group + 1 < groups ? (group + 1) * n / groups / 32 * 32 : n;
     float* tile = t_tile.get<float>(HIGH * LD);
@@ -68,7 +67,11 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turn
                         padded, padded);
         if (v) multiply_into(v + c0, ldv, true, h.at + i0, h.ld, padded, rows, tile, LD, pad16(columns));
       }
-  }
+  };
+  Team team;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t group = 0; group < groups; ++group) team.run([&] { share(group); });
+  team.finish();
   for (int64_t i = 0; u && i < m * padded; i += LANES) {
     vec sum = load(parts + i);
     for (int64_t g = 1; g < groups; ++g) sum += load(parts + g * m * padded + i);

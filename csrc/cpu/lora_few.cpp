@@ -132,14 +132,14 @@ void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale
     few.m = m, few.n = n, few.k = k, few.columns = columns;
     few.gain = as<float>(gain);
     few.b = b, few.bias = bias;
-#pragma omp parallel for num_threads(threads_for_few(m, n, k)) schedule(static)
-    for (int64_t c = 0; c < n; c += COLUMNS) {
-      if (c + COLUMNS <= n) {
-        few.template some<COLUMNS>(c);
-        continue;
-      }
+    const auto columns_from = [&](int64_t c) {
+      if (c + COLUMNS <= n) return few.template some<COLUMNS>(c);
       for (int64_t one = c; one < n; ++one) few.template some<1>(one);
-    }
+    };
+    Team team;
+#pragma omp parallel for num_threads(threads_for_few(m, n, k)) schedule(static)
+    for (int64_t c = 0; c < n; c += COLUMNS) team.run([&] { columns_from(c); });
+    team.finish();
   });
 }
 

@@ -20,8 +20,9 @@ void by_panels(int64_t m, int64_t n, int64_t work, Make make) {
   const int64_t panels = ceil_div(n, PANEL), slabs = ceil_div(m, SLAB);
   const int64_t blocks = slabs ? ceil_div(ceil_div(m, slabs), ROWS) : 0;
   const int threads = threads_for(work);
+  Team work_of_all;
 #pragma omp parallel num_threads(threads)
-  {
+  work_of_all.run([&] {
     auto worker = make();
     const int64_t team = omp_get_num_threads(), id = omp_get_thread_num();
     const int64_t end = slabs * panels * blocks * (id + 1) / team;
@@ -33,7 +34,8 @@ void by_panels(int64_t m, int64_t n, int64_t work, Make make) {
       worker.rows(panel, panel.first + item % blocks * ROWS, min(m, last));
       item = stop;
     }
-  }
+  });
+  work_of_all.finish();
 }
 
 }  // namespace
