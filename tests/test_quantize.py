@@ -152,68 +152,6 @@ def test_layers_that_loading_makes_of_several_tensors_stay(tmp_path, capsys):
     same(ours.state_dict(), loaded(tmp_path / "model", **options).state_dict())
 
 
-POINTS = 8
-
-
-def killed(model, folder):
-    """Interrupts the command by SIGKILL on lines drawn at random, in forks of this process; then it runs to its end."""
-    from peftops import cli
-    from peftops.cli import checkpoint, quantize
-
-    torch.set_num_threads(1)
-    loaded = checkpoint.load(model)
-    checkpoint.load = lambda folder: loaded
-    assert transformers.BitsAndBytesConfig and import_module("rich.progress")  # once, not in every fork
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    watched, draw = {cli.__file__, quantize.__file__}, random.Random(0)
-
-    def run(out, last=None):
-        lines = [0]
-
-        def trace(frame, event, _):
-            if frame.f_code.co_filename in watched:
-                lines[0] += event == "line"
-                if lines[0] == last:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return trace
-
-        child = os.fork()
-        if not child:
-            sys.settrace(trace)
-            code = main(["quantize", str(model), str(out)])
-            (folder / "lines").write_text(str(lines[0]))
-            os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    codes = [run(folder / "whole")]
-    total = int((folder / "lines").read_text())
-    for i in range(POINTS):
-        out = folder / str(i)
-        codes.append(run(out, draw.randrange(1, total)))
-        (folder / f"{i} killed").mkdir()
-        for name, content in (files(out) if out.exists() else {}).items():
-            (folder / f"{i} killed" / Path(name).name).write_bytes(content)
-        codes += [run(out, draw.randrange(1, total)), run(out)]
-    (folder / "codes").write_text(json.dumps(codes))
-
-
-def test_killed_at_any_point_it_goes_on_to_the_same_bytes(checkpoint, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=killed, args=(checkpoint[0], tmp_path))
-    process.start()
-    process.join()
-    first, *codes = json.loads((tmp_path / "codes").read_text())
-    assert first == 0 and codes[::3] == [-signal.SIGKILL] * POINTS
-    whole = files(tmp_path / "whole")
-    assert not [name for name in whole if name.endswith(".new") or name == "unfinished.json"]
-    for i in range(POINTS):
-        assert codes[3 * i + 2] == 0 or codes[3 * i + 1] == 0, "it ends well, in the second run or the third"
-        assert files(tmp_path / str(i)) == whole
-        held = files(tmp_path / f"{i} killed")
-        assert "unfinished.json" in held or not set(held) - {"unfinished.json.new"} or "config.json" in held
-        if "config.json" in held:
-            assert {name: content for name, content in whole.items() if "/" not in name}.items() <= held.items()
-
-
 @pytest.fixture
 def interrupted(checkpoint, tmp_path, monkeypatch):
     """OUT after the third shard, and the names of the shards that are written from then on."""
