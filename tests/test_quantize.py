@@ -2,13 +2,7 @@
 
 import gc
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import signal
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -26,10 +20,8 @@ IDS = torch.arange(24)[None]
 
 def llama(folder, dtype=torch.bfloat16, **options):
     """Two layers in five shards, and what lies beside them."""
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, **options,
-    )  # fmt: skip
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes | options)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder, max_shard_size="50KB")
@@ -229,8 +221,49 @@ def edit_index(change):
     def spoil(folder):
         path = folder / "model.safetensors.index.json"
         index = json.loads(path.read_text())
-        change(index["weight_map"])
+        change(index)
         path.write_text(json.dumps(index))
+
+    return spoil
+
+
+def edit_map(change):
+    return edit_index(lambda index: change(index["weight_map"]))
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def link_out(path):
+    aside = path.parent.parent / f"aside {path.name}"
+    path.rename(aside)
+    path.symlink_to(aside)
+
+
+def edit_shard(change):
+    def spoil(folder):
+        held = safetensors.load_file(shard(folder))
+        change(held)
+        safetensors.save_file(held, shard(folder), metadata={"format": "pt"})
+
+    return spoil
+
+
+def add_a_tensor(key, shape):
+    return edit_shard(lambda held: held.update({key: torch.ones(shape)}))
+
+
+def rename(key, other):
+    def spoil(folder):
+        names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        held = safetensors.load_file(folder / names[key])
+        held[other] = held.pop(key)
+        safetensors.save_file(held, folder / names[key], metadata={"format": "pt"})
+        edit_map(lambda m: m.update({other: m.pop(key)}))(folder)
 
     return spoil
 
@@ -263,17 +296,33 @@ BAD = {
     "shard of zeros": (lambda f: shard(f).write_bytes(bytes(5000)), "cannot read the shard"),
     "lost shard": (lambda f: shard(f).unlink(), "lacks the shard"),
     "index is not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "cannot read"),
-    "index of nothing": (edit_index(dict.clear), "weight_map must name the file"),
-    "index points elsewhere": (edit_index(lambda m: m.update({Q: "../x.safetensors"})), "beside it"),
-    "index names too much": (edit_index(lambda m: m.update({"more": m[Q]})), "lacks more"),
+    "index of nothing": (edit_map(dict.clear), "weight_map must name the file"),
+    "index points elsewhere": (edit_map(lambda m: m.update({Q: "../x.safetensors"})), "beside it"),
+    "metadata is a list": (edit_index(lambda index: index.update(metadata=[])), "metadata must be a JSON object"),
+    "index is deep": (edit_index(lambda index: index.update(more=nested(200))), "nested more than 100 deep"),
+    "config is deep": (lambda f: set_config(f, more=nested(500)), "nested more than 100 deep"),
+    "config is deeper": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), "nested more than 100 deep"),
+    "endless layers": (lambda f: set_config(f, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    "too many layers": (lambda f: set_config(f, num_hidden_layers=10**5), "asks for more than"),
+    "endless labels": (lambda f: set_config(f, num_labels=10**9), "num_labels is 1000000000"),
+    "another's code": (lambda f: set_config(f, model_type="new", auto_map={"AutoConfig": "a.A"}), "cannot make the"),
+    "linked config": (lambda f: link_out(f / "config.json"), "is a link out of MODEL"),
+    "linked shard": (lambda f: link_out(shard(f)), "is a link out of MODEL"),
+    "linked index": (lambda f: link_out(f / "model.safetensors.index.json"), "is a link out of MODEL"),
+    "one weight twice": (add_a_tensor(Q.removeprefix("model."), (64, 64)), f"holds {Q} twice"),
+    "packed by another": (rename(Q, Q.replace("weight", "qweight")), "already quantized: it holds model.layers.1.self"),
+    "a name that moves the cursor": (edit_map(lambda m: m.update({"\x1b[2J": m[Q]})), "lacks \\x1b[2J"),
+    "a name too long": (edit_map(lambda m: m.update({Q: "x" * 300 + ".safetensors"})), "lacks the shard xxx"),
+    "index names too much": (edit_map(lambda m: m.update({"more": m[Q]})), "lacks more"),
 }
 
 
 @pytest.mark.parametrize("spoil, words", BAD.values(), ids=BAD)
-def test_bad_models_are_refused_in_a_sentence(checkpoint, spoil, words, tmp_path, capsys):
+def test_bad_models_are_refused_in_a_sentence(checkpoint, spoil, words, tmp_path, capsys, monkeypatch):
     shutil.copytree(checkpoint[0], tmp_path / "model")
     spoil(tmp_path / "model")
     before = files(tmp_path / "model")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     assert words in refused(capsys, tmp_path / "model", tmp_path / "out")
     assert files(tmp_path / "model") == before and not (tmp_path / "out").exists()
 

@@ -88,7 +88,8 @@ def read_index(folder):
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise BadInput(f"cannot read {path}: weight_map must name the file of each tensor")
-    if not isinstance(index.get("metadata", None) or {}, dict):
+    metadata = index.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
         raise BadInput(f"cannot read {path}: metadata must be a JSON object")
     return index
 
