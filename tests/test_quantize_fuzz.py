@@ -300,7 +300,6 @@ def in_fork(model, out, last=None, kinds=None):
             safetensors.save_file = steps.half
             sys.settrace(steps.trace)
         code = main(["quantize", str(model), str(out)])
-        sys.settrace(None)
         if kinds:
             kinds.write_text(json.dumps(steps.kinds))
         os._exit(code)
