@@ -2,13 +2,7 @@
 
 import gc
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import signal
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -26,10 +20,8 @@ IDS = torch.arange(24)[None]
 
 def llama(folder, dtype=torch.bfloat16, **options):
     """Two layers in five shards, and what lies beside them."""
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, **options,
-    )  # fmt: skip
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes | options)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder, max_shard_size="50KB")
@@ -152,68 +144,6 @@ def test_layers_that_loading_makes_of_several_tensors_stay(tmp_path, capsys):
     same(ours.state_dict(), loaded(tmp_path / "model", **options).state_dict())
 
 
-POINTS = 8
-
-
-def killed(model, folder):
-    """Interrupts the command by SIGKILL on lines drawn at random, in forks of this process; then it runs to its end."""
-    from peftops import cli
-    from peftops.cli import checkpoint, quantize
-
-    torch.set_num_threads(1)
-    loaded = checkpoint.load(model)
-    checkpoint.load = lambda folder: loaded
-    assert transformers.BitsAndBytesConfig and import_module("rich.progress")  # once, not in every fork
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    watched, draw = {cli.__file__, quantize.__file__}, random.Random(0)
-
-    def run(out, last=None):
-        lines = [0]
-
-        def trace(frame, event, _):
-            if frame.f_code.co_filename in watched:
-                lines[0] += event == "line"
-                if lines[0] == last:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return trace
-
-        child = os.fork()
-        if not child:
-            sys.settrace(trace)
-            code = main(["quantize", str(model), str(out)])
-            (folder / "lines").write_text(str(lines[0]))
-            os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    codes = [run(folder / "whole")]
-    total = int((folder / "lines").read_text())
-    for i in range(POINTS):
-        out = folder / str(i)
-        codes.append(run(out, draw.randrange(1, total)))
-        (folder / f"{i} killed").mkdir()
-        for name, content in (files(out) if out.exists() else {}).items():
-            (folder / f"{i} killed" / Path(name).name).write_bytes(content)
-        codes += [run(out, draw.randrange(1, total)), run(out)]
-    (folder / "codes").write_text(json.dumps(codes))
-
-
-def test_killed_at_any_point_it_goes_on_to_the_same_bytes(checkpoint, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=killed, args=(checkpoint[0], tmp_path))
-    process.start()
-    process.join()
-    first, *codes = json.loads((tmp_path / "codes").read_text())
-    assert first == 0 and codes[::3] == [-signal.SIGKILL] * POINTS
-    whole = files(tmp_path / "whole")
-    assert not [name for name in whole if name.endswith(".new") or name == "unfinished.json"]
-    for i in range(POINTS):
-        assert codes[3 * i + 2] == 0 or codes[3 * i + 1] == 0, "it ends well, in the second run or the third"
-        assert files(tmp_path / str(i)) == whole
-        held = files(tmp_path / f"{i} killed")
-        assert "unfinished.json" in held or not set(held) - {"unfinished.json.new"} or "config.json" in held
-        if "config.json" in held:
-            assert {name: content for name, content in whole.items() if "/" not in name}.items() <= held.items()
-
-
 @pytest.fixture
 def interrupted(checkpoint, tmp_path, monkeypatch):
     """OUT after the third shard, and the names of the shards that are written from then on."""
@@ -291,8 +221,49 @@ def edit_index(change):
     def spoil(folder):
         path = folder / "model.safetensors.index.json"
         index = json.loads(path.read_text())
-        change(index["weight_map"])
+        change(index)
         path.write_text(json.dumps(index))
+
+    return spoil
+
+
+def edit_map(change):
+    return edit_index(lambda index: change(index["weight_map"]))
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def link_out(path):
+    aside = path.parent.parent / f"aside {path.name}"
+    path.rename(aside)
+    path.symlink_to(aside)
+
+
+def edit_shard(change):
+    def spoil(folder):
+        held = safetensors.load_file(shard(folder))
+        change(held)
+        safetensors.save_file(held, shard(folder), metadata={"format": "pt"})
+
+    return spoil
+
+
+def add_a_tensor(key, shape):
+    return edit_shard(lambda held: held.update({key: torch.ones(shape)}))
+
+
+def rename(key, other):
+    def spoil(folder):
+        names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        held = safetensors.load_file(folder / names[key])
+        held[other] = held.pop(key)
+        safetensors.save_file(held, folder / names[key], metadata={"format": "pt"})
+        edit_map(lambda m: m.update({other: m.pop(key)}))(folder)
 
     return spoil
 
@@ -325,17 +296,33 @@ BAD = {
     "shard of zeros": (lambda f: shard(f).write_bytes(bytes(5000)), "cannot read the shard"),
     "lost shard": (lambda f: shard(f).unlink(), "lacks the shard"),
     "index is not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "cannot read"),
-    "index of nothing": (edit_index(dict.clear), "weight_map must name the file"),
-    "index points elsewhere": (edit_index(lambda m: m.update({Q: "../x.safetensors"})), "beside it"),
-    "index names too much": (edit_index(lambda m: m.update({"more": m[Q]})), "lacks more"),
+    "index of nothing": (edit_map(dict.clear), "weight_map must name the file"),
+    "index points elsewhere": (edit_map(lambda m: m.update({Q: "../x.safetensors"})), "beside it"),
+    "metadata is a list": (edit_index(lambda index: index.update(metadata=[])), "metadata must be a JSON object"),
+    "index is deep": (edit_index(lambda index: index.update(more=nested(200))), "nested more than 100 deep"),
+    "config is deep": (lambda f: set_config(f, more=nested(500)), "nested more than 100 deep"),
+    "config is deeper": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), "nested more than 100 deep"),
+    "endless layers": (lambda f: set_config(f, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    "too many layers": (lambda f: set_config(f, num_hidden_layers=10**5), "asks for more than"),
+    "endless labels": (lambda f: set_config(f, num_labels=10**9), "num_labels is 1000000000"),
+    "another's code": (lambda f: set_config(f, model_type="new", auto_map={"AutoConfig": "a.A"}), "cannot make the"),
+    "linked config": (lambda f: link_out(f / "config.json"), "is a link out of MODEL"),
+    "linked shard": (lambda f: link_out(shard(f)), "is a link out of MODEL"),
+    "linked index": (lambda f: link_out(f / "model.safetensors.index.json"), "is a link out of MODEL"),
+    "one weight twice": (add_a_tensor(Q.removeprefix("model."), (64, 64)), f"holds {Q} twice"),
+    "packed by another": (rename(Q, Q.replace("weight", "qweight")), "already quantized: it holds model.layers.1.self"),
+    "a name that moves the cursor": (edit_map(lambda m: m.update({"\x1b[2J": m[Q]})), "lacks \\x1b[2J"),
+    "a name too long": (edit_map(lambda m: m.update({Q: "x" * 300 + ".safetensors"})), "lacks the shard xxx"),
+    "index names too much": (edit_map(lambda m: m.update({"more": m[Q]})), "lacks more"),
 }
 
 
 @pytest.mark.parametrize("spoil, words", BAD.values(), ids=BAD)
-def test_bad_models_are_refused_in_a_sentence(checkpoint, spoil, words, tmp_path, capsys):
+def test_bad_models_are_refused_in_a_sentence(checkpoint, spoil, words, tmp_path, capsys, monkeypatch):
     shutil.copytree(checkpoint[0], tmp_path / "model")
     spoil(tmp_path / "model")
     before = files(tmp_path / "model")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     assert words in refused(capsys, tmp_path / "model", tmp_path / "out")
     assert files(tmp_path / "model") == before and not (tmp_path / "out").exists()
 

@@ -4,18 +4,24 @@ What is quantized is what transformers would quantize on loading: it makes the m
 modules to leave alone, and maps each tensor of the checkpoint to a parameter, all by transformers' own functions.
 """
 
-import json
+import re
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from . import BadInput, sentence
+from .model_folder import exists, inside, is_plain, read_json, refuse_counts
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATS = {"F64", *DTYPES}
-PARTS = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")  # keys beside that of a quantized weight
+UNREADABLE = {"F6_E2M3", "F6_E3M2"}  # safetensors has them, torch does not
+PARAMETERS_PER_TENSOR = 64  # a stacked tensor of a checkpoint may be as many experts of the model
+PARAMETERS = 10_000
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Checkpoint:
     folder: Path
     config: dict
     index: dict | None
-    shards: dict[str, list[str]]  # the keys of each file
+    shards: dict[str, list[str]]  # the keys that loading takes from each file
     dtype: torch.dtype  # that the model is loaded in
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # and its tensors, which loading would cast
     linear: dict[str, bool] = field(default_factory=dict)  # weights to quantize: are they (in, out), as Conv1D's are
@@ -42,49 +48,60 @@ def load(folder):
     """The Checkpoint of a folder, or BadInput: whatever is wrong with it is said before anything is written."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
-    if not (folder / CONFIG).is_file():
+    if not exists(folder / CONFIG):
         raise BadInput(f"{folder} holds no model: there is no {CONFIG}")
-    config = read_json(folder / CONFIG)
-    nested = [value for value in config.values() if isinstance(value, dict)]
-    if any(part.get(name) for part in [config, *nested] for name in ("quantization_config", "compression_config")):
-        raise BadInput(f"{folder} is already quantized: {CONFIG} has a quantization_config")
+    config = read_config(folder)
     index = None
-    if not (folder / SINGLE).is_file():
-        if not (folder / INDEX).is_file():
+    if not exists(folder / SINGLE):
+        if not exists(folder / INDEX):
             raise BadInput(f"{folder} has no weights in safetensors: neither {SINGLE} nor {INDEX}")
-        index = read_json(folder / INDEX)
-    tensors = {name: header(folder / name) for name in shard_names(folder, index)}
+        index = read_index(folder)
+    headers = {name: header(inside(folder, name)) for name in shard_names(folder, index)}
     if index:
         for key, name in index["weight_map"].items():
-            if key not in tensors[name]:
+            if key not in headers[name]:
                 raise BadInput(f"{folder / name} lacks {key}, which {INDEX} says it holds")
+    tensors = {key: value for keys in headers.values() for key, value in keys.items()}
+    last = {key: name for name, keys in headers.items() for key in keys}  # loading takes the last of equal keys
+    shards = {name: [key for key in keys if last[key] == name] for name, keys in headers.items()}
     model, dtype = meta_model(folder, tensors)
-    checkpoint = Checkpoint(folder, config, index, {name: list(keys) for name, keys in tensors.items()}, dtype)
-    plan(checkpoint, model, {key: value for keys in tensors.values() for key, value in keys.items()})
+    checkpoint = Checkpoint(folder, config, index, shards, dtype)
+    plan(checkpoint, model, tensors)
     return checkpoint
 
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"cannot read {path}: it must hold a JSON object")
-    return value
+def read_config(folder):
+    path = inside(folder, CONFIG)
+    config = read_json(path)
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    if any(part.get(name) for part in [config, *nested] for name in ("quantization_config", "compression_config")):
+        raise BadInput(f"{folder} is already quantized: {CONFIG} has a quantization_config")
+    refuse_counts(path, config)
+    if config.get("configuration_files"):
+        raise BadInput(f"cannot read {path}: it names configuration_files in its place")
+    return config
+
+
+def read_index(folder):
+    path = inside(folder, INDEX)
+    index = read_json(path)
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise BadInput(f"cannot read {path}: weight_map must name the file of each tensor")
+    metadata = index.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise BadInput(f"cannot read {path}: metadata must be a JSON object")
+    return index
 
 
 def shard_names(folder, index):
     if index is None:
         return [SINGLE]
-    files = index.get("weight_map")
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise BadInput(f"cannot read {folder / INDEX}: weight_map must name the file of each tensor")
-    names = sorted(set(files.values()))
+    names = sorted(set(index["weight_map"].values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not is_plain(name) or not name.endswith(".safetensors"):
             raise BadInput(f"{folder / INDEX} must name safetensors files beside it, got {name!r}")
-        if not (folder / name).is_file():
+        if not exists(folder / name):
             raise BadInput(f"{folder} lacks the shard {name}")
     return names
 
@@ -96,9 +113,13 @@ def header(path):
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read the shard {path}: {sentence(error)}") from None
+    for key, (dtype, _) in tensors.items():
+        if dtype in UNREADABLE:
+            raise BadInput(f"cannot read the shard {path}: {key} is {dtype}, which torch does not have")
+    return tensors
 
 
 def meta_model(folder, tensors):
@@ -111,18 +132,48 @@ def meta_model(folder, tensors):
         from transformers.modeling_utils import local_torch_dtype
     except ImportError:
         raise BadInput(f"transformers must be 5.0 or newer, got {transformers.__version__}") from None
+    most = PARAMETERS + PARAMETERS_PER_TENSOR * len(tensors)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        stored = (DTYPES[dtype] for keys in tensors.values() for dtype, _ in keys.values() if dtype in DTYPES)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = "eager"  # another may be code that is fetched from the hub
+        stored = (DTYPES[dtype] for dtype, _ in tensors.values() if dtype in DTYPES)
         dtype = config.dtype or next(stored, None)
         if dtype not in DTYPES.values():
             raise ValueError(f"it must be in float32, float16 or bfloat16, got {dtype}")
-        named = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"), local_torch_dtype(dtype), no_tie_weights(), meta_device_safe_creation_ops():
-            model = named(config) if named else transformers.AutoModelForCausalLM.from_config(config)
+        places = torch.device("meta"), local_torch_dtype(dtype), no_tie_weights(), meta_device_safe_creation_ops()
+        with ExitStack() as stack:
+            for place in (*places, bounded_parameters(most), warnings.catch_warnings()):
+                stack.enter_context(place)
+            warnings.simplefilter("ignore")
+            model = make(config)
     except Exception as error:  # a model's own code may raise anything
         raise BadInput(f"transformers cannot make the model of {folder}: {sentence(error)}") from None
     return model, dtype
+
+
+def make(config):
+    """The class that config names, where transformers has it; code that comes with a model never runs."""
+    import transformers
+
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named(config)
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def bounded_parameters(most):
+    """A context in which a model of more parameters is not made to its end."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    made = 0
+
+    def count(module, name, parameter):
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError(f"{CONFIG} asks for more than {most} parameters, far more than the tensors of the weights")
+
+    return register_module_parameter_registration_hook(count)
 
 
 def plan(checkpoint, model, tensors):
@@ -139,8 +190,10 @@ def plan(checkpoint, model, tensors):
         if should_convert_module(name, left) and (type(module) is torch.nn.Linear or isinstance(module, Conv1D))
     }
     parameters = model.state_dict()
+    refuse_state(checkpoint.folder, tensors, parameters)
     special = model._get_dtype_plan(checkpoint.dtype)
     match, names, _ = build_glob_alternation(list(special)) if special else (None, {}, None)
+    loaded = {}
     for key, parameter in targets(model, tensors).items():
         dtype, shape = tensors[key]
         if dtype in FLOATS and parameters[parameter].is_floating_point():
@@ -148,16 +201,52 @@ def plan(checkpoint, model, tensors):
             checkpoint.dtypes[key] = special[names[found.lastgroup]] if found else parameters[parameter].dtype
         if parameter not in wanted:
             continue
+        if parameter in loaded:
+            raise BadInput(f"{checkpoint.folder} holds {parameter} twice: as {loaded[parameter]} and as {key}")
         if dtype not in FLOATS:
             raise BadInput(f"{checkpoint.folder} is already quantized: {key} is {dtype}")
-        if shape != tuple(parameters[parameter].shape):
+        if shape != tuple(parameters[parameter].shape) or 0 in shape:
             raise BadInput(f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}")
-        checkpoint.linear[key] = wanted.pop(parameter)
+        loaded[parameter] = key
+        checkpoint.linear[key] = wanted[parameter]
+    checkpoint.kept = sorted(name.removesuffix(".weight") for name in wanted.keys() - loaded.keys())
+    refuse_packed(checkpoint, tensors)
     if not checkpoint.linear:
         raise BadInput(f"{checkpoint.folder} has no linear layers that bitsandbytes would quantize")
-    checkpoint.kept = sorted(name.removesuffix(".weight") for name in wanted)
     if checkpoint.kept:
         checkpoint.skipped = sorted({*left, *checkpoint.kept})
+
+
+@cache
+def state_parts():
+    """The endings of the keys that stand beside a weight in 4 bits, in any of bitsandbytes' formats."""
+    from ..ops.nf4 import NF4Weight
+    from ..ops.nf4_tables import FOUR_BITS
+
+    w = torch.zeros(64)
+    states = [NF4Weight.quantize(w, 64, double, name).state_dict("") for double in (False, True) for name in FOUR_BITS]
+    return sorted({key for state in states for key in state if key})
+
+
+def refuse_state(folder, keys, parameters):
+    """BadInput where a key would be read as a part of a weight in 4 bits: it would take the place of ours."""
+    parts = re.compile(f"(?:{'|'.join(map(re.escape, state_parts()))})(?!\\w)")
+    stray = sorted(key for key in keys if key not in parameters and parts.search(key))
+    if stray:
+        raise BadInput(f"{folder} is already quantized, or was in part: it holds {some(stray)}")
+
+
+def refuse_packed(checkpoint, keys):
+    """BadInput where a layer has tensors of another quantizer in the place of its weight."""
+    lost = set(checkpoint.kept)
+    ours = {"weight", "bias"}
+    packed = [key for key in keys if key.rpartition(".")[0] in lost and key.rpartition(".")[2] not in ours]
+    if packed:
+        raise BadInput(f"{checkpoint.folder} is already quantized: it holds {some(sorted(packed))} and no weight")
+
+
+def some(keys):
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more such keys"
 
 
 def targets(model, keys):
@@ -186,7 +275,7 @@ def targets(model, keys):
             name, converter = found(key)
         if converter is not None or name not in names:
             continue
-        beside = [apply_renamings(key + part, renamings).removesuffix(part) for part in PARTS]
+        beside = [apply_renamings(key + part, renamings).removesuffix(part) for part in state_parts()]
         if all(found(other)[0] == name for other in beside):
             direct[key] = name
     return direct

@@ -4,17 +4,14 @@ Shard by shard, so that memory holds little more than one. Run it again after an
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
-from . import BadInput, Parser, find_device, need, replace, sentence
+from . import BadInput, Parser, find_device, need, output, sentence
+from .model_folder import beside_weights, one_line
 
-UNFINISHED = "unfinished.json"  # in OUT until all is there: what it is being made of
-TEMPLATES = "additional_chat_templates"
-WEIGHTS = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".ot", ".tflite",
-}  # fmt: skip
-SMALL = 100_000_000
+PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # a name is text to rich, whatever it holds
 
 
 def options(argv):
@@ -29,7 +26,13 @@ def options(argv):
 
 
 def main(argv=None):
-    o = options(argv)
+    try:
+        return run(options(argv))
+    except BadInput as error:  # names of files and keys may hold anything
+        raise BadInput(one_line(str(error))) from None
+
+
+def run(o):
     need("transformers", "safetensors", "rich")
     from rich.console import Console
     from safetensors import SafetensorError
@@ -44,21 +47,24 @@ def main(argv=None):
     refuse_nested(o)
     model = checkpoint.load(o.model)
     origin = describe(o, model, device)
-    begin(o.out, origin)
+    output.begin(o.out, origin)
     console = Console()
     try:
         worst, total = make_shards(o, model, device, console)
-        finish(o, model, total)
+        links = finish(o, model, total)
+    except BadInput:
+        output.take_back(o.out, model.shards)
+        raise
     except (OSError, SafetensorError) as error:
         raise BadInput(f"stopped: {sentence(error)}; run it again to go on where it stopped") from None
     console.print(table(worst))
     if model.kept:
         console.print(f"{len(model.kept)} linear layers stay as they are: loading makes them of several tensors.")
+    if links:
+        console.print(one_line(f"{len(links)} links were not copied, such as {links[0].name}."), **PLAIN)
     before, after = (sum((folder / name).stat().st_size for name in model.shards) for folder in (o.model, o.out))
-    console.print(
-        f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%}) in {o.out}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    sizes = f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%})"
+    console.print(f"{sizes} in {one_line(str(o.out))}", **PLAIN)
     return 0
 
 
@@ -83,37 +89,17 @@ def describe(o, model, device):
     }  # fmt: skip
 
 
-def begin(out, origin):
-    """OUT is new, or was begun with the same origin, or BadInput."""
-    progress = out / UNFINISHED
-    try:
-        held = {file.name for file in out.iterdir()} if out.exists() else set()
-        if progress.is_file():
-            try:
-                same = json.loads(progress.read_text()) == origin
-            except ValueError:
-                same = False
-            if not same:
-                raise BadInput(f"{out} was begun from another model or with other options: finish those, or remove it")
-        elif held - {UNFINISHED + ".new"}:
-            raise BadInput(f"{out} is not empty: it holds {sorted(held)[0]}")
-        else:
-            replace(progress, lambda beside: beside.write_text(json.dumps(origin, indent=1) + "\n"))
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
-
-
 def make_shards(o, model, device, console):
     """({kind of layer: (layers, worst error)}, bytes of all tensors); shards that are there already are not redone."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     worst, total, weight_map = {}, 0, {}
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("quantize", total=len(model.linear))
         for name, keys in model.shards.items():
             layers = sum(key in model.linear for key in keys)
-            progress.update(bar, description=name)
+            progress.update(bar, description=one_line(name))
             done = measure(o, model, name, device)
             if done is None:
                 write_shard(o, model, name, device, lambda: progress.advance(bar))
@@ -127,8 +113,13 @@ def make_shards(o, model, device, console):
             weight_map |= dict.fromkeys(sizes, name)
             for key, error in errors.items():
                 count, most = worst.get(kind(key), (0, 0.0))
-                worst[kind(key)] = count + 1, most if most >= error else error  # NaN is worst
+                worst[kind(key)] = count + 1, worse(most, error)
     return worst, (total, weight_map)
+
+
+def worse(a, b):
+    """The larger of two errors; NaN is larger than any."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def write_shard(o, model, name, device, tick):
@@ -146,15 +137,30 @@ def write_shard(o, model, name, device, tick):
             if key not in model.linear:
                 tensors[key] = w
                 continue
+            refuse_infinite(key, w)
             q = NF4Weight.quantize(w, o.blocksize, not o.no_double_quant, o.quant_type)
-            tensors |= {part: t.to("cpu", copy=True) for part, t in q.state_dict(key).items()}  # tables are shared
+            state = {part: t.to("cpu", copy=True) for part, t in q.state_dict(key).items()}  # tables are shared
+            try:
+                NF4Weight.load(state, key)
+            except ValueError as error:  # its scales are too large for fp32
+                raise BadInput(f"{key} cannot be quantized: {sentence(error)}") from None
+            tensors |= state
             tick()
 
         def write(beside):
             with torch.no_grad():
                 save_file(tensors, beside, metadata={"format": "pt"})
 
-        replace(o.out / name, write)
+        output.put(o.out, name, write)
+
+
+def refuse_infinite(key, w):
+    """BadInput where values are not finite: they would spoil all that share a scale with them, or the whole weight."""
+    if all(end.isfinite() for end in w.aminmax()):
+        return
+    count = sum(piece.numel() - int(piece.isfinite().sum()) for piece in w.split(256))
+    layer = key.removesuffix(".weight")
+    raise BadInput(f"{layer} cannot be quantized: {count} of its {w.numel()} weights are NaN or infinite in {w.dtype}")
 
 
 def as_loaded(source, model, key, device):
@@ -169,6 +175,7 @@ def measure(o, model, name, device):
     from safetensors import SafetensorError, safe_open
 
     from ..ops.nf4 import NF4Weight
+    from .checkpoint import state_parts
 
     if not (o.out / name).is_file():
         return None
@@ -177,7 +184,8 @@ def measure(o, model, name, device):
         with safe_open(o.model / name, framework="pt") as source, safe_open(o.out / name, framework="pt") as out:
             written = set(out.keys())
             for key in model.shards[name]:
-                parts = [key, *(part for part in written if key in model.linear and part.startswith(f"{key}."))]
+                beside = [key + part for part in state_parts()] if key in model.linear else []
+                parts = [key, *(part for part in beside if part in written)]
                 tensors = {part: out.get_tensor(part) for part in parts}
                 sizes |= {part: t.nbytes for part, t in tensors.items()}
                 w = as_loaded(source, model, key, device)
@@ -207,26 +215,27 @@ def distance(w, q):
 
 def kind(key):
     """q_proj of model.layers.0.self_attn.q_proj.weight"""
-    return next(part for part in key.removesuffix(".weight").split(".")[::-1] if not part.isdigit())
+    return next((part for part in key.removesuffix(".weight").split(".")[::-1] if not part.isdigit()), key)
 
 
 def finish(o, model, totals):
-    """What is beside the weights; config.json is the last to come, and without it nothing loads OUT."""
+    """What is beside the weights; config.json is the last to come, and without it nothing loads OUT.
+
+    Returns the links that are not copied.
+    """
     import transformers
 
     from .checkpoint import CONFIG, INDEX
 
     total, weight_map = totals
-    for file in [*o.model.iterdir(), *(o.model / TEMPLATES).glob("*")]:
-        aside = file.name in (CONFIG, INDEX, UNFINISHED) or file.name.endswith(".index.json")
-        if file.is_file() and file.suffix not in WEIGHTS and not aside and file.stat().st_size <= SMALL:
-            replace(o.out / file.relative_to(o.model), lambda beside, file=file: shutil.copyfile(file, beside))
+    files, links = beside_weights(o.model)
+    for file in files:
+        if file.name not in (CONFIG, output.UNFINISHED) and not file.name.endswith(".index.json"):
+            name = file.relative_to(o.model)
+            output.put(o.out, name, lambda path, file=file: shutil.copyfile(file, path))
     if model.index:
-        index = {
-            "metadata": {**model.index.get("metadata", {}), "total_size": total},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        replace(o.out / INDEX, lambda beside: beside.write_text(json.dumps(index, indent=2) + "\n"))
+        metadata = {**(model.index.get("metadata") or {}), "total_size": total}
+        put_json(o.out, INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     dtype = str(model.dtype).removeprefix("torch.")
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -238,16 +247,22 @@ def finish(o, model, totals):
     config = {**model.config, "quantization_config": settings.to_dict()}
     if not config.get("dtype") and not config.get("torch_dtype"):
         config["dtype"] = dtype  # else it would be guessed from what is fp32: the scales
-    replace(o.out / CONFIG, lambda beside: beside.write_text(json.dumps(config, indent=2) + "\n"))
-    (o.out / UNFINISHED).unlink()
+    put_json(o.out, CONFIG, config)
+    output.end(o.out)
+    return links
+
+
+def put_json(out, name, value):
+    output.put(out, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def table(worst):
     from rich.table import Table
+    from rich.text import Text
 
     view = Table()
     for column in ("layer", "number", "worst ‖W − Ŵ‖ ÷ ‖W‖"):
         view.add_column(column, justify="left" if column == "layer" else "right")
     for name, (count, error) in worst.items():
-        view.add_row(name, str(count), f"{error:.4f}")
+        view.add_row(Text(one_line(name)), str(count), f"{error:.4f}")
     return view
