@@ -191,12 +191,13 @@ def trained_tokens(found):
 
 def modules_to_save(found):
     """Which of modules_to_save have no tensor: PEFT refuses where the base model has such a module."""
-    missing = [
-        name for name in found.unmet["modules_to_save"] if name not in HEADS or not found.config.get("task_type")
-    ]
-    if missing:
-        verdict = "note" if found.saved else "refused"
-        yield verdict, f"modules_to_save: no tensor is of {listed(missing)}"
+    missing = found.unmet["modules_to_save"]
+    if missing and not found.saved:
+        yield "refused", f"modules_to_save: no tensor is of {listed(missing)}"
+        return
+    heads = HEADS if found.config.get("task_type") else ()
+    if unsaved := [name for name in missing if name not in heads]:
+        yield "note", f"modules_to_save: no tensor is of {listed(unsaved)}, which the base model may lack"
 
 
 def for_vllm(found):
