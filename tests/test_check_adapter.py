@@ -250,7 +250,14 @@ def test_a_factor_that_is_all_zero_is_noted(check, part):
 
 def test_an_empty_factor_is_broken(check):
     empty = pair("base_model.model.fc", k=0)
-    assert check("vllm", PLAIN | empty)[0].endswith("fc: lora_A is (4, 0) and lora_B (6, 4): one is empty")
+    [row, ok] = check("vllm", PLAIN | empty)
+    assert row.endswith("fc: lora_A is (4, 0) and lora_B (6, 4): one is empty") and ok == "vllm ok"
+
+
+def test_a_header_of_a_million_keys_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(adapter, "LARGEST_HEADER", 100)
+    assert main(["check", str(save(tmp_path, PLAIN))]) == 2
+    assert "has a header of more than" in capsys.readouterr().err
 
 
 def test_factors_of_different_layers_are_broken(check):
@@ -336,18 +343,6 @@ def test_regexes_are_compiled_as_peft_does(tmp_path, capsys, patterns):
     """Together the first would be one, and a flag is none inside of PEFT's."""
     assert main(["check", str(save(tmp_path, PLAIN, rank_pattern=dict.fromkeys(patterns, 4)))]) == 2
     assert "is no regex" in capsys.readouterr().err
-
-
-def test_many_names_are_matched_by_the_script_with_the_same_result():
-    question = dict.fromkeys(adapter.FIELDS) | {
-        "modules_to_save": ["head"],
-        "target_parameters": [],
-        "keys": ["head.w"],
-    }
-    question |= {"target_modules": ["b"], "rank_pattern": ["c"], "alpha_pattern": [], "modules": ["a.b", "a.c", "b.d"]}
-    here = adapter_names.match(question)
-    assert here == adapter_names.match(question | {"rank_pattern": ["[c]"]})
-    assert here["targets"] == ["module", "target_modules", "target_modules"] and here["ranks"] == [None, 0, None]
 
 
 def rewritten(folder, change):

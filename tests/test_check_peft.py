@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from peftops.cli import adapter_names, check_adapter
+from peftops.cli import adapter, adapter_names, check_adapter
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -287,3 +287,15 @@ def test_names_match_as_in_peft():
             assert get_pattern_key(config["rank_pattern"], module) == (module if pattern is None else pattern)
             seen.add(target)
     assert seen == {"module", "target_modules", "layers_to_transform", "exclude_modules", "modules_to_save"}
+
+
+def test_many_names_are_matched_by_the_script_with_the_same_result():
+    question = dict.fromkeys(adapter.FIELDS) | {
+        "modules_to_save": ["head"],
+        "target_parameters": [],
+        "keys": ["head.w"],
+    }
+    question |= {"target_modules": ["b"], "rank_pattern": ["c"], "alpha_pattern": [], "modules": ["a.b", "a.c", "b.d"]}
+    here = adapter_names.match(question)
+    assert here == adapter_names.match(question | {"rank_pattern": ["[c]"]})
+    assert here["targets"] == ["module", "target_modules", "target_modules"] and here["ranks"] == [None, 0, None]

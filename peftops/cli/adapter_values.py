@@ -24,7 +24,7 @@ def look_at(file, stored, pieces, buffer):
     kind = numpy.dtype(f"<u{BYTES[stored.dtype]}")
     mask = kind.type(EXPONENT[stored.dtype])
     stored.finite = True
-    stored.zero = True
+    stored.zero = stored.bytes > 0
     for start, stop in pieces.of(stored):
         part = buffer[: stop - start]
         file.seek(start)
