@@ -1,12 +1,14 @@
 """peftops check: each finding on the smallest adapter that has it, and none on what PEFT saves."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
 
 from peftops.__main__ import main
-from peftops.cli import check_adapter
+from peftops.cli import adapter, adapter_names, adapter_values, check_adapter
 
 LAYER = "base_model.model.model.layers.0"
 Q, V = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.v_proj"
@@ -163,6 +165,12 @@ def test_added_tokens_are_noted(check, tmp_path):
     assert check("sglang")[1].startswith("sglang note added_tokens.json")
 
 
+def trained(model):
+    """No factor is zero any more."""
+    for parameter in model.parameters():
+        parameter.data.uniform_(1, 2)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_what_peft_saves_is_whole_and_its_own(tmp_path, capsys, dora):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
@@ -172,7 +180,9 @@ def test_what_peft_saves_is_whole_and_its_own(tmp_path, capsys, dora):
     config = peft.LoraConfig(
         r=4, target_modules=["lin", "emb"], rank_pattern={"emb": 2}, use_dora=dora, modules_to_save=["head"]
     )
-    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    model = peft.get_peft_model(base, config)
+    trained(model)
+    model.save_pretrained(tmp_path)
     assert main(["check", str(tmp_path), "--for", "peft"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert second.split() == ["peft", "ok"] and f"rank 4, 2 modules, F32, saved by PEFT {peft.__version__}" in first
@@ -202,6 +212,139 @@ def test_every_target_has_a_row_and_peft_may_be_absent(tmp_path, capsys, monkeyp
     assert rows == [["peft", "ok"], ["peft", "note"], ["vllm", "ok"], ["sglang", "ok"]]
 
 
+TOKENS = {"base_model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 8), np.float32)}
+
+
+@pytest.mark.parametrize(
+    "tensors, config, says",
+    [
+        (TOKENS, {"trainable_token_indices": [7, 9]}, "peft ok"),
+        (TOKENS, {"trainable_token_indices": {"lm_head": [7, 8, 9], "embed_tokens": [7, 9]}}, "peft ok"),
+        (TOKENS, {}, "peft dropped base_model.model.embed_tokens.token_adapter.trainable_tokens_delta: train"),
+        (TOKENS, {"trainable_token_indices": [7]}, "peft refused base_model.model.embed_tokens.token_adapter"),
+        ({}, {"trainable_token_indices": [7]}, "peft refused trainable_token_indices: no tensor is a token_adapter"),
+        (HEAD, {"modules_to_save": ["lm_head", "score"]}, "peft note modules_to_save: no tensor is of score"),
+        (HEAD, {"modules_to_save": ["lm_head", "score"], "task_type": "SEQ_CLS"}, "peft ok"),
+        (HEAD, {"modules_to_save": ["score"]}, "peft refused modules_to_save: no tensor is of score"),
+        ({"base_model.model.norm.weight": np.ones(2, np.float32)}, {}, "peft note norm.weight: no part of a LoRA"),
+        ({}, {"target_modules": ["q_proj", "v_proj", "fc"]}, "peft note target_modules: no tensor is of fc, which"),
+        ({}, {"layers_to_transform": [0, 5]}, "peft note layers_to_transform: no tensor is of 5, which"),
+        (pair("base_model.model.lm_head"), {"ensure_weight_tying": True}, "peft ok"),
+        (pair("base_model.model.lm_head"), {}, "peft dropped lm_head: not of the modules that target_modules in"),
+    ],
+)
+def test_what_the_config_asks_for_is_there(check, tensors, config, says):
+    pytest.importorskip("peft")
+    rows = check("peft", PLAIN | tensors, **config)
+    assert any(row.startswith(says) for row in rows)
+    assert says == "peft ok" or len(rows) == 1 + says.startswith("peft note")
+
+
+@pytest.mark.parametrize("part", "AB")
+def test_a_factor_that_is_all_zero_is_noted(check, part):
+    zero = {f"{V}.lora_{part}.weight": 0 * PLAIN[f"{V}.lora_{part}.weight"]}
+    [note, row] = check("vllm", PLAIN | zero)
+    assert note.startswith(f"files note lora_{part} is all zero in 1 of 2 modules, model.layers.0.self_attn.v_proj")
+    assert row == "vllm ok"
+
+
+def test_an_empty_factor_is_broken(check):
+    empty = pair("base_model.model.fc", k=0)
+    [row, ok] = check("vllm", PLAIN | empty)
+    assert row.endswith("fc: lora_A is (4, 0) and lora_B (6, 4): one is empty") and ok == "vllm ok"
+
+
+def test_a_header_of_a_million_keys_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(adapter, "LARGEST_HEADER", 100)
+    assert main(["check", str(save(tmp_path, PLAIN))]) == 2
+    assert "has a header of more than" in capsys.readouterr().err
+
+
+def test_factors_of_different_layers_are_broken(check):
+    mixed = {f"{V}.lora_embedding_A": np.ones((4, 8), np.float32)} | pair_b(V, np.float32)
+    assert "one of lora_A and lora_B is an embedding's" in check("vllm", pair(Q) | mixed)[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_every_number_of_the_file_is_looked_at(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(adapter_values, "CHUNK", 16)
+    whole = {f"{module}.lora_{part}.weight": np.zeros((2, 9), dtype) for module in (Q, V) for part in "AB"}
+    for key in whole:
+        for entry in range(18):
+            for value, kind in ((np.nan, (False, False)), (-np.inf, (False, False)), (3, (True, False))):
+                changed = whole[key].copy()
+                changed.flat[entry] = value
+                tensors = adapter.load(save(tmp_path, whole | {key: changed})).tensors
+                found = {name: (stored.finite, stored.zero) for name, stored in tensors.items()}
+                assert found == {name: kind if name == key else (True, True) for name in whole}
+
+
+def test_holes_are_zero_and_not_read(tmp_path):
+    """Of a terabyte two bytes are written. The second is half of an infinity, and a hole is its other half."""
+    size = 1 << 40
+    header = {"a": {"dtype": "F32", "shape": [size // 8], "data_offsets": [0, size // 2]}}
+    header["b"] = {"dtype": "F16", "shape": [size // 4], "data_offsets": [size // 2, size]}
+    text = json.dumps(header).encode()
+    text += b" " * (len(text) % 2 == 0)  # so that all numbers are at odd places
+    path = save(tmp_path, {}) / adapter.WEIGHTS
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    start = 8 + len(text)
+    os.truncate(path, start + size)
+    if path.stat().st_blocks * 512 > size // 2:
+        pytest.skip("this file system has no holes")
+
+    def read():
+        return [(stored.finite, stored.zero) for stored in adapter.load(tmp_path).tensors.values()]
+
+    assert read() == [(True, True), (True, True)]
+    for place, byte, wanted in ((start + size - 2, 1, (True, False)), (size - (1 << 20), 0x7C, (False, False))):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([byte]))
+        assert read() == [(True, True), wanted]
+
+
+def test_a_key_cannot_forge_a_line(tmp_path, capsys):
+    forged = f"{V}\nsglang  ok\r\x1b[1A\u202e.lora_C"
+    assert main(["check", str(save(tmp_path, PLAIN | {forged: HEAD[next(iter(HEAD))]})), "--for", "sglang"]) == 1
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 3 and all(line.isprintable() for line in lines)
+    assert "v_proj\\nsglang  ok\\r\\x1b[1A\\u202e.lora_C" in lines[1]
+
+
+def test_long_rows_keep_both_ends(check):
+    row = check("vllm", PLAIN, bias="x" * 5000)[0]
+    assert len(row) < check_adapter.WIDEST + 10 and row.endswith("takes no biases") and "bias 'xxx" in row
+
+
+EXPLOSIVE = "(.|.)*!"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": EXPLOSIVE},
+        {"exclude_modules": EXPLOSIVE},
+        {"modules_to_save": [EXPLOSIVE]},
+        {"layers_pattern": [EXPLOSIVE], "layers_to_transform": [0]},
+        {"rank_pattern": {EXPLOSIVE: 4}},
+    ],
+)
+def test_a_regex_that_explodes_is_refused_in_time(tmp_path, capsys, monkeypatch, config):
+    monkeypatch.setattr(adapter_names, "SECONDS", 0.5)
+    start = time.perf_counter()
+    assert main(["check", str(save(tmp_path, PLAIN, **config))]) == 2
+    assert "matching its names takes more than 0.5 seconds" in capsys.readouterr().err
+    assert time.perf_counter() - start < 10 * adapter_names.SECONDS
+
+
+@pytest.mark.parametrize("patterns", [["(", ")"], ["(?i)q_proj"], ["*"], ["(" * 5000]])
+def test_regexes_are_compiled_as_peft_does(tmp_path, capsys, patterns):
+    """Together the first would be one, and a flag is none inside of PEFT's."""
+    assert main(["check", str(save(tmp_path, PLAIN, rank_pattern=dict.fromkeys(patterns, 4)))]) == 2
+    assert "is no regex" in capsys.readouterr().err
+
+
 def rewritten(folder, change):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(change(path.read_bytes()))
@@ -222,17 +365,20 @@ def first_shape(data):
         (lambda folder: (folder / "adapter_config.json").unlink(), "No such file"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot read"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object, got list"),
-        (lambda folder: save(folder, PLAIN, r="4"), "is no adapter's: 4 in r"),
-        (lambda folder: save(folder, PLAIN, rank_pattern=["q"]), "is no adapter's"),
-        (lambda folder: save(folder, PLAIN, rank_pattern={"(": 4}), "is no adapter's"),
+        (lambda folder: save(folder, PLAIN, r="4"), "r must be a whole number from 1 on, got '4'"),
+        (
+            lambda folder: save(folder, PLAIN, rank_pattern=["q"]),
+            "rank_pattern must be an object of whole numbers from 1 on, got a list",
+        ),
+        (lambda folder: save(folder, PLAIN, rank_pattern={"(": 4}), "rank_pattern '(' is no regex"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-        (lambda folder: rewritten(folder, lambda data: data[:-1]), "is not a whole safetensors file: the last tensor"),
-        (lambda folder: rewritten(folder, lambda data: data + b"x"), "the last tensor should end at"),
-        (lambda folder: rewritten(folder, overlapping), "does not lie where it should"),
-        (lambda folder: rewritten(folder, lambda data: data[:40]), "the header should end at"),
-        (lambda folder: rewritten(folder, lambda data: b""), "the header should end at"),
+        (lambda folder: rewritten(folder, lambda data: data[:-1]), "is not a whole safetensors file"),
+        (lambda folder: rewritten(folder, lambda data: data + b"x"), "is not a whole safetensors file"),
+        (lambda folder: rewritten(folder, overlapping), "is not a whole safetensors file"),
+        (lambda folder: rewritten(folder, lambda data: data[:40]), "is not a whole safetensors file"),
+        (lambda folder: rewritten(folder, lambda data: b""), "is empty"),
         (lambda folder: rewritten(folder, lambda data: data[:8] + b"[" + data[9:]), "is not a whole safetensors file"),
-        (lambda folder: rewritten(folder, first_shape), "does not lie where it should"),
+        (lambda folder: rewritten(folder, first_shape), "is not a whole safetensors file"),
     ],
 )
 def test_missing_and_broken_files_are_one_sentence(tmp_path, capsys, spoil, says):

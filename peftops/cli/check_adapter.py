@@ -7,14 +7,17 @@ a `note`: the base model or a flag decides. Exit code 1: something is broken, re
 
 import dataclasses
 import re
+import sys
 import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import Parser, adapter, need, sentence
+from . import BadInput, Parser, adapter, need, sentence
+from .adapter import listed
 
 SHOWN = 8  # of what is broken
+WIDEST = 400  # characters of a row
 BAD = "broken", "refused", "dropped"
 MOVES_BASE = re.compile("pissa.*|olora|corda|loftq", re.IGNORECASE)  # inits by which PEFT changes the base's weights
 BASE_EMBEDDINGS = ".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight"
@@ -25,6 +28,9 @@ LACKED = {
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA",
 }
+VARIANTS = *UNREAD, "velora_config"  # which have lora_ tensors of their own
+DELTA = ".token_adapter.trainable_tokens_delta"
+HEADS = "classifier", "score"  # which PEFT adds to modules_to_save, whichever the model has
 VLLM_RANKS, VLLM_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16  # what --max-lora-rank may be, and is
 VLLM_SAVES = "classifier", "score"
 
@@ -42,37 +48,70 @@ def main(argv=None):
     o = options(argv)
     if o.target == "peft":
         need("peft")
-    found = adapter.load(o.adapter)
-    rows = [("files", "broken", fault) for fault in adapter.faults(found)]
-    if len(rows) > SHOWN:
-        rows[SHOWN:] = [("files", "broken", f"and {len(rows) - SHOWN} more")]
-    for target in [o.target] if o.target else TARGETS:
+    try:
+        found = adapter.load(o.adapter)
+    except BadInput as error:
+        raise BadInput(printable(str(error))) from None
+    rows = report(found, [o.target] if o.target else TARGETS)
+    print(printable(str(found)))
+    for target, verdict, text in rows:
+        print(printable(f"{target:7} {verdict:8} {text}".rstrip()))
+    return int(any(verdict in BAD for _, verdict, _ in rows))
+
+
+def report(found, targets):
+    """(who, verdict, text) of each finding."""
+    findings = list(adapter.faults(found))
+    broken = [("files", *finding) for finding in findings if finding[0] == "broken"]
+    notes = [("files", *finding) for finding in findings if finding[0] != "broken"]
+    if len(broken) > SHOWN:
+        broken[SHOWN:] = [("files", "broken", f"and {len(broken) - SHOWN} more")]
+    rows = broken + notes
+    for target in targets:
         findings = list(TARGETS[target](found))
         if not any(verdict in BAD for verdict, _ in findings):
             findings.insert(0, ("ok", ""))
         rows += [(target, *finding) for finding in findings]
-    print(found)
-    for target, verdict, text in rows:
-        print(f"{target:7} {verdict:8} {text}".rstrip())
-    return int(any(verdict in BAD for _, verdict, _ in rows))
+    return rows
+
+
+def printable(text):
+    """One line that every terminal shows as it is: a key or a path may hold control characters, or be very long."""
+    encoding = sys.stdout.encoding or "utf-8"
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shortened(text))
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def shortened(text):
+    half = WIDEST // 2
+    return text if len(text) <= WIDEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def for_peft(found):
-    """What the config class of the installed PEFT says, and which tensors loading misses or skips."""
+    """Which tensors loading misses or skips, and what the config class of the installed PEFT says."""
+    if found.is_lora:
+        yield from not_loaded(found)
+        yield from trained_tokens(found)
+    yield from modules_to_save(found)
     if find_spec("peft") is None:
         yield "note", "PEFT is not installed, so the config was not compared with its fields"
-        return
+    else:
+        yield from as_config(found.config)
+
+
+def as_config(config):
+    """What the config class of the installed PEFT says."""
     from packaging.version import Version
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    here, config = version("peft"), found.config
-    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.get("peft_type"))
+    here = version("peft")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
     if made is None:
-        yield "refused", f"peft_type {config.get('peft_type')}: unknown to PEFT {here}"
+        yield "refused", f"peft_type {config['peft_type']}: unknown to PEFT {here}"
         return
     known = {field.name for field in dataclasses.fields(made)}
     if unknown := sorted(name for name, value in config.items() if name not in known and value):
-        yield "dropped", f"{', '.join(unknown)}: unknown to PEFT {here}"
+        yield "dropped", f"{listed(unknown)}: unknown to PEFT {here}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,39 +122,98 @@ def for_peft(found):
         return
     if newer:
         yield "note", f"PEFT {config['peft_version']} saved it, and PEFT {here} is installed"
-    for name in config["modules_to_save"]:
-        if not any(f".{name}." in key for key in found.others):
-            yield "refused", f"modules_to_save: no tensor is of {name}"
-    if found.is_lora and (strange := [key for key in found.others if not expected(key, config)]):
-        yield "dropped", f"{listed(strange)}: no part of a LoRA adapter"
 
 
-def expected(key, config):
+def not_loaded(found):
+    """The tensors of which PEFT, which looks each module and key up by its name, would load none."""
+    wrapped = {key for keys in found.wrapped.values() for key in keys}
+    lora = [stored.key for parts in found.modules.values() for stored in parts.values()]
+    if bare := [key for key in lora if not key.startswith(adapter.PREFIX) and key not in wrapped]:
+        yield "dropped", f"{listed(bare)}: the keys that PEFT loads begin with {adapter.PREFIX}"
+    if twice := [module for module in found.modules if module.startswith(adapter.PREFIX)]:
+        yield "dropped", f"{listed(twice)}: {adapter.PREFIX} is there twice"
+    if strangers := [key for key, name in found.named.items() if name != "default"]:
+        yield "dropped", f"{listed(strangers)}: the name of an adapter is in the keys"
+    elif found.named:
+        yield "note", f"{listed(list(found.named))}: PEFT loads such keys under the name default alone"
+    left_out = {}
+    for module, by in found.targets.items():
+        if by not in ("module", "parameter") and not tied(module, found.config):
+            left_out.setdefault(by, []).append(module)
+    for name, modules in left_out.items():
+        yield "dropped", f"{listed(modules)}: not of the modules that {name} in {adapter.CONFIG} asks for"
+    for name in ("target_modules", "layers_to_transform"):
+        if unmet := found.unmet[name]:
+            yield "note", f"{name}: no tensor is of {listed(list(map(str, unmet)))}, which the base model may lack"
+    strange = [key for key in found.others if key not in found.named and not expected(key, found)]
+    base = [key for key in strange if of_base(key)]
+    if lost := [key for key in strange if not of_base(key)]:
+        yield "dropped", f"{listed(lost)}: no part of a LoRA adapter"
+    if base:
+        yield "note", f"{listed(base)}: no part of a LoRA adapter; it replaces the weight of a base model that has it"
+
+
+def tied(module, config):
+    """Whether PEFT may have adapted it as the like of another, by ensure_weight_tying: it is outside of all layers."""
+    return config.get("ensure_weight_tying") and not any(part.isdigit() for part in module.split("."))
+
+
+def of_base(key):
+    """Whether a base model may have such a weight."""
+    return key.startswith(adapter.PREFIX) and ".lora_" not in key and key.endswith((".weight", ".bias"))
+
+
+def expected(key, found):
     """Whether PEFT saves such a key beside those of LoRA layers."""
-    saved = any(f".{name}." in key for name in config["modules_to_save"])
-    bias = key.endswith(".bias") and config.get("bias", "none") != "none"
-    resized = key.endswith((".embed_tokens.weight", ".lm_head.weight", *BASE_EMBEDDINGS))
-    return saved or bias or resized or "trainable_tokens_delta" in key
+    if not key.startswith(adapter.PREFIX):
+        return False
+    variant = ".lora_" in key and any(found.config.get(name) for name in VARIANTS)
+    bias = key.endswith(".bias") and found.config["bias"] != "none"
+    resized = key.endswith((".embed_tokens.weight", ".lm_head.weight"))
+    beneath = key.endswith(".base_layer.weight") and adapter.plain(key).removesuffix(".base_layer.weight")
+    return key in found.saved or key.endswith(DELTA) or variant or bias or resized or beneath in found.modules
 
 
-def listed(keys):
-    return adapter.plain(keys[0]) + f" and {len(keys) - 1} more" * (len(keys) > 1)
+def trained_tokens(found):
+    """Whether the tensors of trainable_token_indices are there, with a row for each index."""
+    wanted = found.config.get("trainable_token_indices") or []
+    rows = {len(indices) for indices in (wanted.values() if isinstance(wanted, dict) else [wanted])}
+    deltas = [stored for key, stored in found.tensors.items() if key.endswith(DELTA)]
+    if not wanted and not deltas:
+        return
+    if not wanted:
+        yield "dropped", f"{deltas[0].key}: trainable_token_indices is not in {adapter.CONFIG}"
+    elif not deltas:
+        yield "refused", f"trainable_token_indices: no tensor is a {DELTA[1:]}"
+    elif wrong := [stored for stored in deltas if not stored.shape or stored.shape[0] not in rows]:
+        yield "refused", f"{wrong[0].key} is {wrong[0].shape}: trainable_token_indices has another number of rows"
+
+
+def modules_to_save(found):
+    """Which of modules_to_save have no tensor: PEFT refuses where the base model has such a module."""
+    missing = found.unmet["modules_to_save"]
+    if missing and not found.saved:
+        yield "refused", f"modules_to_save: no tensor is of {listed(missing)}"
+        return
+    heads = HEADS if found.config.get("task_type") else ()
+    if unsaved := [name for name in missing if name not in heads]:
+        yield "note", f"modules_to_save: no tensor is of {listed(unsaved)}, which the base model may lack"
 
 
 def for_vllm(found):
     """vLLM 0.33.0 (config/lora.py, lora/peft_helper.py, lora/lora_model.py, lora/utils.py)."""
     config = found.config
     if not found.is_lora:
-        yield "refused", f"peft_type {config.get('peft_type')}: vLLM serves LoRA alone"
+        yield "refused", f"peft_type {config['peft_type']}: vLLM serves LoRA alone"
         return
     yield from foreign(config, "vLLM", "refused")
     for name, what in ("use_dora", "DoRA"), ("lora_bias", "biases of lora_B"):
         if config.get(name):
             yield "refused", f"{name}: vLLM has no {what}"
-    if config.get("bias", "none") != "none":
+    if config["bias"] != "none":
         yield "refused", f"bias {config['bias']!r}: vLLM takes no biases"
     if others := [name for name in config["modules_to_save"] if name not in VLLM_SAVES]:
-        yield "refused", f"modules_to_save: vLLM takes {' and '.join(VLLM_SAVES)} alone, not {', '.join(others)}"
+        yield "refused", f"modules_to_save: vLLM takes {' and '.join(VLLM_SAVES)} alone, not {listed(others)}"
     allowed = tuple(f".{name}.{part}" for name in VLLM_SAVES for part in ("weight", "bias"))
     if strange := [key for key in found.others if not key.endswith((*BASE_EMBEDDINGS, *allowed))]:
         yield "refused", f"{listed(strange)}: no LoRA weight to vLLM"
@@ -136,7 +234,7 @@ def for_sglang(found):
     """SGLang 0.5.23 (srt/lora/lora_config.py, lora.py, lora_manager.py, mem_pool.py, utils.py)."""
     config = found.config
     if not found.is_lora:
-        yield "refused", f"peft_type {config.get('peft_type')}: SGLang serves LoRA alone"
+        yield "refused", f"peft_type {config['peft_type']}: SGLang serves LoRA alone"
         return
     yield from foreign(config, "SGLang", "dropped")
     if config.get("use_dora"):

@@ -1,0 +1,115 @@
+"""adapter_config.json: read with bounds, and every field that check looks at has the type that PEFT gives it."""
+
+import json
+import stat
+
+from . import BadInput
+
+LARGEST = 8 << 20  # bytes; the largest that PEFT writes list the indices of a vocabulary
+DEFAULTS = {"modules_to_save": [], "target_parameters": []}
+LORA_DEFAULTS = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+FLAGS = "use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"
+VERSION = 100  # characters
+
+
+def regular(path):
+    """The size of a file, or BadInput where it is none: a pipe or a device could block or never end."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadInput(f"{path} is not a regular file")
+    if not found.st_size:  # so are the endless files of /proc
+        raise BadInput(f"{path} is empty")
+    return found.st_size
+
+
+def read(path):
+    """The JSON object, with PEFT's defaults for what is read here."""
+    if regular(path) > LARGEST:
+        raise BadInput(f"{path} has more than {LARGEST >> 20} MiB: it is no adapter's")
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(LARGEST).decode())
+    except RecursionError:
+        raise BadInput(f"cannot read {path}: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"{path} must hold a JSON object, got {type(config).__name__}")
+    defaults, rules = DEFAULTS, GENERAL
+    if config.get("peft_type") == "LORA":
+        defaults, rules = DEFAULTS | LORA_DEFAULTS, GENERAL | LORA
+    config |= {name: default for name, default in defaults.items() if config.get(name) is None}
+    for name, (allowed, wanted) in rules.items():
+        if not allowed(config.get(name)):
+            raise BadInput(f"{path}: {name} must be {wanted}, got {told(config.get(name))}")
+    return config
+
+
+def told(value):
+    """A value in a few words."""
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_version(value):
+    return value is None or (is_text(value) and len(value) <= VERSION)
+
+
+def is_rank(value):
+    return type(value) is int and value >= 1
+
+
+def is_scale(value):
+    return type(value) in (int, float) and abs(value) < float("inf")  # which NaN is not
+
+
+def is_index(value):
+    return type(value) is int and value >= 0
+
+
+def is_flag(value):
+    return value is None or isinstance(value, bool)
+
+
+def list_of(allowed):
+    return lambda value: isinstance(value, list) and all(map(allowed, value))
+
+
+def dict_of(allowed):
+    return lambda value: isinstance(value, dict) and all(map(allowed, value.values()))
+
+
+def one_of(*rules):
+    """A rule for what one of these allows, or null."""
+    return lambda value: value is None or any(rule(value) for rule in rules)
+
+
+NAMES = one_of(is_text, list_of(is_text)), "a string or a list of strings"
+LAYERS = one_of(is_index, list_of(is_index)), "an index or a list of indices"
+TOKENS = one_of(list_of(is_index), dict_of(list_of(is_index))), "a list of indices, or one for each module"
+GENERAL = {
+    "peft_type": (is_text, "a string"),
+    "peft_version": (is_version, f"a string of at most {VERSION} characters"),
+    "task_type": (one_of(is_text), "a string"),
+    "modules_to_save": (list_of(is_text), "a list of strings"),
+    "target_parameters": (list_of(is_text), "a list of strings"),
+}
+LORA = {
+    "r": (is_rank, "a whole number from 1 on"),
+    "rank_pattern": (dict_of(is_rank), "an object of whole numbers from 1 on"),
+    "lora_alpha": (is_scale, "a finite number"),
+    "alpha_pattern": (dict_of(is_scale), "an object of finite numbers"),
+    "bias": (is_text, "a string"),
+    "init_lora_weights": (one_of(is_text, is_flag), "a string, true or false"),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "layers_to_transform": LAYERS,
+    "layers_pattern": NAMES,
+    "trainable_token_indices": TOKENS,
+} | {name: (is_flag, "true or false") for name in FLAGS}

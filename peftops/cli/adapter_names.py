@@ -1,0 +1,182 @@
+"""Which names of an adapter's modules its config matches, by PEFT's rules, within a bounded time.
+
+A regex of a stranger may run for ever. Plain names are matched here; everything else is matched by this file run as a
+script of its own, which is killed after SECONDS. So nothing but the standard library is imported.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+SECONDS = 10  # for the script
+PLAIN = re.compile(r"[\w.-]*", re.ASCII)  # as a regex it matches in linear time
+SMALL = 100_000  # pairs of a name and a pattern that are compared without the script
+LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # PEFT's, where layers_pattern is not given
+
+
+def match(question):
+    """The Answer to a question as a dict (see answer), or ValueError: a regex is invalid or takes too long."""
+    names = len(question["modules"]) + len(question["keys"])
+    patterns = list(strings(question))
+    if len(patterns) * names <= SMALL and all(PLAIN.fullmatch(pattern) for pattern in patterns):
+        return answer(question)
+    command = [sys.executable, "-I", "-S", __file__]
+    try:
+        done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"matching its names takes more than {SECONDS} seconds") from None
+    if done.returncode:
+        raise ValueError("its names cannot be matched")
+    said = json.loads(done.stdout)
+    if "error" in said:
+        raise ValueError(said["error"])
+    return said
+
+
+def strings(question):
+    """Everything in the config that is compared with names."""
+    fields = "target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"
+    for name in (*fields, "modules_to_save", "target_parameters"):
+        yield from listed(question[name])
+
+
+def listed(value):
+    """The strings of a field that is a string, a list, or null."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def compiled(field, pattern, whole):
+    """re.compile(whole), which PEFT makes of a pattern of the field."""
+    try:
+        return re.compile(whole)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{field} {pattern[:80]!r} is no regex: {error}") from None
+
+
+def answer(question):
+    """What the fields of adapter_config.json say to names.
+
+    Args: a dict of the fields, with "modules" (names of LoRA layers in the base model) and "keys" (of other tensors).
+
+    Returns a dict:
+        targets: for each module "module" or "parameter", where target_modules or target_parameters match it, or else
+            the field that leaves it out
+        ranks: for each module the index of the first rank_pattern that matches it, or None
+        saved: for each key, whether it is of a module of modules_to_save
+        unmet: the names in target_modules, layers_to_transform and modules_to_save that match nothing, by field
+    """
+    modules, keys = question["modules"], question["keys"]
+    target = target_rule(question)
+    targets = [target(module) for module in modules]
+    patterns = {}
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns[field] = [compiled(field, key, rf"(.*\.)?({key})$").match for key in question[field]]
+    ranks = [next((i for i, m in enumerate(patterns["rank_pattern"]) if m(module)), None) for module in modules]
+    parts = [f"{name}." for name in question["modules_to_save"]]
+    return {
+        "targets": targets,
+        "ranks": ranks,
+        "saved": [any(part in key for part in parts) for key in keys],
+        "unmet": {
+            "target_modules": unmet_targets(question, modules),
+            "layers_to_transform": unmet_layers(question, modules, targets),
+            "modules_to_save": [part[:-1] for part in parts if not any(part in key for key in keys)],
+        },
+    }
+
+
+def target_rule(question):
+    """PEFT's check_target_module_exists, as a function of a name."""
+    excluded = name_rule("exclude_modules", question["exclude_modules"])
+    saved = [
+        compiled("modules_to_save", name, rf"(^|.*\.){name}($|\..*)").match for name in question["modules_to_save"]
+    ]
+    wanted, parameters = question["target_modules"], question["target_parameters"]
+    targeted = name_rule("target_modules", wanted)
+    owners = tuple(f".{name}".rpartition(".")[0] for name in parameters)
+    whole = frozenset(wanted if isinstance(wanted, list) else ())  # of a whole name PEFT does not ask for the layer
+    layer = layer_rule(question["layers_pattern"])
+    layers = question["layers_to_transform"]
+    layers = [layers] if isinstance(layers, int) else layers
+    if isinstance(wanted, str):  # nor with a regex
+        layers = None
+
+    def target(module):
+        if excluded(module):
+            return "exclude_modules"
+        if any(match(module) for match in saved):
+            return "modules_to_save"
+        if wanted is None:  # PEFT has names for some types of models
+            return "parameter" if f".{module}".endswith(owners) else "module"
+        if targeted(module):
+            if not layers or module in whole or layer(module) in layers:
+                return "module"
+            left_out = "layers_to_transform"
+        else:
+            left_out = "target_modules"
+        return "parameter" if f".{module}".endswith(owners) else left_out
+
+    return target
+
+
+def name_rule(field, wanted):
+    """Whether a name is one of these or ends with one; a string is a regex."""
+    if wanted is None:
+        return lambda module: False
+    if isinstance(wanted, list):
+        ends = tuple(f".{name}" for name in wanted)
+        return lambda module: f".{module}".endswith(ends)
+    if field == "target_modules" and wanted.lower() == "all-linear":
+        return lambda module: True
+    return compiled(field, wanted, wanted).fullmatch
+
+
+def layer_rule(layers_pattern):
+    """The index of the layer that a name is of, or None."""
+    patterns = listed(layers_pattern)
+    wholes = {pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns} or {"": LAYER}
+    rules = [compiled("layers_pattern", pattern, whole).match for pattern, whole in wholes.items()]
+
+    def layer(module):
+        found = next(filter(None, (rule(module) for rule in rules)), None)
+        index = found and found.groupdict().get("idx")
+        return None if index is None else int(index)
+
+    return layer
+
+
+def unmet_targets(question, modules):
+    """The names of target_modules that no module has."""
+    names = question["target_modules"]
+    if not isinstance(names, list):
+        return []
+    dotted = [f".{module}" for module in modules]
+    return [name for name in names if not any(module.endswith(f".{name}") for module in dotted)]
+
+
+def unmet_layers(question, modules, targets):
+    """The layers of layers_to_transform that no targeted module is of."""
+    layers = question["layers_to_transform"]
+    if not isinstance(layers, list):
+        return []
+    layer = layer_rule(question["layers_pattern"])
+    met = {layer(module) for module, by in zip(modules, targets, strict=True) if by == "module"}
+    return [index for index in layers if index not in met]
+
+
+def main():
+    warnings.simplefilter("ignore")  # of re
+    question = json.load(sys.stdin)
+    try:
+        said = answer(question)
+    except ValueError as error:
+        said = {"error": str(error)}
+    json.dump(said, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
