@@ -47,7 +47,8 @@ def wrap_all(layer, packed):
         wrap(kind, "get_nb_trainable_parameters", count(packed))
     wrap(getattr(module("tuners.hira.layer"), "HiraLayer", None), "update_layer", refuse(layer, HIRA))
     wrap(getattr(module("helpers"), "KappaTuneSelector", None), "_compute_kappas", condition(layer))
-    wrap(module("tuners.lora.corda"), "collect_eigens_for_layer", on_dense_argument(layer))
+    wrap(module("tuners.lora.corda"), "target_modules", each_dense(layer))
+    wrap(module("tuners.lora.corda"), "collect_eigens_for_layer", argument_dense(layer))
     stock = getattr(module("utils.quantization_utils"), "resolve_quantization_backend", None)
     for holder in [held for name, held in sys.modules.items() if name.startswith("peft.")]:
         if stock is not None and vars(holder).get("resolve_quantization_backend") is stock:
@@ -111,8 +112,25 @@ def on_dense(layer):
     return around
 
 
-def on_dense_argument(layer):
-    """For a function whose first argument is a linear layer."""
+def each_dense(layer):
+    """For the function by which CorDA finds linear layers, whose sizes it reads before it asks for the next."""
+
+    def around(stock):
+        def target_modules(model, config):
+            for name, module in stock(model, config):
+                if isinstance(module, layer):
+                    with dense(module):
+                        yield name, module
+                else:
+                    yield name, module
+
+        return target_modules
+
+    return around
+
+
+def argument_dense(layer):
+    """For a function of a linear layer, which it reads."""
 
     def around(stock):
         def function(linear, *args, **options):
