@@ -71,6 +71,22 @@ def test_memory_that_is_not_aligned():
     assert all(t.data_ptr() % 16 == 0 for t in NF4Weight.load(moved).base)
 
 
+CASTS = torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.mark.parametrize("cast", CASTS, ids=str)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_state_that_was_cast_with_its_model(kind, double, cast):
+    """Scales are the rounded ones. The table of four bits is that of the kind, as in bitsandbytes."""
+    tensors = saved(double, quant_type=kind)
+    narrow = {key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()}
+    rounded = {key: t.float() if t.is_floating_point() else t for key, t in narrow.items()}
+    rounded["weight.quant_map"] = tensors["weight.quant_map"]
+    assert narrow["weight.quant_map"].dtype is cast and torch.equal(values(narrow), values(rounded))
+    assert all(t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base)
+
+
 def state_with(**changes):
     return lambda tensors: {STATE: packed({k: v for k, v in {**unpacked(tensors), **changes}.items() if v != "gone"})}
 

@@ -164,6 +164,14 @@ class LinearNF4(PackedNF4, nn.Linear):
             tensors = write(name, base, self.shape, self.weight_dtype, self.blocksize, self.quant_type)
             destination.update({key: t for key, t in tensors.items() if key != name})
 
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As nn.Module has it. What is refused changes nothing; under strict, a key too many or too few is refused."""
+        self._all_keys = strict  # _load_from_state_dict is not told
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            del self._all_keys
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
@@ -178,21 +186,24 @@ class LinearNF4(PackedNF4, nn.Linear):
         unexpected = [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
         missing_keys += missing
         unexpected_keys += unexpected
-        bias, ready = state_dict.get(f"{prefix}bias"), None
+        ready, bias_key = None, f"{prefix}bias"
+        has_bias = self.bias is not None and bias_key in state_dict
         try:
             if tensors.get(name, self.weight) is not self.weight:  # torch.distributed.checkpoint adds what is there
                 ready = self.readied(tensors, name, assign)
-            if self.bias is not None and bias is not None:
-                expect_bias(f"{prefix}bias", bias, self.bias)
+            if has_bias:
+                expect_bias(bias_key, state_dict[bias_key], self.bias)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix[:-1] or 'LinearNF4'}: {error}")
             return
-        if missing or unexpected:
+        if (missing or unexpected) and vars(self).get("_all_keys"):
             return
         if ready is not None:
             self.take(*ready, assign)
-        if self.bias is None or bias is None:
-            return
+        if has_bias:
+            self.take_bias(state_dict[bias_key], assign)
+
+    def take_bias(self, bias, assign):
         if assign or self.bias.is_meta:
             self.bias = nn.Parameter(bias, self.bias.requires_grad)
         else:
