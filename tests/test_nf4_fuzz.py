@@ -207,8 +207,9 @@ def test_what_is_not_finite_is_refused_with_its_number(value, dtype):
 
 
 def test_large_numbers_are_finite():
-    """Whose sum is not."""
+    """Whose sum and whose range are not."""
     w = torch.full((N, K), 3e38)
+    w[0] = -3e38
     assert torch.equal(NF4Weight.quantize(w, double_quant=False).dequantize(), w)
     half = torch.full((N, K), 65504.0, dtype=torch.float16)
     assert torch.equal(NF4Weight.quantize(half, double_quant=False).dequantize(), half)
