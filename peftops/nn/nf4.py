@@ -20,14 +20,16 @@ class LinearNF4(PackedNF4, nn.Linear):
     """y = x·Ŵᵀ + bias, where Ŵ = table[code] · absmax is read as it is, differentiable in x and bias.
 
     x (..., in_features) -> (..., out_features), in x's dtype, or autocast's. compute_dtype: x is cast to it first and
-    y back to x's dtype, as bitsandbytes does. dtype is that of the weight before it was quantized, and of the bias.
+    y back to x's dtype, as bitsandbytes does. None: each call computes in its own x's dtype, where bitsandbytes keeps
+    that of the first call. dtype is that of the weight before it was quantized, and of the bias.
     State dict, byte for byte, and options are those of bitsandbytes' Linear4bit (blocksize, double_quant for its
     compress_statistics, quant_type "nf4" or "fp4"). A state dict with a weight that is not quantized is quantized
     where it is loaded.
 
-    Codes and scales are frozen parameters, which FSDP2 shards and no cast to another dtype changes.
+    Codes and scales are frozen parameters, which FSDP2 shards and no cast to another dtype changes. PEFT counts,
+    initializes and merges over this layer as over its dense weight; what it cannot do is refused by name (nf4_peft.py).
 
-    Raises ValueError for sizes, blocksize and quant_type.
+    Raises ValueError for sizes, blocksize, quant_type, and weights that are not finite; TypeError for float64 weights.
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
     """
 
@@ -122,7 +124,7 @@ class LinearNF4(PackedNF4, nn.Linear):
 
     @property
     def shape(self):
-        """(out_features, in_features), which those of weight are not."""
+        """(out_features, in_features); `weight` holds packed bytes of another shape."""
         return self.out_features, self.in_features
 
     def computes(self, x):

@@ -9,6 +9,7 @@ import functools
 import sys
 import threading
 from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -34,7 +35,11 @@ def meet(layer, packed):
 
 def wrap_all(layer, packed):
     def module(name):
-        return sys.modules.get(f"peft.{name}")
+        """A part of PEFT, some of which nobody has imported yet; None where this version has none."""
+        try:
+            return import_module(f"peft.{name}")
+        except ImportError:
+            return None
 
     lora, peft = module("tuners.lora.layer").LoraLayer, sys.modules["peft"]
     for name in INITS:
@@ -50,7 +55,7 @@ def wrap_all(layer, packed):
     wrap(module("tuners.lora.corda"), "target_modules", each_dense(layer))
     wrap(module("tuners.lora.corda"), "collect_eigens_for_layer", argument_dense(layer))
     stock = getattr(module("utils.quantization_utils"), "resolve_quantization_backend", None)
-    for holder in [held for name, held in sys.modules.items() if name.startswith("peft.")]:
+    for holder in [held for name, held in [*sys.modules.items()] if name.startswith("peft.")]:
         if stock is not None and vars(holder).get("resolve_quantization_backend") is stock:
             wrap(holder, "resolve_quantization_backend", backend(layer))
     redirect(peft.replace_lora_weights_loftq, layer)

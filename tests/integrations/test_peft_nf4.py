@@ -140,6 +140,19 @@ def test_a_quantization_state_that_was_cast_with_its_model(part, cast):
     assert peftops.report(model).calls == {FUSED: 1}
 
 
+def test_nested_scales_that_were_cast_with_their_model():
+    """bitsandbytes on a CPU reads memory of another dtype there, so the formula is the witness."""
+    layer = theirs()
+    state = layer.weight.quant_state
+    state.state2.absmax, state.state2.code = state.state2.absmax.bfloat16(), state.state2.code.half()
+    absmax = state.state2.code.float()[state.absmax.long()] * state.state2.absmax.float() + state.offset
+    codes = layer.weight.data.flatten().long()
+    values = state.code[torch.stack([codes >> 4, codes & 15], 1).flatten()]
+    expected = (values * absmax.repeat_interleave(64)).view(N, K)
+    assert torch.equal(LinearNF4.from_bnb(layer).dequantize(), expected)
+    assert peftops.report(peftops.patch(lora(layer), strict=True)).fused == 1
+
+
 def refuse_repacked(layer):
     layer.base_layer.weight.quant_state.packing_format_for_cpu = True
 
