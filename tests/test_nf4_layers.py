@@ -141,6 +141,17 @@ def test_what_is_not_quantized_is_quantized_where_it_is_loaded():
     assert same_bits(bits(layer), bits(LinearNF4.from_linear(linear(), double_quant=False)))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_codes_are_saved_as_they_were_stored(assign):
+    stored, layer = LinearNF4(64, 96, quant_storage=torch.bfloat16), LinearNF4(64, 96)
+    layer.load_state_dict(bits(stored), assign=assign)
+    made, wanted = bits(layer), bits(stored)
+    assert made["weight"].dtype is torch.bfloat16
+    for state in (made, wanted):
+        state["weight"] = state["weight"].view(torch.uint8)  # where no pattern is NaN
+    assert same_bits(made, wanted)
+
+
 def test_loading_names_what_is_wrong():
     layer, state = LinearNF4(64, 96), bits(LinearNF4(32, 96))
     with pytest.raises(RuntimeError, match=r"LinearNF4: weight must be \(96, 64\), got \(96, 32\)"):

@@ -71,6 +71,22 @@ def test_memory_that_is_not_aligned():
     assert all(t.data_ptr() % 16 == 0 for t in NF4Weight.load(moved).base)
 
 
+CASTS = torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.mark.parametrize("cast", CASTS, ids=str)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_state_that_was_cast_with_its_model(kind, double, cast):
+    """Scales are the rounded ones. The table of four bits is that of the kind, as in bitsandbytes."""
+    tensors = saved(double, quant_type=kind)
+    narrow = {key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()}
+    rounded = {key: t.float() if t.is_floating_point() else t for key, t in narrow.items()}
+    rounded["weight.quant_map"] = tensors["weight.quant_map"]
+    assert narrow["weight.quant_map"].dtype is cast and torch.equal(values(narrow), values(rounded))
+    assert all(t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base)
+
+
 def state_with(**changes):
     return lambda tensors: {STATE: packed({k: v for k, v in {**unpacked(tensors), **changes}.items() if v != "gone"})}
 
@@ -84,18 +100,23 @@ def state_with(**changes):
         (lambda t: {"weight.absmax": t["weight.absmax"].float()}, "weight.absmax must be torch.uint8"),
         (lambda t: {"weight.nested_absmax": t["weight.nested_absmax"] * float("nan")}, "nested_absmax must be finite"),
         (lambda t: {"weight.nested_absmax": None}, "weight.nested_absmax must be a tensor"),
-        (lambda t: {"weight.quant_map": t["weight.quant_map"].bfloat16()}, "weight.quant_map must be torch.float32"),
+        (lambda t: {"weight.quant_map": t["weight.quant_map"].int()}, "weight.quant_map must be torch.float32"),
+        (lambda t: {"weight.quant_map": t["weight.quant_map"] * 0.99}, "weight.quant_map must be the values of nf4"),
         (lambda t: {"weight.nested_quant_map": t["weight.quant_map"]}, r"nested_quant_map must be \(256,\)"),
         (lambda t: {STATE: None}, "there must be one key weight.quant_state.bitsandbytes__nf4"),
         (lambda t: {STATE: packed(b"{")}, "bitsandbytes__nf4 must be JSON"),
         (lambda t: {STATE: packed(b"\xff\xfe")}, "bitsandbytes__nf4 must be JSON"),
         (lambda t: {STATE: packed([])}, "bitsandbytes__nf4 must be a JSON object"),
-        (lambda t: {STATE: packed(b"[" * 100000)}, "bitsandbytes__nf4 must be JSON"),
+        (lambda t: {STATE: packed(b"[" * 60000)}, "bitsandbytes__nf4 must be JSON"),
+        (lambda t: {STATE: packed(b"[" * 100000)}, "bitsandbytes__nf4 must be at most 65536 bytes, got 100000"),
         (state_with(quant_type="fp4"), "quant_type in .* must be 'nf4'"),
         (state_with(quant_type="int8"), "quant_type in .* got 'int8'"),
         (state_with(blocksize=63), "blocksize in .* must be one of"),
         (state_with(shape=[24, -40]), "shape in .* must be a list of positive whole numbers"),
         (state_with(shape="gone"), "shape in .* got None"),
+        (state_with(shape=[1 << 30, 1 << 30]), "shape in .* must be at most 281474976710656 elements"),
+        (state_with(shape=[1] * 5000), "shape in .* must be at most 281474976710656 elements"),
+        (state_with(shape=[10**4000]), "shape in .* must be a list of positive whole numbers, got .{203}$"),
         (state_with(dtype="int8"), "dtype in .* must be float32 or float16 or bfloat16"),
         (state_with(nested_blocksize=64), "nested_blocksize in .* must be 256"),
         (state_with(nested_offset=float("nan")), "nested_offset in .* must be a finite number"),

@@ -3,18 +3,26 @@
 import warnings
 
 import torch
+from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..functional import Base
+from ..nn.nf4 import LinearNF4
+from ..nn.nf4_packed import PackedNF4
+from ..nn.nf4_peft import meet
 from ..ops.nf4 import NF4Weight
-from ..ops.nf4_state import NESTED, scales_of
+from ..ops.nf4_state import NESTED, scales_of, table_of
 
+meet(LinearNF4, PackedNF4)
 ORIGINAL = "_peftops_unmerged"  # attribute of a merged layer: its weight and bias before
 
 
 @torch.no_grad()
 def merge(layer, safe_merge, adapter_names):
     """Quantizes the sum of the weight and of all that is merged anew, from the weight there was at first."""
+    if layer.merged_adapters and ORIGINAL not in vars(layer):  # merged before patch
+        Linear.merge(layer, safe_merge, adapter_names)
+        return
     base, adapter_names = layer.get_base_layer(), check_adapters_to_merge(layer, adapter_names) or []
     for name in adapter_names:
         if name not in layer.lora_A:
@@ -48,6 +56,9 @@ def merge(layer, safe_merge, adapter_names):
 @torch.no_grad()
 def unmerge(layer):
     """Restores the bits there were before the first merge, where PEFT subtracts and rounds once more."""
+    if ORIGINAL not in vars(layer):  # merged before patch
+        Linear.unmerge(layer)
+        return
     base = layer.get_base_layer()
     original, bias = vars(layer).pop(ORIGINAL)
     original = original.to(base.weight.device)
@@ -70,10 +81,10 @@ def packed(base, weight):
         return "base weight is repacked for inference on a CPU"
     if tuple(state.shape) != (base.out_features, base.in_features):
         return "base weight is transposed"
-    if state.nested and (state.state2.blocksize != NESTED or state.state2.absmax.dtype is not torch.float32):
+    if state.nested and (state.state2.blocksize != NESTED or state.state2.dtype is not torch.float32):
         return "scales of the base weight"
     with torch._C.DisableTorchFunctionSubclass():
         codes = weight.detach().view(torch.uint8)
     if type(codes) is not torch.Tensor:
         return "a tensor is not plain"
-    return codes, Base("nf4", [codes, state.code, *scales_of(state)], state.blocksize), base.compute_dtype
+    return codes, Base("nf4", [codes, table_of(state), *scales_of(state)], state.blocksize), base.compute_dtype

@@ -69,6 +69,18 @@ class NF4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self.experts, self.packed = experts, {}
 
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        """Refuses modules that come for a call only: bitsandbytes does, and their codes cannot be found on disk."""
+        if not isinstance(device_map, dict) or self.quantization_config.llm_int8_enable_fp32_cpu_offload:
+            return
+        away = [f"{name or 'the model'} on {place}" for name, place in device_map.items() if place in ("cpu", "disk")]
+        if away and set(device_map.values()) != {"cpu"}:
+            raise ValueError(
+                "enable_nf4: device_map must leave no quantized module on the CPU or the disk while others are "
+                f"elsewhere, got {away[0]} ({len(away)} of {len(device_map)}); llm_int8_enable_fp32_cpu_offload=True "
+                "keeps them as they are, not quantized"
+            )
+
     def update_device_map(self, device_map):
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
@@ -83,6 +95,8 @@ class NF4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         config = self.quantization_config
+        if getattr(model.config, "model_type", None) == "rwkv":
+            raise ValueError("enable_nf4: rwkv models cannot be quantized, for their forward divides weights in place")
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, place in device_map.items() if place in ("disk", "cpu")]
@@ -168,14 +182,20 @@ class Quantize(ConversionOps):
         result = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
-            module, _ = get_module_from_name(model, name)
-            if name in self.hf_quantizer.packed:
-                result[name] = self.hf_quantizer.take(name, value)
-                continue
-            module.quantize((value.T if module.columns else value).contiguous())
-            module._is_hf_initialized = True
-            result[name] = module.weight
+            try:
+                result[name] = self.quantized(name, value, model)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"enable_nf4: {name}: {error}") from error
         return result
+
+    def quantized(self, name, value, model):
+        """What stands for a weight of a checkpoint once it is quantized."""
+        if name in self.hf_quantizer.packed:
+            return self.hf_quantizer.take(name, value)
+        module, _ = get_module_from_name(model, name)
+        module.quantize((value.T if module.columns else value).contiguous())
+        module._is_hf_initialized = True
+        return module.weight
 
 
 class Deserialize(ConversionOps):

@@ -32,8 +32,33 @@ def nf4_dequantize(
 
 
 def expect_block(block):
-    if block not in BLOCKS:
+    if not isinstance(block, int) or block not in BLOCKS:
         raise ValueError(f"nf4: block must be one of {BLOCKS}, got {block}")
+
+
+def expect_quant_type(row, quant_type):
+    if not isinstance(quant_type, str) or quant_type not in FOUR_BITS:
+        raise ValueError(f"{row}: quant_type must be {' or '.join(FOUR_BITS)}, got {quant_type!r}")
+
+
+def expect_weight(w):
+    """A weight that can be quantized. Its least and its largest element tell whether all are finite."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"nf4: w must be a tensor, got {type(w).__name__}")
+    if w.dtype not in DTYPES.values():
+        raise TypeError(f"nf4: w must be {' or '.join(map(str, DTYPES.values()))}, got {w.dtype}")
+    if not w.numel():
+        raise ValueError(f"nf4: w must have elements, got {tuple(w.shape)}")
+    if w.layout is not torch.strided:
+        raise ValueError(f"nf4: w must be a dense tensor, got {w.layout}")
+    values = w.detach()
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced or type(values) is not Tensor or w.is_meta:
+        return  # there may be no values to look at
+    least, largest = values.aminmax()
+    if not (largest - least).isfinite() and not (least.isfinite() and largest.isfinite()):
+        nans, infs = values.isnan().sum().item(), values.isinf().sum().item()
+        raise ValueError(f"nf4: w must be finite, got {nans} NaN and {infs} infinite of {w.numel()} elements")
 
 
 def expect_base(row, base, block, size, wide):
@@ -75,10 +100,9 @@ class NF4Weight:
     @classmethod
     def quantize(cls, w, blocksize=64, double_quant=True, quant_type="nf4"):
         """What bitsandbytes makes of w, byte for byte: see quantize_nf4."""
-        if quant_type not in FOUR_BITS:
-            raise ValueError(f"nf4: quant_type must be {' or '.join(FOUR_BITS)}, got {quant_type!r}")
-        if not w.numel():
-            raise ValueError(f"nf4: w must have elements, got {tuple(w.shape)}")
+        expect_quant_type("nf4", quant_type)
+        expect_block(blocksize)
+        expect_weight(w)
         table = four_bits(quant_type, w.device)
         codes, absmax = nf4_quantize(w.detach(), *bounds(table), blocksize)
         scales = quantize_scales(absmax) if double_quant else (absmax,)
@@ -150,7 +174,8 @@ def quantize_nf4(w, blocksize=64, double_quant=True):
     Each block of blocksize (32, 64 … 4096) consecutive elements is divided by its largest magnitude, absmax, in fp32,
     and each element rounded to the nearest of the sixteen values of NormalFloat; double_quant: scales get 8-bit codes
     too; where torch runs no AVX2, the table that bitsandbytes makes for those differs from ours in last bits.
-    Raises ValueError for another blocksize, TypeError for another dtype.
+    Raises ValueError for another blocksize, and for NaN and infinite elements, of which it says the number; TypeError
+    for another dtype, float64 for one, which the format cannot name.
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
     """
     return NF4Weight.quantize(w, blocksize, double_quant)

@@ -267,3 +267,43 @@ def test_experts_fail_cleanly(mixture):
     assert "gate_up_proj" not in vars(layer) and "_peftops_hooks" not in vars(layer)
     with pytest.raises(NotImplementedError, match="cannot be dequantized for good"):
         model.dequantize()
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_modules_that_come_for_a_call_are_refused_on_loading(saved, tmp_path, place):
+    """As bitsandbytes refuses them. Where all is on the CPU nothing has to come."""
+    device_map = {"model": "cpu", "lm_head": "disk"} if place == "disk" else {"": "cpu"}
+    options = {"quantization_config": config(), "device_map": device_map, "offload_folder": str(tmp_path)}
+    with enable_nf4():
+        if place == "cpu":
+            assert isinstance(load(saved / "llama", **options).model.layers[0].mlp.up_proj, LinearNF4)
+            return
+        with pytest.raises(ValueError, match=r"enable_nf4: device_map must leave no .*, got model on cpu \(2 of 2\)"):
+            load(saved / "llama", **options)
+
+
+def test_modules_on_disk_may_stay_as_they_are(saved, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    options = {"quantization_config": config(llm_int8_enable_fp32_cpu_offload=True), "offload_folder": str(tmp_path)}
+    with enable_nf4():
+        model = load(saved / "llama", device_map=places, **options)
+    assert not any(isinstance(module, LinearNF4) for module in model.modules())
+    assert logits(model).isfinite().all()
+
+
+def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, caplog):
+    model = load(saved / "llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4:7] = float("nan")
+    model.save_pretrained(tmp_path)
+    with enable_nf4(), pytest.raises(RuntimeError) as caught:
+        load(tmp_path, quantization_config=config())
+    message = "enable_nf4: model.layers.1.mlp.up_proj.weight: nf4: w must be finite, got 3 NaN and 0 infinite of 8192"
+    assert message in caplog.text + str(caught.value)
+
+
+def test_a_model_that_divides_its_weights_in_place_is_refused(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 16}
+    transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).save_pretrained(tmp_path)
+    with enable_nf4(), pytest.raises(ValueError, match="enable_nf4: rwkv models cannot be quantized"):
+        load(tmp_path, quantization_config=config())
