@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from ..ops.lora_mlp import lora_mlp
-from .peft import FUSED, Fused, count, plan, rows_like
+from .peft import FUSED, Fused, plan
 from .peft_hooks import hooked
+from .peft_report import count, rows_like
 from .peft_sharded import gathered
 
 log = logging.getLogger("peftops")
@@ -83,12 +84,12 @@ def operands(mlp, about, x):
         planned = plan(layer, x)
         if type(planned) is str:
             return planned
-        *operand, cast, dora = planned
+        *operand, cast, dora, wide = planned
         if type(operand[0]) is str:
             return "a base's own product"
         if dora is not None:
             return "DoRA"
-        if cast not in (None, dtype):
+        if wide or cast not in (None, dtype):
             return "a layer casts its result"
         found.append(operand)
     return found

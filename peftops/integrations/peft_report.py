@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 
 
 @dataclass
@@ -30,6 +31,15 @@ class Report:
         if self.norms:
             lines.append(f"norms: {self.norms} computed")
         return "\n".join(lines)
+
+
+def lora_layers(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def count(module, key):
+    calls = vars(module).setdefault("_peftops_calls", {})
+    calls[key] = calls.get(key, 0) + 1
 
 
 def parameter(module, name):

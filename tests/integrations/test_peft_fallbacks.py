@@ -124,7 +124,7 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
         plain,
         {"lora_dropout": 0.3},
     ),
-    "torch.func, forward-mode AD or tracing": (None, mapped),
+    "torch.func, forward-mode AD, tracing or export": (None, mapped),
     "base weight is trained": (lambda model: lin(model).base_layer.requires_grad_(), plain),
     "dtype of x or of the base weight": (lambda model: model.double(), lambda model, x: model(x.double())),
     "x is not of the base weight's dtype": (None, lambda model, x: model(x.bfloat16())),
@@ -230,7 +230,7 @@ def test_traced_calls_are_stock(recwarn):
     x = torch.randn(7, 16)
     program = torch.jit.trace(lin(patched), x)
     assert torch.equal(program(2 * x), stock(2 * x))
-    assert "torch.func, forward-mode AD or tracing" in peftops.report(patched).calls
+    assert "torch.func, forward-mode AD, tracing or export" in peftops.report(patched).calls
 
 
 def test_forward_mode_ad_is_stock():
@@ -242,7 +242,7 @@ def test_forward_mode_ad_is_stock():
         with forward_ad.dual_level():
             found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))))
     assert torch.equal(found[0].primal, found[1].primal) and torch.equal(found[0].tangent, found[1].tangent)
-    assert set(peftops.report(patched).calls) == {"torch.func, forward-mode AD or tracing"}
+    assert set(peftops.report(patched).calls) == {"torch.func, forward-mode AD, tracing or export"}
 
 
 def test_what_is_too_large_for_fp16_between_the_adapters():
@@ -312,7 +312,7 @@ def test_a_forward_of_its_own_is_called_and_named():
 
 def test_every_reason_has_a_case():
     """A reason that nobody tests would be a guess."""
-    parts = integration.plan, integration.foundation, integration.misfit
+    parts = integration.plan, integration.dora_misfit, integration.foundation, integration.misfit
     source = "".join(map(inspect.getsource, parts))
     constants = set(re.findall(r'return "([^"]+)"', source)) | {"extra arguments"}
     assert constants - set(CASES) == {
