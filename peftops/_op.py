@@ -50,21 +50,22 @@ def ready(contract, args, subclasses=False, whole=None):
     A view that torch negates when it is read, as of an imaginary part, is negated. None where a tensor is of a
     subclass, whose __torch_dispatch__ may wait for the op. whole: all args, where these are the items of one.
     """
-    whole, out = whole or args, []
-    place = whole[0].get_device()
-    for arg in args:
-        kind = type(arg)
+    whole, out = whole or args, args
+    place = whole[0].get_device()  # -1 on a CPU
+    for i, arg in enumerate(args):
+        kind, wanted = type(arg), arg
         if kind is Tensor or kind is nn.Parameter or (subclasses and isinstance(arg, Tensor)):
             if arg.get_device() != place:
                 expect_one_device(contract, whole)
-            if not arg.is_contiguous() or arg.data_ptr() % 16 or arg.is_neg():
-                arg = arg.clone(memory_format=torch.contiguous_format)
+            if not arg.is_contiguous() or arg.data_ptr() % 16 or (kind is Tensor and arg.is_neg()):
+                wanted = arg.clone(memory_format=torch.contiguous_format)
         elif kind is list:
-            if (arg := ready(contract, arg, subclasses, whole)) is None:
+            if (wanted := ready(contract, arg, subclasses, whole)) is None:
                 return None
         elif kind not in SCALARS:
             return None
-        out.append(arg)
+        if wanted is not arg:
+            out = [*out[:i], wanted, *out[i + 1 :]]
     return out
 
 
@@ -79,7 +80,8 @@ def expect_one_device(contract, args):
 
 def expect(row, name, tensor, shape, *dtypes):
     """The one check and the one error form; None is always as expected."""
-    if tensor is not None and tensor.shape != shape:
+    if tensor is None or (tensor.shape == shape and tensor.dtype in dtypes):
+        return
+    if tensor.shape != shape:
         raise ValueError(f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor is not None and tensor.dtype not in dtypes:
-        raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")
+    raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")
