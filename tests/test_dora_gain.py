@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from law import bound, error
 from test_dora_layers import BASES, gain, layer, magnitude, sgd, step
 from torch import nn
+from torch.autograd import forward_ad, functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import peftops
@@ -185,6 +187,32 @@ def test_a_call_with_other_parameters():
             new(prompt), new(token)
             assert torch.equal(torch.func.functional_call(new, other, x), expected(twin, x))
             assert torch.equal(new(token), expected(new, token))
+
+
+def test_a_tangent_of_the_magnitude():
+    """With a gain kept from before, which has none"""
+    new, token, v = layer(), torch.randn(2, 1, 64), torch.randn(48)
+    name = "lora_magnitude_vector.default.weight"
+    with torch.no_grad():
+        new(torch.randn(2, 5, 64)), new(token)
+
+    def f(m):
+        return torch.func.functional_call(new, {name: m}, token)
+
+    def formula(dtype):
+        weight, a, b, scaling = (
+            t.detach().to(dtype) if isinstance(t, torch.Tensor) else t for t in new.operands("default")
+        )
+        x = token.to(dtype)
+        z = x @ weight.T + scaling * (x @ a.T) @ b.T
+        return v.to(dtype) / (weight + scaling * b @ a).norm(dim=1) * z
+
+    found = [torch.func.jvp(f, (magnitude(new),), (v,))[1], functional.jvp(f, magnitude(new), v)[1]]
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(magnitude(new).detach(), v)
+        found.append(forward_ad.unpack_dual(f(dual)).tangent)
+    for tangent in found:
+        assert error(tangent.detach(), formula(torch.float64)) <= bound(formula(torch.float32), formula(torch.float64))
 
 
 def test_a_change_of_mode_is_a_change():

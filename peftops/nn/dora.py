@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..functional import dora_weight_norm
 from ..ops.dora import no_zeros
+from ..ops.lora_formula import transformed
 
 PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
@@ -83,7 +84,7 @@ class Normed(nn.Module):
         training = torch.is_grad_enabled() and (weight.requires_grad or a.requires_grad or b.requires_grad)
         if torch.compiler.is_compiling():
             return self.traced_gain(magnitude, weight, x, training, operands)
-        if training:
+        if training or transformed():
             return self.computed(weight, operands)
         now = stamp(weight, *operands)
         if now is not None and vars(magnitude).get("gain_of") == now and one_position(x) and not sharded():
@@ -129,6 +130,7 @@ class Normed(nn.Module):
 
 @torch.no_grad()
 def norm_of(weight, a, b, scaling, dtype):
+    a, b = a.detach(), b.detach()  # of forward-mode AD too
     if dtype is torch.float32:
         a, b = a.float(), b.float()
     with torch.autocast(a.device.type, enabled=False):
