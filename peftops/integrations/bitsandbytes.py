@@ -43,19 +43,19 @@ def disable():
 
 
 @functools.cache
-def table_of(quant_type, device):
+def shared_table(quant_type, device):
     """One for all calls, of which none hands it out"""
     with torch.inference_mode(False):
         return four_bits(quant_type, device)
 
 
 def quantize_4bit(A, blocksize, quant_type, quant_storage):
-    codes, absmax = nf4_quantize(A, *bounds(table_of(quant_type, A.device)), blocksize)
+    codes, absmax = nf4_quantize(A, *bounds(shared_table(quant_type, A.device)), blocksize)
     return codes.view(quant_storage)[:, None], absmax
 
 
 def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
-    codes, table = A.contiguous().view(torch.uint8), table_of(quant_type, A.device)
+    codes, table = A.contiguous().view(torch.uint8), shared_table(quant_type, A.device)
     return nf4_dequantize(codes, table, [absmax.float()], blocksize, math.prod(shape), dtype).view(shape)
 
 
@@ -70,7 +70,7 @@ def gemm_4bit(
     scales = [absmax.float()]
     if absmax_8bit is not None:
         scales = [absmax_8bit, *scales, absmax_code.float(), absmax_offset.float().reshape(())]
-    base = Base("nf4", [B.contiguous().view(torch.uint8), table_of(quant_type, A.device), *scales], blocksize)
+    base = Base("nf4", [B.contiguous().view(torch.uint8), shared_table(quant_type, A.device), *scales], blocksize)
     n, k = shapeB
     return lora_linear(A, base, *no_delta(k, n, A.dtype, A.device), bias).to(A.dtype)
 

@@ -21,7 +21,7 @@ from .lora import (
     shaped,
     weight,
 )
-from .lora_formula import formula, gradients, transformed
+from .lora_formula import formula, gradients, graph_wanted, transformed
 
 
 @op
@@ -92,7 +92,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dn):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if graph_wanted():
             return Norm.backward_again(ctx, dn)
         n, x, a, b, scale, *base = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:2])
@@ -207,7 +207,7 @@ class Dropped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if graph_wanted():
             return Dropped.backward_again(ctx, dy)
         given, a, b, bias, gain, scale, h, bits, z, *base = ctx.saved_tensors
         (form, block, p), x, dy, need = ctx.constants, rows(given), rows(dy), [*ctx.needs_input_grad[:5], False]

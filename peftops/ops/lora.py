@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from .._arguments import explained, number, probability, size, tensor, tensor_or_none
 from .._op import expect, op
-from .lora_formula import formula, gradients, transformed
+from .lora_formula import formula, gradients, graph_wanted, transformed
 from .nf4 import NF4Weight, expect_base
 
 FEW = 64  # rows up to which one pass over the base, written for few rows, wins
@@ -207,7 +207,7 @@ def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
 
 def backward(ctx, dy):
     """The gradients of forward's arguments, None for what needs none."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if graph_wanted():
         return backward_again(ctx, dy)
     given, a, b, bias, gain, gate, scale, h, bits, z, *base = ctx.saved_tensors
     x, need = rows(given), list(ctx.needs_input_grad[:6])
@@ -383,9 +383,8 @@ def kept_empty(k, n, dtype, device):
 @functools.lru_cache(maxsize=1024)
 def kept_scale(scaling, dtype, device):
     with torch.inference_mode(False):  # else training could not save it for backward
-        return torch.full((1,), scaling, dtype=dtype, device="cpu").to(
-            device
-        )  # a copy, so it is there for every stream
+        scale = torch.full((1,), scaling, dtype=dtype, device="cpu")
+        return scale.to(device)  # a copy, so it is there for every stream
 
 
 @explained("lora", seed=tensor, m=size, k=size, p=probability)

@@ -14,6 +14,11 @@ def transformed():
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def graph_wanted():
+    """Whether gradients shall have a graph themselves, as create_graph asks of a backward outside of a compiler."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def formula(name, *args):
     """What the specification's function of this name makes of args."""
     return backends.cell("reference", name)(*args)

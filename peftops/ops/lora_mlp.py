@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from . import lora
-from .lora_formula import transformed
+from .lora_formula import graph_wanted, transformed
 
 
 def lora_mlp(x, gate, up, down):
@@ -76,7 +76,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if graph_wanted():
             raise RuntimeError("lora_mlp: create_graph must be False; layers by themselves differentiate again")
         g, u, *saved = ctx.saved_tensors
         saved, (gate, up, down) = split(saved, ctx.sizes), ctx.parts
