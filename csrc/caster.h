@@ -2,32 +2,18 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include "exchange.h"
 #include "tensor.h"
 
 namespace py = pybind11;
+using peftops::DLTensor;
 using peftops::Dtype;
+using peftops::Exchange;
 using peftops::Form;
 using peftops::Tensor;
 using peftops::Tensors;
 
 namespace {
-
-// What torch gives for dltensor_from_py_object_no_sync, in the layout that DLPack 1 fixes: a view without a method
-// call.
-struct DLTensor {
-  void* data;
-  int32_t device[2];
-  int32_t dims;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct Exchange {
-  uint32_t major, minor;
-  void *before, *allocate, *give, *take;
-  int (*look)(void*, DLTensor*);
-};
 
 py::object own(PyObject* object) {
   if (!object) throw py::error_already_set();
@@ -39,15 +25,11 @@ struct Names {  // looked up once; a leak on purpose, since the interpreter may 
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* dtypes[6];
-  const Exchange* exchange = nullptr;  // torch from 2.10 on
+  const Exchange* exchange = Exchange::of_torch();
   Names() {
     const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};  // in the order of Dtype
     auto torch = py::module_::import("torch");
     for (int i = 0; i < 6; ++i) dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
-    const py::object table = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
-    if (!table.is_none()) exchange = (const Exchange*)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
-    PyErr_Clear();
-    if (exchange && (exchange->major != 1 || !exchange->look)) exchange = nullptr;
   }
 };
 
@@ -76,7 +58,7 @@ bool look(PyObject* source, const Exchange* exchange, Tensor& tensor, int64_t& n
     PyErr_Clear();
     return false;
   }
-  tensor = {(char*)t.data + t.byte_offset, {1, 1}, dtype_of(t)};
+  tensor = {t.start(), {1, 1}, dtype_of(t)};
   numel = 1;
   for (int i = 0; i < t.dims; ++i) numel *= tensor.shape[i < 2 ? i : 1] = t.shape[i];
   return true;

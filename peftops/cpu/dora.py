@@ -3,12 +3,13 @@
 import torch
 
 from .._C import cpu as _C
+from .._replay import noted
 from . import nf4
 
 
 def dora_norm(n, x, base, a, b, scale, form, block):
     dots = x.dtype is torch.bfloat16 and hasattr(_C, "dora_norm_bf16")
-    (_C.dora_norm_bf16 if dots else _C.dora_norm)(n, x, base, a, b, scale, form, block)
+    noted(_C.dora_norm_bf16 if dots else _C.dora_norm, n, x, base, a, b, scale, form, block)
 
 
 def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
@@ -36,7 +37,7 @@ def part(x, base, form, block, first, count):
     """Rows of the base, rounded to x's dtype, in fp32"""
     if form == "nf4":
         w = nf4.scratch(x.dtype, count, x.shape[1])
-        _C.nf4_part(w, base, block, x.shape[1], first, 0)
+        noted(_C.nf4_part, w, base, block, x.shape[1], first, 0)
     elif form == "transposed":
         w = base[0].narrow(1, first, count).T
     else:
@@ -45,8 +46,8 @@ def part(x, base, form, block, first, count):
 
 
 def dora_drop(dropped, rest, bits, x, seed, p):
-    _C.dora_drop(dropped, rest, bits, x, seed, p)
+    noted(_C.dora_drop, dropped, rest, bits, x, seed, p)
 
 
 def dora_mix(out, u, v, bits, p):
-    _C.dora_mix(out, u, v, bits, p)
+    noted(_C.dora_mix, out, u, v, bits, p)

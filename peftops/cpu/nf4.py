@@ -5,17 +5,18 @@ import threading
 import torch
 
 from .._C import cpu as _C
+from .._replay import noted
 
 PART = 8 << 20  # bytes of a part, which stays in the cache between its making and its use
 _kept = threading.local()
 
 
 def nf4_quantize(codes, absmax, w, bounds, order, block):
-    _C.nf4_quantize(codes, absmax, w.flatten(), bounds, order, block)
+    noted(_C.nf4_quantize, codes, absmax, w.flatten(), bounds, order, block)
 
 
 def nf4_dequantize(out, codes, table, scales, block, size, dtype):
-    _C.nf4_dequantize(out, [codes, table, *scales], block)
+    noted(_C.nf4_dequantize, out, [codes, table, *scales], block)
 
 
 def parts(length, width, x):

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from .._replay import Stream
+
 
 @functools.cache
 def processors(device):
@@ -17,4 +19,4 @@ def hopper(device):
 
 def stream(device):
     """The handle of torch's current stream."""
-    return torch._C._cuda_getCurrentRawStream(device.index)
+    return Stream(torch._C._cuda_getCurrentRawStream(device.index))

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from .._C import cuda as _C
+from .._replay import noted
 from . import _device
 
 ALIGNED = {"dense": (8, 1), "transposed": (8, 4), "nf4": (16, 1)}  # k and n of a weight that is read by whole pieces
@@ -23,7 +24,7 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     ranks = -(-r // ranks) * ranks if tiled else 0
     fragments = x.new_empty(-(-k // 64) * 64, ranks), x.new_empty(-(-rows // 32) * 32, ranks)
     w, *scales = [*base, None, None, None, None, None][:6]
-    _C.dora_norm(n, sums, *fragments, x, w, *scales, a, b, scale, form, block, tiled, _device.stream(device))
+    noted(_C.dora_norm, n, sums, *fragments, x, w, *scales, a, b, scale, form, block, tiled, _device.stream(device))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import torch
 
 from .._C import cuda as _C
+from .._replay import noted
 from . import _device
 from .nf4 import dequantize_rows
 
@@ -15,7 +16,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         return
     way, scales = path("lora_gemv", x, m, n, k, r, form), [None] * 5
     if way == "cuBLAS + epilogue":
-        torch.mm(x, w if form == "transposed" else w.T, out=y)
+        noted(torch.mm, x, w if form == "transposed" else w.T, out=y)
     elif way == "dequantize + cuBLAS":
         multiply(y, x, base, block)
     elif form == "nf4":
@@ -25,7 +26,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         w = y
     h = x.new_empty(0 if way == "one launch" else (m, r), dtype=torch.float32)
     where = _device.processors(x.device), _device.stream(x.device)
-    _C.lora_gemv(y, h, x, w, *scales, a, b, scale, bias, gain, gate, block, given, *where)
+    noted(_C.lora_gemv, y, h, x, w, *scales, a, b, scale, bias, gain, gate, block, given, *where)
 
 
 def multiply(y, x, base, block):
@@ -36,7 +37,7 @@ def multiply(y, x, base, block):
     for first in range(0, n, len(scratch)):
         w = scratch[: n - first]
         dequantize_rows(w, base, block, k, first)
-        torch.mm(x, w.T, out=y[:, first : first + len(w)])
+        noted(torch.mm, x, w.T, out=y[:, first : first + len(w)])
 
 
 def path(op, x, m, n, k, r, form):

@@ -14,14 +14,14 @@ from .lora import (
     expect_probability,
     lora_bwd,
     lora_fwd,
-    lora_linear,
+    linear,
     no_delta,
     prepared,
     rows,
     shaped,
     weight,
 )
-from .lora_formula import formula, gradients, graph_wanted, transformed
+from .lora_formula import applied, differentiable, formula, gradients, graph_wanted, transformed
 
 
 @op
@@ -129,8 +129,8 @@ def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
         base = base._replace(tensors=[t.to(x.dtype) for t in base.tensors])
     if transformed():
         return formula("dora_norm_formula", x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
-    if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
-        return Norm.apply(lora_A, lora_B, scale, x, base.form, base.block, *base.tensors)
+    if differentiable(lora_A, lora_B):
+        return applied(Norm, lora_A, lora_B, scale, x, base.form, base.block, *base.tensors)
     return dora_norm(x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
 
 
@@ -175,7 +175,7 @@ def linear_of_gain(x, weight, a, b, gain, bias, *, scaling, dropout_p, dropout_m
     if gain.dtype is not wide:
         gain = gain.to(wide)
     if not dropout_p or dropout_mode == "lora":
-        return lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=dropout_p, gain=gain)
+        return linear(x, weight, a, b, bias, scaling, dropout_p, gain)
     x, base, scale = prepared(x, weight, a, b, scaling)
     if base.form == "given":
         raise ValueError("dora: w must be given itself for dropout_mode peft, got a product of it")
@@ -183,8 +183,8 @@ def linear_of_gain(x, weight, a, b, gain, bias, *, scaling, dropout_p, dropout_m
     args = x, a, b, bias, gain, scale, seed, (base.form, base.block, dropout_p), *base.tensors
     if transformed():
         return plain(*args)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        return Dropped.apply(*args)
+    if differentiable(x, a, b, bias, gain):
+        return applied(Dropped, *args)
     return dropped(None, *args)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from .._arguments import explained, number, probability, size, tensor, tensor_or_none
 from .._op import expect, op
-from .lora_formula import formula, gradients, graph_wanted, transformed
+from .lora_formula import applied, differentiable, formula, gradients, graph_wanted, transformed
 from .nf4 import NF4Weight, expect_base
 
 FEW = 64  # rows up to which one pass over the base, written for few rows, wins
@@ -218,10 +218,9 @@ def backward(ctx, dy):
         base = []
     args = x, base, a, b, scale, h, bits, bias, gain, rows(gate), z, *ctx.constants, need
     grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
-    if need[0]:
-        grads[0] = grads[0].view(given.shape)
-    if need[5]:
-        grads[5] = grads[5].view(gate.shape)
+    for i, like in ((0, given), (5, gate)):
+        if need[i] and like.dim() != 2:
+            grads[i] = grads[i].view(like.shape)
     dbase = [None] * (len(ctx.needs_input_grad) - 9)
     if dbase and ctx.needs_input_grad[9]:
         dbase[0] = dy if gain is None else (dy * gain).to(dy.dtype)
@@ -286,11 +285,16 @@ def lora_linear(
     Raises ValueError for shapes and for a weight or scaling that requires grad, TypeError for dtypes.
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    args = arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, gain, gate)
+    return linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, gain, gate)
+
+
+def linear(x, weight, a, b, bias, scaling, p, gain=None, gate=None):
+    """lora_linear for callers that know their arguments"""
+    args = arguments(x, weight, a, b, bias, scaling, p, gain, gate)
     if transformed():
         return plain(*args)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        return LoRA.apply(*args)
+    if differentiable(*args[:6], *args[9:]):
+        return applied(LoRA, *args)
     return forward(None, *args)
 
 
@@ -308,14 +312,16 @@ def prepared(x, weight, lora_A, lora_B, scaling):
     if isinstance(weight, NF4Weight) and weight.shape != (lora_B.shape[0], x.shape[-1]):
         wanted = lora_B.shape[0], x.shape[-1]
         raise ValueError(f"lora: w must be {wanted}, got {tuple(weight.shape)}")
-    base, device = Base.of(weight), x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-        x = x.to(dtype)
-        if base.form != "nf4":
-            base = base._replace(tensors=[t.to(dtype) for t in base.tensors])
+    base, device, dtype = Base.of(weight), x.device, x.dtype
+    kind = device.type
+    if kind != "meta" and dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+        wanted = torch.get_autocast_dtype(kind)
+        if dtype is not wanted:
+            x = x.to(wanted)
+        if base.form != "nf4" and any(t.dtype is not wanted for t in base.tensors):
+            base = base._replace(tensors=[t.to(wanted) for t in base.tensors])
     if not isinstance(scaling, Tensor):
-        return x, base, scale_of(scaling, torch.float64 if x.dtype is torch.float64 else torch.float32, device)
+        return x, base, scale_of(scaling, torch.float64 if dtype is torch.float64 else torch.float32, device)
     if scaling.requires_grad:
         raise ValueError("lora: scaling must be a constant, got one that requires grad")
     return x, base, scaling

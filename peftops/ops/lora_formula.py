@@ -14,6 +14,23 @@ def transformed():
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def applied(function, *args):
+    """function.apply(*args) where nothing is transformed, so without the look for that which apply begins with."""
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def differentiable(*args):
+    """Whether autograd has to see what is made of these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in args:
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
 def graph_wanted():
     """Whether gradients shall have a graph themselves, as create_graph asks of a backward outside of a compiler."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

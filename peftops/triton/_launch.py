@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .._replay import noting
+
 MOST = 2048  # kinds of arguments that are kept
 
 
@@ -44,22 +46,58 @@ class Launched:
                     starts |= part.data_ptr()
             else:
                 alike.append(arg)
-        hook = triton.knobs.runtime.launch_enter_hook  # a profiler's
-        if starts % 16 or (hook is not None and getattr(hook, "calls", True)):
+        notes = noting()
+        if starts % 16 or watched():
+            if notes is not None:
+                notes.why_not = "a launch that Triton has to see"
             self.kernel[grid](*args, **options)
             return
         key = device, *alike, *options, *options.values()
         if found := self.kept.get(key):
-            run, function, metadata, rest = found
+            compiled, rest = found
             stream = torch._C._cuda_getCurrentRawStream(device)
+            run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
             run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *rest)
-            return
-        compiled = self.kernel[grid](*args, **options)
-        if compiled is not None:  # what only records launches compiles nothing
+        else:
+            compiled = self.kernel[grid](*args, **options)
+            if compiled is None:  # what only records launches compiles nothing
+                return
             if len(self.kept) >= MOST:
                 self.kept.clear()
             rest = [options[name] for name in self.kernel.arg_names[len(args) :]]
-            self.kept[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+            self.kept[key] = compiled, rest
+        if notes is not None:
+            note(notes, compiled, self.kernel, grid, args)
+
+
+def watched():
+    """Whether a profiler has to see launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def note(notes, compiled, kernel, grid, args):
+    """Notes a launch as CUDA's driver takes it, where it is of the plain kind."""
+    made = compiled.metadata
+    special = ("num_ctas", 1), ("launch_pdl", False), ("launch_cooperative_grid", False), ("cluster_dims", (1, 1, 1))
+    special += ("global_scratch_size", 0), ("profile_scratch_size", 0)
+    if any(getattr(made, name, plain) not in (plain, None) for name, plain in special):
+        notes.why_not = "a launch of a special kind"
+        return
+    parameters = [
+        pair for name, arg in zip(kernel.arg_names, args, strict=False) for pair in typed(compiled, name, arg)
+    ]
+    parameters += [("pointer", None)] * 2  # where Triton's launcher passes scratch memory
+    notes.launch(watched, compiled.function, (*grid, 1, 1)[:3], 32 * made.num_warps, made.shared, parameters, compiled)
+
+
+def typed(compiled, name, arg):
+    """(kind, value) of each parameter that this argument of a kernel becomes."""
+    types = compiled.src.signature[name]
+    pairs = zip(types, arg, strict=True) if isinstance(types, tuple) else [(types, arg)]
+    for kind, value in pairs:
+        if kind != "constexpr":
+            yield "pointer" if kind.startswith("*") else "float" if kind == "fp32" else "int", value
 
 
 def launched(kernel):

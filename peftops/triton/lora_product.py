@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .._replay import noted
 from .nf4 import EXACT, decode
 
 SCRATCH = 32 << 20  # bytes of decoded weights at a time; torch's allocator has them ready for the next call
@@ -52,9 +53,9 @@ def adds(x):
 
 def product(out, a, b, add):
     if add:
-        torch.addmm(out, a, b, out=out)
+        noted(torch.addmm, out, a, b, out=out)
     else:
-        torch.mm(a, b, out=out)
+        noted(torch.mm, a, b, out=out)
 
 
 def part(count, length, x):

@@ -1,0 +1,301 @@
+"""Replays: a plan does what the launcher did, for arguments that are alike and for no others."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
+import pytest
+import torch
+from peftops.bench.cases import CASES, SHAPES
+
+import peftops.functional as F
+from peftops import _replay, backend, backends
+from peftops._op import CONTRACTS
+from peftops._replay import Notes, Unplanned, Written, noted, paused
+
+_C = pytest.importorskip("peftops._C")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNPLANNED = {"dora_norm_bwd"}  # on a CPU, where it reads the scale
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    _replay.forget()
+    yield
+    _replay.forget()
+
+
+def op(name):
+    return getattr(import_module(f"peftops.ops.{name.partition('_')[0]}"), name)
+
+
+def copied(args):
+    return [copied(arg) if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+
+
+def other(args):
+    """Arguments that are alike, with other values in other memory."""
+    if not isinstance(args, list):
+        return args.flip(0).contiguous() if torch.is_tensor(args) and args.dim() else args
+    return [other(arg) for arg in args]
+
+
+def outputs(call, args):
+    made = call(*args)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def same(outs, expected):
+    return len(outs) == len(expected) and all(
+        a.shape == b.shape and a.dtype is b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(outs, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_replay_is_what_the_launcher_does(name, shape, dtype, monkeypatch):
+    call = op(name)
+    for label, args in CASES[name](shape, dtype):
+        before = call.direct.plans()
+        outputs(call, args)
+        assert call.direct.plans() >= before, label
+        for again in (copied(args), other(args)):
+            with paused():
+                expected = outputs(call, again)
+            assert same(outputs(call, again), expected), label
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_the_launcher_of_a_plan_does_not_run(name, ops):
+    """`ops` is told when a backend is looked for, and pauses replays, which are resumed here."""
+    _, args = next(CASES[name]((37, 96, 130, 5), torch.float32))
+    call = op(name)
+    _replay.pause(-1)
+    try:
+        outputs(call, args)
+        del ops[:]
+        outputs(call, other(args))
+    finally:
+        _replay.pause(1)
+    assert (ops == []) == (name not in UNPLANNED), ops
+
+
+def lora_args(m=37, k=96, n=130, r=5, dtype=torch.float32):
+    return next(CASES["lora_fwd"]((m, k, n, r), dtype))[1]
+
+
+def unlike():
+    """Changes of lora_fwd's arguments after which the plan of before must not be played, or serves as well."""
+
+    def replaced(index, make):
+        def change(args):
+            args[index] = make(args[index])
+
+        return change
+
+    shifted = lambda t: torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t)  # noqa: E731
+    yield "more rows", replaced(0, lambda x: torch.cat([x, x]))
+    yield "another dtype", lambda args: args.__setitem__(slice(0, 2), [args[0].half(), [args[1][0].half()]])
+    yield "a bias", replaced(5, lambda _: torch.arange(130.0))
+    yield "a gain", replaced(6, lambda _: torch.arange(130.0))
+    yield "z is kept", replaced(12, lambda _: True)
+    yield "memory that starts elsewhere", replaced(0, shifted)
+    yield "columns", replaced(0, lambda x: x.T.contiguous().T)
+    yield "a negated view", replaced(0, torch._neg_view)
+    yield "a parameter", replaced(2, torch.nn.Parameter)
+    yield "other values", replaced(0, lambda x: x * 2)
+    yield "a scale of one element that is negated", replaced(4, torch._neg_view)
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=label) for label, change in unlike()])
+def test_what_is_not_alike_has_a_plan_of_its_own(change):
+    call, args = op("lora_fwd"), lora_args()
+    outputs(call, args)
+    changed = lora_args()
+    change(changed)
+    with torch.no_grad():
+        with paused():
+            expected = outputs(call, changed)
+        assert same(outputs(call, changed), expected) and same(outputs(call, changed), expected)
+        with paused():
+            expected = outputs(call, args)
+        assert same(outputs(call, args), expected)
+
+
+def test_a_forced_backend_has_plans_of_its_own(ops):
+    call, args = op("lora_fwd"), lora_args()
+    _replay.pause(-1)
+    try:
+        for name in (None, "reference", "cpu", "reference", None):
+            del ops[:]
+            if name:
+                with backend(name):
+                    assert backends.find("lora_fwd", args[0]).__module__.startswith(f"peftops.{name}")
+                    outputs(call, args)
+            else:
+                outputs(call, args)
+        assert call.direct.plans() == 3
+    finally:
+        _replay.pause(1)
+
+
+def test_tensors_that_share_memory_make_no_plan():
+    """A plan of y = x·xᵀ could not tell which of the two another call means."""
+    call, (x, w), args = op("lora_fwd"), torch.randn(2, 16, 16), lora_args(16, 16, 16, 4)
+    outputs(call, [x, [x], *args[2:]])
+    with paused():
+        expected = outputs(call, [x, [w], *args[2:]])
+    assert same(outputs(call, [x, [w], *args[2:]]), expected)
+    assert same(outputs(call, [x, [w], *args[2:]]), expected)
+
+
+def test_plans_do_not_grow_for_ever():
+    made = []
+
+    def first(plan, x):
+        made.append(plan)
+        return x, None
+
+    replay = _C.Replay(first, {}, lambda: None, 3)
+    for m in range(20):
+        assert replay(torch.empty(m)).shape == (m,) and replay.plans() <= 3
+    assert made == [True] * 20
+    replay(torch.empty(19))
+    assert made[20:] == [False]  # of which is known that it has no plan
+
+
+def test_forget_drops_what_was_planned():
+    call, args = op("lora_fwd"), lora_args()
+    outputs(call, args)
+    assert call.direct.plans() == 1
+    _replay.forget()
+    assert call.direct.plans() == 0
+    outputs(call, args)
+    assert call.direct.plans() == 1
+
+
+def test_an_error_of_a_step_is_the_errors_of_the_call():
+    def fail(x):
+        raise MemoryError("all is full")
+
+    plan = _C.Plan([], False, [], None, [("call", fail, [("slot", 0)], None)], None, None)
+    replay = _C.Replay(lambda wanted, x: ((), plan), {}, lambda: None, 8)
+    x = torch.ones(4)
+    assert replay(x) == ()
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="all is full"):
+            replay(x)
+    with pytest.raises(TypeError, match="in order"):
+        replay(x=x)
+
+
+def test_arguments_of_a_call_are_made_anew():
+    """Slots, transposes, views of what the plan made, lists and constants, in a call with names."""
+    seen = []
+
+    def see(x, turned, *, view, items, number):
+        seen.append((x, turned, view, items, number))
+        view.fill_(7)
+
+    operands = [("slot", 0), ("turned", 0), ("strided", 1, ((2, 2), (4, 1), 4))]
+    operands += [("list", [("slot", 0), ("constant", None)]), ("constant", 5)]
+    fresh = [(((3, 4), (4, 1)), {"dtype": torch.float32, "device": torch.device("cpu")})]
+    plan = _C.Plan(fresh, True, [], None, [("call", see, operands, ("view", "items", "number"))], None, None)
+    replay = _C.Replay(lambda wanted, x: (None, plan), {}, lambda: None, 8)
+    replay(torch.ones(2, 3))
+    x = torch.randn(2, 3)
+    y = replay(x)
+    ((got, turned, view, items, number),) = seen
+    assert got is x and torch.equal(turned, x.T) and items[0] is x and items[1] is None and number == 5
+    assert view.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    assert torch.equal(y[1:, :2], torch.full((2, 2), 7.0))
+
+
+def test_a_plan_waits_while_somebody_watches():
+    watching, ran = [True], []
+    steps = [("call", lambda x: ran.append("plan"), [("slot", 0)], None)]
+    plan = _C.Plan([], False, [], None, steps, lambda: bool(watching), None)
+
+    def first(wanted, x):
+        ran.append("launcher")
+        return (), plan
+
+    replay, x = _C.Replay(first, {}, lambda: None, 8), torch.ones(4)
+    replay(x), replay(x)
+    watching.clear()
+    replay(x)
+    assert ran == ["launcher", "launcher", "plan"]
+
+
+def test_threads_replay_side_by_side():
+    shapes, failed = [(37, 96, 130, 5), (70, 64, 48, 16), (5, 133, 33, 20)], []
+    cases = [lora_args(*shape) for shape in shapes]
+    with paused():
+        expected = [outputs(op("lora_fwd"), args) for args in cases]
+
+    def work(seed):
+        for i in range(300):
+            at = (seed + i) % len(cases)
+            if not same(outputs(op("lora_fwd"), cases[at]), expected[at]):
+                failed.append((seed, i))
+            if i % 50 == 49:
+                _replay.forget()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert failed == [] and threading.active_count() >= 1
+
+
+def test_what_inference_mode_began_training_continues():
+    """All replays share what has no elements; training saves it for backward."""
+    x, w, a, b = torch.randn(70, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
+    with torch.inference_mode():
+        F.lora_linear(x, w, a, b), F.lora_linear(x, w, a, b)
+    a.requires_grad_(), b.requires_grad_()
+    for _ in range(2):
+        F.lora_linear(x, w, a, b).sum().backward()
+    assert torch.isfinite(a.grad).all()
+
+
+def notes_of(body, *inputs, out=None):
+    notes = Notes(list(inputs), [] if out is None else [out])
+    with notes:
+        body()
+    return notes
+
+
+def test_what_torch_does_unnoted_makes_no_plan():
+    x = torch.ones(4)
+    for body in (lambda: x.add_(1), lambda: x.sum().item(), lambda: torch.mm(x[None], x[:, None])):
+        assert notes_of(lambda body=body: (noted(print, "a step"), body()), x).plan(True) is None
+    assert notes_of(lambda: noted(print, "a step"), x).plan(True) is not None
+    assert notes_of(lambda: None, x).plan(True) is None  # nothing to play
+    assert _replay.noting() is None
+
+
+def test_memory_of_somebody_else_makes_no_plan():
+    x, elsewhere = torch.ones(4), torch.ones(4)
+    with pytest.raises(Unplanned, match="somebody else"):
+        Written(notes_of(lambda: noted(print, elsewhere), x)).plan(True)
+    with pytest.raises(Unplanned, match="view of an input"):
+        Written(notes_of(lambda: noted(print, x[:2]), x)).plan(True)
+    with pytest.raises(Unplanned, match="share memory"):
+        Written(notes_of(lambda: noted(print, x), x, x[1:]))
+
+
+def test_temporaries_of_calls_are_tensors_and_of_launches_a_scratch():
+    x, y = torch.ones(8), torch.empty(8)
+    kept = []
+
+    def body():
+        first, second, third = x.new_empty(100), x.new_empty(3), x.new_empty(2, 2)
+        noted(kept.append, second)
+        _replay.noting().launch(None, 1, (1, 1, 1), 32, 0, [("pointer", first), ("pointer", third)], None)
+
+    written = Written(notes_of(body, x, out=y))
+    assert [t.numel() for t in written.temporaries] == [3] and [t.numel() for t in written.parts] == [100, 4]
+    _, *launch = written.launch(*written.notes.steps[1][1:])
+    assert launch[-1] == [(0, 3, 0), (1, 4, 0)]  # after x, y and the tensor of the call
