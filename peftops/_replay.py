@@ -24,7 +24,7 @@ except ImportError:  # nothing is compiled, and so nothing replayed
 aten = torch.ops.aten
 MAKES = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 VIEWS = {aten.t.default, aten.view.default, aten.view.dtype, aten.slice.Tensor, aten.select.int, aten.transpose.int}
-VIEWS |= {aten.unsqueeze.default, aten.alias.default, aten.detach.default, aten.as_strided.default}
+VIEWS |= {aten.permute.default, aten.unsqueeze.default, aten.alias.default, aten.detach.default, aten.as_strided.default}
 ALIGNED = 256  # bytes between the parts of a scratch
 _thread = threading.local()
 
@@ -162,11 +162,10 @@ class Written:
             return "constant", made(arg)
         slot, offset = self.place(arg)
         whole = self.numbered[slot]
-        if offset == 0 and arg.dtype is whole.dtype and arg.is_contiguous() and arg.shape == whole.shape:
+        if offset == 0 and alike(arg, whole):
             return "slot", slot
-        if offset == 0 and arg.dtype is whole.dtype and whole.dim() == 2 and arg.shape == whole.T.shape:
-            if arg.stride() == whole.T.stride():
-                return "turned", slot
+        if offset == 0 and whole.dim() == 2 and alike(arg, whole.T):
+            return "turned", slot
         if slot < len(self.notes.inputs) or arg.dtype is not whole.dtype:
             raise Unplanned("a view of an input")  # which may begin elsewhere in its memory next time
         return "strided", slot, (tuple(arg.shape), arg.stride(), arg.storage_offset())
@@ -177,6 +176,10 @@ class Written:
             if start(whole) <= t.data_ptr() < end(whole):
                 return number, t.data_ptr() - start(whole)
         raise Unplanned("memory of somebody else")
+
+
+def alike(t, other):
+    return t.dtype is other.dtype and t.shape == other.shape and t.stride() == other.stride()
 
 
 def start(t):

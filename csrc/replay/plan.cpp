@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <dlfcn.h>
+#include <pybind11/stl.h>
 
 #include <map>
 #include <stdexcept>

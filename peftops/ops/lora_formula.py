@@ -23,12 +23,7 @@ def applied(function, *args):
 
 def differentiable(*args):
     """Whether autograd has to see what is made of these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    for t in args:
-        if t is not None and t.requires_grad:
-            return True
-    return False
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args])  # a generator costs more
 
 
 def graph_wanted():
