@@ -14,7 +14,7 @@ from . import results
 from .progress import Progress
 
 ROWS = ("lora", "nf4", "dora")
-COMMANDS = ("model", "readme", "plot", "compare", "static", "check")
+COMMANDS = ("model", "host", "readme", "plot", "compare", "static", "check")
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 

@@ -24,8 +24,15 @@ except ImportError:  # nothing is compiled, and so nothing replayed
 aten = torch.ops.aten
 MAKES = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 VIEWS = {aten.t.default, aten.view.default, aten.view.dtype, aten.slice.Tensor, aten.select.int, aten.transpose.int}
-VIEWS |= {aten.permute.default, aten.unsqueeze.default, aten.alias.default, aten.detach.default, aten.as_strided.default}
+VIEWS |= {
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.as_strided.default,
+}
 ALIGNED = 256  # bytes between the parts of a scratch
+UNWANTED = "_peftops_unwanted"
 _thread = threading.local()
 
 
@@ -94,7 +101,7 @@ class Notes(TorchDispatchMode):
         self.unless = unless
         self.steps.append(("launch", *launched))
 
-    def plan(self, single, kept=None):
+    def plan(self, single):
         """The Plan of these notes, or None."""
         if self.why_not or not self.steps:
             return None
@@ -132,7 +139,8 @@ class Written:
             scratch = (((size,), (1,)), {"dtype": torch.uint8, "device": self.parts[0].device}), offsets
         steps = [self.call(*step[1:]) if step[0] == "call" else self.launch(*step[1:]) for step in notes.steps]
         fresh = [[made(t) for t in group] for group in (notes.outputs, self.temporaries)]
-        return Plan(fresh[0], single, fresh[1], scratch, steps, notes.unless, notes.steps)
+        kernels = [step[-1] for step in notes.steps if step[0] == "launch"]  # without which their code is unloaded
+        return Plan(fresh[0], single, fresh[1], scratch, steps, notes.unless, kernels)
 
     def call(self, function, args, named):
         operands = [self.operand(arg) for arg in (*args, *named.values())]
@@ -159,7 +167,7 @@ class Written:
         if not isinstance(arg, Tensor):
             return "constant", arg
         if not arg.numel():
-            return "constant", made(arg)
+            return "constant", torch.empty(arg.shape, dtype=arg.dtype, device=arg.device)
         slot, offset = self.place(arg)
         whole = self.numbered[slot]
         if offset == 0 and alike(arg, whole):
@@ -200,11 +208,18 @@ def tensors(values):
 
 
 def made(t):
-    """How a replay makes an output or a temporary like t; all share one that has no elements."""
-    if t.numel():
+    """How a replay makes an output or a temporary like t; or one for all replays, where it is unwanted."""
+    if not hasattr(t, UNWANTED):
         return (tuple(t.shape), t.stride()), {"dtype": t.dtype, "device": t.device}
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # else training could not save it for backward
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def unwanted(x, *shape, dtype=None):
+    """A tensor without elements in the place of an output that nobody reads, so that one serves all replays."""
+    t = x.new_empty(shape, dtype=dtype)
+    setattr(t, UNWANTED, True)
+    return t
 
 
 def replayed(body, single, args, outputs):

@@ -1,6 +1,7 @@
 """Replays: a plan does what the launcher did, for arguments that are alike and for no others."""
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
@@ -137,7 +138,7 @@ def test_a_forced_backend_has_plans_of_its_own(ops):
                     outputs(call, args)
             else:
                 outputs(call, args)
-        assert call.direct.plans() == 3
+        assert call.direct.plans() == 2  # of the CPU, asked for and by itself; the reference has none
     finally:
         _replay.pause(1)
 
@@ -153,18 +154,18 @@ def test_tensors_that_share_memory_make_no_plan():
 
 
 def test_plans_do_not_grow_for_ever():
-    made = []
+    made, plan = [], _C.Plan([], False, [], None, [], None, None)
 
-    def first(plan, x):
-        made.append(plan)
-        return x, None
+    def first(wanted, x):
+        made.append(wanted)
+        return (), plan if len(x) % 2 else None
 
     replay = _C.Replay(first, {}, lambda: None, 3)
     for m in range(20):
-        assert replay(torch.empty(m)).shape == (m,) and replay.plans() <= 3
+        assert replay(torch.empty(m)) == () and replay.plans() <= 2
     assert made == [True] * 20
-    replay(torch.empty(19))
-    assert made[20:] == [False]  # of which is known that it has no plan
+    replay(torch.empty(18)), replay(torch.empty(19))
+    assert made[20:] == [False]  # 18 is known to have no plan, and 19 has one
 
 
 def test_forget_drops_what_was_planned():
@@ -247,6 +248,27 @@ def test_threads_replay_side_by_side():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert failed == [] and threading.active_count() >= 1
+
+
+def test_a_plan_keeps_no_tensor_alive():
+    for name in CONTRACTS:
+        _, args = next(CASES[name]((37, 96, 130, 5), torch.float32))
+        args = copied(args)
+        outs = outputs(op(name), args)
+        held = [weakref.ref(t) for t in [*_replay.tensors(args), *outs] if t.numel() and t.dim() == 2]
+        del args, outs
+        assert [r() for r in held if r() is not None] == [], name
+
+
+def test_outputs_of_two_replays_are_not_one():
+    """But for those that nobody reads. Autograd hangs a graph on an output without elements too."""
+    for shape in ((37, 96, 130, 5), (37, 96, 0, 5), (37, 96, 130, 0)):
+        x, w = torch.randn(*shape[:2]), torch.randn(shape[2], shape[1])
+        a, b = torch.randn(shape[3], shape[1], requires_grad=True), torch.randn(shape[2], shape[3], requires_grad=True)
+        ys = [F.lora_linear(x, w, a, b, dropout_p=0.1) for _ in range(3)]
+        grads = [torch.autograd.grad(y.sum(), [a, b]) for y in ys]
+        every = [*ys, *(g for pair in grads for g in pair)]
+        assert len({id(t) for t in every}) == len(every), shape
 
 
 def test_what_inference_mode_began_training_continues():

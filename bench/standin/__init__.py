@@ -7,7 +7,6 @@ host is real: torch's dispatcher and autograd, Triton's compiler and launcher (f
 import ctypes
 import hashlib
 import operator
-import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +37,13 @@ def missing():
     return None
 
 
+def interpreted():
+    """Whether Triton's kernels are interpreted in this process."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
 def build():
     """The folder of what is built, which is kept for this torch."""
     import torch
@@ -45,7 +51,7 @@ def build():
     sources = [HERE / "driver.c", HERE / "device.cpp"]
     told = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     told.update(f"{torch.__version__} {sys.version}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peftops")
+    cache = Path.home() / ".cache" / "peftops"
     target = cache / f"standin-{told.hexdigest()[:16]}"
     if target.exists():
         return target
@@ -67,7 +73,14 @@ def compile_into(folder, torch, driver, device):
     subprocess.run(["gcc", "-O2", "-fPIC", *libcuda], check=True)
     includes = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
     defines = [f"-DTORCH_EXTENSION_NAME={MODULE}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
-    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]
+    libraries = [
+        f"-L{torch / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-ltorch_python",
+        "-lc10",
+        f"-Wl,-rpath,{torch / 'lib'}",
+    ]
     flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-w", *defines, *(f"-I{path}" for path in includes)]
     subprocess.run(["g++", *flags, device, "-o", folder / f"{MODULE}.so", *libraries], check=True)
 
@@ -78,7 +91,6 @@ def enter():
     TRITON_INTERPRET must not be set, and nothing of peftops.triton imported.
     """
     folder = build()
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     driver = ctypes.CDLL(folder / "libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
     import torch
 
@@ -96,6 +108,7 @@ def enter():
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
+    triton.knobs.nvidia.libcuda_path = str(folder)
     triton.runtime.driver.set_active(CudaDriver())
     serve()
     return extension, driver

@@ -108,7 +108,10 @@ struct Arguments {
       PyErr_Clear();
       return false;
     }
-    if (count == 0) memcpy(device, t.device, sizeof device);
+    if (count == 0) {
+      memcpy(device, t.device, sizeof device);
+      key.add((uint64_t)t.device[0] << 32 | (uint32_t)t.device[1]);
+    }
     if (memcmp(device, t.device, sizeof device) || (uint64_t)t.start() % 16) return false;
     if (plain && negated(value)) return false;
     key.add(TENSOR | t.dims << 16 | t.code << 8 | t.bits);

@@ -132,12 +132,15 @@ void drop(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyObject* length(PyObject* self, PyObject*) {
+PyObject* plans(PyObject* self, PyObject*) {
   auto* replay = (Replay*)self;
-  return PyLong_FromSize_t(replay->forgotten == forgotten ? replay->plans->size() : 0);
+  size_t count = 0;
+  if (replay->forgotten == forgotten)
+    for (const auto& one : *replay->plans) count += one.second.plan != nullptr;
+  return PyLong_FromSize_t(count);
 }
 
-PyMethodDef methods[] = {{"plans", length, METH_NOARGS, "How many plans it keeps."}, {}};
+PyMethodDef methods[] = {{"plans", plans, METH_NOARGS, "How many plans it keeps."}, {}};
 PyMemberDef members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Replay, call), READONLY}, {}};
 PyType_Slot slots[] = {{Py_tp_new, (void*)make},         {Py_tp_dealloc, (void*)drop},  {Py_tp_methods, methods},
                        {Py_tp_members, members},         {Py_tp_call, (void*)PyVectorcall_Call},

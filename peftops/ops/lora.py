@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from .._arguments import explained, number, probability, size, tensor, tensor_or_none
 from .._op import expect, op
+from .._replay import unwanted
 from .lora_formula import applied, differentiable, formula, gradients, graph_wanted, transformed
 from .nf4 import NF4Weight, expect_base
 
@@ -39,8 +40,8 @@ def lora_fwd(
     expect_probability(p)
     if p and seed is None:
         raise ValueError(f"lora: p must come with a seed, got {p} and None")
-    bits = x.new_empty(m, 4 * -(-k // 32) if p else 0, dtype=torch.uint8)
-    return x.new_empty(m, n), x.new_empty(m, r), bits, x.new_empty(m, n if keep_z else 0)
+    bits = x.new_empty(m, 4 * -(-k // 32), dtype=torch.uint8) if p else unwanted(x, m, 0, dtype=torch.uint8)
+    return x.new_empty(m, n), x.new_empty(m, r), bits, x.new_empty(m, n) if keep_z else unwanted(x, m, 0)
 
 
 @op
@@ -71,7 +72,7 @@ def lora_bwd(
     expect("lora", "z", z, (m, n if need[4] else 0), x.dtype)
     like, plain = (x, a, b, bias, gain, gate), torch.contiguous_format
     return tuple(
-        torch.empty_like(t, memory_format=plain) if wanted else x.new_empty(0)
+        torch.empty_like(t, memory_format=plain) if wanted else unwanted(x, 0)
         for t, wanted in zip(like, need, strict=True)
     )
 

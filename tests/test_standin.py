@@ -1,0 +1,67 @@
+"""The stand-in for a GPU: what is launched there by replays, and how long the host takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peftops.bench import standin
+
+HERE = Path(__file__).parent
+OPS = "lora_fwd", "lora_bwd", "lora_gemv", "lora_mask", "nf4_quantize", "nf4_dequantize"
+OPS += "dora_norm", "dora_drop", "dora_mix"
+GATED = "experts", "shared-a"  # cases whose gradients torch computes in part, which no plan holds
+
+
+def alone(*command):
+    """What a process prints in which Triton does not interpret."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=HERE.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built():
+    pytest.importorskip("peftops._C")
+    if why := standin.missing():
+        pytest.skip(why)
+    return standin.build()
+
+
+def compare(shapes, ops):
+    lines = alone(str(HERE / "launches_on_standin.py"), json.dumps(shapes), *ops).splitlines()
+    assert len(lines) >= 5 * len(shapes) * len(ops) // 2
+    for label, planned, same, events in map(json.loads, lines):
+        gated = label.startswith("lora_bwd") and any(case in label for case in GATED)
+        assert same and events and planned == (not gated), label
+
+
+def test_replays_launch_what_launchers_launch(built):
+    """The same functions with the same grids and parameters, and the same products, in the same order."""
+    compare([(256, 512, 384, 16)], ("lora_fwd", "lora_bwd", "lora_gemv", "dora_norm"))
+
+
+@pytest.mark.slow
+def test_replays_launch_what_launchers_launch_for_every_op_and_kind_of_shape(built):
+    compare([(256, 512, 384, 16), (200, 264, 520, 40), (1, 512, 384, 16), (8192, 4096, 4096, 16)], OPS)
+
+
+def test_bench_host(built, tmp_path):
+    """LoRA's rows: each says what a layer takes of the host, ours beside PEFT's."""
+    told = alone("-m", "peftops", "bench", "host", "--quick", "--dropout", "0.1", "--out", str(tmp_path))
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["pass"] for line in lines] == ["forward, with gradient", "backward", "forward + backward", "one token"]
+    for line in lines:
+        assert line["row"] == "host" and set(line["ms"]) == {"PEFT", "PEFT, narrow adapters", "peftops"}
+        assert 0 < line["ms"]["peftops"][1] < 10 and f"{line['pass']}: " in told
+
+
+def test_bench_host_does_not_run_where_triton_interprets(built):
+    command = [sys.executable, "-m", "peftops", "bench", "host", "--quick"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
+    assert done.returncode == 2 and "TRITON_INTERPRET must not be set" in done.stderr
