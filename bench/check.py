@@ -1,7 +1,8 @@
 """peftops bench check: everything a GPU can tell of this checkout, in one command and a set time.
 
-It builds, asks doctor, holds every kernel on every GPU backend to the law, looks for bad memory accesses, captures and
-compiles the layers, times them beside their peers, and trains a stack like an 8B model in 4 bits under 24 GB.
+It builds, asks doctor, holds every kernel on every GPU backend to the law, looks for bad memory accesses, captures,
+compiles and replays the layers, times them and the host's work beside their peers, and trains a stack like an 8B model
+in 4 bits under 24 GB.
 It never stops at a failure, and keeps what it has as it goes. --device cpu rehearses it: the CPU stands in for the GPU.
 """
 
@@ -22,10 +23,12 @@ from . import results
 PARTS = {  # seconds of nine minutes, and what it does
     "build": (75, "build the extension in place, for this GPU"),
     "doctor": (25, "what runs here, and whether it computes right"),
-    "kernels": (165, "every op × backend × dtype × shape against the law"),
+    "kernels": (150, "every op × backend × dtype × shape against the law"),
     "sanitizer": (35, "compute-sanitizer over a few cases"),
     "layers": (60, "CUDA graphs and torch.compile of the layers"),
-    "bench": (110, "layers beside their peers"),
+    "replays": (15, "what is replayed against what launchers launch"),
+    "host": (35, "how long a layer keeps the host busy, beside PEFT's"),
+    "bench": (85, "layers beside their peers"),
     "stack": (60, "an 8B-shaped stack in 4 bits, trained under 24 GB"),
     "tune": (150, "tiles of the Triton kernels for this GPU"),
 }

@@ -1,53 +1,79 @@
 """peftops bench host: how long a layer keeps the host busy before a GPU has all its work, with stock PEFT and peftops.
 
-No GPU is needed: a stand-in takes the launches (bench/standin), on which torch's dispatcher and autograd, Triton's
-launcher and ours are the real ones. Where a GPU is faster than that, the host is what a step waits for. Over 4 bits
-PEFT stands on bitsandbytes' own Python, whose kernels cost a launch and nothing else.
+Without a GPU a stand-in takes the launches (bench/standin), on which torch's dispatcher and autograd, Triton's launcher
+and ours are the real ones; there PEFT over 4 bits stands on bitsandbytes' own Python, whose kernels cost a launch and
+nothing else. On a GPU layers have so few rows that it waits for the host.
 """
 
 from functools import partial
 from importlib.util import find_spec
 
-from peftops.cli import BadInput, Parser, folder, need, probability
+from peftops.cli import BadInput, Parser, find_device, folder, need, probability
 
 from . import results, standin
 from .progress import Progress
 
 LAYERS = 16  # of a chain, each of which takes what the one before gives
 NAME, SHAPE = "Llama-3.1-8B q, o", (8192, 4096, 4096, 16)
+ROWS = 128  # on a GPU
 KINDS = {"lora": "", "nf4": ", NF4", "dora": ", DoRA", "nf4 dora": ", NF4, DoRA"}
 STOCK, NARROW, OURS = "PEFT", "PEFT, narrow adapters", "peftops"
 TRAIN, BACK, BOTH, TOKEN = "forward, with gradient", "backward", "forward + backward", "one token"
+TARGET = 0.85  # of PEFT's time, in every row
 
 
 def main(argv=None):
     parser = Parser("peftops bench host", description=__doc__)
+    parser.add_argument("--device", help="by default cuda where there is a GPU, else the stand-in for one")
     parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1; tokens go without")
     parser.add_argument("--quick", action="store_true", help="LoRA alone, in few rounds")
     parser.add_argument("--out", type=folder, metavar="DIR", help="where to append results, by default bench/results")
     o = parser.parse_args(argv)
     need("torch", "peft", "triton")
-    if why := standin.missing():
-        raise BadInput(f"the stand-in for a GPU cannot be built ({why})")
+    device = find_device(o.device)
     if standin.interpreted():
         raise BadInput("TRITON_INTERPRET must not be set, since what is interpreted is not launched")
+    if device.type == "cpu" and (why := standin.missing()):
+        raise BadInput(f"the stand-in for a GPU cannot be built ({why})")
     where, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
-    extension, driver = standin.enter()
-    extension.costs(standin.LAUNCH, standin.PRODUCT)
-    kept = bitsandbytes_on(extension)  # noqa: F841  a library's kernels go with it
-    driver.standin_cost(standin.LAUNCH)
-    return run(o, where)
+    return run(o, device, where)
 
 
-def bitsandbytes_on(extension):
-    """Gives bitsandbytes kernels on the stand-in, where it is installed."""
+def run(o, device, where):
+    from .measure import show
+
+    about = results.describe(device) | {"row": "host", "dtype": "bf16"}
+    device, kept = (enter(), bitsandbytes_on_standin()) if device.type == "cpu" else (device, None)
+    drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
+    with Progress() as progress:
+        for line in measure(device, list(KINDS)[: 1 if o.quick else None], drops, 5 if o.quick else 15, progress):
+            show(line)
+            if where:
+                results.append(where / f"{results.slug(about['device'])}.jsonl", about | line)
+    del kept  # a library's kernels go with it
+    return 0
+
+
+def enter():
+    """The stand-in, on which launches and products cost what they cost the host of a GPU"""
     import torch
 
+    extension, driver = standin.enter()
+    extension.costs(standin.LAUNCH, standin.PRODUCT)
+    driver.standin_cost(standin.LAUNCH)
+    return torch.device(standin.NAME)
+
+
+def bitsandbytes_on_standin():
+    """Gives bitsandbytes kernels on the stand-in, where it is installed."""
     if not find_spec("bitsandbytes"):
         return None
     import bitsandbytes  # noqa: F401  defines its ops
+    import torch
+
+    extension = standin.extension()
 
     def kernel(like, shape, dtype):
         extension.launch()
@@ -64,60 +90,45 @@ def bitsandbytes_on(extension):
     return library
 
 
-def run(o, where):
-    import torch
-
-    from .measure import show
-
-    about = results.describe(torch.device("cpu")) | {"row": "host", "dtype": "bf16"}
-    with Progress() as progress:
-        for line in measure(o, progress):
-            show(line)
-            if where:
-                results.append(where / f"{results.slug(about['device'])}.jsonl", about | line)
-    return 0
-
-
-def measure(o, progress):
+def measure(device, kinds, drops, rounds, progress):
     """A result for each kind of layer, dropout and pass, in milliseconds of one layer."""
     import torch
 
     from .measure import finish, times
     from .timing import Contender
 
-    drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
-    kinds = list(KINDS)[:1] if o.quick else list(KINDS)
+    clock = torch.device("cpu")  # whose time is taken, whatever the device does meanwhile
+    rows = ROWS if device.type == "cuda" else SHAPE[0]
     todo = [(kind, p) for kind in kinds for p in (*drops, None)]  # None: a token
     for kind, p in progress.track(todo, len(todo), "host"):
         absent, found = {}, {}
         for label in (STOCK, NARROW, OURS):
             try:
-                calls = token(kind, label) if p is None else training(kind, label, p)
-            except ImportError as error:
+                calls = token(device, kind, label) if p is None else training(device, rows, kind, label, p)
+            except (ImportError, NotImplementedError) as error:
                 absent[label] = str(error)
                 continue
-            found[label] = Contender({name: [call] for name, call in calls.items()}, torch.device("cpu"))
-        shape = SHAPE if p is not None else (1, *SHAPE[1:])
+            found[label] = Contender({name: [call] for name, call in calls.items()}, clock)
+        shape = (1 if p is None else rows, *SHAPE[1:])
         line = {"layer": NAME + KINDS[kind], "op": "host", "shape": shape, "dropout": p or 0.0, "absent": absent}
-        for name in found[OURS].calls:
-            measured, failed = times(found, name, 5 if o.quick else 15, torch.device("cpu"), modes=("eager",))
+        for name in found[OURS].calls if OURS in found else ():
+            measured, failed = times(found, name, rounds, clock, modes=("eager",))
             measured["ms"] = {who: [round(t / LAYERS, 6) for t in ms] for who, ms in measured["ms"].items()}
             yield finish(line, measured, failed)
 
 
-def training(kind, label, p):
+def training(device, rows, kind, label, p):
     """{pass: call} of a chain of layers under autocast, as trainers run it"""
     import torch
 
-    device = torch.device(standin.NAME)
-    chain = [layer(kind, label, p) for _ in range(LAYERS)]
-    x = torch.empty(SHAPE[0], SHAPE[1], device=device, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.empty(SHAPE[0], SHAPE[2], device=device, dtype=torch.bfloat16)
+    chain = [layer(device, kind, label, p) for _ in range(LAYERS)]
+    x = torch.empty(rows, SHAPE[1], device=device, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.empty(rows, SHAPE[2], device=device, dtype=torch.bfloat16)
     wanted = [x] + [t for one in chain for t in one.parameters() if t.requires_grad]
 
     def forward():
         y = x
-        with torch.autocast(standin.NAME, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             for one in chain:
                 y = one(y)
         return y
@@ -131,12 +142,12 @@ def training(kind, label, p):
     }
 
 
-def token(kind, label):
+def token(device, kind, label):
     """{pass: call} of a chain of layers that generates a token"""
     import torch
 
-    chain = [layer(kind, label, 0.0).eval() for _ in range(LAYERS)]
-    x = torch.empty(1, SHAPE[1], device=torch.device(standin.NAME), dtype=torch.bfloat16)
+    chain = [layer(device, kind, label, 0.0).eval() for _ in range(LAYERS)]
+    x = torch.empty(1, SHAPE[1], device=device, dtype=torch.bfloat16)
 
     def generate():
         y = x
@@ -147,8 +158,8 @@ def token(kind, label):
     return {TOKEN: generate}
 
 
-def layer(kind, label, p):
-    """One layer of PEFT on the stand-in, stock or patched"""
+def layer(device, kind, label, p):
+    """One layer of PEFT, stock or patched, without values"""
     import peft
     import torch
     from torch import nn
@@ -163,9 +174,9 @@ def layer(kind, label, p):
     one = model.base_model.model.linear
 
     def parameter(*shape, dtype=narrow if label == NARROW else torch.float32):
-        return nn.Parameter(torch.empty(shape, dtype=dtype, device=standin.NAME))
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
-    one.base_layer = packed(k, n, standin.NAME) if "nf4" in kind else one.base_layer
+    one.base_layer = packed(k, n, device) if "nf4" in kind else one.base_layer
     if "nf4" not in kind:
         one.base_layer.weight = parameter(n, k, dtype=narrow).requires_grad_(False)
     one.lora_A["default"].weight, one.lora_B["default"].weight = parameter(r, k), parameter(n, r)

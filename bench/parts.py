@@ -122,6 +122,54 @@ def layers(o):
         say(what, ok is not False, said, **({"absent": True} if ok is None else {}))
 
 
+def replays(o):
+    """Every op: the same bits from two replays as from its launcher."""
+    from importlib import import_module
+
+    from peftops._replay import Replay, paused
+
+    if not Replay:
+        say("replays", False, "are not built")
+        return
+    for op in CASES:
+        call = getattr(import_module(f"peftops.ops.{op.partition('_')[0]}"), op)
+        wrong = []
+        for shape in shapes(o)[:10]:
+            for label, args in CASES[op](shape, torch.bfloat16, o.device):
+                with paused():
+                    expected = every(call(*args))
+                found = [every(call(*args)) for _ in range(4)]
+                if not all(torch.equal(a, b) for outs in found for a, b in zip(outs, expected, strict=True)):
+                    wrong.append(f"{shape}, {label}")
+        say(f"{op}, {call.direct.plans()} plans", not wrong, "; ".join(wrong[:3]))
+
+
+def every(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [t.nan_to_num() for t in outputs]
+
+
+def host(o):
+    """What a layer takes of the host, ours beside PEFT's, until the time is up."""
+    from . import host as row
+    from .progress import Progress
+
+    if o.device.type != "cuda":
+        say("host time", True, "needs a GPU; peftops bench host has a stand-in for one", absent=True)
+        return
+    about = results.describe(o.device) | {"row": "host", "dtype": "bf16"}
+    for line in row.measure(o.device, row.KINDS, (0.0, 0.1), 5, Progress()):
+        results.append(o.out / "bench.jsonl", about | line)
+        what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}"
+        ratios, took = line["ratio"], 1000 * line["ms"][row.OURS][1]
+        slow = ratios.get(row.STOCK, 0) > row.TARGET
+        missed = [f"{what}: {ratios[row.STOCK]:.2f} × PEFT's host time, target {row.TARGET}"] if slow else []
+        said = ", ".join([f"{took:.0f} µs", *(f"{ratio:.2f} × {peer}" for peer, ratio in ratios.items())])
+        say(f"host time of {what}", True, said, misses=missed)
+        if time.monotonic() > o.end - 3:
+            break
+
+
 def bench(o):
     """Layers beside their peers and DoRA's norms, those that have a target first, until the time is up."""
     from . import dora, lora, nf4

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import unwrap_if_dead
 
 from . import backends
 from ._replay import Replay, replayed
@@ -29,9 +30,15 @@ def op(contract):
         fill(*every)
         return outputs, None
 
+    def below(plan, *args):
+        """What the dispatcher calls, where there is no plan."""
+        plain = ready(contract, args, subclasses=True)
+        with device_of(args[0]):
+            return run(plain, plan and plain is args)
+
     def dispatched(*args):
-        with torch._C._AutoDispatchBelowAutograd(), device_of(args[0]):  # else out= refuses inputs that require grad
-            return run(ready(contract, args, subclasses=True))[0]
+        with torch._C._AutoDispatchBelowAutograd():  # else out= refuses inputs that require grad
+            return planned_below(*args)
 
     LIBRARY.define(name + torch.library.infer_schema(contract, mutates_args=()))
     LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
@@ -48,7 +55,7 @@ def op(contract):
                 return direct(*plain), None
         return run(args, plan) if plain is args else (direct(*plain), None)
 
-    direct = Replay(first, backends.FORCED, backends.forced, MOST) if Replay else lambda *args: first(False, *args)[0]
+    direct, planned_below = planned(first), planned(below)
 
     def call(*args):
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
@@ -57,6 +64,13 @@ def op(contract):
 
     call.direct = direct
     return call
+
+
+def planned(first):
+    """The outputs that first(whether to plan, *args) gives besides a plan, or that its plan makes."""
+    if Replay:
+        return Replay(first, backends.FORCED, backends.forced, MOST)
+    return lambda *args: first(False, *args)[0]
 
 
 def elsewhere(x):
@@ -79,6 +93,7 @@ def ready(contract, args, subclasses=False, whole=None):
     for i, arg in enumerate(args):
         kind, wanted = type(arg), arg
         if kind is Tensor or kind is nn.Parameter or (subclasses and isinstance(arg, Tensor)):
+            wanted = arg = unwrap_if_dead(arg)  # what outlived its transform of torch.func
             if arg.get_device() != place:
                 expect_one_device(contract, whole)
             if not arg.is_contiguous() or arg.data_ptr() % 16 or (kind is Tensor and arg.is_neg()):
@@ -88,7 +103,7 @@ def ready(contract, args, subclasses=False, whole=None):
                 return None
         elif kind not in SCALARS:
             return None
-        if wanted is not arg:
+        if wanted is not args[i]:
             out = [*out[:i], wanted, *out[i + 1 :]]
     return out
 

@@ -176,3 +176,15 @@ def test_backward_under_another_autocast(call, rows, dtype):
     expected = grad(y.sum(), leaves, retain_graph=True)
     with torch.autocast("cpu", torch.float16):
         assert all(map(torch.equal, grad(y.sum(), leaves), expected))
+
+
+def test_what_outlived_its_transform_is_what_it_held():
+    """A tensor that a function under torch.func.grad has handed out"""
+    leaked = []
+    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(torch.randn(70, 16))
+    w, a, b = torch.randn(24, 16), torch.randn(4, 16), torch.randn(24, 4)
+    expected = F.lora_linear(leaked[0].clone(), w, a, b)
+    assert torch.equal(F.lora_linear(leaked[0], w, a, b), expected)
+    assert torch.equal(F.lora_linear(leaked[0], w, a.requires_grad_(), b), expected)
+    F.lora_linear(leaked[0], w, a, b).sum().backward()
+    assert a.grad.abs().sum() > 0

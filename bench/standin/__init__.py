@@ -85,6 +85,11 @@ def compile_into(folder, torch, driver, device):
     subprocess.run(["g++", *flags, device, "-o", folder / f"{MODULE}.so", *libraries], check=True)
 
 
+def extension():
+    """What the stand-in's device says of itself, after enter"""
+    return sys.modules[MODULE]
+
+
 def enter():
     """(extension, driver) of the stand-in, on which torch.device("standin") and Triton's launches run from now on.
 
@@ -95,7 +100,7 @@ def enter():
     import torch
 
     sys.path.insert(0, str(folder))
-    extension = __import__(MODULE)
+    made = __import__(MODULE)
     sys.path.remove(str(folder))
     device = types.ModuleType(f"torch.{NAME}")
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "_is_in_bad_fork": False}
@@ -111,7 +116,7 @@ def enter():
     triton.knobs.nvidia.libcuda_path = str(folder)
     triton.runtime.driver.set_active(CudaDriver())
     serve()
-    return extension, driver
+    return made, driver
 
 
 def pretend(torch):

@@ -1,4 +1,4 @@
-// Replay: an op whose launcher runs once for each kind of arguments, and whose plan is played after that.
+// Replay: an op whose launcher is planned when a kind of arguments comes a second time, and whose plan is played then.
 #include "replay.h"
 
 #include <structmember.h>
@@ -12,8 +12,10 @@ namespace peftops {
 
 namespace {
 
-struct Kept {
+// One kind of arguments. What comes once only is not worth a plan.
+struct Kind {
   std::vector<uint64_t> words;
+  bool tried = false;          // to plan
   std::shared_ptr<Plan> plan;  // null where there can be none
 };
 
@@ -28,16 +30,16 @@ struct Replay {
   PyObject* state;
   size_t most;
   uint64_t forgotten;
-  std::unordered_multimap<uint64_t, Kept>* plans;
+  std::unordered_multimap<uint64_t, Kind>* kinds;
 };
 
-// What is kept for these arguments, or null.
-const Kept* find(Replay& replay, const Key& key) {
+// The kind of these arguments, or null.
+Kind* find(Replay& replay, const Key& key) {
   if (replay.forgotten != forgotten) {
-    replay.plans->clear();
+    replay.kinds->clear();
     replay.forgotten = forgotten;
   }
-  const auto [from, to] = replay.plans->equal_range(key.hash);
+  const auto [from, to] = replay.kinds->equal_range(key.hash);
   for (auto it = from; it != to; ++it) {
     const auto& words = it->second.words;
     if (words.size() == (size_t)key.count && !memcmp(words.data(), key.words, 8 * key.count)) return &it->second;
@@ -45,9 +47,9 @@ const Kept* find(Replay& replay, const Key& key) {
   return nullptr;
 }
 
-void keep(Replay& replay, const Key& key, std::shared_ptr<Plan> plan) {
-  if (replay.plans->size() >= replay.most) replay.plans->clear();
-  replay.plans->emplace(key.hash, Kept{{key.words, key.words + key.count}, std::move(plan)});
+void add(Replay& replay, const Key& key) {
+  if (replay.kinds->size() >= replay.most) replay.kinds->clear();
+  replay.kinds->emplace(key.hash, Kind{{key.words, key.words + key.count}});
 }
 
 // Whether a kernel that is launched now runs where these tensors are.
@@ -70,21 +72,23 @@ bool alike(Replay& replay, Arguments& given, PyObject* const* args, Py_ssize_t c
 
 py::object call(Replay& replay, PyObject* const* args, Py_ssize_t count) {
   Arguments given;
-  bool plan = alike(replay, given, args, count);
-  if (plan) {
-    if (const Kept* found = find(replay, given.key)) {
-      const auto held = found->plan;  // another thread may make all be forgotten meanwhile
+  bool plan = false;
+  if (alike(replay, given, args, count)) {
+    if (Kind* kind = find(replay, given.key)) {
+      const auto held = kind->plan;  // another thread may make all be forgotten meanwhile
       if (held && held->allowed()) return held->play(given);
-      plan = false;
+      plan = !kind->tried;
+    } else {
+      add(replay, given.key);
     }
   }
   std::vector<PyObject*> all = {plan ? Py_True : Py_False};
   all.insert(all.end(), args, args + count);
   const auto answer = py::reinterpret_steal<py::tuple>(PyObject_Vectorcall(replay.first, all.data(), all.size(), nullptr));
   if (!answer) throw py::error_already_set();
-  if (plan) {
-    const bool none = answer[1].is_none();
-    keep(replay, given.key, none ? nullptr : answer[1].cast<std::shared_ptr<Plan>>());
+  if (Kind* kind = plan ? find(replay, given.key) : nullptr) {
+    kind->tried = true;
+    if (!answer[1].is_none()) kind->plan = answer[1].cast<std::shared_ptr<Plan>>();
   }
   return answer[0];
 }
@@ -117,14 +121,14 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   replay->state = Py_NewRef(state);
   replay->most = most;
   replay->forgotten = forgotten;
-  replay->plans = new std::unordered_multimap<uint64_t, Kept>;
+  replay->kinds = new std::unordered_multimap<uint64_t, Kind>;
   return (PyObject*)replay;
 }
 
 void drop(PyObject* self) {
   auto* replay = (Replay*)self;
   PyTypeObject* type = Py_TYPE(self);
-  delete replay->plans;
+  delete replay->kinds;
   Py_DECREF(replay->first);
   Py_DECREF(replay->forced);
   Py_DECREF(replay->state);
@@ -136,7 +140,7 @@ PyObject* plans(PyObject* self, PyObject*) {
   auto* replay = (Replay*)self;
   size_t count = 0;
   if (replay->forgotten == forgotten)
-    for (const auto& one : *replay->plans) count += one.second.plan != nullptr;
+    for (const auto& one : *replay->kinds) count += one.second.plan != nullptr;
   return PyLong_FromSize_t(count);
 }
 
