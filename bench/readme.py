@@ -5,6 +5,7 @@ from typing import NamedTuple
 from peftops.cli import BadInput, Parser, named, replace
 
 from . import results
+from .host import NARROW, STOCK
 from .peers import BASE, COPY, FEW, LORA, OURS
 
 MARKS = "<!-- bench -->", "<!-- /bench -->"
@@ -36,6 +37,12 @@ TABLES = {
         f"**DoRA's norm** of W + s·B·A, W (n, k): times as multiples of those of a {COPY} (of its codes, over 4 bits)",
         ("torch", "PEFT"),
         unit=COPY,
+    ),
+    "host": Table(
+        "**The host's time** of a layer on a GPU, on a stand-in for one that takes no time: multiples of PEFT's",
+        (NARROW,),
+        {},
+        unit=STOCK,
     ),
 }
 

@@ -1,9 +1,10 @@
 """Replays: what an op's launcher did for one kind of arguments is done again by one call of C++ (csrc/replay/).
 
-The first call of a kind runs the launcher and notes its launches, calls and temporaries as a plan. A launcher of a
-backend that is replayed may do three things: make and view tensors by torch, launch by triton/_launch.py, and call by
-`noted`. Anything else of torch's that it does is seen, and then there is no plan; what torch does not see, it must not
-do. Its decisions may depend on shapes, dtypes and numbers alone, and on what calls `forget` when it changes.
+When a kind comes a second time, the launches, calls and temporaries of its launcher are noted and become a plan, which
+is played from then on. A launcher of a backend that is replayed may do three things: make and view tensors by torch,
+launch by triton/_launch.py, and call by `noted`. Whatever else it asks of torch is seen, and then there is no plan;
+what torch does not see, it must not do. Its decisions may depend on shapes, dtypes, numbers and the device alone; who
+changes something else that they depend on, such as a table of tiles, calls `forget`.
 """
 
 import itertools
@@ -22,15 +23,9 @@ except ImportError:  # nothing is compiled, and so nothing replayed
 
 
 aten = torch.ops.aten
-MAKES = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
-VIEWS = {aten.t.default, aten.view.default, aten.view.dtype, aten.slice.Tensor, aten.select.int, aten.transpose.int}
-VIEWS |= {
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.as_strided.default,
-}
+MAKES = {aten.new_empty, aten.empty, aten.empty_like, aten.empty_strided}
+VIEWS = {aten.t, aten.view, aten.slice, aten.select, aten.transpose, aten.permute, aten.unsqueeze, aten.as_strided}
+VIEWS |= {aten.alias, aten.detach}
 ALIGNED = 256  # bytes between the parts of a scratch
 UNWANTED = "_peftops_unwanted"
 _thread = threading.local()
@@ -90,9 +85,9 @@ class Notes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function in MAKES:
+        if function.overloadpacket in MAKES:
             self.temporaries.append(result)
-        elif not self.known_call and function not in VIEWS:
+        elif not self.known_call and function.overloadpacket not in VIEWS:
             self.why_not = str(function)
         return result
 
@@ -106,12 +101,12 @@ class Notes(TorchDispatchMode):
         if self.why_not or not self.steps:
             return None
         try:
-            return Written(self).plan(single)
+            return Numbered(self).plan(single)
         except Unplanned:
             return None
 
 
-class Written:
+class Numbered:
     """Notes with a number for every tensor: the inputs', the outputs', temporaries that calls take, and at last parts
     of one scratch, for what launches alone take."""
 

@@ -33,11 +33,17 @@ struct Replay {
   std::unordered_multimap<uint64_t, Kind>* kinds;
 };
 
-// The kind of these arguments, or null.
+// Empties first what other threads may look into while plans are destroyed, which runs Python.
+void clear(Replay& replay) {
+  std::unordered_multimap<uint64_t, Kind> old;
+  std::swap(old, *replay.kinds);
+}
+
+// The kind of these arguments, or null; it may be gone after anything that runs Python.
 Kind* find(Replay& replay, const Key& key) {
   if (replay.forgotten != forgotten) {
-    replay.kinds->clear();
     replay.forgotten = forgotten;
+    clear(replay);
   }
   const auto [from, to] = replay.kinds->equal_range(key.hash);
   for (auto it = from; it != to; ++it) {
@@ -48,7 +54,7 @@ Kind* find(Replay& replay, const Key& key) {
 }
 
 void add(Replay& replay, const Key& key) {
-  if (replay.kinds->size() >= replay.most) replay.kinds->clear();
+  if (replay.kinds->size() >= replay.most) clear(replay);
   replay.kinds->emplace(key.hash, Kind{{key.words, key.words + key.count}});
 }
 
@@ -75,9 +81,9 @@ py::object call(Replay& replay, PyObject* const* args, Py_ssize_t count) {
   bool plan = false;
   if (alike(replay, given, args, count)) {
     if (Kind* kind = find(replay, given.key)) {
-      const auto held = kind->plan;  // another thread may make all be forgotten meanwhile
-      if (held && held->allowed()) return held->play(given);
+      const auto held = kind->plan;
       plan = !kind->tried;
+      if (held && held->allowed()) return held->play(given);
     } else {
       add(replay, given.key);
     }
@@ -88,7 +94,7 @@ py::object call(Replay& replay, PyObject* const* args, Py_ssize_t count) {
   if (!answer) throw py::error_already_set();
   if (Kind* kind = plan ? find(replay, given.key) : nullptr) {
     kind->tried = true;
-    if (!answer[1].is_none()) kind->plan = answer[1].cast<std::shared_ptr<Plan>>();
+    if (!kind->plan && !answer[1].is_none()) kind->plan = answer[1].cast<std::shared_ptr<Plan>>();
   }
   return answer[0];
 }
