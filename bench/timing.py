@@ -134,20 +134,24 @@ def free(device):
 
 
 def ceilings(device, dtype, quick=False):
-    """Bytes and operations a second of this device: of a copy, read and written counted, and of a matrix product."""
+    """Bytes and operations a second of this device: of a copy, read and written counted, and of a matrix product, on a
+    CPU of the faster of one in this dtype and one in fp32."""
     big = device.type == "cuda"
     size, width = (1 << 30, 8192) if big else (1 << 26, 512) if quick else (1 << 28, 2048)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
 
     def best(run):
         run()
         return median(sample(run, 3, device) for _ in range(ROUNDS_AT_LEAST))
 
+    def product(dtype):
+        a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return 2 * width**3 / best(lambda: torch.mm(a, b, out=out))
+
     copied = 2 * size / best(lambda: target.copy_(source))
-    return copied, 2 * width**3 / best(lambda: torch.mm(a, b, out=out))
+    return copied, max(map(product, {dtype} if big else {dtype, torch.float32}))
 
 
 def peak_bytes(call, device):

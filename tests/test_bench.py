@@ -85,7 +85,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nothing"], "no row 'nothing'; there are lora, nf4, dora and model, readme"),
+        (["nothing"], "no row 'nothing'; there are lora, nf4, dora and model, host, readme"),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
         (["lora", "--device", "cuda:77"], "no device 'cuda:77'"),
@@ -264,6 +264,17 @@ def test_readme_has_a_table_of_the_4_bit_base(tmp_path):
     assert "bitsandbytes" not in first and "| 2.00 | **1.10** | 0.55 |" in first
     assert "| pass | bitsandbytes, frozen | PEFT + bitsandbytes | peftops, frozen | **peftops** |" in second
     assert "| forward | 2.00 | 3.00 | 1.20 | **1.20** | 0.40 |" in second and codec["layer"] not in second
+
+
+def test_readme_has_a_table_of_the_hosts_time(tmp_path):
+    target = tmp_path / "README.md"
+    target.write_text(" ".join(readme.MARKS))
+    ratio = {"PEFT": 0.6, "PEFT, narrow adapters": 0.75}
+    for kind in ("forward, with gradient", "one token"):
+        results.append(tmp_path / "a.jsonl", line_of(row="host", op="host", ratio=ratio, **{"pass": kind}))
+    assert readme.rewrite(target, tmp_path) == 2
+    assert "| PEFT, narrow adapters | **peftops** |\n" in target.read_text()
+    assert target.read_text().count("| 0.80 | **0.60** |") == 2
 
 
 def test_readme_stays_where_there_is_nothing_to_show(tmp_path):
