@@ -1,9 +1,9 @@
 """peftops bench: time kernels on this machine beside their peers, after proving that they compute right.
 
 ROW: lora, nf4, dora (by default all). Commands: model (whole training steps and generation), host (what a layer takes
-of the host of a GPU), readme (rewrites README's tables), plot (draws results), compare COMMIT (this tree against
-another), static (what compilers make of the GPU kernels), check (everything a GPU can tell, in one go); each has its
-own --help.
+of the host of a GPU), readme (rewrites README's tables), plot (draws results), compare COMMIT [ROW ...] (this tree
+against another), static (what compilers make of the GPU kernels), check (everything a GPU can tell, in one go); each
+has its own --help.
 """
 
 import importlib

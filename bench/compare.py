@@ -1,5 +1,9 @@
-"""peftops bench compare COMMIT: this tree against another commit's, layer by layer, taking turns round by round."""
+"""peftops bench compare COMMIT: this tree against another commit's, layer by layer, taking turns round by round.
 
+ROW: lora, nf4, dora (by default lora alone): our layer of that row in both trees.
+"""
+
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -8,19 +12,22 @@ from pathlib import Path
 from peftops.cli import BadInput, Parser, find_device, need, probability
 
 from . import results
-from .__main__ import shape, torch_dtype
+from .__main__ import ROWS, shape, torch_dtype
 from .progress import Progress
 
 
 def main(argv=None):
     parser = Parser("peftops bench compare", description=__doc__)
     parser.add_argument("commit", metavar="COMMIT", help="of this checkout: a name that git knows")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default lora")
     parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
     parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input")
     parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")
     parser.add_argument("--quick", action="store_true", help="one small layer, few rounds")
-    o = parser.parse_args(argv)
+    o = parser.parse_intermixed_args(argv)
+    if unknown := [row for row in o.rows if row not in ROWS]:
+        raise BadInput(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     need("torch", "peft", "pybind11", "ninja")
     device, dtype = find_device(o.device), torch_dtype(o.dtype)
     commit = resolve(o.commit)
@@ -55,13 +62,20 @@ def check_out(commit, tree):
     return tree
 
 
+def problems(o, dtype, device):
+    """(name, problem) of everything to compare. Rows share names of layers, so a name begins with any row but lora."""
+    for row in dict.fromkeys(o.rows or ["lora"]):
+        for name, problem in importlib.import_module(f".{row}", __package__).jobs(o, dtype, device):
+            yield name if row == "lora" else f"{row}, {name}", problem
+
+
 def measure(o, dtype, device, tree, commit, progress):
     """A line for each problem and pass, and one for each problem that a tree cannot compute."""
-    from . import lora, timing
+    from . import timing
     from .peers import OURS, Absent
     from .worker import Remote
 
-    jobs, rounds = list(lora.jobs(o, dtype, device)), 5 if o.quick else 15
+    jobs, rounds = list(problems(o, dtype, device)), 5 if o.quick else 15
     for name, problem in progress.track(jobs, len(jobs), "comparing"):
         found = {}
         for label, where in (("this tree", None), (commit, tree)):

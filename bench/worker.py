@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +32,9 @@ class Remote:
     def __init__(self, label, problem, tree=None):
         command = [sys.executable, "-c", BOOTSTRAP, str(tree or ""), str(HERE)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        about = [*problem.shape], str(problem.dtype).removeprefix("torch."), str(problem.device), problem.p
-        self.calls, self.error = self.ask("build", label, *about)
+        about = {field.name: getattr(problem, field.name) for field in fields(problem)}
+        about |= {"dtype": str(problem.dtype).removeprefix("torch."), "device": str(problem.device)}
+        self.calls, self.error = self.ask("build", label, about)
 
     def ask(self, what, *args):
         from .peers import Absent
@@ -79,9 +81,9 @@ def serve():
         what, *args = json.loads(line)
         try:
             if what == "build":
-                label, shape, dtype, device, p = args
-                problem = Problem(tuple(shape), getattr(torch, dtype), torch.device(device), p)
-                held = contender(label, problem)
+                label, about = args
+                about |= {"dtype": getattr(torch, about["dtype"]), "device": torch.device(about["device"])}
+                held = contender(label, Problem(**about | {"shape": tuple(about["shape"])}))
                 result = list(held.calls), held.error
             else:
                 if what == "sample":  # whose threads may still be spinning, elsewhere, and caches are cold here

@@ -105,6 +105,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["model", "--fuse", "qkv"], "argument --fuse: invalid choice: 'qkv'"),
         (["model", "--method", "full"], "--method must be of lora, qlora, dora, qdora, got 'full'"),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
+        (["compare", "HEAD", "model"], "there is no row 'model'; there are lora, nf4, dora"),
         (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),
         (["check", "--only", "magic"], "--only must be of build"),
         (["plot", "--results", "/nowhere"], "there are no results in /nowhere"),
@@ -195,6 +196,19 @@ def test_compare(capsys, monkeypatch, short):
     monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
     code, out, _ = run(capsys, "bench", "compare", "HEAD", "--shape", "70,32,48,4", "--dropout", "0")
     assert code == 0 and out.count("× 0123456789ab's time") == 2
+
+
+def test_compare_takes_rows(capsys, monkeypatch, short):
+    monkeypatch.setattr(compare, "check_out", lambda commit, tree: results.HERE.parent)
+    monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
+    argv = "HEAD", "nf4", "--quick", "--shape", "70,64,48,4", "--dropout", "0", "dora", "nf4"
+    code, out, _ = run(capsys, "bench", "compare", *argv)
+    names = ("nf4, as asked", "dora, as asked", "dora, as asked, NF4")
+    wanted = [
+        f"{name} (70, 64, 48, 4), p = 0.0, {kind}" for name in names for kind in ("forward", "forward + backward")
+    ]
+    assert code == 0 and [line.partition(": ")[0] for line in out.splitlines()] == wanted
+    assert out.count("× 0123456789ab's time") == len(wanted)
 
 
 def test_compare_checks_another_commit_out_and_builds_it(tmp_path):

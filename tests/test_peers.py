@@ -1,6 +1,7 @@
 """Peers: each is called as its package wants it, computes the same, or is named as absent with the reason."""
 
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,3 +156,24 @@ def test_another_tree_is_measured_with_the_benches_of_this_one(tmp_path):
     (tmp_path / "peftops" / "__init__.py").write_text("def patch(model): raise RuntimeError('the other tree')")
     with pytest.raises(Absent, match="RuntimeError: the other tree"):
         Remote(OURS, SMALL, tmp_path)
+
+
+TELLING = """
+class nn:
+    class LinearNF4:
+        def from_linear(layer, double_quant):
+            layer.base = "nf4, double" if double_quant else "nf4"
+            return layer
+
+def patch(model):
+    layer, = model
+    raise RuntimeError(f"{getattr(layer.base_layer, 'base', 'dense')}; {type(layer.lora_variant['default'])}")
+"""
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "nf4, double"])
+def test_another_process_builds_the_same_problem(base, tmp_path):
+    (tmp_path / "peftops").mkdir()
+    (tmp_path / "peftops" / "__init__.py").write_text(TELLING)
+    with pytest.raises(Absent, match=f"{base}; .*DoraLinearVariant"):
+        Remote(OURS, replace(SMALL, base=base, dora="peft"), tmp_path)
