@@ -31,7 +31,7 @@ def found():
 @functools.cache
 def fused(stock):
     name, doc = stock.__name__, f"PEFT's {stock.__name__}, with our forward."
-    about = {"__module__": __name__, "__doc__": doc, "widens": name in WIDENING}
+    about = {"__module__": __name__, "__doc__": doc, "stock": stock, "widens": name in WIDENING}
     return type(f"Fused{name}", (Fused, stock), about)
 
 

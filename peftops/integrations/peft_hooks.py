@@ -1,4 +1,9 @@
-"""What somebody has hung on a module: hooks, which wait for a call of it, and a forward in the place of its class's."""
+"""What somebody has hung on a module: hooks, which wait for a call of it, and a forward in the place of its class's.
+
+And how a layer becomes one of another class, and PEFT's again.
+"""
+
+from ..nn.dora import Normed
 
 
 def hooked(part):
@@ -31,3 +36,16 @@ def become(layer, kind):
     layer.__class__ = kind
     if following:
         layer._old_forward = kind.forward.__get__(layer)
+
+
+def restore(layer, kind):
+    """Makes the layer one of this class again; where that is PEFT's, nothing of ours is left on it.
+
+    The class changes first: a call that another thread is in the middle of looks at it after each thing that it leaves
+    on the layer, and takes that away again where the class is not ours.
+    """
+    ours = isinstance(layer, Normed) and not issubclass(kind, Normed)
+    become(layer, kind)
+    if ours:
+        vars(layer).pop("_peftops_calls", None)
+        Normed.forget_gains(layer)

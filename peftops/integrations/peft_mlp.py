@@ -25,15 +25,19 @@ class FusedMLP:
     """A module with another forward. It owns nothing but counts, so it saves and copies as before."""
 
     def forward(self, *args, **kwargs):
+        kind = type(self)  # asked once, since unpatch may take our class away in another thread
+        if not issubclass(kind, FusedMLP):
+            return kind.forward(self, *args, **kwargs)
+        about = kind._peftops
         if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        about = type(self)._peftops
+            return about[0].forward(self, *args, **kwargs)
         found = operands(self, about, *args) if len(args) == 1 and not kwargs else "extra arguments"
         if type(found) is str:
-            count(self, found)
-            return super().forward(*args, **kwargs)
-        for part in (self, *layers(self, about)):
-            count(part, FUSED)
+            count(self, found, FusedMLP)
+            return about[0].forward(self, *args, **kwargs)
+        count(self, FUSED, FusedMLP)
+        for layer in layers(self, about):
+            count(layer, FUSED, Fused)
         return lora_mlp(*args, *found)
 
     def __reduce_ex__(self, protocol):
@@ -124,8 +128,8 @@ def unfuse(model):
         if "_peftops" not in vars(type(module)):
             raise ValueError(f"unpatch: {name} has been made a {type(module).__name__} since patch")
     for module in found.values():
-        vars(module).pop("_peftops_calls", None)
         module.__class__ = type(module)._peftops[0]
+        vars(module).pop("_peftops_calls", None)
 
 
 def roles_of(module):

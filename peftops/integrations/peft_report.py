@@ -37,9 +37,12 @@ def lora_layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def count(module, key):
+def count(module, key, ours):
+    """ours: the module's class when the call began; one that was unpatched since, in another thread, keeps no count."""
     calls = vars(module).setdefault("_peftops_calls", {})
     calls[key] = calls.get(key, 0) + 1
+    if not isinstance(module, ours):
+        vars(module).pop("_peftops_calls", None)
 
 
 def parameter(module, name):

@@ -59,7 +59,11 @@ class Normed(nn.Module):
     def forget_gains(self):
         for key in [key for key, hook in self._load_state_dict_post_hooks.items() if hook is loaded]:
             del self._load_state_dict_post_hooks[key]
-        for magnitude in self.magnitudes().values():
+        Normed.drop_gains(self)
+
+    def drop_gains(self):
+        """What calls have left; the layer may be of another class already."""
+        for magnitude in Normed.magnitudes(self).values():
             magnitude._buffers.pop("gain", None)
             magnitude._non_persistent_buffers_set.discard("gain")
             vars(magnitude).pop("gain_of", None)
@@ -72,10 +76,13 @@ class Normed(nn.Module):
             weight, operands = widened(magnitude), self.operands(name)
             magnitude.gain_of = None
             if operands is not None and ready(tensors_of(operands[0]), weight, *operands[1:3]):
-                keep(magnitude, self.computed(weight, operands), stamp(weight, *operands))
+                keep(magnitude, self.computed(type(self), weight, operands), stamp(weight, *operands))
 
-    def gain(self, name, x, *operands):
-        """(n,), differentiable in the magnitude; operands: weight, lora_A, lora_B and scaling of this call."""
+    def gain(self, kind, name, x, *operands):
+        """(n,), differentiable in the magnitude; operands: weight, lora_A, lora_B and scaling of this call.
+
+        kind: the layer's class when the call began, which another thread may replace before it ends.
+        """
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
         weight = magnitude._parameters["weight"]  # of a module's attributes the one that every token reads
         if weight.dtype in HALF:
@@ -83,34 +90,35 @@ class Normed(nn.Module):
         _, a, b, _ = operands
         training = torch.is_grad_enabled() and (weight.requires_grad or a.requires_grad or b.requires_grad)
         if torch.compiler.is_compiling():
-            return self.traced_gain(magnitude, weight, x, training, operands)
+            return kind.traced_gain(self, kind, magnitude, weight, x, training, operands)
         if training or transformed():
-            return self.computed(weight, operands)
+            return kind.computed(self, kind, weight, operands)
         now = stamp(weight, *operands)
-        if now is not None and vars(magnitude).get("gain_of") == now and one_position(x) and not sharded():
-            gain = magnitude._buffers["gain"]
-            if CHECKING and not torch.equal(gain.nan_to_num(), self.computed(weight, operands).nan_to_num()):
+        known = now is not None and vars(magnitude).get("gain_of") == now and one_position(x) and not sharded()
+        kept = magnitude._buffers.get("gain") if known else None  # unpatch may have taken it away meanwhile
+        if kept is not None:
+            if CHECKING and not same(kept, kind.computed(self, kind, weight, operands)):
                 raise RuntimeError(f"dora: the norm of {name} is of other weights; call peftops.refresh after a change")
-            return gain
-        gain = self.computed(weight, operands)
+            return kept
+        gain = kind.computed(self, kind, weight, operands)
         keep(magnitude, gain, now)
         return gain
 
-    def traced_gain(self, magnitude, weight, x, training, operands):
+    def traced_gain(self, kind, magnitude, weight, x, training, operands):
         """Under torch.compile no stamp can be compared: what is kept serves one position of a frozen adapter."""
         _, a, b, _ = operands
         frozen = "gain" in magnitude._buffers and not (training or a.requires_grad or b.requires_grad)
         if frozen and one_position(x):
             return magnitude.gain
-        gain = self.computed(weight, operands)
+        gain = kind.computed(self, kind, weight, operands)
         if frozen:
             magnitude.gain.copy_(gain)
         return gain
 
-    def computed(self, weight, operands):
+    def computed(self, kind, weight, operands):
         if not torch.compiler.is_compiling():
             vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
-        return weight / norm_of(*operands, self.computes_in())
+        return weight / norm_of(*operands, kind.computes_in(self))
 
     def train(self, mode=True):
         moved()
@@ -135,6 +143,10 @@ def norm_of(weight, a, b, scaling, dtype):
         a, b = a.float(), b.float()
     with torch.autocast(a.device.type, enabled=False):
         return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
+
+
+def same(a, b):
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def keep(magnitude, gain, of):
