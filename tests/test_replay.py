@@ -334,3 +334,22 @@ def test_temporaries_of_calls_are_tensors_and_of_launches_a_scratch():
     assert [t.numel() for t in written.temporaries] == [3] and [t.numel() for t in written.parts] == [100, 4]
     _, *launch = written.launch(*written.notes.steps[1][1:])
     assert launch[-1] == [(0, 3, 0), (1, 4, 0)]  # after x, y and the tensor of the call
+
+
+@pytest.mark.parametrize("name", ["lora_gemv", "dora_norm", "nf4_quantize", "nf4_dequantize"])
+def test_launchers_of_cuda_are_replayed(name, cuda_on_cpu, monkeypatch):
+    """In CUDA C++, emulated on the CPU; a replay asks for the stream of its own time."""
+    asked = []
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: asked.append(device) or 0, raising=False)
+    monkeypatch.setattr("peftops.cuda._device.stream", lambda device: _replay.Stream(0))
+    call, planned = op(name), 0
+    with backend("cuda"):
+        for label, args in CASES[name]((5, 64, 48, 4), torch.bfloat16):
+            expected = outputs(call, args)
+            _replay.pause(-1)
+            try:
+                for again in (copied(args), args, copied(args)):
+                    assert same(outputs(call, again), expected), label
+            finally:
+                _replay.pause(1)
+    assert asked and call.direct.plans() >= 3
