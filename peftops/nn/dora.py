@@ -7,7 +7,7 @@ A generated token would pay that price in full. It takes the gain of the prompt'
 
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..functional import dora_weight_norm
 from ..ops.dora import no_zeros
-from ..ops.lora_formula import transformed
+from ..ops.lora_formula import by_formula
 
 PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
@@ -89,10 +89,10 @@ class Normed(nn.Module):
             weight = widened(magnitude)
         _, a, b, _ = operands
         training = torch.is_grad_enabled() and (weight.requires_grad or a.requires_grad or b.requires_grad)
-        if torch.compiler.is_compiling():
-            return kind.traced_gain(self, kind, magnitude, weight, x, training, operands)
-        if training or transformed():
+        if training or by_formula():
             return kind.computed(self, kind, weight, operands)
+        if torch.compiler.is_compiling():
+            return kind.traced_gain(self, kind, magnitude, weight, x, operands)
         now = stamp(weight, *operands)
         known = now is not None and vars(magnitude).get("gain_of") == now and one_position(x) and not sharded()
         kept = magnitude._buffers.get("gain") if known else None  # unpatch may have taken it away meanwhile
@@ -104,10 +104,10 @@ class Normed(nn.Module):
         keep(magnitude, gain, now)
         return gain
 
-    def traced_gain(self, kind, magnitude, weight, x, training, operands):
+    def traced_gain(self, kind, magnitude, weight, x, operands):
         """Under torch.compile no stamp can be compared: what is kept serves one position of a frozen adapter."""
         _, a, b, _ = operands
-        frozen = "gain" in magnitude._buffers and not (training or a.requires_grad or b.requires_grad)
+        frozen = "gain" in magnitude._buffers and not (a.requires_grad or b.requires_grad)
         if frozen and one_position(x):
             return magnitude.gain
         gain = kind.computed(self, kind, weight, operands)
@@ -136,12 +136,16 @@ class Normed(nn.Module):
         return self
 
 
-@torch.no_grad()
 def norm_of(weight, a, b, scaling, dtype):
+    """Constant, since the weight is frozen and the adapters are detached.
+
+    Autocast is left only where it is on: an exported graph would hold the context.
+    """
     a, b = a.detach(), b.detach()  # of forward-mode AD too
     if dtype is torch.float32:
         a, b = a.float(), b.float()
-    with torch.autocast(a.device.type, enabled=False):
+    kind = a.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
 
 

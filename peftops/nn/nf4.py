@@ -9,6 +9,7 @@ from torch import nn
 
 from ..functional import lora_linear
 from ..ops.lora import no_delta
+from ..ops.lora_formula import formula
 from ..ops.nf4 import NF4Weight, expect_block, expect_quant_type
 from ..ops.nf4_state import NESTED, scales_of, table_of, write
 from ..ops.nf4_tables import FOUR_BITS
@@ -140,9 +141,18 @@ class LinearNF4(PackedNF4, nn.Linear):
         dtype, given = self.computes(x), x.dtype
         if dtype is not given:
             x = x.to(dtype)
-        delta = no_delta(self.in_features, self.out_features, dtype, x.device)
-        y = lora_linear(x, self.base(dtype), *delta, self.bias_for(dtype))
+        if torch.compiler.is_exporting():
+            y = self.exported(x)
+        else:
+            delta = no_delta(self.in_features, self.out_features, dtype, x.device)
+            y = lora_linear(x, self.base(dtype), *delta, self.bias_for(dtype))
         return y if self.compute_dtype is None else y.to(given)
+
+    def exported(self, x):
+        """y by torch's own operations, in x's dtype, for graphs that run where peftops is not"""
+        base, bias = self.base(x.dtype), self.bias
+        weight = formula("nf4_plain", base.tensors, base.block, self.shape, x.dtype)
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @property
     def W_q(self):

@@ -21,7 +21,7 @@ from .lora import (
     shaped,
     weight,
 )
-from .lora_formula import applied, differentiable, formula, gradients, graph_wanted, transformed
+from .lora_formula import applied, by_formula, differentiable, formula, gradients, graph_wanted
 
 
 @op
@@ -127,7 +127,7 @@ def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     x, base, scale = prepared(lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype), weight, lora_A, lora_B, scaling)
     if base.form not in ("nf4", "given"):
         base = base._replace(tensors=[t.to(x.dtype) for t in base.tensors])
-    if transformed():
+    if by_formula():
         return formula("dora_norm_formula", x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
     if differentiable(lora_A, lora_B):
         return applied(Norm, lora_A, lora_B, scale, x, base.form, base.block, *base.tensors)
@@ -181,7 +181,7 @@ def linear_of_gain(x, weight, a, b, gain, bias, *, scaling, dropout_p, dropout_m
         raise ValueError("dora: w must be given itself for dropout_mode peft, got a product of it")
     seed = torch.randint(2**62, (1,), device=x.device)
     args = x, a, b, bias, gain, scale, seed, (base.form, base.block, dropout_p), *base.tensors
-    if transformed():
+    if by_formula():
         return plain(*args)
     if differentiable(x, a, b, bias, gain):
         return applied(Dropped, *args)

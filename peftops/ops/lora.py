@@ -11,7 +11,7 @@ from .. import backends
 from .._arguments import explained, number, probability, size, tensor, tensor_or_none
 from .._op import expect, op
 from .._replay import unwanted
-from .lora_formula import applied, differentiable, formula, gradients, graph_wanted, transformed
+from .lora_formula import applied, by_formula, differentiable, formula, gradients, graph_wanted, transformed
 from .nf4 import NF4Weight, expect_base
 
 FEW = 64  # rows up to which one pass over the base, written for few rows, wins
@@ -292,7 +292,7 @@ def lora_linear(
 def linear(x, weight, a, b, bias, scaling, p, gain=None, gate=None):
     """lora_linear for callers that know their arguments"""
     args = arguments(x, weight, a, b, bias, scaling, p, gain, gate)
-    if transformed():
+    if by_formula():
         return plain(*args)
     if differentiable(*args[:6], *args[9:]):
         return applied(LoRA, *args)

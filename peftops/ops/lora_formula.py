@@ -8,10 +8,18 @@ from torch.autograd import forward_ad
 
 from .. import backends
 
+NAMES = "lora_formula", "lora_plain", "dora_norm_formula", "dora_formula", "dora_plain", "nf4_plain"
+FORMULAS = {name: backends.cell("reference", name) for name in NAMES}  # looked up here, where no compiler traces it
+
 
 def transformed():
     """Whether forward-mode AD or a transform of torch.func has to see every operation."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def by_formula():
+    """Whether torch has to see operations of its own: also in torch.export, whose graphs run where we are not."""
+    return transformed() or torch.compiler.is_exporting()
 
 
 def applied(function, *args):
@@ -33,7 +41,7 @@ def graph_wanted():
 
 def formula(name, *args):
     """What the specification's function of this name makes of args."""
-    return backends.cell("reference", name)(*args)
+    return FORMULAS[name](*args)
 
 
 def gradients(function, args, needs, dy):

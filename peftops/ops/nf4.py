@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._arguments import dtype_or_none, explained, flag, instance, size, tensor
 from .._op import expect, op
+from .lora_formula import formula
 from .nf4_state import BLOCKS, DTYPES, NESTED, read, write
 from .nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
 
@@ -112,6 +113,8 @@ class NF4Weight:
         """The tensor, in its own dtype or another: the fp32 product of value and scale, rounded once."""
         size, dtype = self.shape.numel(), dtype or self.dtype
         rounded = torch.float32 if dtype is torch.float64 else dtype
+        if torch.compiler.is_exporting():
+            return formula("nf4_plain", self.base, self.block, self.shape, rounded).to(dtype)
         flat = nf4_dequantize(self.codes, self.table, list(self.scales), self.block, size, rounded)
         return flat.view(self.shape).to(dtype)
 
@@ -148,7 +151,9 @@ class NF4Weight:
 
 
 def aligned(t):
-    """Kernels read 16 bytes at a time; a tensor of a file starts anywhere."""
+    """Kernels read 16 bytes at a time; a tensor of a file starts anywhere. One that is exported has no address."""
+    if torch.compiler.is_exporting():
+        return t
     return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 

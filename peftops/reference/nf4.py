@@ -5,6 +5,8 @@ code of x is the number of bounds below x · (1 / absmax). Where scales have 8-b
 table8[code] · nested_absmax, of blocks of 256 scales, plus offset: two roundings.
 """
 
+import math
+
 import torch
 from torch.nn.functional import pad
 
@@ -23,6 +25,11 @@ def nf4_quantize(codes, absmax, w, bounds, order, block):
 
 def nf4_dequantize(out, codes, table, scales, block, size, dtype):
     out.copy_(decode([codes, table, *scales], block, size))
+
+
+def nf4_plain(base, block, shape, dtype):
+    """What dequantizing gives, for a graph that holds torch's own operations alone"""
+    return decode(base, block, math.prod(shape)).view(shape).to(dtype)
 
 
 def decode(base, block, size):

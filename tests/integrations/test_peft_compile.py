@@ -1,11 +1,11 @@
-"""A patched model under torch.compile."""
+"""A patched model under torch.compile, and under torch.export."""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
-from law import chain_bound, error, orders
+from law import bound, chain_bound, error, orders
 from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("peft")
@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 from tiny import TOKENS, exactly, install_our_mask, single, step, tiny
 
 import peftops
-from peftops.integrations.peft import FusedLinear
+from peftops.integrations.peft import FUSED, FusedLinear
+from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,3 +88,27 @@ def test_changing_scaling_recompiles_at_most_once():
             assert error(ours, truth) <= chain_bound(draws, truth)
     assert counter.frame_count <= 2, counter.frame_count
     assert all(isinstance(layer, FusedLinear) for name, layer in patched.named_modules() if name.endswith("_proj"))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_exported_equals_stock(use_dora, nf4, strict):
+    """For any number of rows, in ATen's operations; strictly too, where dynamo cannot follow PEFT's own DoRA."""
+    stock, sizes = single(use_dora=use_dora).eval(), ({0: torch.export.Dim("m", min=2, max=4096)},)
+    patched = copy.deepcopy(stock)
+    if nf4:
+        layers = [model.base_model.model.lin for model in (stock, patched)]
+        layers[1].base_layer = LinearNF4.from_linear(layers[1].base_layer)
+        layers[0].base_layer.weight.data = layers[1].base_layer.dequantize()
+    net = peftops.patch(patched).base_model.model
+    program = torch.export.export(net, (torch.randn(6, 16),), dynamic_shapes=sizes, strict=strict)
+    assert {op.namespace for op in ops_of([program])} == {"aten"}
+    assert program.graph_signature.buffers_to_mutate == {}
+    for m in (2, 64, 65):
+        x = torch.randn(m, 16)
+        y, exact = program.module()(x), exactly(stock)(x.double())
+        assert error(y, exact) <= bound(stock(x), exact)
+    before = peftops.report(patched).calls[FUSED]
+    patched(x)
+    assert peftops.report(patched).calls[FUSED] == before + 1
