@@ -198,19 +198,6 @@ def test_compare(capsys, monkeypatch, short):
     assert code == 0 and out.count("× 0123456789ab's time") == 2
 
 
-def test_compare_takes_rows(capsys, monkeypatch, short):
-    monkeypatch.setattr(compare, "check_out", lambda commit, tree: results.HERE.parent)
-    monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
-    argv = "HEAD", "nf4", "--quick", "--shape", "70,64,48,4", "--dropout", "0", "dora", "nf4"
-    code, out, _ = run(capsys, "bench", "compare", *argv)
-    names = ("nf4, as asked", "dora, as asked", "dora, as asked, NF4")
-    wanted = [
-        f"{name} (70, 64, 48, 4), p = 0.0, {kind}" for name in names for kind in ("forward", "forward + backward")
-    ]
-    assert code == 0 and [line.partition(": ")[0] for line in out.splitlines()] == wanted
-    assert out.count("× 0123456789ab's time") == len(wanted)
-
-
 def test_compare_checks_another_commit_out_and_builds_it(tmp_path):
     if not (results.HERE.parent / ".git").exists():
         pytest.skip("not a git checkout")

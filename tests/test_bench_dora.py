@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peftops.bench import dora, measure, model, nf4, peers, readme, results, timing
+from peftops.bench import compare, dora, measure, model, nf4, peers, readme, results, timing
 from peftops.bench.peers import BASE, COPY, FUSE, LORA, OURS, Problem
 from test_bench import CPU, line_of
 from test_cli import run, tiny  # noqa: F401  a fixture
@@ -44,6 +44,19 @@ def test_the_row_is_measured_and_kept(capsys, tmp_path, short):
         assert set(norm["ms"]) == {OURS, "torch", "PEFT", COPY} and norm["shape"] == [256, 256, 16]
     assert max(error for line in lines.values() for error in line.get("error", {}).values()) < peers.WRONG
     assert lines[dora.HOST[0], 0.0, "forward, grad"]["op"] == "host"
+
+
+def test_compare_takes_rows(capsys, monkeypatch, short):
+    monkeypatch.setattr(compare, "check_out", lambda commit, tree: results.HERE.parent)
+    monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
+    argv = "HEAD", "nf4", "--quick", "--shape", "70,64,48,4", "--dropout", "0", "dora", "nf4"
+    code, out, _ = run(capsys, "bench", "compare", *argv)
+    names = ("nf4, as asked", "dora, as asked", "dora, as asked, NF4")
+    wanted = [
+        f"{name} (70, 64, 48, 4), p = 0.0, {kind}" for name in names for kind in ("forward", "forward + backward")
+    ]
+    assert code == 0 and [line.partition(": ")[0] for line in out.splitlines()] == wanted
+    assert out.count("× 0123456789ab's time") == len(wanted)
 
 
 def test_without_bitsandbytes_it_is_named(monkeypatch):
