@@ -342,7 +342,7 @@ def test_launchers_of_cuda_are_replayed(name, cuda_on_cpu, monkeypatch):
     asked = []
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: asked.append(device) or 0, raising=False)
     monkeypatch.setattr("peftops.cuda._device.stream", lambda device: _replay.Stream(0))
-    call, planned = op(name), 0
+    call = op(name)
     with backend("cuda"):
         for label, args in CASES[name]((5, 64, 48, 4), torch.bfloat16):
             expected = outputs(call, args)
