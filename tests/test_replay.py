@@ -173,6 +173,24 @@ def test_a_kind_is_planned_when_it_comes_again_and_at_most_once():
     assert asked == [False, True, True, False, False]  # of which is known now that it has none
 
 
+def test_what_tells_kinds_apart():
+    asked, plan = [], _C.Plan([], False, [], None, [], None, None)
+    replay = _C.Replay(lambda wanted, *args: (asked.append(wanted), ((), plan))[1], {}, lambda: None, 99)
+    x = torch.empty(4, 4, dtype=torch.bfloat16)
+    kinds = [(x,), (x.half(),), (x.short(),), (x.float(),), (x.view(16),), (x, 1), (x, 1.0), (x, True), (x, None)]
+    kinds += [(x, [x.clone()]), (x, [x.clone(), 1]), (x, x.clone()), (x, "nf4"), (x, 0.5), (x, torch.float32)]
+    for args in kinds:
+        del asked[:]
+        for _ in range(3):
+            replay(*args)
+        assert asked == [False, True], args  # met, planned, played
+    for odd in (torch.empty(17)[1:], torch.empty(4, 4).T, torch._neg_view(torch.empty(4)), x.to("meta"), object()):
+        del asked[:]
+        for _ in range(3):
+            replay(odd)
+        assert asked == [False] * 3, odd  # for which the launcher runs every time
+
+
 def test_plans_do_not_grow_for_ever():
     plan = _C.Plan([], False, [], None, [], None, None)
     replay = _C.Replay(lambda wanted, x: ((), plan if wanted else None), {}, lambda: None, 3)
