@@ -3,6 +3,8 @@
 error = max|out − exact| / max|exact| must be at most twice the same-dtype reference's own, and one eps of the output.
 """
 
+from importlib import import_module
+
 import torch
 
 from peftops import backends
@@ -27,8 +29,16 @@ def check_case(op, backend, args):
 
 def call(op, backend, args):
     with backends.backend(backend):
-        outputs = getattr(torch.ops.peftops, op)(*args)
+        return every(getattr(torch.ops.peftops, op)(*args))
+
+
+def every(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def function(op):
+    """The op's function in Python, which replays, where torch.ops has its dispatched one."""
+    return getattr(import_module(f"peftops.ops.{op.partition('_')[0]}"), op)
 
 
 def double(arg):

@@ -124,29 +124,27 @@ def layers(o):
 
 def replays(o):
     """Every op: the same bits from two replays as from its launcher."""
-    from importlib import import_module
-
     from peftops._replay import Replay, paused
+
+    from .law import every, function
+
+    def bits(outputs):
+        return [t.nan_to_num() for t in every(outputs)]
 
     if not Replay:
         say("replays", False, "are not built")
         return
     for op in CASES:
-        call = getattr(import_module(f"peftops.ops.{op.partition('_')[0]}"), op)
+        call = function(op)
         wrong = []
         for shape in shapes(o)[:10]:
             for label, args in CASES[op](shape, torch.bfloat16, o.device):
                 with paused():
-                    expected = every(call(*args))
-                found = [every(call(*args)) for _ in range(4)]
+                    expected = bits(call(*args))
+                found = [bits(call(*args)) for _ in range(4)]
                 if not all(torch.equal(a, b) for outs in found for a, b in zip(outs, expected, strict=True)):
                     wrong.append(f"{shape}, {label}")
         say(f"{op}, {call.direct.plans()} plans", not wrong, "; ".join(wrong[:3]))
-
-
-def every(outputs):
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [t.nan_to_num() for t in outputs]
 
 
 def host(o):

@@ -10,15 +10,11 @@ using peftops::DLTensor;
 using peftops::Dtype;
 using peftops::Exchange;
 using peftops::Form;
+using peftops::own;
 using peftops::Tensor;
 using peftops::Tensors;
 
 namespace {
-
-py::object own(PyObject* object) {
-  if (!object) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
 
 struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before we are
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");

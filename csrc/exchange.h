@@ -7,6 +7,11 @@
 
 namespace peftops {
 
+inline pybind11::object own(PyObject* object) {
+  if (!object) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(object);
+}
+
 struct DLTensor {
   void* data;
   int32_t device[2];  // its type and its index

@@ -6,7 +6,6 @@ A line: [label, whether there was a plan, whether both launch the same, how many
 import ctypes
 import json
 import sys
-from importlib import import_module
 
 from peftops.bench import standin
 
@@ -14,6 +13,7 @@ extension, driver = standin.enter()
 
 import torch  # noqa: E402
 from peftops.bench.cases import CASES  # noqa: E402
+from peftops.bench.law import every, function  # noqa: E402
 from triton.compiler.compiler import CompiledKernel  # noqa: E402
 
 from peftops import _replay  # noqa: E402
@@ -48,14 +48,6 @@ def moved(arg):
     return torch.empty(arg.shape, dtype=arg.dtype, device=DEVICE) if torch.is_tensor(arg) else arg
 
 
-def tensors(values):
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from tensors(value)
-        elif torch.is_tensor(value):
-            yield value
-
-
 def happened(call, args):
     """What a call launched and multiplied, with names in the place of addresses"""
     extension.hold(True)
@@ -64,16 +56,14 @@ def happened(call, args):
     outputs = call(*args)
     words = ctypes.POINTER(ctypes.c_uint64)()
     words = words[: driver.standin_noted(ctypes.byref(words))]
-    names = {}
-    for i, t in enumerate(tensors([args, outputs])):
-        if t.numel():
-            names[t.data_ptr()] = f"tensor {i}"
+    tensors = [t for t in _replay.tensors([*args, *every(outputs)]) if t.numel()]
+    names = {t.data_ptr(): f"tensor {i}" for i, t in enumerate(tensors)}
 
     def name(address):
         near = [start for start in names if 0 <= address - start < sizes[start]]
         return f"{names[near[0]]} + {address - near[0]}" if near else others.setdefault(address, f"other {len(others)}")
 
-    sizes = {t.data_ptr(): t.nbytes for t in tensors([args, outputs]) if t.numel()}
+    sizes = {t.data_ptr(): t.nbytes for t in tensors}
     others, events, at = {0: "none"}, [], 0
     products = extension.noted()
     while at < len(words):
@@ -96,7 +86,7 @@ def multiplied(note, name):
 
 def main(shapes):
     for op in sys.argv[2:] or CASES:
-        call = getattr(import_module(f"peftops.ops.{op.partition('_')[0]}"), op)
+        call = function(op)
         for shape in shapes:
             for label, args in CASES[op](tuple(shape), torch.bfloat16):
                 args = moved(args)

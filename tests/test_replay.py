@@ -3,11 +3,12 @@
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 
 import pytest
 import torch
 from peftops.bench.cases import CASES, SHAPES
+from peftops.bench.law import every
+from peftops.bench.law import function as op
 
 import peftops.functional as F
 from peftops import _replay, backend, backends
@@ -27,10 +28,6 @@ def forget():
     _replay.forget()
 
 
-def op(name):
-    return getattr(import_module(f"peftops.ops.{name.partition('_')[0]}"), name)
-
-
 def copied(args):
     return [copied(arg) if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args]
 
@@ -43,8 +40,7 @@ def other(args):
 
 
 def outputs(call, args):
-    made = call(*args)
-    return made if isinstance(made, tuple) else (made,)
+    return every(call(*args))
 
 
 def same(outs, expected):

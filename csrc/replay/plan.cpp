@@ -24,15 +24,14 @@ Driver driver() {
   return launch;
 }
 
-py::object own(PyObject* object) {
-  if (!object) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
-
-py::object stream(const int32_t* device) {
-  const Torch& torch = Torch::get();
-  const auto function = own(PyObject_GetAttr(torch.inside.ptr(), torch.stream.ptr()));
-  return own(PyObject_CallOneArg(function.ptr(), own(PyLong_FromLong(device[1])).ptr()));
+// The current stream, asked for once in a replay
+const py::object& stream(const Slots& slots) {
+  if (!slots.stream) {
+    const Torch& torch = Torch::get();
+    const auto function = own(PyObject_GetAttr(torch.inside.ptr(), torch.stream.ptr()));
+    slots.stream = own(PyObject_CallOneArg(function.ptr(), own(PyLong_FromLong(slots.device[1])).ptr()));
+  }
+  return slots.stream;
 }
 
 void add(Slots& slots, PyObject* tensor, char* start) {
@@ -72,7 +71,7 @@ py::object Operand::make(const Slots& slots) const {
       return list;
     }
     case STREAM:
-      return stream(slots.device);
+      return stream(slots);
     default:
       return constant;
   }
@@ -117,7 +116,7 @@ void Launch::run(const Slots& slots) const {
     parameters[i] = held + i;
   }
   for (const auto& pointer : pointers) held[pointer.parameter] = (uint64_t)slots.starts[pointer.slot] + pointer.offset;
-  void* handle = PyLong_AsVoidPtr(stream(slots.device).ptr());
+  void* handle = PyLong_AsVoidPtr(stream(slots).ptr());
   const auto launch = driver();
   PyThreadState* state = PyEval_SaveThread();  // a full queue makes the driver wait
   const int code = launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, handle, parameters, nullptr);
@@ -168,13 +167,14 @@ py::object Plan::play(const Arguments& given) const {
   for (int i = 0; i < given.count; ++i) add(slots, given.tensors[i], given.starts[i]);
   std::vector<py::object> made;
   made.reserve(fresh.size());
-  const size_t tensors = fresh.size() - !parts.empty();
-  for (size_t i = 0; i < fresh.size(); ++i) {
-    made.push_back(fresh[i].make());
+  for (const auto& one : fresh) {
+    made.push_back(one.make());
     DLTensor t;
-    if (Torch::get().exchange->look(made[i].ptr(), &t)) throw py::error_already_set();
-    if (i < tensors) add(slots, made[i].ptr(), t.start());
-    for (const int64_t offset : i < tensors ? std::vector<int64_t>() : parts) add(slots, nullptr, t.start() + offset);
+    if (Torch::get().exchange->look(made.back().ptr(), &t)) throw py::error_already_set();
+    if (parts.empty() || made.size() < fresh.size())
+      add(slots, made.back().ptr(), t.start());
+    else
+      for (const int64_t offset : parts) add(slots, nullptr, t.start() + offset);
   }
   for (const auto& step : steps) step->run(slots);
   if (single) return made[0];

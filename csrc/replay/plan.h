@@ -15,6 +15,7 @@ struct Slots {
   char* starts[MOST];
   int count = 0;
   const int32_t* device;
+  mutable py::object stream;  // of this replay, once somebody has asked for it
 };
 
 // An argument of a call, made anew for each.
