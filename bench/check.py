@@ -21,15 +21,17 @@ from peftops.cli import BadInput, Parser, find_device, folder, need, positive, r
 from . import results
 
 PARTS = {  # seconds of nine minutes, and what it does
-    "build": (75, "build the extension in place, for this GPU"),
+    "build": (70, "build the extension in place, for this GPU"),
     "doctor": (25, "what runs here, and whether it computes right"),
-    "kernels": (150, "every op × backend × dtype × shape against the law"),
-    "sanitizer": (35, "compute-sanitizer over a few cases"),
+    "kernels": (110, "every op × backend × dtype × shape against the law"),
+    "sanitizer": (30, "compute-sanitizer over a few cases"),
     "layers": (60, "CUDA graphs and torch.compile of the layers"),
     "replays": (15, "what is replayed against what launchers launch"),
     "host": (35, "how long a layer keeps the host busy, beside PEFT's"),
-    "bench": (85, "layers beside their peers"),
-    "stack": (60, "an 8B-shaped stack in 4 bits, trained under 24 GB"),
+    "bench": (60, "layers beside their peers"),
+    "models": (70, "steps of whole models with random weights"),
+    "tma": (30, "the product for Hopper: whether it is right, and what it takes"),
+    "stack": (35, "an 8B-shaped stack in 4 bits, trained under 24 GB"),
     "tune": (150, "tiles of the Triton kernels for this GPU"),
 }
 LINES = 60  # of the table at the end
@@ -124,7 +126,7 @@ class Check:
         if part == "doctor":
             return [sys.executable, "-m", "peftops", "doctor"]
         args = part, self.o.device, str(round(seconds)), str(self.o.out.resolve())
-        stand_in = ["env", "TRITON_INTERPRET=1"] if part == "tune" and self.o.device == "cpu" else []
+        stand_in = ["env", "TRITON_INTERPRET=1"] if part in ("tma", "tune") and self.o.device == "cpu" else []
         return [*stand_in, sys.executable, "-c", BOOTSTRAP, *args]
 
     def where(self, part):

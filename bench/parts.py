@@ -228,12 +228,44 @@ def misses(line, targets):
             yield f"{where}: {ratio:.2f} × {peer}'s time, target {most:.2f}"
 
 
+def models(o):
+    """Steps of whole models with random weights, eager first, until the time is up."""
+    from . import whole
+
+    about = results.describe(o.device) | {"row": "model", "dtype": "bf16"}
+    plans = whole.PLANS if o.device.type == "cuda" else whole.REHEARSED
+    for line, losses in whole.measure(plans, o.device, o.end - 12):
+        results.append(o.out / "bench.jsonl", about | line)
+        ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
+        said = f"{line['ms'][OURS][1]:.1f} ms, {ratios}; losses {losses}"
+        ratio, most = line["ratio"].get(whole.STOCK, 0), whole.TARGETS.get(line["layer"], float("inf"))
+        missed = [f"{line['layer']}: {ratio:.2f} × PEFT's step, target {most}"] if ratio > most else []
+        say(f"{line['layer']}, p = {line['dropout']}", whole.agree(line, losses), said, misses=missed)
+
+
 def stack(o):
     from .stack import LARGE, TINY, train
 
     found = train(LARGE if o.device.type == "cuda" else TINY, o.device, o.end)
     words = "{layers} layers, {parameters:.1f}B weights: {step_s:.2f} s a step of {tokens} tokens, {peak_gb:.2f} GB"
     say("4-bit steps under 24 GB", found.pop("ok"), words.format(**found), **found)
+
+
+def tma(o):
+    """Hopper's product: the law, and only then what it takes."""
+    from . import tma as row
+
+    if why := row.missing(o.device):
+        say("TMA's product", True, why, absent=True)
+        return
+    right = True
+    for what, ok, said in row.proofs(o.device):
+        say(what, ok, said)
+        right &= ok
+    for what, took in row.times(o.device, o.end) if right else ():
+        loss = took["product"] / took["mm"] - 1
+        said = ", ".join(f"{name} {us:.0f} µs" for name, us in took.items())
+        say(f"TMA's product: {what}", True, f"{said}: {loss:+.1%} of cuBLAS' time", **took)
 
 
 def tune(o):

@@ -1,9 +1,10 @@
 """What QLoRA is for: a model of the shape of Llama-3.1-8B, its weights in 4 bits, trained on a card of 24 GB.
 
-The 4-bit base is decoded by plain torch and handed to peftops as a dense weight, layer by layer, under activation
-checkpoints, so that one decoded weight is alive at a time. Weights are random: memory and time do not depend on them.
+Every linear layer is a LoRALinear over a LinearNF4, under activation checkpoints. Weights are random: memory and time
+do not depend on them.
 """
 
+import math
 import time
 from typing import NamedTuple
 
@@ -12,15 +13,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from peftops.functional import lora_linear
+from peftops.nn import LinearNF4, LoRALinear
 
 CAP = 24 * 10**9  # bytes of the card
-BLOCK, RANK = 64, 16
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+RANK = 16
 
 
 class Sizes(NamedTuple):
@@ -37,28 +33,10 @@ LARGE = Sizes(32, 4096, 14336, 32, 8, 128256, 1024)
 TINY = Sizes(2, 64, 128, 4, 2, 96, 32)
 
 
-class Linear4bit(nn.Module):
-    """A frozen weight in 4-bit codes and scales of blocks, and a LoRA over it."""
-
-    def __init__(self, k, n, device):
-        super().__init__()
-        self.shape = n, k
-        self.codes = torch.randint(256, (n * k // 2,), dtype=torch.uint8, device=device)
-        self.scales = torch.rand(n * k // BLOCK, 1, device=device, dtype=torch.bfloat16) * (2 * k**-0.5)
-        table = torch.tensor(NF4, device=device)
-        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # of a byte: the high half comes first
-        self.pairs = pairs.to(torch.bfloat16)
-        self.lora_A = nn.Parameter(torch.randn(RANK, k, device=device) * k**-0.5)
-        self.lora_B = nn.Parameter(torch.zeros(n, RANK, device=device))
-
-    def weight(self):
-        values = functional.embedding(self.codes.int(), self.pairs)
-        return values.view(-1, BLOCK).mul_(self.scales).view(self.shape)
-
-    def forward(self, x):
-        with torch.no_grad():
-            weight = self.weight()
-        return lora_linear(x, weight, self.lora_A, self.lora_B, scaling=2.0)
+def adapted(k, n, device):
+    """A frozen layer in 4 bits, as bitsandbytes has it, and a LoRA over it."""
+    base = LinearNF4(k, n, bias=False, device=device, dtype=torch.bfloat16)
+    return LoRALinear(base, RANK, lora_alpha=2 * RANK).to(device)
 
 
 class Block(nn.Module):
@@ -66,10 +44,10 @@ class Block(nn.Module):
         super().__init__()
         self.head = s.width // s.heads
         narrow = s.shared * self.head
-        self.q, self.o = Linear4bit(s.width, s.width, device), Linear4bit(s.width, s.width, device)
-        self.k, self.v = Linear4bit(s.width, narrow, device), Linear4bit(s.width, narrow, device)
-        self.gate, self.up = Linear4bit(s.width, s.inner, device), Linear4bit(s.width, s.inner, device)
-        self.down = Linear4bit(s.inner, s.width, device)
+        self.q, self.o = adapted(s.width, s.width, device), adapted(s.width, s.width, device)
+        self.k, self.v = adapted(s.width, narrow, device), adapted(s.width, narrow, device)
+        self.gate, self.up = adapted(s.width, s.inner, device), adapted(s.width, s.inner, device)
+        self.down = adapted(s.inner, s.width, device)
 
     def forward(self, x):
         batch, tokens, width = x.shape
@@ -115,7 +93,7 @@ def train(s, device, end, steps=4):
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    weights = sum(2 * module.codes.numel() for module in model.modules() if isinstance(module, Linear4bit))
+    weights = sum(math.prod(module.shape) for module in model.modules() if isinstance(module, LinearNF4))
     ok = losses[-1] < losses[0] and peak <= CAP
     return {
         "ok": ok, "losses": losses, "step_s": min(seconds[1:]), "peak_gb": peak / 1e9,

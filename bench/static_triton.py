@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
 from peftops._op import CONTRACTS
-from peftops.triton import _gemm
+from peftops.triton import _gemm, lora_tma
 
 from . import sass
 
@@ -78,6 +78,15 @@ CASES = [
     *(Case("multiples of 8", op, 1001, 4104, 4120, 8, p=0.1, bias=True) for op in BOTH),
     *(Case("cublas", op, 8192, 4096, 4096, 16, p=0.1, gain=True, path="cublas") for op in BOTH),
     *(Case("cublas, delta first", op, 8192, 4096, 4096, 16, p=0.1, bias=True, path="cublas") for op in BOTH),
+    Case("cublas, dora", "lora_bwd", 8192, 4096, 4096, 64, HALF, bias=True, gain=True, path="cublas"),
+    *(Case("tma", op, 8192, 4096, 4096, 16, path="tma") for op in BOTH),
+    *(Case("tma, dropout", op, 8192, 4096, 4096, 32, fp32=True, p=0.1, bias=True, path="tma") for op in BOTH),
+    *(Case("tma, dora", op, 8192, 4096, 4096, 64, HALF, p=0.1, gain=True, path="tma") for op in BOTH),
+    *(
+        Case("tma, transposed", op, 8192, 4096, 4096, 8, form="transposed", bias=True, gain=True, path="tma")
+        for op in BOTH
+    ),
+    *(Case("tma, few tiles", op, 1024, 4096, 1024, 64, p=0.1, gain=True, path="tma") for op in BOTH),
     Case("few rows", "lora_gemv", 1, 4096, 4096, 16),
     Case("few rows, wide", "lora_gemv", 16, 4096, 14336, 8, fp32=True, bias=True, gain=True),
     Case("few rows, most", "lora_gemv", 64, 4096, 4096, 64, HALF, form="transposed", gain=True),
@@ -204,6 +213,8 @@ def four_bits(c, make):
 
 
 def launches_of(case, target):
+    if case.path == "tma" and TARGETS[target][0] not in lora_tma.TILES:
+        return []
     contract, values, cell = CONTRACTS[case.op], tensors(case), backends.cell("triton", case.op)
     args = [values[name] for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]]
     outputs = contract(*args)

@@ -1,5 +1,7 @@
 """Run as a process: what ops launch on the stand-in for a GPU, replayed and not, as a line of JSON for each case.
 
+Its argument is a JSON object: the shapes, the ops, and whether TMA's product is taken where it can be.
+
 A line: [label, whether there was a plan, whether both launch the same, how many launches and products].
 """
 
@@ -17,6 +19,7 @@ from peftops.bench.law import every, function  # noqa: E402
 from triton.compiler.compiler import CompiledKernel  # noqa: E402
 
 from peftops import _replay  # noqa: E402
+from peftops.triton import _gemm  # noqa: E402
 
 DEVICE = torch.device(standin.NAME)
 BYTES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "u64": 8}
@@ -84,8 +87,10 @@ def multiplied(note, name):
     return "product", [name(value) if i % 4 == 0 else value for i, value in enumerate(note[1:])]
 
 
-def main(shapes):
-    for op in sys.argv[2:] or CASES:
+def main(shapes, ops=CASES, tma=False):
+    if tma:
+        _gemm.TMA["sm_90"] = -1.0  # as if it had been measured to be the fastest
+    for op in ops:
         call = function(op)
         for shape in shapes:
             for label, args in CASES[op](tuple(shape), torch.bfloat16):
@@ -103,4 +108,4 @@ def main(shapes):
                     print(expected, recorded, replayed[0], sep="\n", file=sys.stderr)
 
 
-main(json.loads(sys.argv[1]))
+main(**json.loads(sys.argv[1]))

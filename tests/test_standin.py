@@ -31,8 +31,9 @@ def built():
     return standin.build()
 
 
-def compare(shapes, ops):
-    lines = alone(str(HERE / "launches_on_standin.py"), json.dumps(shapes), *ops).splitlines()
+def compare(shapes, ops, tma=False):
+    told = json.dumps({"shapes": shapes, "ops": ops, "tma": tma})
+    lines = alone(str(HERE / "launches_on_standin.py"), told).splitlines()
     assert len(lines) >= 5 * len(shapes) * len(ops) // 2
     for label, planned, same, events in map(json.loads, lines):
         gated = label.startswith("lora_bwd") and any(case in label for case in GATED)
@@ -42,6 +43,11 @@ def compare(shapes, ops):
 def test_replays_launch_what_launchers_launch(built):
     """The same functions with the same grids and parameters, and the same products, in the same order."""
     compare([(256, 512, 384, 16)], ("lora_fwd", "lora_bwd", "lora_gemv", "dora_norm"))
+
+
+def test_replays_give_kernels_their_workspace(built):
+    """TMA's descriptors lie in it."""
+    compare([(256, 512, 384, 16)], ("lora_fwd",), tma=True)
 
 
 @pytest.mark.slow

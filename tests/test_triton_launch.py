@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from triton.runtime import _allocation
 
 from peftops.triton._launch import Launched, cdiv, power_of_2
 
@@ -15,13 +16,18 @@ class Kernel:
     arg_names = "OUT", "X", "W", "M", "BM", "EVEN"
 
     def __init__(self):
-        self.found_out, self.at_once = [], []
+        self.found_out, self.at_once, self.workspace, self.given = [], [], 0, []
+
+    def run(self, *args):
+        if self.workspace:
+            self.given.append(_allocation._allocator.get()(self.workspace, 128, None))
+        self.at_once.append(args)
 
     def __getitem__(self, grid):
         def launch(*args, **options):
             self.found_out.append((grid, args, options))
-            run = lambda *args: self.at_once.append(args)  # noqa: E731
-            return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+            made = SimpleNamespace(global_scratch_size=self.workspace)
+            return SimpleNamespace(run=self.run, function="function", packed_metadata="metadata", metadata=made)
 
         return launch
 
@@ -65,6 +71,20 @@ def test_what_is_not_alike_is_found_out(kernel):
         assert call(launched, out, x, w, 8, **options) and not call(launched, out, x, w, 8, **options)
     odd = torch.zeros(65)[1:]
     assert call(launched, out, odd, w, 8) and call(launched, out, odd, w, 8)  # Triton compiles another for it
+
+
+def test_a_kernel_that_asks_for_a_workspace_gets_one_and_nobody_else_notices(kernel):
+    mine = lambda size, alignment, stream: None  # noqa: E731
+    triton.set_allocator(mine)
+    try:
+        kernel.workspace = 512
+        launched, x = Launched(kernel), torch.zeros(4)
+        for _ in range(3):
+            call(launched, x, x, (x,), 8)
+        assert [(t.numel(), t.dtype, t.device) for t in kernel.given] == [(512, torch.uint8, x.device)] * 2
+        assert _allocation._allocator.get() is mine
+    finally:
+        triton.set_allocator(_allocation._NULL_ALLOCATOR)
 
 
 def test_a_profiler_sees_every_launch(kernel, monkeypatch):

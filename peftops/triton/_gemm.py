@@ -51,6 +51,7 @@ SLOWER = {  # ops a byte of the machine; how much slower than cuBLAS our product
     "sm_100": (480, 0.20, 1.0),
     "gfx942": (325, 0.15, 0.6),
 }
+TMA = {}  # how much slower than cuBLAS lora_tma's product was measured to be; where it was not, it is not taken
 
 
 @functools.cache
@@ -64,7 +65,7 @@ def machine(device):
 
 
 def path(m, n, k, x, form="dense", passes=1):
-    """ "fused", or "cublas" followed by an epilogue, for m rows of x·Ŵᵀ with n columns and a sum of length k.
+    """ "fused", "tma", or "cublas" with an epilogue, for m rows of x·Ŵᵀ with n columns and a sum of length k.
 
     An epilogue reads and writes the result once more, 2·ops/(bytes·k) of the product's time, and `passes` counts
     such costs: our product may lose as much to cuBLAS and still be the faster. Without 16-byte rows it loses more.
@@ -81,7 +82,11 @@ def path(m, n, k, x, form="dense", passes=1):
     spent = budget * passes / max(1, k)
     if form == "nf4":
         slower, spent = decoding, spent + 0.63 * budget / max(1, m)
-    return "fused" if n % 8 == k % 8 == 0 and slower <= spent else "cublas"
+    if n % 8 or k % 8:
+        return "cublas"
+    if kind in TMA and form != "nf4" and TMA[kind] < min(slower, spent):
+        return "tma"
+    return "fused" if slower <= spent else "cublas"
 
 
 def pick(m, n, x, form="dense"):

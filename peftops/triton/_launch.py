@@ -1,5 +1,6 @@
 """Launches: what Triton finds out about its arguments at every launch is kept for arguments that are alike."""
 
+import contextvars
 from functools import partial
 
 import torch
@@ -50,24 +51,29 @@ class Launched:
         if starts % 16 or watched():
             if notes is not None:
                 notes.why_not = "a launch that Triton has to see"
-            self.kernel[grid](*args, **options)
+            given(args, lambda: self.kernel[grid](*args, **options))
             return
         key = device, *alike, *options, *options.values()
+        workspace = None
         if found := self.kept.get(key):
-            compiled, rest = found
+            compiled, rest, works = found
             stream = torch._C._cuda_getCurrentRawStream(device)
             run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *rest)
+            values = *(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *rest
+            if works:
+                _, workspace = given(args, lambda: run(*values))
+            else:
+                run(*values)
         else:
-            compiled = self.kernel[grid](*args, **options)
+            compiled, workspace = given(args, lambda: self.kernel[grid](*args, **options))
             if compiled is None:  # what only records launches compiles nothing
                 return
             if len(self.kept) >= MOST:
                 self.kept.clear()
             rest = [options[name] for name in self.kernel.arg_names[len(args) :]]
-            self.kept[key] = compiled, rest
+            self.kept[key] = compiled, rest, getattr(compiled.metadata, "global_scratch_size", 0) > 0
         if notes is not None:
-            note(notes, compiled, self.kernel, grid, args)
+            note(notes, compiled, self.kernel, grid, args, workspace)
 
 
 def watched():
@@ -76,18 +82,31 @@ def watched():
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-def note(notes, compiled, kernel, grid, args):
+def given(args, launch):
+    """(launch(), the workspace that the kernel asked for or None), without a trace in the caller's own allocator."""
+    made, like = [], next(arg for arg in args if isinstance(arg, Tensor))
+
+    def allocate(size, alignment, stream):
+        made.append(like.new_empty(size, dtype=torch.uint8))
+        return made[-1]
+
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, allocate)
+    return context.run(launch), made[0] if made else None
+
+
+def note(notes, compiled, kernel, grid, args, workspace):
     """Notes a launch as CUDA's driver takes it, where it is of the plain kind."""
     made = compiled.metadata
     special = ("num_ctas", 1), ("launch_pdl", False), ("launch_cooperative_grid", False), ("cluster_dims", (1, 1, 1))
-    special += ("global_scratch_size", 0), ("profile_scratch_size", 0)
+    special += (("profile_scratch_size", 0),)
     if any(getattr(made, name, plain) not in (plain, None) for name, plain in special):
         notes.why_not = "a launch of a special kind"
         return
     parameters = [
         pair for name, arg in zip(kernel.arg_names, args, strict=False) for pair in typed(compiled, name, arg)
     ]
-    parameters += [("pointer", None)] * 2  # where Triton's launcher passes scratch memory
+    parameters += [("pointer", workspace), ("pointer", None)]  # the second is a profiler's
     notes.launch(watched, compiled.function, (*grid, 1, 1)[:3], 32 * made.num_warps, made.shared, parameters, compiled)
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _gemm
+from . import _gemm, lora_tma
 from ._gemm import tile
 from ._launch import cdiv, launched
 from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
@@ -13,7 +13,8 @@ from .lora_rank import base_tile, gated
 from .nf4 import nf4_tile
 
 
-# limits: registers 48-255, spilled 0, reloads 0, loop 0-1400, mma 24-, wide 4-
+# limits: registers 48-255, spilled 0, reloads 0, loop 0-1400, mma 12-, wide 4-
+# limits -DZ: mma 24-
 @launched
 @triton.jit
 def grads_kernel(
@@ -126,6 +127,7 @@ GRADS = {  # of the pass over dy: tall, as a block of rows leaves (n, r) partial
     "gfx942": tile(8, 2, BM=128, BN=64),
     "interpret": tile(4, 1, BM=32, BN=32),
 }
+GRADS_DZ = {"sm_90": tile(8, 3, BM=128, BN=64)}  # where dz is made too, for ranks of more than 32: taller would spill
 GRADS_ODD = tile(8, 1, BM=128, BN=32)  # rows that do not start at multiples of 16 bytes
 GRADS_FP32 = tile(4, 1, BM=32, BN=32)  # without tensor cores tiles live in registers
 DA = {
@@ -147,8 +149,8 @@ def lora_bwd(
     dhg, dz = None, dy
     if ranked:
         dhg = b.new_empty(x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32)
-    library = need[0] and form != "given" and path(dx, dy, form, gain) == "cublas"
-    if library and gain is not None:
+    way = path(dx, dy, form, gain) if need[0] and form != "given" else "fused"
+    if way != "fused" and gain is not None:
         dz = torch.empty_like(dy)
     dy_pass(
         dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
@@ -160,7 +162,10 @@ def lora_bwd(
         torch.sum((dhg.unflatten(1, (-1, h.shape[1])) * h[:, None]).view(*gate.shape, -1), 2, out=dgate)
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
-    if library:
+    if way == "tma" and lora_tma.fits(dx, dz, base[0], dh, a):
+        keep = bits if p > 0 else None
+        lora_tma.product(dx, dz, base, form == "dense", dh, a, True, bits=keep, factor=factor)
+    elif way != "fused":
         delta = a.numel() > 0
         first = delta and adds(dx)
         if not first:
@@ -184,9 +189,15 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
     outputs = [None if out is None or not out.numel() else out for out in (dhg, db, dbias, dgain)]
     if dz is None and all(out is None for out in outputs):
         return
-    sizes = GRADS_ODD if n % 8 and not _gemm.INTERPRET else GRADS[_gemm.machine(dy.device)[0]]
-    sizes = GRADS_FP32 if dy.element_size() == 4 else sizes
     br = _gemm.rank(rb)
+    kind, _ = _gemm.machine(dy.device)
+    sizes = GRADS[kind]
+    if dz is not None and br > 32:
+        sizes = GRADS_DZ.get(kind, sizes)
+    if n % 8 and not _gemm.INTERPRET:
+        sizes = GRADS_ODD
+    if dy.element_size() == 4:
+        sizes = GRADS_FP32
     blocks, ranks = cdiv(m, sizes["BM"]), max(1, cdiv(rb, br))
     count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
     parts = [None if out is None else parts_of(out, count if at == 0 else blocks) for at, out in enumerate(outputs)]

@@ -1,0 +1,157 @@
+"""Steps of whole models whose weights are random, where no checkpoint is at hand: frozen, stock PEFT and peftops.
+
+Shapes are those of Llama. Weights are bf16, or 4 bits for qlora, adapters fp32 on all linear layers, under autocast.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from .measure import finish, times
+from .peers import BASE, OURS
+from .timing import Contender
+
+STOCK, RANK = "PEFT", 16
+STEP = "step without optimizer"
+CLOSE = 1e-3  # losses of one batch may differ by that much of themselves
+
+
+class Plan(NamedTuple):
+    """One model; compiled: each decoder layer by torch.compile in that mode."""
+
+    size: str
+    method: str = "lora"
+    dropout: float = 0.0
+    compiled: str | None = None
+
+    @property
+    def name(self):
+        mode = f", compiled ({self.compiled})" if self.compiled else ""
+        return f"Llama, {self.size}, random weights, {self.method}{mode}"
+
+
+PLANS = [
+    Plan("1.2B"),
+    Plan("1.2B", dropout=0.1),
+    Plan("8B"),
+    Plan("8B", "qlora"),
+    Plan("1.2B", "dora"),
+    Plan("1.2B", compiled="reduce-overhead"),
+    Plan("8B", "dora"),
+    Plan("8B", "qdora"),
+]
+TARGETS = {Plan("1.2B").name: 0.8}  # of PEFT's time
+REHEARSED = [Plan("tiny", method, dropout) for method, dropout in (("lora", 0.1), ("qlora", 0.0), ("dora", 0.0))]
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "1.2B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+TOKENS = {"tiny": (2, 16), "1.2B": (4, 1024), "8B": (2, 1024)}
+
+
+def measure(plans, device, end, rounds=5):
+    """(line, losses) of each plan, until the time is up; a line is one of bench's results."""
+    for plan in plans:
+        if time.monotonic() > end:
+            return
+        torch._dynamo.reset()
+        ids = torch.randint(96, TOKENS[plan.size], generator=torch.Generator().manual_seed(3)).to(device)
+        calls, absent, losses = {}, {}, {}
+        for who in (BASE, STOCK, OURS):
+            try:
+                calls[who] = step(built(plan, who, device), ids, who == BASE, plan.compiled)
+                losses[who] = calls[who]().item()
+            except Exception as error:  # of somebody else's code, which may raise anything
+                if who == OURS:
+                    raise
+                calls.pop(who, None)
+                absent[who] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+        found = {who: Contender({STEP: [call]}, device) for who, call in calls.items()}
+        width = SIZES[plan.size]["hidden_size"]
+        line = {"layer": plan.name, "op": "model", "dropout": plan.dropout, "absent": absent}
+        line["shape"] = ids.numel(), width, width, RANK
+        yield finish(line, *times(found, STEP, rounds, device, modes=("eager",))), losses
+
+
+def built(plan, who, device):
+    """The model, its adapter not that which does nothing: B is random."""
+    import peft
+
+    from peftops.integrations.peft import patch
+
+    four_bits = plan.method.startswith("q")
+    if four_bits and who == STOCK:
+        raise NotImplementedError("bitsandbytes quantizes what is on a disk, not these")
+    model = llama(plan.size, device, four_bits and who == OURS)
+    layers = model.model.layers
+    if who == BASE:
+        model.requires_grad_(False)
+    else:
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=32, lora_dropout=plan.dropout, target_modules="all-linear",
+            use_dora=plan.method.endswith("dora"),
+        )  # fmt: skip
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.01)
+        model = patch(model) if who == OURS else model
+    for layer in layers if plan.compiled else ():
+        layer.compile(mode=plan.compiled, dynamic=False)
+    return model.train()
+
+
+def llama(size, device, four_bits):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary, shared = (96, 2) if size == "tiny" else (128256, 8)
+    config = LlamaConfig(**SIZES[size], num_key_value_heads=shared, vocab_size=vocabulary, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return quantized(model) if four_bits else model
+
+
+def quantized(model):
+    """In place, all linear layers but the head in 4 bits."""
+    from peftops.nn import LinearNF4
+
+    for layer in model.model.layers:
+        for name, part in list(layer.named_modules()):
+            if type(part) is torch.nn.Linear:
+                layer.set_submodule(name, LinearNF4.from_linear(part))
+    return model
+
+
+def step(model, ids, frozen, compiled):
+    """Forward and backward; gradients go back to the input where nothing else takes any."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embed = model.get_input_embeddings()
+
+    def run():
+        if compiled == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        embedded = embed(ids).detach().requires_grad_(frozen)
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+        loss.backward()
+        for parameter in trained:
+            parameter.grad = None
+        return loss.detach()
+
+    return run
+
+
+def agree(line, losses):
+    """Whether stock's loss and ours are one, where both are there and no dropout tells them apart."""
+    ours, stock = losses[OURS], losses.get(STOCK, losses[OURS])
+    return bool(line["dropout"]) or abs(ours - stock) <= CLOSE * abs(stock)

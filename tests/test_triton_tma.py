@@ -1,0 +1,91 @@
+"""The product for Hopper, whose tiles TMA brings, in Triton's interpreter: the law, and when it is taken."""
+
+import pytest
+import torch
+from peftops.bench.cases import BWD, FWD, lora
+from peftops.bench.law import check_case
+
+import peftops.functional  # noqa: F401  registers the ops
+from peftops.triton import _gemm, lora_tma
+from peftops.triton.lora import path
+
+NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}
+SHAPES = [(37, 72, 48, 16), (1, 8, 104, 24), (33, 64, 40, 0), (290, 40, 40, 8)]
+OPTIONS = [
+    {"form": form} | options
+    for form in ("dense", "transposed")
+    for options in (
+        {},
+        {"fp32": True, "p": 0.3, "bias": True},
+        {"fp32": True, "gain": True, "bias": True},
+        {"p": 0.3, "gain": True},
+    )
+]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The shapes of what TMA's kernel makes, which is taken wherever TMA can read what there is."""
+    found, product = [], lora_tma.product
+
+    def noting(out, *args, **named):
+        found.append(tuple(out.shape))
+        product(out, *args, **named)
+
+    monkeypatch.setattr(_gemm, "path", lambda *args, **kwargs: "tma")
+    monkeypatch.setattr(lora_tma, "product", noting)
+    return found
+
+
+def assert_law(op, t):
+    error, bound = check_case(op, "triton", [t[name] for name in NAMES[op]])
+    assert error <= bound
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("op", NAMES)
+def test_law(op, options, taken):
+    for at, (m, k, n, r) in enumerate(SHAPES):
+        dtype = torch.float16 if at == 1 else torch.bfloat16
+        assert_law(op, lora(m, k, n, r, dtype, **options))
+        assert taken.pop() == (m, n if op == "lora_fwd" else k) and not taken
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_what_tma_cannot_read_is_multiplied_otherwise(op, taken):
+    for k, n, r in ((40, 48, 4), (40, 44, 8), (44, 48, 8)):
+        assert_law(op, lora(5, k, n, r, torch.bfloat16))
+    assert not taken
+
+
+def test_gates_are_left_to_another_kernel(taken):
+    assert_law("lora_fwd", lora(5, 40, 48, 8, torch.bfloat16, experts=2))
+    assert not taken
+
+
+def test_everything_dropped(taken):
+    for op in NAMES:
+        assert_law(op, lora(37, 72, 48, 16, torch.bfloat16, p=1.0))
+    assert len(taken) == 2
+
+
+def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
+    half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+    monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_90", 132))
+
+    def way(x, n=4096, k=4096, form="dense"):
+        return path("lora_fwd", x, 8192, n, k, 16, form)
+
+    assert way(half) == "cuBLAS + epilogue"
+    monkeypatch.setitem(_gemm.TMA, "sm_90", 0.05)  # an epilogue costs 367 / 4096, 9 %
+    assert way(half) == way(half, form="transposed") == "TMA"
+    assert way(half, k=8192) == way(half, n=4100) == way(single) == "cuBLAS + epilogue"
+    assert way(half, form="nf4") == "dequantize + cuBLAS"
+
+
+def test_tiles(monkeypatch):
+    monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_90", 132))
+    out = torch.empty(0)
+    for m, n, width, programs in ((8192, 4096, 256, 132), (2048, 2048, 128, 132), (256, 1024, 128, 16)):
+        tile, count = lora_tma.pick(m, n, out, True)
+        assert (tile["BN"], count) == (width, programs)
