@@ -171,15 +171,18 @@ def host(o):
 def bench(o):
     """Layers beside their peers and DoRA's norms, those that have a target first, until the time is up."""
     from . import dora, lora, nf4
+    from .__main__ import torch_dtype
     from .measure import unlawful
 
     rows = lora, nf4, dora
-    if wrong := unlawful(SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), torch.bfloat16, o.device):
+    name = "bf16" if o.device.type == "cuda" else "fp32"  # a CPU may take minutes for peers in 16 bits
+    dtype = torch_dtype(name)
+    if wrong := unlawful(SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), dtype, o.device):
         say("the law", False, wrong)
         return
     about, lines = results.describe(o.device), []
-    for row, line in measured(rows, o.device):
-        here = about | {"row": row.__name__.rpartition(".")[2], "dtype": "bf16"} | line
+    for row, line in measured(rows, o.device, dtype):
+        here = about | {"row": row.__name__.rpartition(".")[2], "dtype": name} | line
         results.append(o.out / "bench.jsonl", here)
         lines.append(line)
         way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
@@ -192,7 +195,7 @@ def bench(o):
         say("peers", True, absent, absent=True)
 
 
-def measured(rows, device):
+def measured(rows, device, dtype):
     """(row, line) of all their layers, those with a target first; on a GPU what they measure alone comes second."""
     from .measure import alone, layer
     from .peers import GPU, HERE, NF4
@@ -203,10 +206,10 @@ def measured(rows, device):
     options.peers = [name for name in (*HERE, *NF4, *GPU) if "compile" not in name]
     for row in rows:
         options.layers, wanted = row.layers(device, not gpu), {target[:2] for target in row.TARGETS}
-        for name, problem in row.jobs(options, torch.bfloat16, device):
+        for name, problem in row.jobs(options, dtype, device):
             jobs.append((0 if (name, problem.p) in wanted else 2, row, name, problem))
     jobs += [(1, row, None, None) for row in rows if gpu and row.__name__.endswith("dora")]
-    limits = ceilings(device, torch.bfloat16, quick=True)
+    limits = ceilings(device, dtype, quick=True)
     jobs.sort(key=lambda job: job[0])
     while jobs:  # what has been measured gives its memory back
         _, row, name, problem = jobs.pop(0)
