@@ -16,7 +16,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
 CALLS = ["--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0"]  # a tenth of the compile time
 SANITIZERS = {"": [], "address": ["-fsanitize=address", *CALLS], "thread": ["-fsanitize=thread"]}
-ARCH = "90"  # its PTX is the same but for launches that overlap, which older GPUs lack
+ARCH = "90a"  # its PTX is the same but for what older GPUs lack: launches that overlap, and Hopper's instructions
 
 
 def missing():
@@ -42,10 +42,10 @@ def opened(library):
 
 def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS):
     sources = sorted(include.glob("*.cu")) if sources is None else sources
-    headers = sorted([*include.glob("*.*h"), *(ROOT / "csrc").glob("*.h"), *HERE.glob("*.h"), HERE / "translate.py"])
+    headers = sorted([*include.glob("*.*h"), *(ROOT / "csrc").glob("*.h"), *HERE.glob("*.*h"), HERE / "translate.py"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = [pool.submit(kernel, source, headers, SANITIZERS[sanitizer], include) for source in sources]
-        for source in (HERE / "machine.cpp", HERE / "runtime.cpp", module):
+        for source in (HERE / "machine.cpp", HERE / "hopper.cpp", HERE / "runtime.cpp", module):
             tasks.append(pool.submit(support, source, headers, include))
         objects = [path for task in tasks for path in task.result()]
 

@@ -1,25 +1,10 @@
 // A block's threads as fibers of one CPU thread, which switch where they wait: at barriers and within warps.
-// Compiled without sanitizers, whose hooks are weak symbols here: ThreadSanitizer is told of each fiber, and that only
-// barriers order them, so one run finds every race, whatever the order it took.
-#include "machine.h"
-
 #include <sys/mman.h>
 
 #include <numeric>
-#include <random>
 
-#define WEAK(...) extern "C" __VA_ARGS__ __attribute__((weak))
-WEAK(void* __tsan_get_current_fiber());
-WEAK(void* __tsan_create_fiber(unsigned));
-WEAK(void __tsan_destroy_fiber(void*));
-WEAK(void __tsan_switch_to_fiber(void*, unsigned));
-WEAK(void __tsan_acquire(void*));
-WEAK(void __tsan_release(void*));
-WEAK(void __sanitizer_start_switch_fiber(void**, const void*, size_t));
-WEAK(void __sanitizer_finish_switch_fiber(void*, const void**, size_t*));
-WEAK(void __asan_poison_memory_region(const volatile void*, size_t));
-WEAK(void __asan_unpoison_memory_region(const volatile void*, size_t));
-#define HOOK(name, ...) (name ? name(__VA_ARGS__) : decltype(name(__VA_ARGS__))())
+#include "engine.h"
+
 extern "C" void switch_stacks(void** save, void* load);
 asm(R"(.text
 .type switch_stacks,@function
@@ -39,67 +24,27 @@ u64 dynamic_shared;
 Schedule schedule;
 Counts counts;
 
+Engine* engine;
+
 namespace {
 
-constexpr u64 STACK = 64 << 10, ARENA = 2 << 20, GAP = 64, SHIFT = 1ull << 60;
-
-struct Meeting {
-  int arrived = 0;
-  u32 generation = 0, mask = 0;
-  const char* site = "";
-  void* brought[32];
-};
-struct Fiber : Thread {
-  void *pointer = nullptr, *tsan = nullptr;
-  char* stack = nullptr;
-  bool done = false;
-  const Meeting* waits = nullptr;  // until its generation is another
-  u32 generation = 0, group = 0;
-  std::vector<std::pair<Copy, u32>> copies;
-  size_t next = 0;
-};
-struct Engine {  // of one launch
-  std::vector<Fiber> fibers;
-  Fiber host;
-  std::vector<int> order;
-  std::vector<std::array<Meeting, 4>> warps;  // up to four masks of a warp meet at a time
-  Meeting block;
-  size_t at = 0;
-  std::mt19937 random{1};
-  std::string error;
-  std::function<std::string()> before;
-  const Kernel* kernel;
-  const unsigned char* parameters;
-  char start, end, behind, barrier, lanes[32];  // what ThreadSanitizer takes for locks
-}* engine;
+constexpr u64 ARENA = 2 << 20, GAP = 64, SHIFT = 1ull << 60;
 
 unsigned char* const arena = static_cast<unsigned char*>(
     mmap(nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0));
 size_t used;  // of the arena; a launch within a launch takes what is behind
 
-Fiber* me() { return static_cast<Fiber*>(self); }
-void acquire(char& lock) { HOOK(__tsan_acquire, &lock); }
-void release(char& lock) { HOOK(__tsan_release, &lock); }
 std::string text(Dim d) { return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z); }
 
 void switch_to(Fiber& to) {
   Fiber* from = me();
   if (&to == from) return;
   self = &to;
-  HOOK(__tsan_switch_to_fiber, to.tsan, 1);  // 1: it orders nothing
+  become(to.tsan);
   void* fake = nullptr;
   HOOK(__sanitizer_start_switch_fiber, from->done ? nullptr : &fake, to.stack, STACK);
   switch_stacks(&from->pointer, to.pointer);
   HOOK(__sanitizer_finish_switch_fiber, fake, nullptr, nullptr);
-}
-
-void yield() {  // to the next that can run, or to the host where none can
-  for (size_t i = 0; i < engine->order.size(); ++i) {
-    engine->at = (engine->at + 1) % engine->order.size();
-    Fiber& next = engine->fibers[engine->order[engine->at]];
-    if (!next.done && !(next.waits && next.waits->generation == next.generation)) return switch_to(next);
-  }
-  switch_to(engine->host);
 }
 
 void begin() {
@@ -112,31 +57,13 @@ void begin() {
   abort();
 }
 
-// True for the last of `expected` to come, who then has to part() the others; false for these, once they may go on.
-bool meet(Meeting& meeting, int expected, const char* site) {
-  if (meeting.arrived && strcmp(site, meeting.site))
-    fail(std::string("threads meet at different places: ") + meeting.site + " and " + site);
-  meeting.site = site;
-  if (++meeting.arrived == expected) return true;
-  me()->waits = &meeting, me()->generation = meeting.generation;
-  yield();
-  me()->waits = nullptr;
-  return false;
-}
-
-void part(Meeting& meeting) {
-  meeting.arrived = 0;
-  ++meeting.generation;
-  if (schedule.order == "random" && engine->random() & 1) yield();
-}
-
 // The last lane of the mask to come does `act` on what all of them bring.
 template <class T, class F> void together(Any mask, const char* site, T& brought, F act) {
   const u32 lanes = as<u32>(mask), there = std::min<size_t>(32, engine->fibers.size() - self->warp * 32);
   if (!(lanes >> self->lane & 1)) fail(std::string("a lane outside of its own mask at ") + site);
   if (there < 32 && lanes >> there) fail(std::string("a mask of lanes that do not exist at ") + site);
   Meeting* found = nullptr;
-  for (Meeting& m : engine->warps[self->warp])
+  for (Meeting& m : engine->warps[self->warp].masks)
     if (m.arrived ? m.mask == lanes : !found) found = &m;
   if (!found) fail("more than four masks of a warp at a time");
   found->mask = lanes;
@@ -144,6 +71,18 @@ template <class T, class F> void together(Any mask, const char* site, T& brought
   if (!meet(*found, std::popcount(lanes), site)) return;
   act(reinterpret_cast<T**>(found->brought), lanes);
   part(*found);
+}
+
+// One of the sixteen barriers of a block, and in its mask for how many threads it is
+Meeting& barrier_of(Any barrier, Any threads, const char* site) {
+  const u32 id = as<u32>(barrier), count = as<u32>(threads), all = engine->fibers.size();
+  if (id > 15 || count % 32 || count > all) fail(std::string("no such barrier at ") + site);
+  Meeting& meeting = engine->barriers[id];
+  if (meeting.arrived && meeting.mask != (count ? count : all))
+    fail(std::string("threads count those who meet differently: ") + meeting.site + " and " + site);
+  meeting.mask = count ? count : all;
+  if (id) meeting.site = site;  // at which warpgroups may meet in different places
+  return meeting;
 }
 
 void run_block() {
@@ -156,17 +95,20 @@ void run_block() {
     top[0] = reinterpret_cast<void*>(&begin), top[1] = nullptr;  // begin() finds the stack aligned as after a call
     f.pointer = top - 6;
   }
-  e.block = {};
-  std::fill(e.warps.begin(), e.warps.end(), std::array<Meeting, 4>{});
+  e.barriers.fill({});
+  for (Warp& w : e.warps) static_cast<Meeting&>(w) = {}, w.masks.fill({});
   e.at = e.order.size() - 1;
   release(e.start);
+  begin_asynchronous_block();
   yield();
+  end_asynchronous_block();
   acquire(e.end);
   std::string places;
   for (Fiber& f : e.fibers)
-    if (!f.done && f.waits && places.find(f.waits->site) == std::string::npos)
-      places += " thread " + text(f.tid) + " at " + f.waits->site;
+    if (!f.done && f.waits && places.find(f.site) == std::string::npos)
+      places += " thread " + text(f.tid) + " at " + f.site + lacking(f);
   if (e.error.empty() && !places.empty()) e.error = "some threads wait for others that do not come:" + places;
+  if (e.error.empty()) e.error = left_over();
 }
 
 u64 place(size_t align, size_t size) {  // of shared memory, between gaps that AddressSanitizer guards
@@ -177,6 +119,59 @@ u64 place(size_t align, size_t size) {  // of shared memory, between gaps that A
 }
 
 }  // namespace
+
+Fiber* me() { return static_cast<Fiber*>(self); }
+void become(void* tsan) { HOOK(__tsan_switch_to_fiber, tsan, 1); }  // 1: it orders nothing
+void acquire(char& lock) { HOOK(__tsan_acquire, &lock); }
+void release(char& lock) { HOOK(__tsan_release, &lock); }
+void acquire(Order& order) {
+  acquire(order.usual);
+  if (!me()->asynchronous) return;
+  become(me()->asynchronous), acquire(order.asynchronous);
+  become(me()->tsan);
+}
+void release(Order& order) {
+  release(order.usual);
+  if (!me()->asynchronous) return;
+  become(me()->asynchronous), release(order.asynchronous);
+  become(me()->tsan);
+}
+
+void yield() {
+  for (size_t i = 0; i < engine->order.size(); ++i) {
+    engine->at = (engine->at + 1) % engine->order.size();
+    Fiber& next = engine->fibers[engine->order[engine->at]];
+    if (!next.done && !(next.waits && next.waits->generation == next.generation)) return switch_to(next);
+  }
+  Fiber* const polling = who_polls();
+  switch_to(polling ? *polling : engine->host);
+}
+
+void wait_for(const Meeting& meeting, const char* site) {
+  Fiber& f = *me();
+  f.waits = &meeting, f.generation = meeting.generation, f.site = site;
+  yield();
+  f.waits = nullptr;
+}
+
+void waver() {
+  if (schedule.order == "random" && engine->random() & 1) yield();
+}
+
+bool meet(Meeting& meeting, int expected, const char* site) {
+  if (meeting.arrived && strcmp(site, meeting.site))
+    fail(std::string("threads meet at different places: ") + meeting.site + " and " + site);
+  meeting.site = site;
+  if (++meeting.arrived == expected) return true;
+  wait_for(meeting, site);
+  return false;
+}
+
+void part(Meeting& meeting) {
+  meeting.arrived = 0;
+  ++meeting.generation;
+  waver();
+}
 
 std::map<std::string, Kernel>& kernels() {
   static std::map<std::string, Kernel> all;
@@ -189,16 +184,24 @@ void fail(const std::string& what) {
   abort();
 }
 
-void sync_block(const char* site) {
-  release(engine->barrier);
-  if (meet(engine->block, engine->fibers.size(), site)) part(engine->block);
-  acquire(engine->barrier);
+void sync_block(Any barrier, Any threads, const char* site) {
+  Meeting& meeting = barrier_of(barrier, threads, site);
+  release(meeting.order);
+  if (meet(meeting, meeting.mask, site)) part(meeting);
+  acquire(meeting.order);
+}
+
+void arrive_block(Any barrier, Any threads, const char* site) {
+  Meeting& meeting = barrier_of(barrier, threads, site);
+  release(meeting.order);
+  if (++meeting.arrived == int(meeting.mask)) part(meeting);
 }
 
 void sync_warp(Any mask, const char* site) {
-  release(engine->lanes[self->warp]);
+  Order& order = engine->warps[self->warp].order;
+  release(order);
   together(mask, site, *self, [](Thread**, u32) {});
-  acquire(engine->lanes[self->warp]);
+  acquire(order);
 }
 
 void wait_for_launch_before() {
@@ -303,6 +306,7 @@ std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
   mine.kernel = &kernel, mine.before = std::move(before), mine.parameters = parameters.data();
 
   HOOK(__asan_poison_memory_region, arena + used, ARENA - used);
+  mine.shared = u64(arena) + used;
   std::vector<std::pair<u64, size_t>> shared;
   for (const Shared& variable : kernel.shared)
     shared.push_back({* variable.at = place(variable.align, variable.size), variable.size});
@@ -322,6 +326,7 @@ std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
     f.copies.reserve(256);  // else a sanitizer would say that a fiber allocates
     mine.order.push_back(i);
   }
+  begin_asynchronous();
   std::vector<u64> order(total);
   std::iota(order.begin(), order.end(), 0);
   if (schedule.order == "reverse")
@@ -339,6 +344,7 @@ std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
   }
   if (mine.error.empty() && mine.before) mine.error = mine.before();
   for (Fiber& f : mine.fibers) HOOK(__tsan_destroy_fiber, f.tsan);
+  end_asynchronous();
   munmap(stacks, count * STACK);
   engine = outer, self = caller;
   std::tie(launch, used, dynamic_shared) = saved;

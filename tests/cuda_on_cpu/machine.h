@@ -2,7 +2,7 @@
 //
 // Global addresses are host pointers. Shared memory lies below 4 GiB, so that its 32-bit addresses are pointers too; as
 // generic addresses they are shifted, so that none of the three kinds passes for another. This file is compiled with
-// the sanitizers, which see a kernel's own loads and stores; machine.cpp, where threads meet, is not.
+// the sanitizers, which see a kernel's own loads and stores; machine.cpp and hopper.cpp, where threads meet, are not.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -68,13 +68,14 @@ struct Kernel {
   void (*body)(const unsigned char* parameters);
   std::vector<Shared> shared;
   std::vector<Parameter> parameters;
+  bool asynchronous;  // has mbarriers, tiles or products of warpgroups
 };
 struct Schedule {
   std::string order = "forward";  // of threads and blocks: forward, reverse, or random
   bool lazy = true;               // cp.async arrives at the wait for it, and a launch that may overlap does; or at once
 };
 struct Counts {
-  u64 launches, blocks, mma, matrices, conflicts;  // conflicts: replays of ldmatrix for shared memory's banks
+  u64 launches, blocks, mma, wgmma, matrices, conflicts;  // conflicts: replays of ldmatrix for shared memory's banks
 };
 extern Thread* self;
 extern Launch launch;
@@ -238,7 +239,8 @@ inline void wait_copies(u32 groups_left) {
 
 // Threads together
 
-void sync_block(const char* site);
+void sync_block(Any barrier, Any threads, const char* site);  // 0 threads: all
+void arrive_block(Any barrier, Any threads, const char* site);
 void sync_warp(Any mask, const char* site);
 void wait_for_launch_before();
 std::array<u64, 32> gather(Any mask, u64 value, const char* site);  // what every lane brings; 0 outside of the mask
@@ -272,5 +274,7 @@ template <int COUNT, bool TURNED> std::array<u32, COUNT> load_matrices(u64 addre
   transpose_matrices(COUNT, TURNED, address, row.data(), out.data(), site);
   return out;
 }
+
+#include "hopper.h"
 
 }  // namespace emulator

@@ -14,6 +14,6 @@ inline void bind_emulator(pybind11::module_& m) {
   m.def("counts", [] {
     const auto c = std::exchange(emulator::counts, {});
     return py::dict(py::arg("launches") = c.launches, py::arg("blocks") = c.blocks, py::arg("mma") = c.mma,
-                    py::arg("matrices") = c.matrices, py::arg("conflicts") = c.conflicts);
+                    py::arg("wgmma") = c.wgmma, py::arg("matrices") = c.matrices, py::arg("conflicts") = c.conflicts);
   });
 }

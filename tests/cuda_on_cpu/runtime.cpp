@@ -1,4 +1,5 @@
 // Stands in for the CUDA runtime: what nvcc makes of <<<>>> and the calls of launchers, on the fibers of machine.cpp.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "machine.h"
@@ -73,6 +74,36 @@ cudaError_t start(const void* function, dim3 blocks, dim3 threads, void** argume
   return start(function, cudaLaunchConfig_t{blocks, threads, shared}, arguments);
 }
 
+// cuTensorMapEncodeTiled, of matrices: it refuses what the driver does, and what hopper.h knows nothing of.
+CUresult encode_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* size,
+                    const cuuint64_t* pitch, const cuuint32_t* box, const cuuint32_t* step,
+                    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                    CUtensorMapFloatOOBfill fill) {
+  const std::map<int, u32> sizes{{CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},    {CU_TENSOR_MAP_DATA_TYPE_UINT16, 2},
+                                 {CU_TENSOR_MAP_DATA_TYPE_UINT32, 4},   {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2},
+                                 {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2}, {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4}};
+  if (rank != 2 || !sizes.contains(type) || u64(map) % 64 || u64(base) % 16) return CUDA_ERROR_INVALID_VALUE;
+  bool right = interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  for (int i = 0; i < 2; ++i)
+    right &= size[i] && size[i] <= 1ull << 32 && box[i] && box[i] <= 256 && step[i] == 1;
+  const u32 bytes = sizes.at(type), width = box[0] * bytes;
+  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  right &= pitch[0] % 16 == 0 && pitch[0] < 1ull << 40 && pitch[0] >= size[0] * bytes && width % 16 == 0;
+  right &= swizzled ? width == 128 : swizzle == CU_TENSOR_MAP_SWIZZLE_NONE;
+  if (!right) return CUDA_ERROR_INVALID_VALUE;
+  static_assert(sizeof(Map) <= sizeof *map);
+  const auto start = static_cast<unsigned char*>(base);
+  *reinterpret_cast<Map*>(map) = {MAP, start, size[0], size[1], pitch[0], bytes, width, box[1], swizzled};
+  return CUDA_SUCCESS;
+}
+
+cudaError_t entry_point(const std::string& name, void** function, cudaDriverEntryPointQueryResult* found) {
+  const bool known = name == "cuTensorMapEncodeTiled";
+  *function = known ? reinterpret_cast<void*>(&encode_map) : nullptr;
+  if (found) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
 }  // namespace
 
 int emulator::shared_limit = 227 << 10;
@@ -120,6 +151,14 @@ cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* found) {
+  return entry_point(name, function, found);
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  return entry_point(name, function, found);
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // of a Hopper GPU of four multiprocessors
   const std::map<int, int> values{{cudaDevAttrMultiProcessorCount, 4},
                                   {cudaDevAttrComputeCapabilityMajor, 9},

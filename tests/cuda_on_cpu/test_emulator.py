@@ -220,12 +220,14 @@ PTX = """
 @pytest.mark.parametrize(
     "statement",
     [
-        "wgmma.fence.sync.aligned",
+        "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1}, %r1, %r2, %r1, 1, 1",
+        "mbarrier.arrive.noComplete.shared.b64 %r1, [%r2], 1",
+        "barrier.cluster.arrive.aligned",
         "add.sat.s32 %r1, %r2, %r2",
         "fma.rn.ftz.f32 %r1, %r2, %r2, %r2",
         "ld.global.foo.b32 %r1, [%r2]",
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r1}, {%r2}, {%r2}",
-        "cp.async.bulk.commit_group",
+        "cp.async.bulk.prefetch.L2.global [%r1], 16",
     ],
 )
 def test_an_unknown_instruction_stops_with_its_text(statement):

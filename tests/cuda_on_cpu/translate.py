@@ -19,8 +19,11 @@ PLAIN = {  # opcode: the modifiers that it may carry besides its type
 }  # fmt: skip
 IGNORED = {"rn", "approx", "full"}  # C++ rounds to nearest, and is more exact than approximations
 SPACES = {"global": "global", "const": "global", "shared": "shared", "shared::cta": "shared", "local": "local"}
+SHARED = ("shared::cta", "shared::cluster")  # the same in a cluster of one block
 QUALIFIERS = {"nc", "ca", "cg", "cs", "volatile", "relaxed", "gpu", "cta", "v2", "v4", "L1::no_allocate", *SPACES}
-NOTHING = {"membar", "fence", "prefetch", "nanosleep"}  # blocks run one after another, and memory is one
+NOTHING = {"membar", "prefetch", "nanosleep", "setmaxnreg"}  # blocks run one after another, and memory is one
+ASYNCHRONOUS = re.compile(r"\b(?:mbarrier|wgmma|cp\.async\.bulk|fence\.proxy\.async)\b")
+MBARRIER = {"shared", "shared::cta", "shared::cluster", "b64", "release", "acquire", "cta", "cluster"}
 VARIABLE = re.compile(
     r"(?:\.(?:visible|extern|weak|common)\s+)*\.(global|const|shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)"
     r"(\[\d*\])?(?:\s*=\s*(\{[^}]*\}|[^;]+))?\s*;"
@@ -108,6 +111,7 @@ class Kernel:
                 for register in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
                     if self.registers.setdefault(register, SIZES[kind]) != SIZES[kind]:
                         raise Unknown(f"register {register} of two sizes")
+        self.asynchronous = str(bool(ASYNCHRONOUS.search(body))).lower()
         self.code = list(self.statements(re.sub(r"\.reg\s*\.\w+\s+[^;]+;", "", body).rstrip()))
 
     def statements(self, body):
@@ -141,7 +145,7 @@ class Kernel:
         yield from [*self.memory, *self.code, "}"]
         shared = ", ".join(f"{{&V_{own}, {align}, {size}}}" for own, align, size in self.shared)
         parameters = ", ".join(f"{{{at}, {size}}}" for at, size in self.parameters.values())
-        kernel = f"{{K_{self.id}, {{{shared}}}, {{{parameters}}}}}"
+        kernel = f"{{K_{self.id}, {{{shared}}}, {{{parameters}}}, {self.asynchronous}}}"
         yield f'static const bool B_{self.id} = (kernels()["{self.name}"] = {kernel}, true);'
 
     def value(self, operand):
@@ -249,7 +253,9 @@ class Kernel:
     def do_bar(self, name, modifiers, args):
         if modifiers[:1] == ["warp"]:
             return f"sync_warp({self.value(args[0])}, {self.site});"
-        return "sync" in modifiers and args == ["0"] and f"sync_block({self.site});"
+        what = {"sync": "sync_block", "arrive": "arrive_block"}.get(modifiers[0])
+        count = self.value(args[1]) if len(args) > 1 else "0u"
+        return what and set(modifiers[1:]) <= {"aligned"} and f"{what}({self.value(args[0])}, {count}, {self.site});"
 
     do_exit, do_barrier = do_ret, do_bar
 
@@ -275,6 +281,8 @@ class Kernel:
         return "m8n8" in modifiers and modifiers[-1] == "b16" and self.spread(parts, found)
 
     def do_cp(self, name, modifiers, args):
+        if modifiers[:2] == ["async", "bulk"]:
+            return self.bulk(modifiers[2:], args)
         if modifiers == ["async", "commit_group"]:
             return "commit_copies();"
         if modifiers in (["async", "wait_group"], ["async", "wait_all"]):
@@ -283,6 +291,60 @@ class Kernel:
             return None
         places = f"{args[2]}, {self.address(args[0])}, {self.address(args[1])}, {self.value(args[-1])}, {self.site}"
         return f"copy_later({places});"
+
+    def bulk(self, modifiers, args):
+        if modifiers == ["commit_group"]:
+            return "commit_tiles();"
+        if modifiers[0] == "wait_group":
+            return f"wait_tiles({args[0]});"
+        words = set(modifiers) - {"tile", "L2::cache_hint"}
+        if words in ({"tensor", "2d", space, "global", "mbarrier::complete_tx::bytes"} for space in SHARED):
+            places = f"{self.address(args[0])}, {self.tile(args[1])}, {self.address(args[2])}"
+            return f"fetch_tile({places}, {self.site});"
+        if words == {"tensor", "2d", "global", "shared::cta", "bulk_group"}:
+            return f"store_tile({self.tile(args[0])}, {self.address(args[1])}, {self.site});"
+
+    def tile(self, operand):
+        """The address of a tensor map and a place of its tensor."""
+        tensor, column, row = re.match(r"\[\s*([^,]+?)\s*,\s*\{([^,]+),([^}]+)\}\s*\]$", operand).groups()
+        column, row = column.strip(), row.strip()
+        return f"{self.address(f'[{tensor}]')}, {{{self.values([column, row])}}}"
+
+    def do_mbarrier(self, name, modifiers, args):
+        what, rest = modifiers[0], set(modifiers[1:]) - MBARRIER
+        if what in ("init", "inval") and not rest:
+            return f"barrier_{what}({', '.join([self.address(args[0]), *map(self.value, args[1:]), self.site])});"
+        if what == "arrive" and rest <= {"expect_tx"}:
+            given = self.values(args[2:3]) or "1u"
+            counts = f"{given}, 1u" if rest else f"0u, {given}"
+            return self.set(args[0], f"barrier_arrive({self.address(args[1])}, {counts}, {self.site})")
+        if what == "expect_tx" and rest <= {"relaxed"}:
+            return f"barrier_expect({self.address(args[0])}, {self.value(args[1])}, {self.site});"
+        if what in ("try_wait", "test_wait") and rest == {"parity"}:
+            return self.set(args[0], f"barrier_passed({self.address(args[1])}, {self.value(args[2])}, {self.site})")
+
+    def do_fence(self, name, modifiers, args):
+        return "fence_asynchronous();" if modifiers[:2] == ["proxy", "async"] else ";"
+
+    def do_wgmma(self, name, modifiers, args):
+        what, *rest = modifiers
+        if rest == ["sync", "aligned"] and what in ("fence", "commit_group", "wait_group"):
+            calls = {
+                "commit_group": "commit_products();",
+                "wait_group": f"wait_products({''.join(args)}, {self.site});",
+            }
+            return calls.get(what, ";")
+        shape = re.match(r"mma_async sync aligned m64n(\d+)k16 f32 (bf16|f16) \2$", " ".join(modifiers))
+        if not shape or args[4:6] != ["1", "1"]:
+            return None
+        held = args[1].startswith("{")
+        sums, factor = (", ".join(f"&{self.value(r)}" for r in vector(a)) for a in (args[0], args[1] if held else "{}"))
+        a, b = "0" if held else self.value(args[1]), self.value(args[2])
+        turned = [arg == "1" for arg in (["0"] if held else []) + args[6:]]
+        flags = ", ".join(str(flag).lower() for flag in (shape[2] == "bf16", held, *turned))
+        product = f"{{Any({a}).bits, Any({b}).bits, {shape[1]}, as<bool>({self.value(args[3])}), {flags}, {self.site}}}"
+        registers = f"u32 *const sums[] = {{{sums}}}, *const held[] = {{{factor or 'nullptr'}}};"
+        return f"{registers} multiply_later({product}, sums, held);"
 
     def do_griddepcontrol(self, name, modifiers, args):
         return "wait_for_launch_before();" if modifiers == ["wait"] else ";"

@@ -1,0 +1,308 @@
+"""Hopper's instructions compute as the manual says, and what a kernel forgets between them is noticed."""
+
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from law import bound, error
+
+from . import build
+from .test_emulator import SCHEDULES, sanitized
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+HERE = Path(__file__).parent
+SOURCES = [HERE / "hopper_semantics.cu", HERE / "hopper_product.cu"]
+
+
+@pytest.fixture(scope="module")
+def module():
+    return build.load(SOURCES, module=HERE / "semantics.cpp")
+
+
+@pytest.fixture
+def ask(module):
+    """out of a kernel, NaN where it wrote nothing"""
+
+    def run(kernel, a=None, b=None, n=1, size=(32,), threads=32, blocks=1):
+        out = torch.full(size, float("nan"))
+        module.ask(kernel, out.data_ptr(), *(0 if t is None else t.data_ptr() for t in (a, b)), n, blocks, threads)
+        module.finish()
+        return out
+
+    yield run
+    module.schedule("forward", True)
+
+
+RIGHT, WRONG = "right", "wrong"
+
+
+@pytest.fixture
+def judge(module):
+    """Holds what comes out under every schedule to what is expected: RIGHT, WRONG, or an error's words."""
+
+    def hold(run, right, *expected, somewhere=False):
+        found = {}
+        for schedule in SCHEDULES:
+            module.schedule(*schedule)
+            try:
+                found[schedule] = RIGHT if right(run()) else WRONG
+            except RuntimeError as raised:
+                found[schedule] = str(raised)
+        hits = [any(re.search(words, said) for words in expected) for said in found.values()]
+        assert any(hits) if somewhere else all(hits), found
+
+    return hold
+
+
+@pytest.mark.parametrize(
+    "n, expected",
+    [(1, [RIGHT]), (0, [WRONG, "lacks 32 arrivals"]), (2, [WRONG]), (3, ["lacks 1 arrivals and 0 bytes"])],
+)
+def test_an_mbarrier_has_phases(judge, ask, n, expected):
+    values = torch.randn(32)
+    rounds = torch.stack([values.flip(0) + r for r in range(5)])
+
+    def run():
+        return ask("phases", values, n=n, size=(5, 32), threads=64)
+
+    judge(run, lambda out: torch.equal(out, rounds), *expected, somewhere=n == 2)
+
+
+def test_an_mbarrier_is_asked_and_made_anew(ask):
+    assert ask("tries", size=(5,), threads=1).tolist() == [0, 1, 1, 0, 0]
+    with pytest.raises(RuntimeError, match="an mbarrier that nobody made at hopper_"):
+        ask("tries", n=0, threads=1)
+
+
+@pytest.mark.parametrize("n, expected", [(1, RIGHT), (0, WRONG), (2, WRONG), (3, "count those who meet differently")])
+def test_a_part_of_a_block_meets(judge, ask, n, expected):
+    values = torch.randn(64)
+    swapped = torch.cat([values.flip(0), values[:32] + values[32:]])
+
+    def run():
+        return ask("named", values, n=n, size=(96,), threads=96)
+
+    judge(run, lambda out: torch.equal(out, swapped), expected, somewhere=expected == WRONG)
+
+
+def box(matrix, column, row, width, height):
+    """A box of it, zero outside."""
+    padded = numpy.zeros((height, width), matrix.dtype)
+    for r in range(height):
+        for c in range(width):
+            if 0 <= row + r < matrix.shape[0] and 0 <= column + c < matrix.shape[1]:
+                padded[r, c] = matrix[row + r, column + c]
+    return padded
+
+
+def swizzled(tile):
+    """As it lies in shared memory: the 16-byte chunk c of row r at chunk c ^ (r & 7) of 128-byte rows."""
+    chunks = tile.view(numpy.uint8).reshape(len(tile), 8, 16)
+    placed = numpy.empty_like(chunks)
+    for r in range(len(tile)):
+        for c in range(8):
+            placed[r, c ^ (r & 7)] = chunks[r, c]
+    return placed
+
+
+@pytest.mark.parametrize(
+    "n, expected",
+    [
+        (1, RIGHT),
+        (0, "a tile that nobody waits for, fetched at hopper_"),
+        (2, "more bytes come to an mbarrier than it expects at hopper_"),
+        (3, "at hopper_ptx.cuh:.* lacks 0 arrivals and 128 bytes"),
+        (4, "a tile that does not start at a multiple of 1024 at hopper_"),
+        (5, "an mbarrier that nobody made at hopper_"),
+        (6, "a tensor map that nobody encoded at hopper_"),
+        (7, "more arrive at an mbarrier than it expects at hopper_|lacks 1 arrivals"),
+    ],
+)
+def test_tiles_come_swizzled_and_zero_outside(judge, ask, n, expected):
+    wide, plain = torch.randn(20, 72).bfloat16(), torch.randn(10, 20)
+    bits = wide.view(torch.int16).numpy()
+    tiles = [swizzled(box(bits, *place, 64, 16)) for place in ((40, 12), (-8, -3))]
+    words = b"".join(t.tobytes() for t in [*tiles, box(plain.numpy(), 8, 4, 16, 8)])
+
+    def run():
+        return ask("tiles", plain, wide, n=n, size=(1152,))
+
+    judge(run, lambda out: out.numpy().tobytes() == words, expected, somewhere=n == 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_tiles_leave_and_stay_inside(module, ask, schedule):
+    module.schedule(*schedule)
+    rows = torch.randn(8, 32)
+    out = ask("stores", rows, size=(8, 36))
+    assert torch.equal(out[2:, 6:], rows[:6, :30]) and out[:2].isnan().all() and out[:, :6].isnan().all()
+    if schedule[1]:
+        with pytest.raises(RuntimeError, match="a store that nobody waits for, issued at hopper_"):
+            ask("stores", rows, n=0, size=(8, 36))
+
+
+MAP = {"rows": 20, "columns": 72, "pitch": 144, "height": 16, "width": 64, "swizzle": 3, "rank": 2, "base": 0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 3},
+        {"pitch": 152},
+        {"pitch": 128},
+        {"base": 8},
+        {"height": 257},
+        {"height": 0},
+        {"width": 32},
+        {"width": 128},
+        {"swizzle": 0, "width": 4},
+        {"swizzle": 2},
+        {"rows": 0},
+    ],
+    ids=str,
+)
+def test_a_tensor_map_is_refused(ask, wrong):
+    matrix = torch.zeros(32, 72).bfloat16()
+    ask("map", torch.tensor([*MAP.values()], dtype=torch.int32), matrix)
+    with pytest.raises(RuntimeError):
+        ask("map", torch.tensor([*(MAP | wrong).values()], dtype=torch.int32), matrix)
+
+
+def of_threads(product):
+    """What every thread of a warpgroup holds of the sums (64, columns), as the PTX ISA's chapter on wgmma has it."""
+    held = torch.empty(128, product.shape[1] // 2)
+    for thread in range(128):
+        warp, lane = thread // 32, thread % 32
+        for i in range(held.shape[1]):
+            row = 16 * warp + (lane >> 2) + (8 if i % 4 >= 2 else 0)
+            column = 8 * (i // 4) + lane % 4 * 2 + (i & 1)
+            held[thread, i] = product[row, column]
+    return held
+
+
+FORMS = ["product_bf16", "product_f16", "product_turned_a", "product_turned_b", "product_held"]
+
+
+def factors(kernel):
+    dtype = torch.float16 if "f16" in kernel.split("_") else torch.bfloat16
+    return [torch.randint(-8, 9, shape).to(dtype) for shape in ((64, 64), (72, 64))]
+
+
+@pytest.mark.parametrize("kernel", FORMS)
+def test_products_of_a_warpgroup(module, judge, ask, kernel):
+    a, b = factors(kernel)
+    exact = of_threads(a.float() @ b.float().T)  # of small whole numbers
+    module.counts()
+    judge(lambda: ask(kernel, a, b, size=(128, 36), threads=128), lambda out: torch.equal(out, exact), RIGHT)
+    assert module.counts()["wgmma"] == 4 * len(SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    "n, threads, expected",
+    [
+        (0, 128, "a product that nobody waits for, issued at hopper_"),
+        (3, 128, WRONG),
+        (4, 128, "a descriptor of another swizzle than 128 bytes at hopper_"),
+        (5, 128, "warps of a warpgroup multiply differently at hopper_"),
+        (6, 128, WRONG),
+        (7, 128, "a tile that does not start at a multiple of 1024 at hopper_"),
+        (8, 128, WRONG),
+        (9, 96, "a warpgroup of fewer than four warps at hopper_"),
+    ],
+)
+def test_mistakes_with_products(judge, ask, n, threads, expected):
+    a, b = factors("product_bf16")
+    exact = of_threads(a.float() @ b.float().T)
+
+    def run():
+        return ask("product_bf16", a, b, n=n, size=(128, 36), threads=threads)
+
+    judge(run, lambda out: torch.equal(out, exact), expected, somewhere=n in (0, 6, 8))
+
+
+@pytest.mark.parametrize("kernel", ["pipeline", "pipeline_turned"])
+@pytest.mark.parametrize(
+    "n, expected",
+    [
+        (1, [RIGHT]),
+        (0, [WRONG, "a product that nobody waits for"]),
+        (2, [WRONG]),
+        (3, ["more bytes come"]),
+        (4, ["lacks 1 arrivals"]),
+        (5, [WRONG]),
+        (6, [WRONG, "a tile that nobody waits for"]),
+        (7, [WRONG, "comes when the phase of its mbarrier is over", "more arrive"]),
+    ],
+)
+def test_a_pipeline(judge, ask, kernel, n, expected):
+    a, b = torch.randn(150, 200).bfloat16(), torch.randn(136, 200).bfloat16()
+    given = b.T.contiguous() if kernel == "pipeline_turned" else b
+    exact, same = a.double() @ b.double().T, a.float() @ b.float().T
+
+    def run():
+        return ask(kernel, a, given, n=n, size=(150, 136), blocks=2)
+
+    judge(run, lambda out: error(out, exact) <= bound(same, exact), *expected, somewhere=n in (0, 2, 6, 7))
+
+
+RUNS = """
+import ctypes, sys
+from cuda_on_cpu import build
+m = build.opened({library!r})
+a, b, out = ((ctypes.c_float * 32768)() for _ in range(3))
+for kernel, n, threads, blocks, schedule in {cases!r}:
+    m.schedule(*schedule)
+    try:
+        m.ask(kernel, *map(ctypes.addressof, (out, a, b)), n, blocks, threads)
+        m.finish()
+    except RuntimeError as raised:
+        print("raised", raised, file=sys.stderr, flush=True)
+print("ran")
+"""
+SHAPES = {"phases": (64, 1), "named": (96, 1), "tiles": (32, 1), "stores": (32, 1)}
+SHAPES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(("pipeline", "pipeline_turned"), (288, 2))
+
+
+def reports(sanitizer, schedules, *cases):
+    """What a process says that runs these kernels."""
+    library = str(build.link(SOURCES, sanitizer, HERE / "semantics.cpp"))
+    cases = [(kernel, n, *SHAPES[kernel], schedule) for kernel, n in cases for schedule in schedules]
+    done = sanitized(sanitizer, RUNS.format(library=library, cases=cases))
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
+    assert reports(sanitizer, SCHEDULES, *((kernel, 1) for kernel in SHAPES)) == "ran\n"
+
+
+@pytest.mark.parametrize(
+    "kernel, n, mistake",
+    [
+        ("phases", 0, "does not wait"),
+        ("phases", 2, "gives back what it still reads"),
+        ("phases", 4, "takes back what one still reads"),
+        ("named", 0, "forgets a barrier"),
+        ("named", 2, "forgets a barrier"),
+        ("tiles", 0, "reads a tile before it comes"),
+        ("stores", 0, "writes what is being sent"),
+        ("stores", 2, "forgets fence.proxy.async"),
+        ("product_bf16", 2, "forgets fence.proxy.async"),
+        ("product_turned_b", 2, "forgets fence.proxy.async"),
+        ("product_bf16", 6, "forgets a barrier"),
+        ("pipeline", 2, "gives back what it still reads"),
+        ("pipeline", 6, "reads tiles before they come"),
+        ("pipeline_turned", 7, "fetches over what others read"),
+    ],
+)
+def test_threadsanitizer_sees_what_nothing_orders(kernel, n, mistake):
+    said = reports("thread", SCHEDULES[:2], (kernel, n))
+    assert "ThreadSanitizer: data race" in said and "hopper_" in said, said[:3000]
+
+
+@pytest.mark.parametrize("kernel", ["product_bf16", "product_held"])
+def test_addresssanitizer_sees_a_read_past_a_tile(kernel):
+    said = reports("address", SCHEDULES[:1], (kernel, 3))
+    assert "AddressSanitizer: use-after-poison" in said and "hopper_" in said, said[:3000]
