@@ -222,6 +222,19 @@ def test_mistakes_with_products(judge, ask, n, threads, expected):
     judge(run, lambda out: torch.equal(out, exact), expected, somewhere=n in (0, 6, 8))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_agree_with_cute(turned):
+    """NVIDIA's own swizzles and descriptors, bit for bit; it needs `pip install --no-deps nvidia-cutlass`."""
+    cutlass = Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+    cute = build.load([HERE / "cute_hopper.cu"], module=HERE / "semantics.cpp", include=cutlass)
+    a, b = (torch.randint(-8, 8, shape).bfloat16() for shape in ((64, 64), (128, 64)))
+    out = torch.full((64, 128), float("nan"))
+    cute.ask("", out.data_ptr(), a.data_ptr(), b.data_ptr(), turned, 0, 0)
+    cute.finish()
+    assert torch.equal(out, a.float() @ b.float().T)
+    assert cute.counts()["wgmma"] == 4
+
+
 @pytest.mark.parametrize("kernel", ["pipeline", "pipeline_turned"])
 @pytest.mark.parametrize(
     "n, expected",
