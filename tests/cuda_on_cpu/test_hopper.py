@@ -210,6 +210,7 @@ def test_products_of_a_warpgroup(module, judge, ask, kernel):
         (7, 128, "a tile that does not start at a multiple of 1024 at hopper_"),
         (8, 128, WRONG),
         (9, 96, "a warpgroup of fewer than four warps at hopper_"),
+        (10, 128, RIGHT),
     ],
 )
 def test_mistakes_with_products(judge, ask, n, threads, expected):
@@ -288,7 +289,7 @@ def reports(sanitizer, schedules, *cases):
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
-    assert reports(sanitizer, SCHEDULES, *((kernel, 1) for kernel in SHAPES)) == "ran\n"
+    assert reports(sanitizer, SCHEDULES, ("product_bf16", 10), *((kernel, 1) for kernel in SHAPES)) == "ran\n"
 
 
 @pytest.mark.parametrize(
@@ -305,6 +306,7 @@ def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
         ("product_bf16", 2, "forgets fence.proxy.async"),
         ("product_turned_b", 2, "forgets fence.proxy.async"),
         ("product_bf16", 6, "forgets a barrier"),
+        ("product_bf16", 11, "forgets fence.proxy.async"),
         ("pipeline", 2, "gives back what it still reads"),
         ("pipeline", 6, "reads tiles before they come"),
         ("pipeline_turned", 7, "fetches over what others read"),
