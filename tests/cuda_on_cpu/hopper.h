@@ -5,8 +5,8 @@
 // by the launch's fetcher after all that its thread has seen; a product is read, a quarter at a time, by its warp's
 // reader after what the warp's *asynchronous proxies* have seen, and these see the thread's own stores only at
 // fence.proxy.async. Hence no local variable here may have an address: the stack is the thread's own.
-// A product is complete for all four warps once one thread has waited for it, as one thread of a warpgroup may give back
-// what it multiplied; that wait orders the four, which ThreadSanitizer takes for a barrier between them.
+// A product is complete for all four warps once one thread has waited for it, since one of them may give back what all
+// have multiplied; ThreadSanitizer takes that wait for a barrier between the four.
 #pragma once
 
 #define INLINED inline __attribute__((always_inline))  // so that a report names the kernel's line

@@ -1,5 +1,4 @@
-// What test_hopper.py asks of the emulator: a kernel for each of Hopper's
-// instructions. n = 1 makes no mistake.
+// What test_hopper.py asks of the emulator: a kernel for each of Hopper's instructions. n = 1 makes no mistake.
 #include <cuda_fp16.h>
 
 #include "hopper_ptx.cuh"
@@ -13,9 +12,8 @@ struct Question {
   int n;
 };
 
-// A warp fills what another reads, five times. n: 0 does not wait for it, 2
-// gives it back before it is read, 3 expects one thread more to give it back, 4
-// one less
+// A warp fills what another reads, five times. n: 0 does not wait for it, 2 gives it back before it is read, 3 expects
+// one thread more to give it back, 4 one less
 __global__ void phases(Question q) {
   __shared__ uint64_t full, empty;
   __shared__ float s[32];
@@ -36,8 +34,7 @@ __global__ void phases(Question q) {
   }
 }
 
-// A thread asks, arrives itself, and asks again; then the barrier is another. n
-// = 0 arrives at none
+// A thread asks, arrives itself, and asks again; then the barrier is another. n = 0 arrives at none
 __global__ void tries(Question q) {
   __shared__ uint64_t bar;
   if (q.n) init(bar, 1);
@@ -51,8 +48,8 @@ __global__ void tries(Question q) {
   q.out[4] = test(bar, 0);
 }
 
-// Two warps swap what they hold while a third is elsewhere, and then tell the
-// third. n = 0 forgets the first barrier, 2 the second, 3 names another count
+// Two warps swap what they hold while a third is elsewhere, and then tell the third. n = 0 forgets the first barrier, 2
+// the second, 3 names another count
 __global__ void named(Question q) {
   __shared__ float s[64];
   const int t = threadIdx.x;
@@ -67,10 +64,9 @@ __global__ void named(Question q) {
   }
 }
 
-// Two boxes of 16 rows of a matrix (20, 72) of bfloat16, one of 8 x 16 of a
-// matrix (10, 20) of float. n: 0 does not wait, 2 expects too little, 3 too
-// much, 4 has a base between, 5 nobody's barrier, 6 no map, 7 arrives twice
-// where once is expected
+// Two boxes of 16 rows of a matrix (20, 72) of bfloat16, one of 8 x 16 of a matrix (10, 20) of float. n: 0 does not
+// wait, 2 expects too little, 3 too much, 4 has a base between, 5 nobody's barrier, 6 no map, 7 arrives twice where
+// once is expected
 __global__ void tiles(Question q, const __grid_constant__ CUtensorMap wide, const __grid_constant__ CUtensorMap plain) {
   __shared__ alignas(1024) uint32_t s[2 * 512 + 128 + 32];
   __shared__ uint64_t bars[2];
@@ -88,8 +84,7 @@ __global__ void tiles(Question q, const __grid_constant__ CUtensorMap wide, cons
   for (int i = t; i < 1152; i += 32) reinterpret_cast<uint32_t*>(q.out)[i] = s[i];
 }
 
-// Rows of 32 floats to (6, 2) of a matrix (8, 36), and memory filled anew. n: 0
-// does not wait, 2 forgets the fence
+// Rows of 32 floats to (6, 2) of a matrix (8, 36), and memory filled anew. n: 0 does not wait, 2 forgets the fence
 __global__ void stores(Question q, const __grid_constant__ CUtensorMap map) {
   __shared__ alignas(1024) float s[8][32];
   const int t = threadIdx.x;
@@ -109,11 +104,9 @@ DEVICE int place(int row, int column) { return row * 64 + (column / 8 ^ row % 8)
 
 enum class Form { plain, turned_b, turned_a, held };
 
-// Every thread's sums of a (64, 64) · b (72, 64)ᵀ. n: 0 forgets to wait, 2 the
-// fence, 3 has another stride, 4 another swizzle, 5 tells warps apart, 6
-// forgets the barrier, 7 has a base between, 8 waits after reading, 9 is one
-// warp short; 10 meets at an mbarrier and makes no mistake, 11 forgets the
-// fence before that
+// Every thread's sums of a (64, 64) · b (72, 64)ᵀ. n: 0 forgets to wait, 2 the fence, 3 has another stride, 4 another
+// swizzle, 5 tells warps apart, 6 forgets the barrier, 7 has a base between, 8 waits after reading, 9 is one warp
+// short; 10 meets at an mbarrier and makes no mistake, 11 forgets the fence before that
 template <class T, Form FORM>
 DEVICE void product(Question q) {
   __shared__ alignas(1024) uint16_t a[64 * 64], b[2 * 64 * 64];
@@ -127,10 +120,8 @@ DEVICE void product(Question q) {
   for (int e = t; e < 72 * 64; e += blockDim.x)
     b[TURNED_B ? e / 64 / 64 * 4096 + place(e % 64, e / 64 % 64) : place(e / 64, e % 64)] = from_b[e];
   if (q.n != 2 && q.n != 11) fence_async();
-  if (q.n >= 10)
-    arrive(bar), wait(bar, 0);
-  else if (q.n != 6)
-    __syncthreads();
+  if (q.n >= 10) arrive(bar), wait(bar, 0);
+  if (q.n < 10 && q.n != 6) __syncthreads();
   const int stride = q.n == 3 ? 2048 : 1024, swizzle = q.n == 4 ? 2 : 1;
   const uint16_t* start_b = b + 64 * (q.n == 7) + 16 * (q.n == 5 && warp == 2);
   float d[36];
@@ -186,8 +177,7 @@ int ask_stores(const Question& q) {
   return error;
 }
 
-int ask_map(const Question& q) {  // rows, columns, pitch, height and width of a
-                                  // box, swizzle, rank, and a base
+int ask_map(const Question& q) {  // rows, columns, pitch, height and width of a box, swizzle, rank, and a base
   const int* v = static_cast<const int*>(q.a);
   CUtensorMap map;
   return encode(map, static_cast<const char*>(q.b) + v[7],
