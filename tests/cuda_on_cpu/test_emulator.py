@@ -221,6 +221,7 @@ PTX = """
     "statement",
     [
         "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1}, %r1, %r2, %r1, 1, 1",
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1}, %r1, %r2, %r1, 1, 1, 0, 0",
         "mbarrier.arrive.noComplete.shared.b64 %r1, [%r2], 1",
         "barrier.cluster.arrive.aligned",
         "add.sat.s32 %r1, %r2, %r2",

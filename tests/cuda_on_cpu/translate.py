@@ -327,23 +327,23 @@ class Kernel:
         return "fence_asynchronous();" if modifiers[:2] == ["proxy", "async"] else ";"
 
     def do_wgmma(self, name, modifiers, args):
-        what, *rest = modifiers
-        if rest == ["sync", "aligned"] and what in ("fence", "commit_group", "wait_group"):
-            calls = {
-                "commit_group": "commit_products();",
-                "wait_group": f"wait_products({''.join(args)}, {self.site});",
-            }
-            return calls.get(what, ";")
-        shape = re.match(r"mma_async sync aligned m64n(\d+)k16 f32 (bf16|f16) \2$", " ".join(modifiers))
-        if not shape or args[4:6] != ["1", "1"]:
+        if modifiers[0] in ("fence", "commit_group"):
+            return {"fence": ";", "commit_group": "commit_products();"}[modifiers[0]]
+        if modifiers[0] == "wait_group":
+            return f"wait_products({args[0]}, {self.site});"
+        shape, sums = (
+            re.match(r"mma_async sync aligned m64n(\d+)k16 f32 (bf16|f16) \2$", " ".join(modifiers)),
+            vector(args[0]),
+        )
+        if not shape or len(sums) != int(shape[1]) // 2 or args[4:6] != ["1", "1"]:  # 1: no sign is turned
             return None
-        held = args[1].startswith("{")
-        sums, factor = (", ".join(f"&{self.value(r)}" for r in vector(a)) for a in (args[0], args[1] if held else "{}"))
+        held = vector(args[1]) if args[1].startswith("{") else []
         a, b = "0" if held else self.value(args[1]), self.value(args[2])
-        turned = [arg == "1" for arg in (["0"] if held else []) + args[6:]]
-        flags = ", ".join(str(flag).lower() for flag in (shape[2] == "bf16", held, *turned))
+        flags = [shape[2] == "bf16", held, *([False] * bool(held)), *(turned == "1" for turned in args[6:])]
+        flags = ", ".join(str(bool(flag)).lower() for flag in flags)
         product = f"{{Any({a}).bits, Any({b}).bits, {shape[1]}, as<bool>({self.value(args[3])}), {flags}, {self.site}}}"
-        registers = f"u32 *const sums[] = {{{sums}}}, *const held[] = {{{factor or 'nullptr'}}};"
+        sums, held = (", ".join(f"&{self.value(register)}" for register in part) for part in (sums, held))
+        registers = f"u32 *const sums[] = {{{sums}}}, *const held[] = {{{held or 'nullptr'}}};"
         return f"{registers} multiply_later({product}, sums, held);"
 
     def do_griddepcontrol(self, name, modifiers, args):
