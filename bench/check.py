@@ -28,10 +28,10 @@ PARTS = {  # seconds of nine minutes, and what it does
     "layers": (60, "CUDA graphs and torch.compile of the layers"),
     "replays": (15, "what is replayed against what launchers launch"),
     "host": (35, "how long a layer keeps the host busy, beside PEFT's"),
-    "bench": (60, "layers beside their peers"),
-    "models": (70, "steps of whole models with random weights"),
-    "tma": (30, "the product for Hopper: whether it is right, and what it takes"),
-    "stack": (35, "an 8B-shaped stack in 4 bits, trained under 24 GB"),
+    "bench": (45, "layers beside their peers"),
+    "models": (60, "steps of whole models with random weights"),
+    "tma": (60, "the product for Hopper: whether it is right, and what it takes"),
+    "stack": (30, "an 8B-shaped stack in 4 bits, trained under 24 GB"),
     "tune": (150, "tiles of the Triton kernels for this GPU"),
 }
 LINES = 60  # of the table at the end

@@ -86,6 +86,10 @@ CASES = [
         Case("tma, transposed", op, 8192, 4096, 4096, 8, form="transposed", bias=True, gain=True, path="tma")
         for op in BOTH
     ),
+    *(
+        Case("tma, nf4", op, 8192, 4096, 14336, 16, form="nf4", fp32=True, p=0.1, nested=True, path="tma")
+        for op in BOTH
+    ),
     *(Case("tma, few tiles", op, 1024, 4096, 1024, 64, p=0.1, gain=True, path="tma") for op in BOTH),
     Case("few rows", "lora_gemv", 1, 4096, 4096, 16),
     Case("few rows, wide", "lora_gemv", 16, 4096, 14336, 8, fp32=True, bias=True, gain=True),

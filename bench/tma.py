@@ -8,6 +8,7 @@ import torch
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
 from peftops.triton import _gemm, lora_tma
+from peftops.triton.lora_product import parts, parts_bwd
 
 from . import timing
 from .cases import BWD, FWD
@@ -16,8 +17,13 @@ from .law import check_case
 from .tune import put
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}
-KINDS = {"plain": {}, "dropout": {"p": 0.1, "fp32": True}, "gain": {"gain": True, "bias": True}}
-KINDS["transposed"] = {"form": "transposed"}
+KINDS = {
+    "plain": {},
+    "dropout": {"p": 0.1, "fp32": True},
+    "4 bits": {"form": "nf4", "nested": True},
+    "gain": {"gain": True},
+    "transposed": {"form": "transposed", "bias": True},
+}
 PROVED = (300, 1024, 776, 16), (1500, 512, 1032, 64), (2000, 4096, 2560, 24)
 WIDE = (8192, 4096, 4096, 16)
 REHEARSED = (40, 40, 48, 16)
@@ -43,28 +49,34 @@ def taken(way):
         put(vars(_gemm), "path", before)
 
 
-def proofs(device):
-    """(what, whether it holds, error and bound) of each kind of product."""
-    for op, names in NAMES.items():
-        for label, options in KINDS.items():
-            for shape in PROVED if device.type == "cuda" else (REHEARSED,):
-                t = tensors(*shape, torch.bfloat16, device, **options)
-                with taken("tma"):
-                    error, bound = check_case(op, "triton", [t[name] for name in names])
-                yield f"{op}, {label}, {shape}", error <= bound, f"{error:.1e} ≤ {bound:.1e}"
-
-
-def times(device, end):
-    """(what, µs by name) of each kind of op, until the time is up: ours, cuBLAS with an epilogue, and cuBLAS alone."""
-    shape = WIDE if device.type == "cuda" else REHEARSED
-    for op, names in NAMES.items():
-        for label, options in KINDS.items():
-            if time.monotonic() > end - 3:
+def examine(device, end):
+    """(what, whether it is right, error and bound, {name: µs} where it is) of each kind of op, until the time is up."""
+    for label, options in KINDS.items():
+        for op in NAMES:
+            if time.monotonic() > end:
                 return
+            error, bound = proved(op, device, options)
+            right = error <= bound
+            took = times(op, device, options) if right else {}
+            yield f"TMA's product: {op}, {label}", right, f"{error:.1e} ≤ {bound:.1e}", took
+
+
+def proved(op, device, options):
+    """(error, bound) of the worst shape"""
+    found = []
+    with taken("tma"):
+        for shape in PROVED if device.type == "cuda" else (REHEARSED,):
             t = tensors(*shape, torch.bfloat16, device, **options)
-            args = [t[name] for name in names]
-            took = {way: least(way, getattr(torch.ops.peftops, op), args, device) for way in ("tma", "cublas")}
-            yield f"{op}, {label}", took | {"product": product(op, t, device), "mm": multiplied(op, t, device)}
+            found.append(check_case(op, "triton", [t[name] for name in NAMES[op]]))
+    return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0] / pair[1])
+
+
+def times(op, device, options):
+    """Microseconds: of the op by TMA and by cuBLAS with an epilogue, of our product alone, and of the base's alone."""
+    t = tensors(*(WIDE if device.type == "cuda" else REHEARSED), torch.bfloat16, device, **options)
+    args = [t[name] for name in NAMES[op]]
+    took = {way: least(way, getattr(torch.ops.peftops, op), args, device) for way in ("tma", "cublas")}
+    return took | products(op, t, device)
 
 
 def least(way, call, args, device):
@@ -75,21 +87,16 @@ def least(way, call, args, device):
         return 1e6 * min(timing.sample(lambda: call(*args), repeats, device) for _ in range(samples))
 
 
-def product(op, t, device):
-    """Of our product alone, the update inside."""
+def products(op, t, device):
+    """Of our product, the update inside, and of the base's by cuBLAS; 4 bits are decoded before."""
     x, h, forward = t["x"], t["h"], op == "lora_fwd"
-    left, turned = (x if forward else t["dy"]), (t["form"] == "transposed") is forward
+    left, of_base = (x, parts) if forward else (t["dy"], parts_bwd)
     out, b = x.new_empty(t["dy"].shape if forward else x.shape), (t["b"] if forward else t["a"]).to(x.dtype)
-    rest = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]} if forward else {"bits": t["bits"]}
-    if not t["p"]:
-        rest.pop("bits", None)
-    args = out, left, t["base"], turned, h, b, not forward
-    return least("tma", lambda: lora_tma.product(*args, **rest), (), device)
-
-
-def multiplied(op, t, device):
-    """Of the base product alone, by cuBLAS."""
-    w = t["base"][0] if (t["form"] == "transposed") is (op == "lora_fwd") else t["base"][0].T
-    left = t["x"] if op == "lora_fwd" else t["dy"]
-    out = left.new_empty(left.shape[0], w.shape[1])
-    return least("cublas", lambda: torch.mm(left, w, out=out), (), device)
+    rest = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]} if forward else {}
+    if t["p"] and not forward:
+        rest["bits"] = t["bits"]
+    (part,) = of_base(t["base"], t["form"], t["block"], out.shape[1], left)
+    _, w, turned = part
+    ours = least("tma", lambda: lora_tma.product(out, left, [part], h, b, not forward, **rest), (), device)
+    theirs = least("cublas", lambda: torch.mm(left, w if turned else w.T, out=out), (), device)
+    return {"product": ours, "mm": theirs}

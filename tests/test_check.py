@@ -38,7 +38,7 @@ def test_a_rehearsal_of_every_part(capsys, tmp_path, monkeypatch):
     assert set(summary["parts"]) == set(only.split(","))
     assert all(part["seconds"] > 0 and part["failed"] == 0 for part in summary["parts"].values())
     assert summary["parts"]["layers"]["ok"] == 6 and summary["parts"]["sanitizer"]["absent"] == 1
-    assert summary["parts"]["tma"]["ok"] == 16 and summary["parts"]["models"]["ok"] == 3
+    assert summary["parts"]["tma"]["ok"] == 10 and summary["parts"]["models"]["ok"] == 3
     assert {"commit", "date", "device", "versions", "failures", "misses"} <= set(summary)
     assert len(out.splitlines()) < 80 and "failed: nothing" in out and "build 280 s" in out.splitlines()[0]
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]

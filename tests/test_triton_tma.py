@@ -6,14 +6,14 @@ from peftops.bench.cases import BWD, FWD, lora
 from peftops.bench.law import check_case
 
 import peftops.functional  # noqa: F401  registers the ops
-from peftops.triton import _gemm, lora_tma
+from peftops.triton import _gemm, lora_product, lora_tma
 from peftops.triton.lora import path
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}
 SHAPES = [(37, 72, 48, 16), (1, 8, 104, 24), (33, 64, 40, 0), (290, 40, 40, 8)]
 OPTIONS = [
     {"form": form} | options
-    for form in ("dense", "transposed")
+    for form in ("dense", "transposed", "nf4")
     for options in (
         {},
         {"fp32": True, "p": 0.3, "bias": True},
@@ -63,6 +63,21 @@ def test_gates_are_left_to_another_kernel(taken):
     assert not taken
 
 
+@pytest.mark.parametrize("op", NAMES)
+def test_parts_of_a_weight_in_4_bits(op, taken, monkeypatch):
+    """Each writes its own columns, and reads those of gain, bias, mask and adapter."""
+    launched, kernel = [], lora_tma.tma_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *args, **named: launched.append(args[15]) or kernel[grid](*args, **named)
+
+    monkeypatch.setattr(lora_tma, "tma_kernel", Counted())
+    monkeypatch.setattr(lora_product, "SCRATCH", 2 * 264 * 20)
+    assert_law(op, lora(37, 264, 136, 16, torch.bfloat16, form="nf4", p=0.3, gain=op == "lora_fwd", bias=True))
+    assert launched == (list(range(0, 136, 32)) if op == "lora_fwd" else list(range(0, 264, 64)))
+
+
 def test_everything_dropped(taken):
     for op in NAMES:
         assert_law(op, lora(37, 72, 48, 16, torch.bfloat16, p=1.0))
@@ -80,7 +95,7 @@ def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
     monkeypatch.setitem(_gemm.TMA, "sm_90", 0.05)  # an epilogue costs 367 / 4096, 9 %
     assert way(half) == way(half, form="transposed") == "TMA"
     assert way(half, k=8192) == way(half, n=4100) == way(single) == "cuBLAS + epilogue"
-    assert way(half, form="nf4") == "dequantize + cuBLAS"
+    assert way(half, form="nf4") == "dequantize + TMA" and way(half, k=8192, form="nf4") == "dequantize + cuBLAS"
 
 
 def test_tiles(monkeypatch):

@@ -65,28 +65,28 @@ def machine(device):
 
 
 def path(m, n, k, x, form="dense", passes=1):
-    """ "fused", "tma", or "cublas" with an epilogue, for m rows of x·Ŵᵀ with n columns and a sum of length k.
+    """The cheapest of "fused", "tma" and "cublas" with an epilogue, for m rows of x·Ŵᵀ with n columns and sums of k.
 
-    An epilogue reads and writes the result once more, 2·ops/(bytes·k) of the product's time, and `passes` counts
-    such costs: our product may lose as much to cuBLAS and still be the faster. Without 16-byte rows it loses more.
-    cuBLAS needs 4-bit weights decoded before: ½ byte read, 2 written and read again, but that read is the product's
-    own, are 2.5 bytes a weight, 0.63·ops/m of the product's time. That pays for decoding inside up to 500 rows or so,
-    and on an H200, whose tensor cores wait for it, never.
+    Costs are shares of the time that cuBLAS takes. An epilogue reads and writes the result once more, 2·ops/(bytes·k),
+    and `passes` counts such costs; products of ours are slower than cuBLAS by what the tables say. Without 16-byte rows
+    they are slower still. All but "fused" need 4-bit weights decoded before: ½ byte read, 2 written and read again, but
+    that read is the product's own, are 2.5 bytes a weight, 0.63·ops/m. That pays for decoding inside up to 500 rows or
+    so, and on an H200, whose tensor cores wait for it, never.
     """
     kind, _ = machine(x.device)
     if x.dtype is torch.float32:
         return "cublas"
     if kind == "interpret" or m * n * k <= TINY:
         return "fused"
-    budget, slower, decoding = SLOWER[kind]
-    spent = budget * passes / max(1, k)
-    if form == "nf4":
-        slower, spent = decoding, spent + 0.63 * budget / max(1, m)
     if n % 8 or k % 8:
         return "cublas"
-    if kind in TMA and form != "nf4" and TMA[kind] < min(slower, spent):
-        return "tma"
-    return "fused" if slower <= spent else "cublas"
+    budget, slower, decoding = SLOWER[kind]
+    four_bits = form == "nf4"
+    decoded = 0.63 * budget / max(1, m) if four_bits else 0.0
+    costs = {"fused": decoding if four_bits else slower, "cublas": decoded + budget * passes / max(1, k)}
+    if kind in TMA:
+        costs["tma"] = decoded + TMA[kind]
+    return min(costs, key=costs.get)
 
 
 def pick(m, n, x, form="dense"):

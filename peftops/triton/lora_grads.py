@@ -8,7 +8,7 @@ from . import _gemm, lora_tma
 from ._gemm import tile
 from ._launch import cdiv, launched
 from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
-from .lora_product import adds, multiply_bwd, operand
+from .lora_product import adds, multiply_bwd, operand, parts_bwd
 from .lora_rank import base_tile, gated
 from .nf4 import nf4_tile
 
@@ -162,9 +162,9 @@ def lora_bwd(
         torch.sum((dhg.unflatten(1, (-1, h.shape[1])) * h[:, None]).view(*gate.shape, -1), 2, out=dgate)
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
-    if way == "tma" and lora_tma.fits(dx, dz, base[0], dh, a):
-        keep = bits if p > 0 else None
-        lora_tma.product(dx, dz, base, form == "dense", dh, a, True, bits=keep, factor=factor)
+    if way == "tma" and lora_tma.fits(dx, dz, dh, a):
+        keep, weight = bits if p > 0 else None, parts_bwd(base, form, block, dx.shape[1], dz, lora_tma.STEP)
+        lora_tma.product(dx, dz, weight, dh, a, True, bits=keep, factor=factor)
     elif way != "fused":
         delta = a.numel() > 0
         first = delta and adds(dx)

@@ -19,31 +19,51 @@ def operand(base, form, block, k, width):
 
 def multiply(y, x, base, form, block, add=False):
     """y = x·Ŵᵀ, or y + x·Ŵᵀ to add; a part of the rows of Ŵ gives as many columns of y."""
-    if form != "nf4":
-        product(y, x, base[0] if form == "transposed" else base[0].T, add)
-        return
-    (_, n), k = y.shape, x.shape[1]
-    span = part(n, k, x)
-    scratch = x.new_empty(span, k)
-    for first in range(0, n, span):
-        w = scratch[: n - first]
-        decode(w.view(1, -1), base, block, first * k, 0)
-        product(y[:, first : first + span], x, w.T, add)
+    for first, w, turned in parts(base, form, block, y.shape[1], x):
+        product(y[:, first : first + columns(w, turned)], x, w if turned else w.T, add)
 
 
 def multiply_bwd(dx, dz, base, form, block, add=False):
     """dx = dz·Ŵ, or dx + dz·Ŵ to add; a part of the columns of Ŵ gives as many of dx, so that sums stay whole."""
+    for first, w, turned in parts_bwd(base, form, block, dx.shape[1], dz):
+        product(dx[:, first : first + columns(w, turned)], dz, w if turned else w.T, add)
+
+
+def columns(w, turned):
+    """Of the product with w, which is (k, n) where turned, else (n, k)"""
+    return w.shape[1] if turned else w.shape[0]
+
+
+def parts(base, form, block, n, x, step=1):
+    """(first column, w, whether it is turned): Ŵ as it lies, or its n rows a scratch at a time where it has 4 bits.
+
+    First columns are multiples of step.
+    """
     if form != "nf4":
-        product(dx, dz, base[0].T if form == "transposed" else base[0], add)
+        yield 0, base[0], form == "transposed"
         return
-    (_, k), n = dx.shape, dz.shape[1]
-    span = part(k, n, dz)
+    k = x.shape[1]
+    span = part(n, k, x, step)
+    scratch = x.new_empty(span, k)
+    for first in range(0, n, span):
+        w = scratch[: n - first]
+        decode(w.view(1, -1), base, block, first * k, 0)
+        yield first, w, False
+
+
+def parts_bwd(base, form, block, k, dz, step=1):
+    """As `parts`, of the k columns of Ŵ"""
+    if form != "nf4":
+        yield 0, base[0], form == "dense"
+        return
+    n = dz.shape[1]
+    span = part(k, n, dz, step)
     scratch = dz.new_empty(n * span)
     for first in range(0, k, span):
-        columns = min(span, k - first)
-        w = scratch[: n * columns].view(n, columns)
+        width = min(span, k - first)
+        w = scratch[: n * width].view(n, width)
         decode(w, base, block, first, k)
-        product(dx[:, first : first + columns], dz, w, add)
+        yield first, w, True
 
 
 def adds(x):
@@ -58,7 +78,8 @@ def product(out, a, b, add):
         noted(torch.mm, a, b, out=out)
 
 
-def part(count, length, x):
+def part(count, length, x, step=1):
     """How many of `count` vectors of this length the scratch holds: whole tiles of the product where it can be."""
     fit = SCRATCH // max(1, length * x.element_size())
-    return min(count, max(1, fit // 1024 * 1024 or fit // 128 * 128 or fit))
+    fit = max(1, fit // 1024 * 1024 or fit // 128 * 128 or fit)
+    return min(count, -(-fit // step) * step)

@@ -10,7 +10,8 @@ import triton.language as tl
 from . import _gemm
 from ._gemm import gemm
 from ._launch import cdiv, launched
-from ._tile import add_parts, dot, load_keep, store_tile, tile_of
+from ._tile import add_parts, cast, dot, load_keep, tile_of
+from .lora_product import columns
 from .lora_rank import widen
 
 TILES = {  # four warps, which Triton makes twelve of
@@ -19,6 +20,7 @@ TILES = {  # four warps, which Triton makes twelve of
 }
 # Under dropout, where Triton has no warps of their own for loads before 3.9
 MASKED = gemm(128, 256, 64, 8, 3), gemm(128, 128, 64, 8, 4)
+STEP = 32  # columns that a part of a weight in 4 bits starts at multiples of, as words of a mask do
 SPECIALIZES_MASKS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
@@ -28,12 +30,16 @@ SPECIALIZES_MASKS = tuple(int(part) for part in triton.__version__.split(".")[:2
 @launched
 @triton.jit
 def tma_kernel(
-    OUT, Z, LEFT, W, H, B, SCALE, BITS, GAIN, BIAS, factor, M, N, K, R,
+    OUT, Z, LEFT, W, H, B, SCALE, BITS, GAIN, BIAS, factor, M, N, K, R, FIRST, WHOLE,
     W_TURNED: tl.constexpr, B_TURNED: tl.constexpr, SPECIALIZED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out = gain ⊙ z + bias, z = left·wᵀ + keep ⊙ factor · s · (h·bᵀ); turned are w of (K, N) and b of (R, N)"""
+    """out = gain ⊙ z + bias, z = left·wᵀ + keep ⊙ factor · s · (h·bᵀ); turned are w of (K, N) and b of (R, WHOLE)
+
+    w has but the N columns from FIRST on of the WHOLE that everything else has.
+    """
     N, K, R = N // 8 * 8, K // 8 * 8, R // 8 * 8  # as TMA has it: rows start at multiples of 16 bytes
+    FIRST, WHOLE = FIRST // 8 * 8, WHOLE // 8 * 8
     lefts = tl.make_tensor_descriptor(LEFT, [M, K], [K, 1], [BM, BK])
     if W_TURNED:
         weights = tl.make_tensor_descriptor(W, [K, N], [N, 1], [BK, BN])
@@ -42,30 +48,33 @@ def tma_kernel(
     if H is not None:
         hidden = tl.make_tensor_descriptor(H, [M, R], [R, 1], [BM, BR])
         if B_TURNED:
-            ranks = tl.make_tensor_descriptor(B, [R, N], [N, 1], [BR, BN])
+            ranks = tl.make_tensor_descriptor(B, [R, WHOLE], [WHOLE, 1], [BR, BN])
         else:
-            ranks = tl.make_tensor_descriptor(B, [N, R], [R, 1], [BN, BR])
+            ranks = tl.make_tensor_descriptor(B, [WHOLE, R], [R, 1], [BN, BR])
         if SCALE is not None:
             factor *= tl.load(SCALE)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALIZED):
         i_m, i_n = tile_of(t, M, N, BM, BN, 8)
-        first_m, first_n = (i_m * BM).to(tl.int32), (i_n * BN).to(tl.int32)
-        o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+        row, column = (i_m * BM).to(tl.int32), (i_n * BN).to(tl.int32)
+        o_m, o_n = i_m * BM + tl.arange(0, BM), FIRST + i_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         if H is not None:  # in one stage: more would take the shared memory of the loop below
             for r in tl.range(0, R, BR, num_stages=1):
-                t_b = ranks.load([r, first_n]) if B_TURNED else ranks.load([first_n, r]).T
-                acc = dot(hidden.load([first_m, r]), t_b, acc)
+                t_b = ranks.load([r, FIRST + column]) if B_TURNED else ranks.load([FIRST + column, r]).T
+                acc = dot(hidden.load([row, r]), t_b, acc)
             acc *= factor
             if BITS is not None:
-                acc = tl.where(load_keep(BITS, o_m, i_n * BN, M, N, BM, BN), acc, 0.0)
+                acc = tl.where(load_keep(BITS, o_m, FIRST + i_n * BN, M, WHOLE, BM, BN), acc, 0.0)
         for k in range(0, K, BK):
-            t_w = weights.load([k, first_n]) if W_TURNED else weights.load([first_n, k]).T
-            acc = dot(lefts.load([first_m, k]), t_w, acc)
+            t_w = weights.load([k, column]) if W_TURNED else weights.load([column, k]).T
+            acc = dot(lefts.load([row, k]), t_w, acc)
+        inside = (o_m[:, None] < M) & (o_n[None, :] < FIRST + N)
+        at = o_m[:, None] * WHOLE + o_n[None, :]
         if Z is not None:
-            store_tile(Z, acc, o_m, o_n, M, N)
-        store_tile(OUT, widen(acc, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
+            tl.store(Z + at, cast(acc, Z.dtype.element_ty), mask=inside)
+        acc = widen(acc, GAIN, BIAS, o_n, WHOLE)
+        tl.store(OUT + at, cast(acc, OUT.dtype.element_ty), mask=inside)
 
 
 def fits(*tensors):
@@ -73,21 +82,21 @@ def fits(*tensors):
     return not any(t.shape[1] % 8 for t in tensors)
 
 
-def product(
-    out, left, base, turned, h, b, b_turned, *, z=None, scale=None, bits=None, gain=None, bias=None, factor=1.0
-):
-    """out (m, n) = gain ⊙ z + bias, z = left·ŵᵀ + keep ⊙ factor · s · (h·bᵀ); turned are ŵ of (k, n) and b of (r, n)"""
+def product(out, left, parts, h, b, b_turned, *, z=None, scale=None, bits=None, gain=None, bias=None, factor=1.0):
+    """out (m, n) = gain ⊙ z + bias, z = left·ŵᵀ + keep ⊙ factor · s · (h·bᵀ), of lora_product's `parts` of ŵ."""
     (m, n), k, r = out.shape, left.shape[1], h.shape[1]
     if r == 0:
         h = b = scale = None
     elif b.dtype is not left.dtype:
         b = rounded(b, left.dtype)
     specialized = not _gemm.INTERPRET and (bits is None or SPECIALIZES_MASKS)
-    tile, programs = pick(m, n, out, specialized)
-    tma_kernel[(programs,)](
-        out, z, left, base[0], h, b, scale, bits, gain, bias, factor, m, n, k, r,
-        W_TURNED=turned, B_TURNED=b_turned, SPECIALIZED=specialized, BR=_gemm.rank(r), **tile,
-    )  # fmt: skip
+    for first, w, turned in parts:
+        width = columns(w, turned)
+        tile, programs = pick(m, width, out, specialized)
+        tma_kernel[(programs,)](
+            out, z, left, w, h, b, scale, bits, gain, bias, factor, m, width, k, r, first, n,
+            W_TURNED=turned, B_TURNED=b_turned, SPECIALIZED=specialized, BR=_gemm.rank(r), **tile,
+        )  # fmt: skip
 
 
 def pick(m, n, out, specialized):
