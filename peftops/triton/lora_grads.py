@@ -52,6 +52,45 @@ def grads_kernel(
         store_tile(DHG + i_s.to(tl.int64) * M * RB, acc * scale, o_m, o_r, M, RB)
 
 
+# limits: registers 16-128, spilled 0, reloads 0, loop 0-400
+@launched
+@triton.jit
+def gates_kernel(
+    DH, DGATE, DHG, H, GATE, M, R, RB, E,
+    SHARED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dh = Σ gate ⊙ dhg over the experts that share h; dgate = Σ dhg ⊙ h over the columns of an expert"""
+    o_m, own = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), RB // E
+    for r in range(0, R, BR):
+        o_r = r + tl.arange(0, BR)
+        if SHARED:
+            acc = tl.zeros((BM, BR), tl.float32)
+            for e in range(0, E):
+                t_g = tl.load(GATE + o_m * E + e, mask=o_m < M, other=0.0)
+                acc += t_g[:, None] * load_columns(DHG, o_m, e * own, o_r, own, M, RB)
+        else:
+            acc = load_tile(DHG, o_m, o_r, M, RB)
+            acc *= tl.load(
+                GATE + o_m[:, None] * E + (o_r // own)[None, :], mask=(o_m[:, None] < M) & (o_r[None, :] < RB)
+            )
+        store_tile(DH, acc, o_m, o_r, M, R)
+    if DGATE is not None:
+        for e in range(0, E):
+            total = tl.zeros((BM,), tl.float32)
+            for r in range(0, own, BR):
+                o_r = r + tl.arange(0, BR)
+                t_h = load_columns(H, o_m, 0 if SHARED else e * own, o_r, own, M, R).to(tl.float32)
+                total += tl.sum(t_h * load_columns(DHG, o_m, e * own, o_r, own, M, RB), 1)
+            tl.store(DGATE + o_m * E + e, total, mask=o_m < M)
+
+
+@triton.jit
+def load_columns(P, o_m, first, o_r, count, M, COLS):
+    """Of `count` columns from `first` on, and zeros outside"""
+    inside = (o_m[:, None] < M) & (o_r[None, :] < count)
+    return tl.load(P + o_m[:, None] * COLS + (first + o_r)[None, :], mask=inside, other=0.0)
+
+
 # limits: registers 24-192, spilled 0, reloads 0, loop 0-850, mma 8-, wide 12-
 @launched
 @triton.jit
@@ -156,10 +195,10 @@ def lora_bwd(
         dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
         None if dz is dy else dz, dy, z, b, h, scale, gain, gate,
     )  # fmt: skip
-    dh = dhg if gate is None or not ranked else fold(dhg, gate, a.shape[0], x.dtype)
-    factor = inverse(p)
-    if need[5]:
-        torch.sum((dhg.unflatten(1, (-1, h.shape[1])) * h[:, None]).view(*gate.shape, -1), 2, out=dgate)
+    dh, factor = dhg, inverse(p)
+    if gate is not None and ranked:
+        dh = torch.empty_like(h)
+        gates_pass(dh, dgate if need[5] else None, dhg, h, gate)
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
     if way == "tma" and lora_tma.fits(dx, dz, dh, a):
@@ -208,10 +247,10 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
     add_parts(*(pair for pair in zip(outputs, parts, strict=True) if pair[0] is not None))
 
 
-def fold(dhg, gate, r, dtype):
-    """(m, r): each expert's columns times its gate, added where experts share them"""
-    spread = dhg.view(*gate.shape, -1) * gate[:, :, None]
-    return spread.view(dhg.shape[0], -1, r).sum(1).to(dtype)
+def gates_pass(dh, dgate, dhg, h, gate):
+    (m, r), rb = h.shape, dhg.shape[1]
+    sizes = _gemm.tile(4, 1, BM=32, BR=_gemm.rank(rb // gate.shape[1], 32))
+    gates_kernel[(cdiv(m, 32),)](dh, dgate, dhg, h, gate, m, r, rb, gate.shape[1], SHARED=rb != r, **sizes)
 
 
 def x_pass(da, x, dh, bits, factor, drop):
