@@ -12,7 +12,7 @@ from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.ops.nf4_tables import bounds, four_bits
-from peftops.triton import _gemm, _tile, dora, dora_grads, lora_gemv, lora_product
+from peftops.triton import _gemm, _tile, dora, lora_gemv, lora_product
 from peftops.triton.lora import path
 from peftops.triton.nf4 import decode
 
@@ -263,7 +263,6 @@ def test_ranks_that_are_held(monkeypatch):
 def test_scratch_of_the_gradient_of_a_norm(decoded, monkeypatch):
     """In parts of 4-bit weights the law holds."""
     monkeypatch.setattr(lora_product, "SCRATCH", 2 * 45 * 7)
-    monkeypatch.setattr(dora_grads, "decode", lora_product.decode)
     t = lora(0, 45, 33, 20, torch.float16, form="nf4", nested=True)
     t |= {"dn": torch.linspace(-1, 1, 33), "n": torch.linspace(1, 2, 33), "need": [True, True]}
     error, bound = check_case("dora_norm_bwd", "triton", [t[name] for name in ["dn", "n", *NORM, "need"]])

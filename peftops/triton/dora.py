@@ -6,7 +6,7 @@ import triton.language as tl
 from . import _gemm
 from ._gemm import tile
 from ._launch import cdiv, launched
-from ._tile import cast, dot, inverse, keep_bytes, load_keep, load_tile, store_tile, unpack
+from ._tile import cast, dot, inverse, keep_bytes, load_keep, load_tile, rounded, store_tile, unpack
 from .dora_grads import dora_norm_bwd
 from .lora_product import operand
 from .lora_rank import base_tile
@@ -134,7 +134,7 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     even = k % 8 == 0 and (rows % 8 == 0 or form != "transposed")
     sizes = norm_tile(r, x, even)
     if r > sizes["BR"]:  # every tile reads all of them: rounded once
-        a, b = a.to(x.dtype), b.to(x.dtype)
+        a, b = rounded(x.dtype, a, b)
     blocks = max(1, cdiv(rows, sizes["BN"]))
     resident = _gemm.machine(x.device)[1] * (2 if r <= 64 else 1)  # programs at once, by their registers
     count, span = _gemm.stripes(k, sizes["BK"], blocks, x, most=max(1, resident // blocks))

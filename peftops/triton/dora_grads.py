@@ -4,8 +4,7 @@ import torch
 
 from .lora import shrink
 from .lora_grads import x_pass
-from .lora_product import part
-from .nf4 import decode
+from .lora_product import parts
 
 
 def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
@@ -26,18 +25,17 @@ def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
 
 def both(base, a, d, form, block, need):
     """dᵀ·Ŵ (r, k) and Ŵ·aᵀ (n, r) in fp32, None where it is not needed"""
-    if form == "nf4":
-        return products(a, d, decoded(base, block, len(d), a), need)
-    if form == "dense":
-        return products(a, d, [(0, base[0])], need)
-    found = products(d.T.contiguous(), a.T.contiguous(), [(0, base[0])], need[::-1])
+    weight = parts(base, form, block, len(d), a)
+    if form != "transposed":
+        return products(a, d, weight, need)
+    found = products(d.T.contiguous(), a.T.contiguous(), weight, need[::-1])
     return [None if t is None else t.T for t in found[::-1]]
 
 
-def products(a, d, parts, need):
-    """dᵀ·w (r, k) and w·aᵀ (n, r) of the rows of w, which come in parts"""
+def products(a, d, weight, need):
+    """dᵀ·w (r, k) and w·aᵀ (n, r) of the rows of w, which come in lora_product's parts"""
     down, across = None, d.new_empty(d.shape, dtype=torch.float32) if need[1] else None
-    for first, w in parts:
+    for first, w, _ in weight:
         rows = slice(first, first + len(w))
         if need[1]:
             shrink(across[rows], None, w, a, None, 0.0)
@@ -46,14 +44,3 @@ def products(a, d, parts, need):
             x_pass(mine, w, d[rows], None, 1.0, False)
             down = mine if down is None else down.add_(mine)
     return down, across
-
-
-def decoded(base, block, n, a):
-    """As many rows of Ŵ at a time as the scratch holds, and which is their first."""
-    k = a.shape[1]
-    span = part(n, k, a)
-    scratch = a.new_empty(span, k)
-    for first in range(0, n, span):
-        w = scratch[: n - first]
-        decode(w.view(1, -1), base, block, first * k, 0)
-        yield first, w

@@ -10,7 +10,7 @@ import triton.language as tl
 from . import _gemm
 from ._gemm import gemm
 from ._launch import cdiv, launched
-from ._tile import add_parts, cast, dot, load_keep, tile_of
+from ._tile import cast, dot, load_keep, rounded, tile_of
 from .lora_product import columns
 from .lora_rank import widen
 
@@ -87,8 +87,8 @@ def product(out, left, parts, h, b, b_turned, *, z=None, scale=None, bits=None, 
     (m, n), k, r = out.shape, left.shape[1], h.shape[1]
     if r == 0:
         h = b = scale = None
-    elif b.dtype is not left.dtype:
-        b = rounded(b, left.dtype)
+    else:
+        (b,) = rounded(left.dtype, b)
     specialized = not _gemm.INTERPRET and (bits is None or SPECIALIZES_MASKS)
     for first, w, turned in parts:
         width = columns(w, turned)
@@ -108,10 +108,3 @@ def pick(m, n, out, specialized):
         if tiles >= processors:
             break
     return tile, min(tiles, processors)
-
-
-def rounded(t, dtype):
-    """As a kernel leaves it that adds a single part"""
-    out = t.new_empty(t.shape, dtype=dtype)
-    add_parts((out, t[None]))
-    return out
