@@ -5,6 +5,8 @@ from torch import nn
 
 import peftops.nn
 
+from .timing import said
+
 SHAPES = (1, 256, 512), (64, 256, 512), (300, 256, 512)  # rows, k, n: both few-row kernels, and many rows
 
 
@@ -17,7 +19,7 @@ def examine(device):
                 try:
                     yield what, *ask(layer_of(k, n, p, device), torch.randn(m, k, device=device).bfloat16())
                 except Exception as error:  # of a compiler, the driver or ours
-                    yield what, False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+                    yield what, False, said(error)
 
 
 def layer_of(k, n, p, device):

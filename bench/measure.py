@@ -5,7 +5,7 @@ import torch
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
 
-from . import timing
+from . import results, timing
 from .cases import SHAPES
 from .law import check
 from .peers import BASE, GPU, OURS, Absent, contender
@@ -69,7 +69,7 @@ def build(labels, problem, absent):
         except Exception as error:  # of somebody else's code, which may raise anything
             if label == OURS:
                 raise
-            absent[label] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+            absent[label] = timing.said(error)
     return found
 
 
@@ -122,7 +122,7 @@ def finish(line, measured, failed):
 
 def show(line):
     low, mid, high = line["ms"][OURS]
-    ratios = ", ".join(f"{ratio:.2f} × {label}" for label, ratio in line["ratio"].items())
+    ratios = results.beside(line["ratio"])
     where = f"{line['layer']} {tuple(line['shape'])}, p = {line['dropout']}, {line['pass']}"
     way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
     share = f", {line['roofline']:.0%} of the roofline" if "roofline" in line else ""

@@ -13,6 +13,7 @@ from .__main__ import common, torch_dtype
 from .progress import Progress
 
 RANK, TOKENS = 16, 24  # of the adapters; in a generation
+STEP = "step without optimizer"
 
 
 def options(argv):
@@ -85,7 +86,7 @@ def measure(o, dtype, device, progress):
         if FUSE in models:
             about["saved_mb"] = {label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()}
         calls[BASE] = lambda: t.frozen_seconds(base, batch, dtype)
-        return raced(calls, "step without optimizer", batch.numel(), **about)
+        return raced(calls, STEP, batch.numel(), **about)
 
     missing = t.absent(kinds.values())
     kinds = {label: kind for label, kind in kinds.items() if kind not in missing}

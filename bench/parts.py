@@ -162,7 +162,7 @@ def host(o):
         ratios, took = line["ratio"], 1000 * line["ms"][row.OURS][1]
         slow = ratios.get(row.STOCK, 0) > row.TARGET
         missed = [f"{what}: {ratios[row.STOCK]:.2f} × PEFT's host time, target {row.TARGET}"] if slow else []
-        said = ", ".join([f"{took:.0f} µs", *(f"{ratio:.2f} × {peer}" for peer, ratio in ratios.items())])
+        said = ", ".join(filter(None, (f"{took:.0f} µs", results.beside(ratios))))
         say(f"host time of {what}", True, said, misses=missed)
         if time.monotonic() > o.end - 3:
             break
@@ -186,7 +186,7 @@ def bench(o):
         results.append(o.out / "bench.jsonl", here)
         lines.append(line)
         way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
-        ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
+        ratios = results.beside(line["ratio"])
         missed = list(misses(line, row.TARGETS))
         say(f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {way}", True, ratios, misses=missed)
         if time.monotonic() > o.end - 5:
@@ -239,8 +239,7 @@ def models(o):
     plans = whole.PLANS if o.device.type == "cuda" else whole.REHEARSED
     for line, losses in whole.measure(plans, o.device, o.end - 12):
         results.append(o.out / "bench.jsonl", about | line)
-        ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in line["ratio"].items())
-        said = f"{line['ms'][OURS][1]:.1f} ms, {ratios}; losses {losses}"
+        said = f"{line['ms'][OURS][1]:.1f} ms, {results.beside(line['ratio'])}; losses {losses}"
         ratio, most = line["ratio"].get(whole.STOCK, 0), whole.TARGETS.get(line["layer"], float("inf"))
         missed = [f"{line['layer']}: {ratio:.2f} × PEFT's step, target {most}"] if ratio > most else []
         say(f"{line['layer']}, p = {line['dropout']}", whole.agree(line, losses), said, misses=missed)

@@ -70,6 +70,11 @@ def cuda():
     return torch.version.cuda or torch.version.hip
 
 
+def beside(ratios):
+    """{peer: ours over theirs} in words"""
+    return ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in ratios.items())
+
+
 def slug(name):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

@@ -89,12 +89,17 @@ def race(contenders, kind, mode, rounds, tick=lambda: None):
             contender.prepare(kind, mode)
             times[label] = []
         except Exception as error:  # somebody else's code, of which anything may be expected
-            absent[label] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
+            absent[label] = said(error)
     for _ in range(max(rounds, ROUNDS_AT_LEAST)):
         for label in times:
             times[label].append(contenders[label].sample(kind, mode))
         tick()
     return times, absent
+
+
+def said(error):
+    """What somebody else's code raised, in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
 def ratios(times, ours):

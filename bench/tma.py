@@ -1,12 +1,10 @@
 """The product for Hopper that no table chooses before it is measured: whether it is right, and what it takes."""
 
 import time
-from contextlib import contextmanager
 
 import torch
 
 import peftops.functional  # noqa: F401  registers the ops
-from peftops import backends
 from peftops.triton import _gemm, lora_tma
 from peftops.triton.lora_product import parts, parts_bwd
 
@@ -14,7 +12,7 @@ from . import timing
 from .cases import BWD, FWD
 from .cases import lora as tensors
 from .law import check_case
-from .tune import put
+from .tune import taken
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}
 KINDS = {
@@ -35,18 +33,6 @@ def missing(device):
         return "needs a GPU"
     kind, _ = _gemm.machine(device)
     return None if kind in lora_tma.TILES else f"{kind} has no such kernel"
-
-
-@contextmanager
-def taken(way):
-    """Inside, every 16-bit product takes this way, "tma" or "cublas"."""
-    before = _gemm.path
-    put(vars(_gemm), "path", lambda *args, **kwargs: way)
-    try:
-        with backends.backend("triton"):
-            yield
-    finally:
-        put(vars(_gemm), "path", before)
 
 
 def examine(device, end):

@@ -1,6 +1,7 @@
 """Tiles of the Triton kernels for the GPU at hand: of each table the best entry, kept as it would stand there."""
 
 import time
+from contextlib import contextmanager
 from itertools import product
 
 import torch
@@ -36,17 +37,24 @@ def tables(device, end):
         "lora.SHRINK": (vars(lora), "SHRINK", ROWS, "lora_fwd", FWD, t, lambda chosen: chosen),
         "lora_gemv.STAGES": (lora_gemv.STAGES, kind, (2, 3, 4, 5), "lora_gemv", GEMV, few, lambda chosen: chosen),
     }
-    fused = _gemm.path
-    put(vars(_gemm), "path", lambda *args, **kwargs: "fused")
+    with taken("fused"):
+        for name, knob in knobs.items():
+            best = search(*knob, device, end)
+            if best:
+                yield name, best[1], f"{kind}: {best[1]}, {best[0] * 1e3:.3f} ms"
+        yield "_gemm.SLOWER", *slower(t, device)
+
+
+@contextmanager
+def taken(way):
+    """Inside, every 16-bit product of Triton's takes this way: "fused", "tma" or "cublas"."""
+    before = _gemm.path
+    put(vars(_gemm), "path", lambda *args, **kwargs: way)
     try:
         with backends.backend("triton"):
-            for name, knob in knobs.items():
-                best = search(*knob, device, end)
-                if best:
-                    yield name, best[1], f"{kind}: {best[1]}, {best[0] * 1e3:.3f} ms"
-            yield "_gemm.SLOWER", *slower(t, device)
+            yield
     finally:
-        put(vars(_gemm), "path", fused)
+        put(vars(_gemm), "path", before)
 
 
 def search(table, key, candidates, op, names, t, wrap, device, end):

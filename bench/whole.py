@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import torch
 
+from peftops.cli import training
+
 from .measure import finish, times
-from .peers import BASE, OURS
-from .timing import Contender
+from .model import STEP, contenders
+from .peers import BASE, LORA, OURS
+from .timing import Contender, said
 
 STOCK, RANK = "PEFT", 16
-STEP = "step without optimizer"
 CLOSE = 1e-3  # losses of one batch may differ by that much of themselves
 
 
@@ -58,16 +60,19 @@ def measure(plans, device, end, rounds=5):
             return
         torch._dynamo.reset()
         ids = torch.randint(96, TOKENS[plan.size], generator=torch.Generator().manual_seed(3)).to(device)
-        calls, absent, losses = {}, {}, {}
-        for who in (BASE, STOCK, OURS):
+        kinds = {BASE: None} | contenders(plan.method)
+        kinds.pop(LORA, None)
+        missing = training.absent(kinds.values())
+        calls, losses, absent = {}, {}, {who: missing[kind] for who, kind in kinds.items() if kind in missing}
+        for who in [who for who in kinds if who not in absent]:
             try:
-                calls[who] = step(built(plan, who, device), ids, who == BASE, plan.compiled)
+                calls[who] = step(built(plan, kinds[who], device), ids, who == BASE, plan.compiled)
                 losses[who] = calls[who]().item()
             except Exception as error:  # of somebody else's code, which may raise anything
                 if who == OURS:
                     raise
                 calls.pop(who, None)
-                absent[who] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+                absent[who] = said(error)
         found = {who: Contender({STEP: [call]}, device) for who, call in calls.items()}
         width = SIZES[plan.size]["hidden_size"]
         line = {"layer": plan.name, "op": "model", "dropout": plan.dropout, "absent": absent}
@@ -75,61 +80,29 @@ def measure(plans, device, end, rounds=5):
         yield finish(line, *times(found, STEP, rounds, device, modes=("eager",))), losses
 
 
-def built(plan, who, device):
-    """The model, its adapter not that which does nothing: B is random."""
-    import peft
-
-    from peftops.integrations.peft import patch
-
-    four_bits = plan.method.startswith("q")
-    if four_bits and who == STOCK:
-        raise NotImplementedError("bitsandbytes quantizes what is on a disk, not these")
-    model = llama(plan.size, device, four_bits and who == OURS)
+def built(plan, kind, device):
+    """The frozen model where kind is None; else the demo's contender, its adapter not that which does nothing."""
+    model = llama(plan.size, device).requires_grad_(False)
     layers = model.model.layers
-    if who == BASE:
-        model.requires_grad_(False)
-    else:
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=32, lora_dropout=plan.dropout, target_modules="all-linear",
-            use_dora=plan.method.endswith("dora"),
-        )  # fmt: skip
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, config)
+    if kind:
+        model = training.build(kind, model, RANK, plan.dropout, 1).model
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.01)
-        model = patch(model) if who == OURS else model
     for layer in layers if plan.compiled else ():
         layer.compile(mode=plan.compiled, dynamic=False)
     return model.train()
 
 
-def llama(size, device, four_bits):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama(size, device):
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     vocabulary, shared = (96, 2) if size == "tiny" else (128256, 8)
     config = LlamaConfig(**SIZES[size], num_key_value_heads=shared, vocab_size=vocabulary, tie_word_embeddings=True)
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return quantized(model) if four_bits else model
-
-
-def quantized(model):
-    """In place, all linear layers but the head in 4 bits."""
-    from peftops.nn import LinearNF4
-
-    for layer in model.model.layers:
-        for name, part in list(layer.named_modules()):
-            if type(part) is torch.nn.Linear:
-                layer.set_submodule(name, LinearNF4.from_linear(part))
-    return model
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def step(model, ids, frozen, compiled):
@@ -141,17 +114,16 @@ def step(model, ids, frozen, compiled):
         if compiled == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         embedded = embed(ids).detach().requires_grad_(frozen)
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
-        loss.backward()
+        loss = training.forward_backward(model, ids, torch.bfloat16, inputs_embeds=embedded, use_cache=False)
         for parameter in trained:
             parameter.grad = None
-        return loss.detach()
+        return loss
 
     return run
 
 
 def agree(line, losses):
     """Whether stock's loss and ours are one, where both are there and no dropout tells them apart."""
-    ours, stock = losses[OURS], losses.get(STOCK, losses[OURS])
+    ours = losses[OURS]
+    stock = next((loss for who, loss in losses.items() if who not in (BASE, OURS)), ours)
     return bool(line["dropout"]) or abs(ours - stock) <= CLOSE * abs(stock)

@@ -75,6 +75,7 @@ def serve():
     import torch
 
     from .peers import Absent, Problem, contender
+    from .timing import said
 
     held = None
     for line in sys.stdin:
@@ -94,5 +95,5 @@ def serve():
         except Absent as error:
             answer = {"absent": str(error)}
         except Exception as error:  # of somebody else's code, which may raise anything
-            answer = {"absent": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]}
+            answer = {"absent": said(error)}
         print(json.dumps(answer), file=answers, flush=True)

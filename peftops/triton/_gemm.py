@@ -92,10 +92,17 @@ def path(m, n, k, x, form="dense", passes=1):
 def pick(m, n, x, form="dense"):
     """The tile of a fused product with m rows and n columns."""
     kind, processors = machine(x.device)
-    for t in (NF4_TILES if form == "nf4" else TILES)[kind]:
-        if cdiv(m, t["BM"]) * cdiv(n, t["BN"]) >= processors:
+    tile, _ = largest((NF4_TILES if form == "nf4" else TILES)[kind], m, n, processors)
+    return tile
+
+
+def largest(tiles, m, n, processors):
+    """(tile, how many of it): the first that gives every multiprocessor a program, or the last."""
+    for t in tiles:
+        count = cdiv(m, t["BM"]) * cdiv(n, t["BN"])
+        if count >= processors:
             break
-    return t
+    return t, count
 
 
 def epilogue(x):

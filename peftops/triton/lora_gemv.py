@@ -8,7 +8,7 @@ from . import _gemm
 from ._gemm import tile
 from ._launch import cdiv, launched, power_of_2
 from ._tile import cast, dot, load_tile, store_tile
-from .lora_product import multiply, operand
+from .lora_product import multiply, operand, parts
 from .lora_rank import base_tile, gate_columns, widen
 
 
@@ -119,7 +119,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         return
     kind = path(m, n, k, r, form, x)
     if kind == "cublas":
-        multiply(y, x, base, form, block)
+        multiply(y, x, parts(base, form, block, n, x))
         base = [y]
     if kind in ("cublas", "given"):
         form = "given"

@@ -8,8 +8,8 @@ from . import _gemm, lora_tma
 from ._gemm import tile
 from ._launch import cdiv, launched
 from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
-from .lora_product import adds, multiply_bwd, operand, parts_bwd
-from .lora_rank import base_tile, gated
+from .lora_product import adds, multiply, operand, parts_bwd
+from .lora_rank import base_tile, gate_columns, gated
 from .nf4 import nf4_tile
 
 
@@ -69,10 +69,7 @@ def gates_kernel(
                 t_g = tl.load(GATE + o_m * E + e, mask=o_m < M, other=0.0)
                 acc += t_g[:, None] * load_columns(DHG, o_m, e * own, o_r, own, M, RB)
         else:
-            acc = load_tile(DHG, o_m, o_r, M, RB)
-            acc *= tl.load(
-                GATE + o_m[:, None] * E + (o_r // own)[None, :], mask=(o_m[:, None] < M) & (o_r[None, :] < RB)
-            )
+            acc = gate_columns(load_tile(DHG, o_m, o_r, M, RB), GATE, o_m, o_r, M, RB, E)
         store_tile(DH, acc, o_m, o_r, M, R)
     if DGATE is not None:
         for e in range(0, E):
@@ -188,6 +185,7 @@ def lora_bwd(
     dhg, dz = None, dy
     if ranked:
         dhg = b.new_empty(x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32)
+    k = x.shape[1]
     way = path(dx, dy, form, gain) if need[0] and form != "given" else "fused"
     if way != "fused" and gain is not None:
         dz = torch.empty_like(dy)
@@ -202,17 +200,17 @@ def lora_bwd(
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
     if way == "tma" and lora_tma.fits(dx, dz, dh, a):
-        keep, weight = bits if p > 0 else None, parts_bwd(base, form, block, dx.shape[1], dz, lora_tma.STEP)
+        keep, weight = bits if p > 0 else None, parts_bwd(base, form, block, k, dz, lora_tma.STEP)
         lora_tma.product(dx, dz, weight, dh, a, True, bits=keep, factor=factor)
     elif way != "fused":
         delta = a.numel() > 0
         first = delta and adds(dx)
         if not first:
-            multiply_bwd(dx, dz, base, form, block)
+            multiply(dx, dz, parts_bwd(base, form, block, k, dz))
         if delta:
             dgrad(dx, dz, [] if first else [dx], dh, a, bits, None, factor, "given", block, p > 0)
         if first:
-            multiply_bwd(dx, dz, base, form, block, True)
+            multiply(dx, dz, parts_bwd(base, form, block, k, dz), True)
     elif need[0]:
         dgrad(dx, dy, [] if form == "given" else base, dh, a, bits, gain, factor, form, block, p > 0)
 

@@ -17,16 +17,10 @@ def operand(base, form, block, k, width):
     return base[0] if base else None, {"FORM": form, "BLOCK": None, "GROUP": None}
 
 
-def multiply(y, x, base, form, block, add=False):
-    """y = x·Ŵᵀ, or y + x·Ŵᵀ to add; a part of the rows of Ŵ gives as many columns of y."""
-    for first, w, turned in parts(base, form, block, y.shape[1], x):
-        product(y[:, first : first + columns(w, turned)], x, w if turned else w.T, add)
-
-
-def multiply_bwd(dx, dz, base, form, block, add=False):
-    """dx = dz·Ŵ, or dx + dz·Ŵ to add; a part of the columns of Ŵ gives as many of dx, so that sums stay whole."""
-    for first, w, turned in parts_bwd(base, form, block, dx.shape[1], dz):
-        product(dx[:, first : first + columns(w, turned)], dz, w if turned else w.T, add)
+def multiply(out, left, weight, add=False):
+    """out = left·w, or out + left·w to add, of the `parts` of a weight, each of which gives as many columns of out."""
+    for first, w, turned in weight:
+        product(out[:, first : first + columns(w, turned)], left, w if turned else w.T, add)
 
 
 def columns(w, turned):
@@ -35,7 +29,7 @@ def columns(w, turned):
 
 
 def parts(base, form, block, n, x, step=1):
-    """(first column, w, whether it is turned): Ŵ as it lies, or its n rows a scratch at a time where it has 4 bits.
+    """(first column, w, whether it is turned) of x·Ŵᵀ: Ŵ as it lies, or, of 4 bits, its n rows a scratch at a time.
 
     First columns are multiples of step.
     """
@@ -52,7 +46,7 @@ def parts(base, form, block, n, x, step=1):
 
 
 def parts_bwd(base, form, block, k, dz, step=1):
-    """As `parts`, of the k columns of Ŵ"""
+    """As `parts` of dz·Ŵ: of the k columns of Ŵ, so that sums stay whole"""
     if form != "nf4":
         yield 0, base[0], form == "dense"
         return

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import _gemm
 from ._gemm import gemm
-from ._launch import cdiv, launched
+from ._launch import launched
 from ._tile import cast, dot, load_keep, rounded, tile_of
 from .lora_product import columns
 from .lora_rank import widen
@@ -22,6 +22,22 @@ TILES = {  # four warps, which Triton makes twelve of
 MASKED = gemm(128, 256, 64, 8, 3), gemm(128, 128, 64, 8, 4)
 STEP = 32  # columns that a part of a weight in 4 bits starts at multiples of, as words of a mask do
 SPECIALIZES_MASKS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+
+
+@triton.jit
+def described(P, ROWS, COLS, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """TMA's descriptor of tiles (BM, BN) of a (ROWS, COLS) matrix, which lies as its transpose where TURNED"""
+    if TURNED:
+        descriptor = tl.make_tensor_descriptor(P, [COLS, ROWS], [ROWS, 1], [BN, BM])
+    else:
+        descriptor = tl.make_tensor_descriptor(P, [ROWS, COLS], [COLS, 1], [BM, BN])
+    return descriptor
+
+
+@triton.jit
+def load_turned(descriptor, row, column, TURNED: tl.constexpr):
+    """The transpose of the tile at (row, column) of what `described` describes"""
+    return descriptor.load([column, row]) if TURNED else descriptor.load([row, column]).T
 
 
 # limits: registers 128-240, spilled 0-256, reloads 0-1, mma 4-, async 4-, waits 0-1
@@ -40,17 +56,9 @@ def tma_kernel(
     """
     N, K, R = N // 8 * 8, K // 8 * 8, R // 8 * 8  # as TMA has it: rows start at multiples of 16 bytes
     FIRST, WHOLE = FIRST // 8 * 8, WHOLE // 8 * 8
-    lefts = tl.make_tensor_descriptor(LEFT, [M, K], [K, 1], [BM, BK])
-    if W_TURNED:
-        weights = tl.make_tensor_descriptor(W, [K, N], [N, 1], [BK, BN])
-    else:
-        weights = tl.make_tensor_descriptor(W, [N, K], [K, 1], [BN, BK])
+    lefts, weights = described(LEFT, M, K, False, BM, BK), described(W, N, K, W_TURNED, BN, BK)
     if H is not None:
-        hidden = tl.make_tensor_descriptor(H, [M, R], [R, 1], [BM, BR])
-        if B_TURNED:
-            ranks = tl.make_tensor_descriptor(B, [R, WHOLE], [WHOLE, 1], [BR, BN])
-        else:
-            ranks = tl.make_tensor_descriptor(B, [WHOLE, R], [R, 1], [BN, BR])
+        hidden, ranks = described(H, M, R, False, BM, BR), described(B, WHOLE, R, B_TURNED, BN, BR)
         if SCALE is not None:
             factor *= tl.load(SCALE)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
@@ -61,14 +69,12 @@ def tma_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         if H is not None:  # in one stage: more would take the shared memory of the loop below
             for r in tl.range(0, R, BR, num_stages=1):
-                t_b = ranks.load([r, FIRST + column]) if B_TURNED else ranks.load([FIRST + column, r]).T
-                acc = dot(hidden.load([row, r]), t_b, acc)
+                acc = dot(hidden.load([row, r]), load_turned(ranks, FIRST + column, r, B_TURNED), acc)
             acc *= factor
             if BITS is not None:
                 acc = tl.where(load_keep(BITS, o_m, FIRST + i_n * BN, M, WHOLE, BM, BN), acc, 0.0)
         for k in range(0, K, BK):
-            t_w = weights.load([k, column]) if W_TURNED else weights.load([column, k]).T
-            acc = dot(lefts.load([row, k]), t_w, acc)
+            acc = dot(lefts.load([row, k]), load_turned(weights, column, k, W_TURNED), acc)
         inside = (o_m[:, None] < M) & (o_n[None, :] < FIRST + N)
         at = o_m[:, None] * WHOLE + o_n[None, :]
         if Z is not None:
@@ -102,9 +108,6 @@ def product(out, left, parts, h, b, b_turned, *, z=None, scale=None, bits=None, 
 def pick(m, n, out, specialized):
     """(tile, programs): the largest tile that gives every multiprocessor a program, or the smallest."""
     kind, processors = _gemm.machine(out.device)
-    choice = TILES[kind] if specialized or _gemm.INTERPRET else MASKED
-    for tile in choice:
-        tiles = cdiv(m, tile["BM"]) * cdiv(n, tile["BN"])
-        if tiles >= processors:
-            break
-    return tile, min(tiles, processors)
+    tiles = TILES[kind] if specialized or _gemm.INTERPRET else MASKED
+    tile, count = _gemm.largest(tiles, m, n, processors)
+    return tile, min(count, processors)
