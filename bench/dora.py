@@ -8,7 +8,7 @@ import torch
 
 import peftops.functional as F
 from peftops import NF4Weight, backends
-from peftops.ops.lora import way
+from peftops.ops.lora import served_by
 
 from . import lora, nf4
 from .peers import BASE, COPY, LORA, MICROSECONDS, OURS, SCALING
@@ -63,13 +63,13 @@ def contenders(problem, wanted):
     return [BASE, *theirs, LORA, OURS, *(f"{OURS}, {name}" for name in wanted)], absent
 
 
-def path(problem, kind):
-    """The ops, the backend and its way for a pass of ours."""
+def describe(problem, kind):
+    """The ops, the backend and its product for a pass of ours."""
     twice, m, k, n, r = problem.p and problem.dora == "peft", *problem.shape
     form = "dense" if problem.base == "dense" else "nf4"
-    op, backend, way_of_it = way(problem.tensors[3], m, n, k, r, 0.0 if twice else problem.p, form)
+    op, backend, product = served_by(problem.tensors[3], m, n, k, r, 0.0 if twice else problem.p, form)
     op = f"{op} + lora_bwd" if "backward" in kind else op
-    return {"op": f"dora_drop + {op}" if twice else op, "backend": backend, "path": way_of_it}
+    return {"op": f"dora_drop + {op}" if twice else op, "backend": backend, "path": product}
 
 
 def cost(problem, backward=False):

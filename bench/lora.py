@@ -3,7 +3,7 @@
 import torch
 
 from peftops import backends
-from peftops.ops.lora import way
+from peftops.ops.lora import served_by
 
 from . import peers
 from .peers import BASE, FEW, OURS, Problem
@@ -94,11 +94,11 @@ def served(backend, problem):
     return True
 
 
-def path(problem, kind):
-    """The ops, the backend and its way for a pass of ours."""
+def describe(problem, kind):
+    """The ops, the backend and its product for a pass of ours."""
     m, k, n, r = problem.shape
-    op, backend, way_of_it = way(problem.tensors[3], m, n, k, r, problem.p)
-    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": way_of_it}
+    op, backend, product = served_by(problem.tensors[3], m, n, k, r, problem.p)
+    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": product}
 
 
 def others(device, quick):

@@ -43,7 +43,7 @@ def layer(row, name, problem, o, ceilings):
     common = {"layer": name, "shape": problem.shape, "dropout": problem.p, "absent": absent}
     common["error"] = {label: c.error for label, c in found.items() if c.error is not None}
     for kind in found[OURS].calls:
-        line = common | row.path(problem, kind) | rate(row, problem, kind, ceilings)
+        line = common | row.describe(problem, kind) | rate(row, problem, kind, ceilings)
         yield finish(line, *times(found, kind, 5 if o.quick else 15, problem.device))
     close(found)
 

@@ -23,7 +23,7 @@ def options(argv):
     parser.add_argument("--text", metavar="FILE", help="as in peftops demo")
     parser.add_argument("--method", default="lora", help="of peftops demo: lora, qlora, dora or qdora")
     parser.add_argument("--rank", type=positive, default=RANK, help="of the adapters")
-    parser.add_argument("--fuse", choices=("mlp",), help="beside ours also peftops.patch(model, fuse=...)")
+    parser.add_argument("--fuse", choices=("mlp",), help="beside ours also with peft.mlp.fuse, experimental")
     return parser.parse_args(argv)
 
 
@@ -63,7 +63,7 @@ def main(argv=None):
 def measure(o, dtype, device, progress):
     """A result for each dropout, under autocast as trainers do, and one for a generation of one sequence, without."""
     from peftops.cli import training as t
-    from peftops.integrations.peft import patch, report
+    from peftops.integrations.peft import mlp, report
 
     from .dora import ANOTHER
     from .measure import finish, times
@@ -94,7 +94,7 @@ def measure(o, dtype, device, progress):
     for p in progress.track(drops, len(drops), "steps of the model"):
         models = {label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model for label, kind in kinds.items()}
         if o.fuse:
-            models[FUSE] = patch(copy.deepcopy(models[OURS]), fuse=o.fuse)
+            models[FUSE] = mlp.fuse(copy.deepcopy(models[OURS]))
         about = {"dropout": p, "path": ", ".join(report(models[OURS]).paths)}
         yield steps(models, **about)
         if p and kinds[OURS] in t.DORA:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from peftops import NF4Weight
-from peftops.ops.lora import way
+from peftops.ops.lora import served_by
 
 from . import lora, peers
 from .peers import BASE, OURS
@@ -61,11 +61,11 @@ def contenders(problem, wanted):
     return labels + [f"{OURS}, {name}" for name in wanted], {}
 
 
-def path(problem, kind):
-    """The ops, the backend and its way for a pass of ours."""
+def describe(problem, kind):
+    """The ops, the backend and its product for a pass of ours."""
     m, k, n, r = problem.shape
-    op, backend, way_of_it = way(problem.tensors[3], m, n, k, r, problem.p, "nf4")
-    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": way_of_it}
+    op, backend, product = served_by(problem.tensors[3], m, n, k, r, problem.p, "nf4")
+    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": product}
 
 
 def cost(problem, backward=False):

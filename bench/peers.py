@@ -19,7 +19,7 @@ from .timing import Contender, copies
 FEW = 64  # rows of a generation: no gradient, no dropout, no autocast
 WRONG = 0.05  # of the largest output: a peer that is further off computes something else
 OURS, BASE, LORA, COPY = "peftops", "frozen", "peftops, LoRA", "copy of w"
-FUSE = f"{OURS}, fuse"  # with fuse="mlp"
+FUSE = f"{OURS}, fuse"  # with integrations.peft.mlp.fuse
 MICROSECONDS = "µs"  # in place of a peer in a target that is no ratio
 SCALING = 2.0
 

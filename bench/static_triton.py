@@ -167,14 +167,14 @@ def launches_on(kind, processors, chosen):
     def record(kernel, *args, grid, warmup, **kwargs):
         found.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    before = JITFunction.run, _gemm.machine, _gemm.path
+    before = JITFunction.run, _gemm.machine, _gemm.choose_product
     JITFunction.run, _gemm.machine = record, lambda device: (kind, processors)
     if chosen:
-        _gemm.path = lambda *args, **kwargs: chosen
+        _gemm.choose_product = lambda *args, **kwargs: chosen
     try:
         yield found
     finally:
-        JITFunction.run, _gemm.machine, _gemm.path = before
+        JITFunction.run, _gemm.machine, _gemm.choose_product = before
 
 
 def tensors(c):

@@ -48,13 +48,13 @@ def tables(device, end):
 @contextmanager
 def taken(way):
     """Inside, every 16-bit product of Triton's takes this way: "fused", "tma" or "cublas"."""
-    before = _gemm.path
-    put(vars(_gemm), "path", lambda *args, **kwargs: way)
+    before = _gemm.choose_product
+    put(vars(_gemm), "choose_product", lambda *args, **kwargs: way)
     try:
         with backends.backend("triton"):
             yield
     finally:
-        put(vars(_gemm), "path", before)
+        put(vars(_gemm), "choose_product", before)
 
 
 def search(table, key, candidates, op, names, t, wrap, device, end):

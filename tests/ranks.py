@@ -31,12 +31,12 @@ def run(work, folder, *args):
     """What `work`, Python's source, says on stderr where a rank fails; empty where none does."""
     script = folder / "ranks.py"
     script.write_text(isa.again() + START + work + END)
-    env = os.environ | {"PYTHONPATH": path(), "PYTHONFAULTHANDLER": "1"}
+    env = os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, str(script), str(folder / "store"), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     return done.stderr[-3000:] if done.returncode else ""
 
 
-def path():
+def python_path():
     """Where a process of its own finds what a test can import."""
     return os.pathsep.join([os.getcwd(), *filter(None, sys.path)])

@@ -66,6 +66,6 @@ def test_there_are_blocks_of_everything():
         "DPOTrainer(",
         "F.lora_linear(",
         "use_dora=True",
-        "enable_nf4",
+        "transformers.enable()",
     ):
         assert word in whole

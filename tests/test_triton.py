@@ -13,7 +13,7 @@ from peftops.bench.law import call, check, check_case
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.ops.nf4_tables import bounds, four_bits
 from peftops.triton import _gemm, _tile, dora, lora_gemv, lora_product
-from peftops.triton.lora import path
+from peftops.triton.lora import describe
 from peftops.triton.nf4 import decode
 
 MANY = (290, 40, 40, 3)  # more rows of tiles than are walked together, and a part of such a group
@@ -43,12 +43,18 @@ def test_groups_of_tiles(op):
 def test_path(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", h200)
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
-    ways = [_gemm.path(9, 4096, k, half) for k in (128, 456, 454, 512)]
-    assert ways == ["fused", "fused", "cublas", "cublas"] and _gemm.path(9, 64, 454, half) == "fused"
-    assert _gemm.path(9, 4096, 896, half, passes=2) == "fused" and _gemm.path(9, 4096, 4096, single) == "cublas"
-    few = [lora_gemv.path(1, n, 4096, 16, form, half) for n, form in ((14336, "dense"), (4096, "dense"), (8, "given"))]
+    ways = [_gemm.choose_product(9, 4096, k, half) for k in (128, 456, 454, 512)]
+    assert ways == ["fused", "fused", "cublas", "cublas"] and _gemm.choose_product(9, 64, 454, half) == "fused"
+    assert (
+        _gemm.choose_product(9, 4096, 896, half, passes=2) == "fused"
+        and _gemm.choose_product(9, 4096, 4096, single) == "cublas"
+    )
+    few = [
+        lora_gemv.choose_launches(1, n, 4096, 16, form, half)
+        for n, form in ((14336, "dense"), (4096, "dense"), (8, "given"))
+    ]
     assert few == ["one launch", "two launches", "given"]
-    assert lora_gemv.path(1, 14336, 4096, 16, "dense", single) == "cublas"
+    assert lora_gemv.choose_launches(1, 14336, 4096, 16, "dense", single) == "cublas"
 
 
 def test_path_of_four_bits(monkeypatch):
@@ -56,12 +62,12 @@ def test_path_of_four_bits(monkeypatch):
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
 
     def ways(op, x, k, *rows):
-        return [path(op, x, m, 4096, k, 16, "nf4") for m in rows]
+        return [describe(op, x, m, 4096, k, 16, "nf4") for m in rows]
 
     assert ways("lora_fwd", half, 4096, 65, 8192) == ["dequantize + cuBLAS"] * 2
     assert ways("lora_fwd", single, 4096, 65) == ways("lora_fwd", half, 4099, 65) == ["dequantize + cuBLAS"]
     assert ways("lora_gemv", half, 4096, 1, 64) == ["two launches"] * 2
-    assert path("lora_gemv", half, 1, 4096, 4096, 0, "nf4") == "one launch"
+    assert describe("lora_gemv", half, 1, 4096, 4096, 0, "nf4") == "one launch"
     assert ways("lora_gemv", single, 4096, 1) == ways("lora_gemv", half, 4099, 1) == ["dequantize + cuBLAS"]
     monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_80", 108))
     assert ways("lora_fwd", half, 4096, 65, 512, 8192) == ["fused", "fused", "dequantize + cuBLAS"]
@@ -172,8 +178,8 @@ def decoded(monkeypatch):
 
 
 def by_cublas(monkeypatch):
-    monkeypatch.setattr(_gemm, "path", lambda *args, **kwargs: "cublas")
-    monkeypatch.setattr(lora_gemv, "path", lambda *args: "cublas")
+    monkeypatch.setattr(_gemm, "choose_product", lambda *args, **kwargs: "cublas")
+    monkeypatch.setattr(lora_gemv, "choose_launches", lambda *args: "cublas")
 
 
 @pytest.mark.parametrize("way", ["fused", "cublas"])

@@ -7,7 +7,7 @@ from peftops.bench.law import check_case
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.triton import _gemm, lora_product, lora_tma
-from peftops.triton.lora import path
+from peftops.triton.lora import describe
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}
 SHAPES = [(37, 72, 48, 16), (1, 8, 104, 24), (33, 64, 40, 0), (290, 40, 40, 8)]
@@ -32,7 +32,7 @@ def taken(monkeypatch):
         found.append(tuple(out.shape))
         product(out, *args, **named)
 
-    monkeypatch.setattr(_gemm, "path", lambda *args, **kwargs: "tma")
+    monkeypatch.setattr(_gemm, "choose_product", lambda *args, **kwargs: "tma")
     monkeypatch.setattr(lora_tma, "product", noting)
     return found
 
@@ -88,14 +88,17 @@ def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
     monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_90", 132))
 
-    def way(x, n=4096, k=4096, form="dense"):
-        return path("lora_fwd", x, 8192, n, k, 16, form)
+    def described(x, n=4096, k=4096, form="dense"):
+        return describe("lora_fwd", x, 8192, n, k, 16, form)
 
-    assert way(half) == "cuBLAS + epilogue"
+    assert described(half) == "cuBLAS + epilogue"
     monkeypatch.setitem(_gemm.TMA, "sm_90", 0.05)  # an epilogue costs 367 / 4096, 9 %
-    assert way(half) == way(half, form="transposed") == "TMA"
-    assert way(half, k=8192) == way(half, n=4100) == way(single) == "cuBLAS + epilogue"
-    assert way(half, form="nf4") == "dequantize + TMA" and way(half, k=8192, form="nf4") == "dequantize + cuBLAS"
+    assert described(half) == described(half, form="transposed") == "TMA"
+    assert described(half, k=8192) == described(half, n=4100) == described(single) == "cuBLAS + epilogue"
+    assert (
+        described(half, form="nf4") == "dequantize + TMA"
+        and described(half, k=8192, form="nf4") == "dequantize + cuBLAS"
+    )
 
 
 def test_tiles(monkeypatch):

@@ -14,17 +14,17 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     (m, k), n, r, w = x.shape, b.shape[0], a.shape[0], base[0]
     if not y.numel():
         return
-    way, scales = path("lora_gemv", x, m, n, k, r, form), [None] * 5
-    if way == "cuBLAS + epilogue":
+    product, scales = describe("lora_gemv", x, m, n, k, r, form), [None] * 5
+    if product == "cuBLAS + epilogue":
         noted(torch.mm, x, w if form == "transposed" else w.T, out=y)
-    elif way == "dequantize + cuBLAS":
+    elif product == "dequantize + cuBLAS":
         multiply(y, x, base, block)
     elif form == "nf4":
         scales = [*base[1:], None, None, None][:5]
-    given = way in ("cuBLAS + epilogue", "dequantize + cuBLAS", "epilogue")
-    if given and way != "epilogue":
+    given = product in ("cuBLAS + epilogue", "dequantize + cuBLAS", "epilogue")
+    if given and product != "epilogue":
         w = y
-    h = x.new_empty(0 if way == "one launch" else (m, r), dtype=torch.float32)
+    h = x.new_empty(0 if product == "one launch" else (m, r), dtype=torch.float32)
     where = _device.processors(x.device), _device.stream(x.device)
     noted(_C.lora_gemv, y, h, x, w, *scales, a, b, scale, bias, gain, gate, block, given, *where)
 
@@ -40,8 +40,8 @@ def multiply(y, x, base, block):
         noted(torch.mm, x, w.T, out=y[:, first : first + len(w)])
 
 
-def path(op, x, m, n, k, r, form):
-    """What a report calls the way of m rows like x through a base of n columns and k rows.
+def describe(op, x, m, n, k, r, form):
+    """How a report describes the product of m rows like x through a base of n columns and k rows.
 
     In one launch every block makes its own h: processors · r / n of what is read of the base is read again, from L2.
     Of a 4-bit base that is four times as much, and a launch for h alone overlaps the next. On an H200 decoding a base

@@ -2,7 +2,7 @@
 
 from axolotl.integrations.base import BasePlugin
 
-from .transformers_callback import PeftopsCallback
+from .transformers import PeftopsCallback
 
 KERNELS = "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"
 

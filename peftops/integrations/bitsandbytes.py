@@ -8,34 +8,44 @@ from importlib import import_module
 import torch
 
 from ..functional import Base, lora_linear
-from ..ops.lora import no_delta
+from ..ops.lora_base import no_delta
 from ..ops.nf4 import nf4_dequantize, nf4_quantize
 from ..ops.nf4_tables import bounds, four_bits
+from . import Enabled
 
 DEVICES = "CPU", "CUDA"
 _library = None
 
 
 def enable():
-    """Puts our kernels in the place of bitsandbytes' for its ops quantize_4bit, dequantize_4bit and gemm_4bit.
+    """From now on, or inside `with enable():`, bitsandbytes runs on our kernels.
 
-    All that calls them, bitsandbytes.nn.Linear4bit for one, computes what it did before by the same formulas: codes and
-    dequantized weights are the same bits, products are rounded as functional.lora_linear says. Once is enough.
-    Raises ModuleNotFoundError where bitsandbytes is not installed.
+    Its ops quantize_4bit, dequantize_4bit and gemm_4bit, and all that calls them, such as
+    bitsandbytes.nn.Linear4bit, compute what they did before: codes and dequantized weights are the
+    same bits, products are rounded as functional.lora_linear says. Once is enough.
+
+    Returns:
+        A context manager whose end puts back what was there before. Without `with`, disable() does.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is not installed.
     """
     global _library
-    if _library is None:
-        import_module("bitsandbytes")
-        _library = torch.library.Library("bitsandbytes", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # which is the point
-            for name, function in OPS.items():
-                for device in DEVICES:
-                    _library.impl(name, function, device, allow_override=True)
+    if _library is not None:
+        return Enabled(lambda: None)
+    import_module("bitsandbytes")
+    _library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        # To override is the point.
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name, function in OPS.items():
+            for device in DEVICES:
+                _library.impl(name, function, device, allow_override=True)
+    return Enabled(disable)
 
 
 def disable():
-    """Puts bitsandbytes' kernels back."""
+    """Puts bitsandbytes' own kernels back."""
     global _library
     if _library is not None:
         _library._destroy()  # the dispatcher has kept what was there before

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..functional import lora_linear
-from ..ops.lora import no_delta
+from ..ops.lora_base import no_delta
 from ..ops.lora_formula import formula
 from ..ops.nf4 import NF4Weight, expect_block, expect_quant_type
 from ..ops.nf4_state import NESTED, scales_of, table_of, write

@@ -5,22 +5,8 @@ from torch import Tensor
 
 from .._arguments import dtype_or_none, explained, number, tensor, tensor_or_none
 from .._op import expect, op
-from .lora import (
-    ADAPTER,
-    DTYPES,
-    Base,
-    expect_dims,
-    expect_lora,
-    expect_probability,
-    linear,
-    lora_bwd,
-    lora_fwd,
-    no_delta,
-    prepared,
-    rows,
-    shaped,
-    weight,
-)
+from .lora import ADAPTER, expect_lora, expect_probability, linear, lora_bwd, lora_fwd
+from .lora_base import DTYPES, Base, expect_dims, no_delta, prepared, rows, shaped, weight_fault
 from .lora_formula import applied, by_formula, differentiable, formula, gradients, graph_wanted
 
 
@@ -110,7 +96,7 @@ class Norm(torch.autograd.Function):
         return *gradients(function, (a, b), ctx.needs_input_grad[:2], dn), *[None] * (4 + len(base))
 
 
-@explained("dora", weight=weight, lora_A=tensor, lora_B=tensor, scaling=number, dtype=dtype_or_none)
+@explained("dora", weight=weight_fault, lora_A=tensor, lora_B=tensor, scaling=number, dtype=dtype_or_none)
 def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     """n = ‖Ŵ + scaling · B·A‖ of each row (n,) in fp32, differentiable in lora_A and lora_B.
 

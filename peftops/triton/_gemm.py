@@ -64,7 +64,7 @@ def machine(device):
     return kind, properties.multi_processor_count
 
 
-def path(m, n, k, x, form="dense", passes=1):
+def choose_product(m, n, k, x, form="dense", passes=1):
     """The cheapest of "fused", "tma" and "cublas" with an epilogue, for m rows of x·Ŵᵀ with n columns and sums of k.
 
     Costs are shares of the time that cuBLAS takes. An epilogue reads and writes the result once more, 2·ops/(bytes·k),

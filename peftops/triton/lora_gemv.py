@@ -117,7 +117,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     (m, k), (n, rb), r = x.shape, b.shape, a.shape[0]
     if m == 0:
         return
-    kind = path(m, n, k, r, form, x)
+    kind = choose_launches(m, n, k, r, form, x)
     if kind == "cublas":
         multiply(y, x, parts(base, form, block, n, x))
         base = [y]
@@ -140,7 +140,7 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     )  # fmt: skip
 
 
-def path(m, n, k, r, form, x):
+def choose_launches(m, n, k, r, form, x):
     """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors.
 
     Their product is laid out for the second one that h goes through, whose warps all decode the same: none of 4 bits.

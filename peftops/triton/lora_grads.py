@@ -186,8 +186,8 @@ def lora_bwd(
     if ranked:
         dhg = b.new_empty(x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32)
     k = x.shape[1]
-    way = path(dx, dy, form, gain) if need[0] and form != "given" else "fused"
-    if way != "fused" and gain is not None:
+    product = choose_product(dx, dy, form, gain) if need[0] and form != "given" else "fused"
+    if product != "fused" and gain is not None:
         dz = torch.empty_like(dy)
     dy_pass(
         dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
@@ -199,10 +199,10 @@ def lora_bwd(
         gates_pass(dh, dgate if need[5] else None, dhg, h, gate)
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
-    if way == "tma" and lora_tma.fits(dx, dz, dh, a):
+    if product == "tma" and lora_tma.fits(dx, dz, dh, a):
         keep, weight = bits if p > 0 else None, parts_bwd(base, form, block, k, dz, lora_tma.STEP)
         lora_tma.product(dx, dz, weight, dh, a, True, bits=keep, factor=factor)
-    elif way != "fused":
+    elif product != "fused":
         delta = a.numel() > 0
         first = delta and adds(dx)
         if not first:
@@ -215,9 +215,9 @@ def lora_bwd(
         dgrad(dx, dy, [] if form == "given" else base, dh, a, bits, gain, factor, form, block, p > 0)
 
 
-def path(dx, dy, form, gain):
+def choose_product(dx, dy, form, gain):
     """Of dx = dz·Ŵ: "fused", or "cublas", which takes dz as a tensor of its own."""
-    return _gemm.path(*dx.shape, dy.shape[1], dx, form, passes=1 if gain is None else 2)
+    return _gemm.choose_product(*dx.shape, dy.shape[1], dx, form, passes=1 if gain is None else 2)
 
 
 def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):

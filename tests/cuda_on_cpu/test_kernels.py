@@ -67,20 +67,20 @@ def test_law_of_4_bit_bases_under_every_schedule(cuda_on_cpu, schedule):
 
 
 def test_ways(cuda_on_cpu):
-    def way(dtype, *sizes, form="dense"):
-        return lora.path("lora_gemv", torch.empty(0, dtype=dtype), *sizes, form)
+    def described(dtype, *sizes, form="dense"):
+        return lora.describe("lora_gemv", torch.empty(0, dtype=dtype), *sizes, form)
 
     for (m, k, n, r), wanted in WAYS.items():
-        assert way(torch.bfloat16, m, n, k, r) == wanted
+        assert described(torch.bfloat16, m, n, k, r) == wanted
     for (m, k, n, r), wanted in NF4_WAYS.items():
-        assert way(torch.bfloat16, m, n, k, r, form="nf4") == wanted
-    assert way(torch.float32, 4, 100, 64, 2, form="nf4") == "two launches"
-    assert way(torch.float32, 5, 100, 64, 2, form="nf4") == "dequantize + cuBLAS"
-    assert way(torch.float16, 1, 100, 264, 0) == "one launch"
-    assert way(torch.float32, 5, 100, 264, 2) == "cuBLAS + epilogue"
-    assert way(torch.float16, 1, 100, 261, 2) == "cuBLAS + epilogue"
-    assert way(torch.float16, 1, 100, 264, 2, form="transposed") == "cuBLAS + epilogue"
-    assert way(torch.float16, 1, 100, 264, 2, form="given") == "epilogue"
+        assert described(torch.bfloat16, m, n, k, r, form="nf4") == wanted
+    assert described(torch.float32, 4, 100, 64, 2, form="nf4") == "two launches"
+    assert described(torch.float32, 5, 100, 64, 2, form="nf4") == "dequantize + cuBLAS"
+    assert described(torch.float16, 1, 100, 264, 0) == "one launch"
+    assert described(torch.float32, 5, 100, 264, 2) == "cuBLAS + epilogue"
+    assert described(torch.float16, 1, 100, 261, 2) == "cuBLAS + epilogue"
+    assert described(torch.float16, 1, 100, 264, 2, form="transposed") == "cuBLAS + epilogue"
+    assert described(torch.float16, 1, 100, 264, 2, form="given") == "epilogue"
 
 
 def test_many_of_the_few_rows_run_on_tensor_cores(cuda_on_cpu):

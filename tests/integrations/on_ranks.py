@@ -34,8 +34,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import peftops
-from peftops.integrations.peft import lora_layers
-from peftops.integrations.peft_mlp import FusedMLP
+from peftops.integrations.peft import lora_layers, mlp
+from peftops.integrations.peft.mlp import FusedMLP
 
 CHECKPOINTING = {"use_reentrant": False}
 
@@ -166,10 +166,13 @@ def fsdp2(rank):
 def assert_law_of_mlps(method, first):
     stock, ours = pair(method)
     exact, same = step(exactly(stock), TOKENS), orders(partial(step, stock, TOKENS))
-    patch = partial(peftops.patch, strict=True, fuse="mlp")
-    ours = by_blocks(patch(ours)) if first else patch(by_blocks(ours))
+
+    def fused(model):
+        return mlp.fuse(peftops.patch(model, strict=True), strict=True)
+
+    ours = by_blocks(fused(ours)) if first else fused(by_blocks(ours))
     assert error(step(ours, TOKENS), exact) <= chain_bound(same, exact), method
-    assert peftops.report(ours).mlps == {"fused": 2}
+    assert mlp.calls(ours) == {"fused": 2}
     assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(ours).modules())
 
 
@@ -274,7 +277,7 @@ def fallbacks(rank):
     with pytest.raises(ValueError, match=r"unpatch: .*1.mlp.up_proj has been made a FSDPFusedLinear since patch"):
         peftops.unpatch(model)
     assert peftops.report(model).fused == 14
-    model = peftops.patch(pair("lora")[1], fuse="mlp")
+    model = mlp.fuse(peftops.patch(pair("lora")[1]))
     fully_shard(model.base_model.model.model.layers[1].mlp)
     with pytest.raises(ValueError, match=r"unpatch: .*1.mlp has been made a FSDPFusedLlamaMLP since patch"):
         peftops.unpatch(model)

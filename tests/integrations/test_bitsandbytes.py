@@ -130,6 +130,16 @@ def test_undo_is_exact_and_repeats(bodies):
     assert bodies["quantize_4bit"] == 2
 
 
+def test_a_block_ends_what_it_began_and_no_more(bodies):
+    w = torch.randn(8, 64)
+    with integration.enable():
+        with integration.enable():
+            torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8)
+        torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8)
+    torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8)
+    assert bodies["quantize_4bit"] == 2
+
+
 def test_the_ops_stand_their_checks(enabled):
     w = torch.randn(32, 64)
     codes, absmax = torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8)

@@ -32,7 +32,7 @@ def launch(folder, *args):
     script = [str(Path(__file__).with_name("launched.py")), str(folder), *args]
     port = "29" + str(os.getpid() % 1000).zfill(3)
     options = ["--num_processes", "2", "--main_process_port", port]
-    env = os.environ | {"PYTHONPATH": ranks.path(), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": ranks.python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launcher, *options, *script], capture_output=True, text=True, timeout=200, env=env)
 
 

@@ -21,9 +21,9 @@ from test_peft_fallbacks import HOOKS, Sub, SubParameter
 from tiny import Net, adapted, install_our_mask, pass_of, single
 
 import peftops
-import peftops.integrations.peft as integration
 from peftops.integrations.peft import OWN, Fused
-from peftops.integrations.peft_classes import HOMES, WIDENING
+from peftops.integrations.peft import plan as planning
+from peftops.integrations.peft.layer import HOMES, WIDENING
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 K, N = 16, 24
@@ -262,9 +262,9 @@ def exactly_trained(model, x):
 
 
 def test_every_reason_has_a_case():
-    source = inspect.getsource(integration.plan) + inspect.getsource(integration.foundation)
+    source = inspect.getsource(planning)
     tested = "hooks on the base layer", "base layer is ", "base weight is "
-    assert sorted(re.findall(r'unknown\(f?"([^"{]+)', source)) == sorted(tested)
+    assert sorted(re.findall(r'own=f?"([^"{]+)', source)) == sorted(tested)
 
 
 @pytest.mark.parametrize("name", HOMES)
@@ -304,4 +304,4 @@ def test_rows_of_a_report_are_of_a_dtype_that_layers_compute_in():
     for dtype in (torch.int8, torch.float8_e4m3fn):
         model = lora(peft.tuners.lora.Linear, Quantized(), BF16)
         model.lin.base_layer.weight = nn.Parameter(torch.empty(N, K).to(dtype), False)
-        assert integration.rows_like(model.lin).dtype is BF16
+        assert planning.rows_like(model.lin).dtype is BF16

@@ -18,7 +18,7 @@ from peft.helpers import disable_input_dtype_casting
 from tiny import adapted, single
 
 import peftops
-import peftops.integrations.peft as integration
+from peftops.integrations.peft import plan as planning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +129,7 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
     "dtype of x or of the base weight": (lambda model: model.double(), lambda model, x: model(x.double())),
     "x is not of the base weight's dtype": (None, lambda model, x: model(x.bfloat16())),
     "dtype of the adapter": (lambda model: lin(model).lora_A.bfloat16() and lin(model).lora_B.bfloat16(), plain),
-    integration.FP16: (lambda model: lin(model).base_layer.half(), lambda model, x: model(x.half())),
+    planning.FP16: (lambda model: lin(model).base_layer.half(), lambda model, x: model(x.half())),
     "dtype of a bias": (
         lambda model: setattr(lin(model).base_layer, "bias", nn.Parameter(torch.ones(24).half(), False)),
         half_autocast,
@@ -312,13 +312,17 @@ def test_a_forward_of_its_own_is_called_and_named():
 
 def test_every_reason_has_a_case():
     """A reason that nobody tests would be a guess."""
-    parts = integration.plan, integration.dora_misfit, integration.foundation, integration.misfit
+    parts = planning.plan, planning.only_one, planning.dora_misfit
+    parts += planning.parts_misfit, planning.misfit, planning.dtype_misfit
     source = "".join(map(inspect.getsource, parts))
-    constants = set(re.findall(r'return "([^"]+)"', source)) | {"extra arguments"}
+    constants = set(re.findall(r'return (?:Fallback\()?"([^"]+)"', source)) | {"extra arguments"}
     assert constants - set(CASES) == {
-        "hooks on a part", "a tensor is not plain", "compute_dtype or x is not of autocast's dtype"
-    }  # fmt: skip
-    assert all(re.search(re.escape(start), " ".join(CASES)) for start in re.findall(r'return f"(\w[\w ]+) \{', source))
+        "hooks on a part",
+        "a tensor is not plain",
+        "compute_dtype or x is not of autocast's dtype",
+    }
+    starts = re.findall(r'return (?:Fallback\()?f"(\w[\w ]+) \{', source)
+    assert starts and all(start in " ".join(CASES) for start in starts)
 
 
 def test_dropout_that_is_not_active_is_fused():

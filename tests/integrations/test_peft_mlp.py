@@ -1,4 +1,4 @@
-"""patch(model, fuse=("mlp",)): a SwiGLU of three LoRA layers as one operation. 6 seconds."""
+"""mlp.fuse(model): a SwiGLU of three LoRA layers as one operation. 6 seconds."""
 
 import copy
 import io
@@ -18,8 +18,8 @@ pytest.importorskip("transformers")
 from tiny import Net, adapted, exactly, install_our_mask, logits, pass_of, step, tiny
 
 import peftops
-from peftops.integrations.peft import FUSED, Fused
-from peftops.integrations.peft_mlp import FusedMLP
+from peftops.integrations.peft import FUSED, mlp
+from peftops.integrations.peft.mlp import FusedMLP
 from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,16 +44,20 @@ def gated(block=Gated, autocast_adapter_dtype=True, targets=("w1", "w2", "w3"), 
     return adapted(net, autocast_adapter_dtype, target_modules=list(targets), **config or {})
 
 
+def fused(model, strict=False):
+    return mlp.fuse(peftops.patch(model), strict=strict)
+
+
 def mlp_of(model):
     return model.base_model.model.lin
 
 
 def assert_same_bits(model, x, autocast=None, mlps=None):
     """The model with its MLPs fused against the same by layers."""
-    by_layers, whole = peftops.patch(copy.deepcopy(model)), peftops.patch(model, fuse=("mlp",))
+    by_layers, whole = peftops.patch(copy.deepcopy(model)), fused(model)
     expected, out = pass_of(by_layers, x, autocast), pass_of(whole, x, autocast)
     assert all(map(torch.equal, out, expected)) and [t.dtype for t in out] == [t.dtype for t in expected]
-    assert peftops.report(whole).mlps == (mlps or {FUSED: 1})
+    assert mlp.calls(whole) == (mlps or {FUSED: 1})
     assert peftops.report(whole).calls == peftops.report(by_layers).calls
 
 
@@ -75,13 +79,13 @@ def test_a_step_is_stock(options, p, monkeypatch):
     model = tiny(lora_dropout=p, lora_bias=True, **options)
     exact, same = step(exactly(model)), orders(lambda: step(model, autocast))
     by_layers = peftops.patch(copy.deepcopy(model))
-    whole = peftops.patch(copy.deepcopy(model), strict=True, fuse=("mlp",))
+    whole = fused(copy.deepcopy(model), strict=True)
     out, unfused = step(whole, autocast), step(by_layers, autocast)
     for ours, truth, *draws in zip(out, exact, *same, strict=True):
         assert error(ours, truth) <= chain_bound(draws, truth)
     assert torch.equal(out[0], unfused[0]) and all(map(torch.equal, out[1], unfused[1]))
     report = peftops.report(whole)
-    assert report.mlps == {FUSED: 2} and report.calls == {FUSED: 14} and "MLPs: 2 fused" in str(report)
+    assert mlp.calls(whole) == {FUSED: 2} and report.calls == {FUSED: 14}
     assert torch.equal(logits(whole.eval()), logits(by_layers.eval()))
 
 
@@ -101,7 +105,7 @@ def test_bases_and_rows(kind, autocast, rows):
 def test_what_needs_no_gradient_gets_none():
     frozen = {"none": (), "up and down": ("w3",), "all but down": ("w1",), "all but gate": ("w2", "w3")}
     for trained in frozen.values():
-        by_layers, whole = peftops.patch(gated()), peftops.patch(gated(), fuse="mlp")
+        by_layers, whole = peftops.patch(gated()), fused(gated())
         for x in (torch.randn(3, K), torch.randn(3, K, requires_grad=True)):
             grads = []
             for model in (by_layers, whole):
@@ -120,24 +124,24 @@ def test_what_needs_no_gradient_gets_none():
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_keeps_half_of_what_lies_between_the_layers(p):
     model, x = gated(config={"lora_dropout": p}), torch.randn(100, K)
-    by_layers, whole = peftops.patch(copy.deepcopy(model)), peftops.patch(model, fuse=("mlp",))
+    by_layers, whole = peftops.patch(copy.deepcopy(model)), fused(model)
     before, after = (saved(each, lambda each=each: each(x).sum().backward()) for each in (by_layers, whole))
     assert before - after == 2 * 100 * N * 4 and after >= 2 * 100 * N * 4  # silu and product; gate and up
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
-    model = peftops.patch(tiny(lora_dropout=0.3), fuse=("mlp",))
+    model = fused(tiny(lora_dropout=0.3))
     expected = step(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     out = step(model)
     assert torch.equal(out[0], expected[0]) and all(map(torch.equal, out[1], expected[1]))
-    assert peftops.report(model).mlps == {FUSED: 6}
+    assert mlp.calls(model) == {FUSED: 6}
 
 
 def test_backward_twice_and_nothing_kept_after():
-    model = peftops.patch(gated(), fuse="mlp")
+    model = fused(gated())
     y = model(torch.randn(70, K)).sum()
     grads = [torch.autograd.grad(y, list(mlp_of(model).w1.lora_A.parameters()), retain_graph=keep) for keep in (1, 0)]
     assert torch.equal(grads[0][0], grads[1][0])
@@ -166,13 +170,13 @@ FALLBACKS = {
 @pytest.mark.parametrize("reason", FALLBACKS)
 def test_falls_back_to_the_layers_by_call(reason):
     by_layers = peftops.patch(gated(config={"use_dora": reason == "DoRA"}))
-    whole = peftops.patch(copy.deepcopy(by_layers), fuse=("mlp",))
+    whole = fused(copy.deepcopy(by_layers))
     for model in (by_layers, whole):
         torch.manual_seed(2)
         FALLBACKS[reason](model)
     x = torch.randn(5, K)
     assert all(map(torch.equal, pass_of(whole, x), pass_of(by_layers, x)))
-    assert peftops.report(whole).mlps == {reason.strip(): 1}
+    assert mlp.calls(whole) == {reason.strip(): 1}
 
 
 def test_a_cast_between_the_layers_falls_back():
@@ -186,9 +190,9 @@ def test_compiled_it_runs_by_layers():
     torch._dynamo.reset()
     model, x = gated(), torch.randn(70, K)
     expected = pass_of(peftops.patch(copy.deepcopy(model)), x)
-    whole = peftops.patch(model, fuse=("mlp",))
+    whole = fused(model)
     out = pass_of(torch.compile(whole, backend="aot_eager", fullgraph=True), x)
-    assert all(map(torch.equal, out, expected)) and peftops.report(whole).mlps == {}
+    assert all(map(torch.equal, out, expected)) and mlp.calls(whole) == {}
 
 
 class Residual(Gated):
@@ -232,10 +236,10 @@ OTHERS = {block.__name__: {"block": block} for block in (Residual, Clamped, Drop
 def test_what_computes_something_else_stays(options, caplog):
     model, caught = gated(**options), torch.get_rng_state()
     kind = type(mlp_of(model))
-    with pytest.raises(ValueError, match=r"^patch: no module computes down\(silu\(gate\(x\)\) \* up\(x\)\) of three"):
-        peftops.patch(copy.deepcopy(model), strict=True, fuse=("mlp",))
+    with pytest.raises(ValueError, match=r"^fuse: no module computes down\(silu\(gate\(x\)\) \* up\(x\)\) of three"):
+        fused(copy.deepcopy(model), strict=True)
     caplog.set_level(logging.INFO, "peftops")
-    assert type(mlp_of(peftops.patch(model, fuse=("mlp",)))) is kind
+    assert type(mlp_of(fused(model))) is kind
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert ("WARNING", "0 MLPs fused") in said
     assert torch.equal(torch.get_rng_state(), caught)
@@ -244,48 +248,39 @@ def test_what_computes_something_else_stays(options, caplog):
 @pytest.mark.parametrize("n", [N, K])
 def test_gate_up_and_down_are_known_by_what_they_do(n):
     """Also where all three have one shape."""
-    model = peftops.patch(gated(n=n), fuse=("mlp",), strict=True)
+    model = fused(gated(n=n), strict=True)
     assert type(mlp_of(model))._peftops[:2] == (Gated, ("w3", "w2", "w1"))
     assert_same_bits(gated(n=n), torch.randn(5, K))
 
 
 def test_strict_names_the_module_and_changes_nothing():
-    model = gated(config={"use_dora": True})
+    model = peftops.patch(gated(config={"use_dora": True}))
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=re.escape("patch: base_model.model.lin cannot be fused: DoRA")):
-        peftops.patch(model, strict=True, fuse=("mlp",))
+    with pytest.raises(ValueError, match=re.escape("fuse: base_model.model.lin cannot be fused: DoRA")):
+        fused(model, strict=True)
     assert {name: type(module) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize("fuse", ["qkv", ("mlp", "qkv")])
-def test_other_names_are_an_error(fuse):
-    model = gated()
-    with pytest.raises(ValueError, match=r"^patch: fuse must be of mlp, got 'qkv'$"):
-        peftops.patch(model, fuse=fuse)
-    assert not any(isinstance(module, Fused) for module in model.modules())
 
 
 def test_copies_and_pickles_and_saves_what_stock_saves(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "stock")
-    peftops.patch(model, fuse=("mlp",)).save_pretrained(tmp_path / "fused")
+    fused(model).save_pretrained(tmp_path / "fused")
     for path in (tmp_path / "stock").iterdir():
         assert path.read_bytes() == (tmp_path / "fused" / path.name).read_bytes(), path.name
     expected, buffer = logits(model), io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert torch.equal(logits(other), expected) and peftops.report(other).mlps == {FUSED: 4}
-        mlp = other.base_model.model.model.layers[0].mlp
-        mlp.up_proj.lora_B["default"].weight.data.zero_()
+        assert torch.equal(logits(other), expected) and mlp.calls(other) == {FUSED: 4}
+        other.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.data.zero_()
         assert not torch.equal(logits(other), expected)
-    assert torch.equal(logits(model), expected) and peftops.report(model).mlps == {FUSED: 4}
+    assert torch.equal(logits(model), expected) and mlp.calls(model) == {FUSED: 4}
 
 
 def test_unpatch_and_merging_give_back_what_was():
     model = tiny()
     before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
-    peftops.patch(peftops.patch(model, fuse=("mlp",)), fuse="mlp")
+    fused(fused(model))
     assert sum(isinstance(module, FusedMLP) for module in model.modules()) == 2
     step(model)
     merged = copy.deepcopy(model).merge_and_unload()
@@ -297,7 +292,7 @@ def test_unpatch_and_merging_give_back_what_was():
 
 
 def test_a_second_derivative_is_refused():
-    model = peftops.patch(gated(), fuse=("mlp",))
+    model = fused(gated())
     x = torch.randn(5, K, requires_grad=True)
     with pytest.raises(RuntimeError, match="lora_mlp: create_graph must be False"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)

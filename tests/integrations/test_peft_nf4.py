@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 from tiny import Net, adapted, install_our_mask, pass_of
 
 import peftops
-from peftops.integrations import peft_nf4
 from peftops.integrations.peft import FUSED, Fused, FusedLinear
+from peftops.integrations.peft.plan import packed
 from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,7 +182,7 @@ REASONS = {
 
 
 def test_every_reason_has_a_case():
-    constants = set(re.findall(r'return "([^"]+)"', inspect.getsource(peft_nf4.packed)))
+    constants = set(re.findall(r'return Fallback\("([^"]+)"', inspect.getsource(packed)))
     assert constants - set(UNREAD) == {"a tensor is not plain"}
 
 

@@ -21,7 +21,7 @@ from tiny import Net, adapted
 
 import peftops
 from peftops import NF4Weight
-from peftops.integrations.transformers_experts import PackedExperts
+from peftops.integrations.transformers.experts import PackedExperts
 from peftops.nn import LinearNF4
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]

@@ -16,10 +16,9 @@ from peft.tuners.lora.layer import Linear
 from tiny import adapted, exactly, pass_of, single
 
 import peftops
-import peftops.integrations.peft as integration
+import peftops.integrations.peft.layer as layer_module
 import peftops.nn.dora
-from peftops.integrations import peft_mlp
-from peftops.integrations.peft import OWN, FusedLinear
+from peftops.integrations.peft import OWN, FusedLinear, mlp
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -92,7 +91,7 @@ def waiting(model):
     return base.stop
 
 
-PLAN = integration, "plan", True  # has looked at the layer, and nothing is computed yet
+PLAN = layer_module, "plan", True  # has looked at the layer, and nothing is computed yet
 NORM = peftops.nn.dora, "dora_weight_norm", False
 CASES = {  # options of the model, what is done to it, where a call is stopped, and the shape of x
     "fused": ({"lora_dropout": 0.3}, None, PLAN, (7, 16)),
@@ -200,9 +199,9 @@ def test_unpatch_beside_a_fused_mlp(by_layers, monkeypatch):
     torch.manual_seed(0)
     model = adapted(nn.Sequential(MLP()), target_modules=["gate", "up", "down"])
     before, x = state(model), torch.randn(7, 16)
-    stop = Stop(peft_mlp.operands, after=True)
-    monkeypatch.setattr(peft_mlp, "operands", stop)
-    peftops.patch(model, strict=True, fuse="mlp")
+    stop = Stop(mlp.operands, after=True)
+    monkeypatch.setattr(mlp, "operands", stop)
+    mlp.fuse(peftops.patch(model), strict=True)
     if by_layers:
         model.base_model.model[0].up.register_forward_hook(lambda *args: None)
         before = state(peftops.unpatch(copy.deepcopy(model)))

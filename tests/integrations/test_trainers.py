@@ -12,7 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 from tiny import adapted
 
-from peftops.integrations.peft import FUSED, report
+from peftops.integrations.peft import FUSED, mlp, report
 from peftops.integrations.transformers import PeftopsCallback
 from peftops.nn import LinearNF4
 
@@ -87,6 +87,11 @@ def test_trainer(tmp_path):
     assert all(line["tokens_per_second"] > 0 and line["peak_memory_gib"] > 0 for line in lines)
 
 
+class Fusing(transformers.TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        mlp.fuse(model, strict=True)
+
+
 def test_trainer_under_bf16_and_checkpointing(tmp_path):
     rows = numbers()
 
@@ -94,9 +99,9 @@ def test_trainer_under_bf16_and_checkpointing(tmp_path):
         args = arguments(tmp_path, bf16=True, gradient_checkpointing=True, max_steps=5)
         return transformers.Trainer(adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks)
 
-    (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback(fuse=("mlp",))])
+    (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback(), Fusing()])
     assert error(ours, stock) <= ROUNDED
-    assert set(report(trainer.model).calls) == set(report(trainer.model).mlps) == {FUSED}
+    assert set(report(trainer.model).calls) == set(mlp.calls(trainer.model)) == {FUSED}
 
 
 def test_a_model_without_lora_layers_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""transformers with enable_nf4: bitsandbytes' checkpoints in and out, bit for bit, with and without bitsandbytes."""
+"""transformers with enable(): bitsandbytes' checkpoints in and out, bit for bit, with and without bitsandbytes."""
 
 import copy
 import json
@@ -22,8 +22,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import peftops
 import peftops.functional as F
-from peftops.integrations import transformers_experts as experts_module
-from peftops.integrations.transformers import METHOD, enable_nf4
+from peftops.integrations.transformers import disable, enable, enable_nf4
+from peftops.integrations.transformers import experts as experts_module
+from peftops.integrations.transformers.nf4 import METHOD
 from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +80,7 @@ def test_makes_loads_and_saves_what_bitsandbytes_does(kind, options, saved, tmp_
     source, dtype = saved / kind, torch.bfloat16 if kind == "llama" else torch.float32
     theirs = load(source, quantization_config=config(**options), dtype=dtype)
     theirs.save_pretrained(tmp_path / "theirs")
-    with enable_nf4():
+    with enable():
         ours = load(source, quantization_config=config(**options), dtype=dtype)
         again = load(tmp_path / "theirs")
         for name, model in (("ours", ours), ("again", again)):
@@ -106,14 +107,14 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 import peftops
-from peftops.integrations.transformers import enable_nf4
+from peftops.integrations.transformers import enable
 from peftops.nn import LinearNF4
 
 assert not is_bitsandbytes_available()
 source, stored, out = map(Path, sys.argv[1:4])
 tokens = torch.arange(24).view(2, 12) * 7 % 64
 with peftops.backend(sys.argv[4]) if len(sys.argv) > 4 else nullcontext():
-    enable_nf4()
+    enable()
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     made = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
     made.save_pretrained(out / "made")
@@ -152,30 +153,41 @@ def test_does_without_bitsandbytes(saved, tmp_path):
     script, forced = tmp_path / "alone.py", peftops.backends.forced()
     script.write_text(isa.again() + ALONE)
     command = [sys.executable, str(script), str(saved / "llama"), str(stored), str(tmp_path), *filter(None, [forced])]
-    environment = os.environ | {"PYTHONPATH": ranks.path()}
+    environment = os.environ | {"PYTHONPATH": ranks.python_path()}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert files(tmp_path / "saved") == files(stored if stored.exists() else tmp_path / "made")
-    with enable_nf4():
+    with enable():
         assert torch.equal(logits(load(tmp_path / "saved")), torch.load(tmp_path / "logits.pt"))
 
 
 def test_undoes_itself():
     before = AUTO_QUANTIZER_MAPPING[METHOD]
-    with enable_nf4():
+    with enable():
         assert AUTO_QUANTIZER_MAPPING[METHOD] is not before
-        inner = enable_nf4()
+        inner = enable()
         inner.undo()
         assert AUTO_QUANTIZER_MAPPING[METHOD] is not before
     assert AUTO_QUANTIZER_MAPPING[METHOD] is before
-    with pytest.raises(KeyError), enable_nf4():
+    with pytest.raises(KeyError), enable():
         raise KeyError
+    assert AUTO_QUANTIZER_MAPPING[METHOD] is before
+    enable()
+    enable(experts=True)
+    disable()
+    assert AUTO_QUANTIZER_MAPPING[METHOD] is before
+
+
+def test_the_old_name_answers_with_the_new():
+    before = AUTO_QUANTIZER_MAPPING[METHOD]
+    with pytest.warns(FutureWarning, match="enable_nf4 is now called enable"), enable_nf4():
+        assert AUTO_QUANTIZER_MAPPING[METHOD] is not before
     assert AUTO_QUANTIZER_MAPPING[METHOD] is before
 
 
 def test_names_a_checkpoint_that_is_broken(saved, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    with enable_nf4():
+    with enable():
         load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16).save_pretrained(tmp_path)
         tensors = safetensors.load_file(tmp_path / "model.safetensors")
         del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
@@ -185,7 +197,7 @@ def test_names_a_checkpoint_that_is_broken(saved, tmp_path):
 
 
 def test_dequantizes(saved):
-    with enable_nf4():
+    with enable():
         model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
     expected = logits(model)
     plain = model.dequantize()
@@ -196,7 +208,7 @@ def test_dequantizes(saved):
 
 
 def test_copies_and_counts(saved):
-    with enable_nf4():
+    with enable():
         model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
     other = copy.deepcopy(model)
     nn.init.zeros_(other.lm_head.weight)
@@ -217,9 +229,9 @@ def mixture(tmp_path_factory):
 
 
 def test_names_the_experts_it_leaves(mixture, caplog):
-    with enable_nf4():
+    with enable():
         model = load(mixture, quantization_config=config(), dtype=torch.float32)
-    assert "enable_nf4: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts." in caplog.text
+    assert "load_in_4bit: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts." in caplog.text
     assert model.model.layers[0].mlp.experts.gate_up_proj.dim() == 3
 
 
@@ -233,7 +245,7 @@ def trained(model):
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_experts_in_4_bits(mixture, implementation, tmp_path):
-    with enable_nf4(experts=True):
+    with enable(experts=True):
         model = load(mixture, quantization_config=config(), dtype=torch.float32)
         model.save_pretrained(tmp_path)
         again = load(tmp_path)
@@ -259,7 +271,7 @@ def test_experts_in_4_bits(mixture, implementation, tmp_path):
 
 
 def test_experts_fail_cleanly(mixture):
-    with enable_nf4(experts=True):
+    with enable(experts=True):
         model = load(mixture, quantization_config=config(), dtype=torch.float32)
     layer = model.model.layers[0].mlp.experts
     with pytest.raises(RuntimeError):
@@ -274,11 +286,11 @@ def test_modules_that_come_for_a_call_are_refused_on_loading(saved, tmp_path, pl
     """As bitsandbytes refuses them. Where all is on the CPU nothing has to come."""
     device_map = {"model": "cpu", "lm_head": "disk"} if place == "disk" else {"": "cpu"}
     options = {"quantization_config": config(), "device_map": device_map, "offload_folder": str(tmp_path)}
-    with enable_nf4():
+    with enable():
         if place == "cpu":
             assert isinstance(load(saved / "llama", **options).model.layers[0].mlp.up_proj, LinearNF4)
             return
-        with pytest.raises(ValueError, match=r"enable_nf4: device_map must leave no .*, got model on cpu \(2 of 2\)"):
+        with pytest.raises(ValueError, match=r"load_in_4bit: device_map must leave no .*, got model on cpu \(2 of 2\)"):
             load(saved / "llama", **options)
 
 
@@ -286,7 +298,7 @@ def test_modules_on_disk_may_stay_as_they_are(saved, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     options = {"quantization_config": config(llm_int8_enable_fp32_cpu_offload=True), "offload_folder": str(tmp_path)}
-    with enable_nf4():
+    with enable():
         model = load(saved / "llama", device_map=places, **options)
     assert not any(isinstance(module, LinearNF4) for module in model.modules())
     assert logits(model).isfinite().all()
@@ -296,14 +308,14 @@ def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, caplog):
     model = load(saved / "llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4:7] = float("nan")
     model.save_pretrained(tmp_path)
-    with enable_nf4(), pytest.raises(RuntimeError) as caught:
+    with enable(), pytest.raises(RuntimeError) as caught:
         load(tmp_path, quantization_config=config())
-    message = "enable_nf4: model.layers.1.mlp.up_proj.weight: nf4: w must be finite, got 3 NaN and 0 infinite of 8192"
+    message = "load_in_4bit: model.layers.1.mlp.up_proj.weight: nf4: w must be finite, got 3 NaN and 0 infinite of 8192"
     assert message in caplog.text + str(caught.value)
 
 
 def test_a_model_that_divides_its_weights_in_place_is_refused(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 16}
     transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).save_pretrained(tmp_path)
-    with enable_nf4(), pytest.raises(ValueError, match="enable_nf4: rwkv models cannot be quantized"):
+    with enable(), pytest.raises(ValueError, match="load_in_4bit: rwkv models cannot be quantized"):
         load(tmp_path, quantization_config=config())

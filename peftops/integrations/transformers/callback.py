@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from transformers import TrainerCallback
 
-from .peft import lora_layers, patch, report
+from ..peft import lora_layers, patch, report
 
 
 class PeftopsCallback(TrainerCallback):
@@ -18,18 +18,19 @@ class PeftopsCallback(TrainerCallback):
     since the line before. state.log_history has them, and callbacks that come after this one; those of report_to come
     before, unless trainer.callback_handler.callbacks is reordered.
 
-    strict, fuse: as patch has them. Raises ValueError where training begins and there are no LoRA layers.
+    strict: as in patch. Raises ValueError where training begins and there are no LoRA layers.
     """
 
-    def __init__(self, *, strict=False, fuse=()):
-        self.options, self.before = {"strict": strict, "fuse": fuse}, (time.monotonic(), 0)
+    def __init__(self, *, strict=False):
+        self.strict = strict
+        self.before = time.monotonic(), 0
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if lora_layers(model):
-            patch(model, **self.options)
+            patch(model, strict=self.strict)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        patch(model, **self.options)
+        patch(model, strict=self.strict)
         self.before = time.monotonic(), state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):

@@ -1,10 +1,8 @@
-"""enable_nf4: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes.
-
-PeftopsCallback, for its Trainer, is in transformers_callback.py.
-"""
+"""enable: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes."""
 
 import logging
 import math
+import warnings
 from functools import partial
 from types import MethodType
 
@@ -16,45 +14,53 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from ..nn import LinearNF4
-from ..nn.nf4_packed import PackedNF4
-from ..ops.nf4 import NF4Weight
-from ..ops.nf4_state import STATE
-from ..ops.nf4_tables import FOUR_BITS
-from .transformers_callback import PeftopsCallback
-from .transformers_experts import PackedExperts, experts, pack
-
-__all__ = ["PeftopsCallback", "enable_nf4"]
+from ...nn import LinearNF4
+from ...nn.nf4_packed import PackedNF4
+from ...ops.nf4 import NF4Weight
+from ...ops.nf4_state import STATE
+from ...ops.nf4_tables import FOUR_BITS
+from .. import Enabled
+from .experts import PackedExperts, experts, pack
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"
 PARTS = "absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"{STATE}{kind}" for kind in FOUR_BITS)
 
 
-class enable_nf4:
-    """From now on, or inside `with enable_nf4():`, from_pretrained makes LinearNF4 of what is Linear4bit otherwise.
+STOCK = AUTO_QUANTIZER_MAPPING[METHOD]
+
+
+def enable(experts=False):
+    """From now on, or inside `with enable():`, from_pretrained makes LinearNF4 instead of Linear4bit.
 
     It loads checkpoints that bitsandbytes saved, bit for bit, and quantizes others under
-    BitsAndBytesConfig(load_in_4bit=True, ...); save_pretrained writes the bytes that bitsandbytes would. bitsandbytes
-    need not be installed. Layers that stay as they were are those that it skips. undo() puts back what was there.
+    BitsAndBytesConfig(load_in_4bit=True, ...); save_pretrained writes the bytes that bitsandbytes
+    would. bitsandbytes need not be installed. Layers that bitsandbytes skips stay as they were.
 
-    Expert weights of three dimensions stay in 16 bits, as with bitsandbytes, and a warning names them. experts: they
-    are quantized too, dequantized for the time that their module runs, forward and backward, and saved in 16 bits,
-    since no loader knows them otherwise. PEFT's target_parameters do not find them then.
+    Args:
+        experts: quantize expert weights of three dimensions too. They are dequantized for the time
+            that their module runs, forward and backward, and saved in 16 bits, since no loader
+            knows them otherwise; PEFT's target_parameters do not find them. By default they stay in
+            16 bits, as with bitsandbytes, and a warning names them.
+
+    Returns:
+        A context manager whose end puts back what was there before. Without `with`, disable() puts
+        transformers' own quantizer back.
     """
+    before = AUTO_QUANTIZER_MAPPING[METHOD]
+    AUTO_QUANTIZER_MAPPING[METHOD] = partial(NF4Quantizer, experts=experts)
+    return Enabled(lambda: AUTO_QUANTIZER_MAPPING.update({METHOD: before}))
 
-    def __init__(self, experts=False):
-        self.before = AUTO_QUANTIZER_MAPPING[METHOD]
-        AUTO_QUANTIZER_MAPPING[METHOD] = partial(NF4Quantizer, experts=experts)
 
-    def undo(self):
-        AUTO_QUANTIZER_MAPPING[METHOD] = self.before
+def disable():
+    """Lets from_pretrained make bitsandbytes' Linear4bit again."""
+    AUTO_QUANTIZER_MAPPING[METHOD] = STOCK
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *error):
-        self.undo()
+def enable_nf4(experts=False):
+    """Deprecated: enable."""
+    warnings.warn("enable_nf4 is now called enable", FutureWarning, stacklevel=2)
+    return enable(experts)
 
 
 class NF4Quantizer(HfQuantizer):
@@ -76,7 +82,7 @@ class NF4Quantizer(HfQuantizer):
         away = [f"{name or 'the model'} on {place}" for name, place in device_map.items() if place in ("cpu", "disk")]
         if away and set(device_map.values()) != {"cpu"}:
             raise ValueError(
-                "enable_nf4: device_map must leave no quantized module on the CPU or the disk while others are "
+                "load_in_4bit: device_map must leave no quantized module on the CPU or the disk while others are "
                 f"elsewhere, got {away[0]} ({len(away)} of {len(device_map)}); llm_int8_enable_fp32_cpu_offload=True "
                 "keeps them as they are, not quantized"
             )
@@ -96,7 +102,9 @@ class NF4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         config = self.quantization_config
         if getattr(model.config, "model_type", None) == "rwkv":
-            raise ValueError("enable_nf4: rwkv models cannot be quantized, for their forward divides weights in place")
+            raise ValueError(
+                "load_in_4bit: rwkv models cannot be quantized, for their forward divides weights in place"
+            )
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, place in device_map.items() if place in ("disk", "cpu")]
@@ -111,7 +119,7 @@ class NF4Quantizer(HfQuantizer):
         left = experts(model, lambda name: should_convert_module(name, skip))
         self.packed = dict.fromkeys(left) if self.experts else {}
         if left and not self.experts:
-            log.warning("enable_nf4: %d expert weights stay in 16 bits, %s and so on", len(left), left[0])
+            log.warning("load_in_4bit: %d expert weights stay in 16 bits, %s and so on", len(left), left[0])
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, weight in self.packed.items():
@@ -127,7 +135,7 @@ class NF4Quantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in [*model.named_modules()]:
             if isinstance(module, PackedExperts):
-                raise NotImplementedError(f"enable_nf4: {name} cannot be dequantized for good")
+                raise NotImplementedError(f"load_in_4bit: {name} cannot be dequantized for good")
             if isinstance(module, LinearNF4):
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
@@ -185,7 +193,7 @@ class Quantize(ConversionOps):
             try:
                 result[name] = self.quantized(name, value, model)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"enable_nf4: {name}: {error}") from error
+                raise type(error)(f"load_in_4bit: {name}: {error}") from error
         return result
 
     def quantized(self, name, value, model):
@@ -209,7 +217,7 @@ class Deserialize(ConversionOps):
             return input_dict
         module, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(module, LinearNF4):
-            raise TypeError(f"enable_nf4: {full_layer_name} must be of a linear layer, got {type(module).__name__}")
+            raise TypeError(f"load_in_4bit: {full_layer_name} must be of a linear layer, got {type(module).__name__}")
         module.load({key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()})
         module._is_hf_initialized = True
         return {"weight": module.weight}

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from ..nn.nf4_packed import PackedNF4
-from ..ops.nf4 import NF4Weight
+from ...nn.nf4_packed import PackedNF4
+from ...ops.nf4 import NF4Weight
 
 _recent = {}  # (module, name, dtype) -> the weights that backward is at, of one module
 
@@ -25,7 +25,7 @@ class PackedExperts(PackedNF4):
 
 
 def pack(module, name, weight, double_quant, quant_type):
-    """Puts in the place of a parameter of a module what bitsandbytes would make of a matrix with its elements."""
+    """Replaces parameter `name` by PackedExperts: NF4 of the flattened weight."""
     q = weight if isinstance(weight, NF4Weight) else NF4Weight.quantize(weight.data, 64, double_quant, quant_type)
     delattr(module, name)
     module.add_module(name, PackedExperts(q))

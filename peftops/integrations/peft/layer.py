@@ -1,0 +1,233 @@
+"""PEFT's LoRA layers with our forward: the classes that patch puts in the place of PEFT's own.
+
+A patched layer owns nothing but counts and kept gains, so it saves and copies as before. Each
+patched module, here and in mlp.py, is `Patched`: it can be restored.
+"""
+
+import functools
+import sys
+from importlib import import_module
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+
+from ...functional import Base
+from ...nn import LinearNF4
+from ...nn.dora import Normed
+from ...ops.dora import linear_of_gain
+from ...ops.lora import linear
+from . import merge
+from .plan import Fallback, Plan, dtype_of, foundation_of, plan, rows_like
+
+FUSED = "fused"
+OWN = "fused, base's own product"
+EXTRA = Fallback("extra arguments")
+
+
+class Patched:
+    """A module whose class was changed by us, in place."""
+
+    def refusal(self):
+        """Why the module cannot be restored as it is now, or None."""
+        raise NotImplementedError
+
+    def restore(self):
+        """Makes the module one of its class before, with nothing of ours left on it."""
+        raise NotImplementedError
+
+
+def count(module, key, ours):
+    """Counts a call of a patched module under `key`.
+
+    ours: the module's class when the call began. If another thread has restored the module since,
+    it keeps no count.
+    """
+    calls = vars(module).setdefault("_peftops_calls", {})
+    calls[key] = calls.get(key, 0) + 1
+    if not isinstance(module, ours):
+        vars(module).pop("_peftops_calls", None)
+
+
+class Fused(Patched, Normed):
+    """A layer of PEFT with another forward."""
+
+    stock = None  # PEFT's class of the layer
+    widens = False  # under CUDA's autocast, PEFT's forward does not cast the sum to the base's dtype
+
+    def forward(self, x, *args, **kwargs):
+        kind = type(self)  # read once: another thread may restore the layer during this call
+        if not issubclass(kind, Fused):
+            return kind.forward(self, x, *args, **kwargs)
+        call = EXTRA if args or kwargs else plan(self, x)
+        fused = type(call) is Plan
+        if not torch.compiler.is_compiling():
+            count(self, key_of(call), Fused)
+        if not fused:
+            return kind.stock.forward(self, x, *args, **kwargs)
+        weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own = call
+        if widen:
+            x = x.float()
+        if own is not None:
+            return on_top(self, kind.widens, x, a, b, bias, scaling, dropout_p)
+        if dora is None:
+            y = linear(x, weight, a, b, bias, scaling, dropout_p)
+        else:
+            gain = kind.gain(self, kind, dora, x, weight, a, b, scaling)
+            if not isinstance(self, Fused):
+                Normed.drop_gains(self)
+            y = linear_of_gain(x, weight, a, b, gain, bias, scaling=scaling, dropout_p=dropout_p)
+        return y if cast is None else y.to(cast)
+
+    def unmerge(self):
+        super().unmerge()
+        self.refresh_gains()
+
+    def computes_in(self):
+        return dtype_of(self)
+
+    def operands(self, name):
+        scaling = self.scaling[name]
+        weight = foundation_of(self._modules["base_layer"], rows_like(self)).weight
+        if weight is None or type(scaling) not in (int, float):
+            return None
+        return weight, self.lora_A[name].weight, self.lora_B[name].weight, scaling
+
+    def magnitudes(self):
+        variants = self.lora_variant
+        return {
+            name: magnitude
+            for name, magnitude in super().magnitudes().items()
+            if type(variants.get(name)) is DoraLinearVariant
+        }
+
+    def refusal(self):
+        if merge.ORIGINAL in vars(self):
+            return "must be unmerged first, which PEFT cannot do over a LinearNF4"
+        if type(self) not in fused_classes().values():
+            return f"has been made a {type(self).__name__} since patch"
+        if has_own_forward(self):
+            return "has been given a forward of its own since patch"
+        return None
+
+    def restore(self):
+        # The class changes first: a call in another thread looks at it after each thing that it
+        # leaves on the layer, and takes that away again where the class is not ours.
+        become(self, type(self).stock)
+        vars(self).pop("_peftops_calls", None)
+        Normed.forget_gains(self)
+
+
+def key_of(call):
+    """What a call counts as: FUSED, OWN, or the reason why it was PEFT's own."""
+    if type(call) is Fallback:
+        return call.reason
+    return FUSED if call.own is None else OWN
+
+
+def on_top(layer, widens, x, a, b, bias, scaling, dropout_p):
+    """The base layer's own product, called as PEFT calls it, and the low-rank update on top.
+
+    The sum is fp32 where the base's result and x differ in dtype.
+    """
+    modules, device_type = layer._modules, x.device.type
+    product = modules.get("quant_linear_module", modules["base_layer"])(x)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    if product.dtype is dtype:
+        y = linear(x, Base("given", [product]), a, b, bias, scaling, dropout_p)
+    else:
+        with torch.autocast(device_type, enabled=False):
+            base = Base("given", [product.float()])
+            y = linear(x.float(), base, a.float(), b.float(), bias, scaling, dropout_p)
+    return y if widens and torch.is_autocast_enabled() else y.to(product.dtype)
+
+
+class FusedLinear(Fused, Linear):
+    """PEFT's layer for all bases that have no layer of their own, LinearNF4 among them."""
+
+    stock = Linear
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        if type(self.base_layer) is LinearNF4:
+            merge.merge(self, safe_merge, adapter_names)
+        else:
+            super().merge(safe_merge, adapter_names)
+
+    def unmerge(self):
+        if type(self.base_layer) is LinearNF4 and self.merged:
+            merge.unmerge(self)
+            self.refresh_gains()
+        else:
+            super().unmerge()
+
+
+# PEFT's layers of other quantizers -> where PEFT defines each, in peft.tuners.lora, if its
+# quantizer is installed.
+HOMES = {
+    "AqlmLoraLinear": "aqlm",
+    "AwqLoraLinear": "awq",
+    "EetqLoraLinear": "eetq",
+    "GPTQLoraLinear": "gptq",
+    "HqqLoraLinear": "hqq",
+    "IncLoraLinear": "inc",
+    "Linear4bit": "bnb",
+    "Linear8bitLt": "bnb",
+    "TeLinear": "te",
+    "TorchaoLoraLinear": "torchao",
+}
+WIDENING = {"AwqLoraLinear", "EetqLoraLinear", "HqqLoraLinear", "Linear4bit", "Linear8bitLt"}
+
+
+def fused_classes():
+    """PEFT's class -> ours, for those that PEFT has defined by now; nothing is imported for it."""
+    classes = {Linear: FusedLinear}
+    for name, home in HOMES.items():
+        stock = getattr(sys.modules.get(f"peft.tuners.lora.{home}"), name, None)
+        if stock is not None:
+            classes[stock] = fused_class(stock)
+    return classes
+
+
+@functools.cache
+def fused_class(stock):
+    """Our class for one of PEFT's. It merges, saves and is copied as PEFT's."""
+    name = stock.__name__
+    body = {
+        "__module__": __name__,
+        "__doc__": f"PEFT's {name}, with our forward.",
+        "stock": stock,
+        "widens": name in WIDENING,
+    }
+    return type(f"Fused{name}", (Fused, stock), body)
+
+
+def __getattr__(name):
+    """A made class by its name, as pickle asks for it."""
+    stock = name.removeprefix("Fused")
+    if stock == name or stock not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return fused_class(getattr(import_module(f"peft.tuners.lora.{HOMES[stock]}"), stock))
+
+
+def has_own_forward(layer):
+    """Whether the instance has a forward that is called in the place of its class's.
+
+    accelerate sets one when it dispatches a model. It calls the one before, `_old_forward`, which
+    `become` keeps up to date; so that one does not count.
+    """
+    return "forward" in vars(layer) and not dispatched(layer)
+
+
+def dispatched(layer):
+    """Whether accelerate's forward calls that of the layer's class."""
+    return getattr(vars(layer).get("_old_forward"), "__func__", None) is type(layer).forward
+
+
+def become(layer, kind):
+    """Makes the layer one of this class, and its forward the one that accelerate calls."""
+    follows = dispatched(layer)
+    layer.__class__ = kind
+    if follows:
+        layer._old_forward = kind.forward.__get__(layer)

@@ -1,0 +1,319 @@
+"""Whether a call of a PEFT layer runs fused, and with what. Nothing here changes a layer.
+
+Where the base layer is one that we know, its product is part of our operation. Where only the
+layer itself can compute it (another quantizer's, a subclass, one with hooks), it is called as PEFT
+calls it, and our operation adds the low-rank update.
+"""
+
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from ... import backends
+from ...functional import Base
+from ...nn import LinearNF4
+from ...nn.lora import biases
+from ...ops.lora_formula import transformed
+from ...ops.nf4_state import NESTED, scales_of, table_of
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+PLAIN = nn.Parameter, Tensor  # the exact types that our kernels may read
+
+# In PEFT, x·Aᵀ is fp32 here, and it may be too large for fp16.
+FP16 = "fp32 adapters over fp16 outside autocast"
+
+ACCELERATED = {}  # device type -> whether it has kernels; filled by calls, since asking wakes CUDA
+
+
+class Plan(NamedTuple):
+    """The arguments of lora_linear for one call of a layer."""
+
+    weight: Tensor | Base | None  # None: only the base layer computes its product, see `own`
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
+    cast: torch.dtype | None  # what the result is cast to; None: it stays in x's dtype
+    dora: str | None  # the adapter whose magnitude scales the rows; None: plain LoRA
+    widen: bool  # whether x is cast to fp32 first, in which a 4-bit base computes
+    own: str | None  # why the base layer is called for its product
+
+    def operand(self):
+        """One weight of lora_mlp."""
+        return self.weight, self.a, self.b, self.bias, self.scaling, self.dropout_p
+
+
+class Fallback(NamedTuple):
+    """Why a call has to be PEFT's own."""
+
+    reason: str
+
+
+NO_ADAPTER = Fallback("no active adapter")
+
+
+class Foundation(NamedTuple):
+    """What a plan takes from the base layer. Only `own` is set where the layer must be called."""
+
+    weight: Tensor | Base | None = None  # as lora_linear takes it
+    held: Tensor | None = None  # the parameter, for checks of device and requires_grad
+    computes: torch.dtype | None = None  # what the layer computes in; None: in x's dtype
+    bias: Tensor | None = None
+    cast: torch.dtype | None = None  # what the layer casts its result to; None: it casts nothing
+    own: str | None = None  # why only the layer computes its product
+
+
+HOOKED = Foundation(own="hooks on the base layer")
+
+
+def plan(layer, x):
+    """The Plan for layer(x), or a Fallback where our operation would not give what PEFT gives.
+
+    Everything may change between two calls, so every call looks. Modules are read where nn.Module
+    keeps them: its __getattr__ would cost as much as the rest of this function.
+    """
+    state = vars(layer)
+    if state["_disable_adapters"]:
+        return Fallback("adapters disabled")
+    if state["merged_adapters"]:
+        return Fallback("merged")
+    modules = state["_modules"]
+    adapters = vars(modules["lora_A"])["_modules"]
+    name = state["_active_adapter"]
+    if type(name) is not str:
+        name = only_one(name, adapters)
+        if type(name) is Fallback:
+            return name
+    if name not in adapters:
+        return NO_ADAPTER
+    dora = None
+    if name in state["lora_variant"]:
+        variant = type(state["lora_variant"][name])
+        if variant is not DoraLinearVariant:
+            return Fallback(f"variant {variant.__name__}")
+        dora = name
+    base = modules["base_layer"]
+    lora_a = adapters[name]
+    lora_b = vars(modules["lora_B"])["_modules"][name]
+    dropout = vars(modules["lora_dropout"])["_modules"][name]
+    foundation = HOOKED if hooked(base) else foundation_of(base, x)
+    reason = parts_misfit(lora_a, lora_b, dropout)
+    if reason:
+        return Fallback(reason)
+    a = parameter(lora_a, "weight")
+    b = parameter(lora_b, "weight")
+    b_bias = parameter(lora_b, "bias")
+    reason = misfit(x, foundation, a, b, b_bias, dora is not None)
+    if reason:
+        return Fallback(reason)
+    if a.dtype is not x.dtype and not state.get("cast_input_dtype_enabled", True):
+        return Fallback("input casting disabled")
+    scaling = state["scaling"][name]
+    if type(scaling) is not float and type(scaling) is not int:
+        return Fallback("scaling is not a number")
+    if dora is not None:
+        magnitude = vars(modules["lora_magnitude_vector"])["_modules"][dora]
+        reason = dora_misfit(x, foundation, b_bias, magnitude)
+        if reason:
+            return Fallback(reason)
+    weight, _, computes, bias, cast, own = foundation
+    if b_bias is not None:
+        bias = biases(bias, b_bias, scaling)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    widen = computes is torch.float32 and x.dtype is not computes and not autocast
+    if widen and bias is not None:
+        bias = bias.float()
+    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return Plan(weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own)
+
+
+def only_one(names, adapters):
+    """The one of these active adapters that the layer has, or a Fallback."""
+    names = [name for name in names if name in adapters]
+    if len(names) > 1:
+        return Fallback("several active adapters")
+    return names[0] if names else NO_ADAPTER
+
+
+def foundation_of(base, x):
+    """The Foundation that a base layer without hooks is for this x."""
+    kind = type(base)
+    weight = parameter(base, "weight")
+    bias = parameter(base, "bias")
+    if kind.__module__.startswith("bitsandbytes."):
+        found = packed(base, weight)
+        if type(found) is Fallback:
+            return Foundation(own=found.reason)
+        held, weight = found
+        computes = base.compute_dtype
+        cast = x.dtype
+    elif kind is not nn.Linear and kind is not Conv1D and kind is not LinearNF4:
+        return Foundation(own=f"base layer is {kind.__name__}")
+    elif type(weight) not in PLAIN:
+        return Foundation(own=f"base weight is {type(weight).__name__}")
+    elif kind is LinearNF4:
+        held, weight = weight, base.base()
+        computes = base.compute_dtype
+        cast = None if computes is None else x.dtype
+    else:
+        dense = weight if kind is nn.Linear else weight.T
+        return Foundation(dense, weight, weight.dtype, bias)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.float()  # as these layers do
+    return Foundation(weight, held, computes, bias, cast)
+
+
+def packed(base, weight):
+    """(codes, Base) of a bitsandbytes layer, whose bytes are read where they lie, or a Fallback."""
+    state = getattr(weight, "quant_state", None)
+    if type(base).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        return Fallback(f"base layer is {type(base).__name__}")
+    if state is None:
+        return Fallback("base weight is not quantized yet")
+    if getattr(state, "packing_format_for_cpu", False):
+        return Fallback("base weight is repacked for inference on a CPU")
+    if tuple(state.shape) != (base.out_features, base.in_features):
+        return Fallback("base weight is transposed")
+    if state.nested and (state.state2.blocksize != NESTED or state.state2.dtype is not torch.float32):
+        return Fallback("scales of the base weight")
+    with torch._C.DisableTorchFunctionSubclass():
+        codes = weight.detach().view(torch.uint8)
+    if type(codes) is not torch.Tensor:
+        return Fallback("a tensor is not plain")
+    return codes, Base("nf4", [codes, table_of(state), *scales_of(state)], state.blocksize)
+
+
+def parts_misfit(lora_a, lora_b, dropout):
+    """Why the adapter's modules do something else than multiply and drop, or None."""
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return "adapter layer is not nn.Linear"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
+        return f"dropout is {dropout}"
+    if _has_any_global_hook() or hooked(lora_a) or hooked(lora_b) or hooked(dropout):
+        return "hooks on a part"
+    return None
+
+
+def misfit(x, foundation, a, b, b_bias, dora):
+    """Why lora_linear would not compute what PEFT does with these tensors, or None.
+
+    dora: whether the adapter is DoRA's.
+    """
+    held, bias = foundation.held, foundation.bias
+    if type(a) not in PLAIN or type(b) not in PLAIN or type(x) not in PLAIN:
+        return "a tensor is not plain"
+    if (bias is not None and type(bias) not in PLAIN) or (b_bias is not None and type(b_bias) not in PLAIN):
+        return "a tensor is not plain"
+    if hasattr(held, "ds_id") or hasattr(a, "ds_id"):
+        return "ZeRO-3"
+    # An export runs by PEFT's own code, DoRA's apart, which dynamo cannot follow.
+    exported = torch.compiler.is_exporting() and not dora
+    if transformed() or torch._C._get_tracing_state() or exported:
+        return "torch.func, forward-mode AD, tracing or export"
+    device = x.device
+    if held is not None:
+        if held.requires_grad:
+            return "base weight is trained"
+        if device != held.device:
+            return "tensors on different devices"
+    if device != a.device or device != b.device:
+        return "tensors on different devices"
+    if not accelerated(device.type):
+        return f"no kernels for {device.type}"
+    return dtype_misfit(x, foundation, a, b, b_bias)
+
+
+def accelerated(device_type):
+    """Whether there are kernels for this type of device; True while dynamo traces and nobody has asked."""
+    if device_type not in ACCELERATED and not torch.compiler.is_compiling():
+        cell = backends.choose("lora_fwd", None, device_type, False)
+        ACCELERATED[device_type] = "reference" not in cell.__module__
+    return ACCELERATED.get(device_type, True) or torch.compiler.is_exporting()
+
+
+def dtype_misfit(x, foundation, a, b, b_bias):
+    """Why the dtypes are none for which lora_linear rounds as PEFT does, or None."""
+    held, computes, bias = foundation.held, foundation.computes, foundation.bias
+    dtype, device_type = x.dtype, x.device.type
+    if dtype not in DTYPES or (computes is not None and computes not in DTYPES):
+        return "dtype of x or of the base weight"
+    in_4_bits = held is not None and held.dtype is torch.uint8
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if in_4_bits and not {x.dtype, computes} <= {dtype, torch.float32, None}:
+            return "compute_dtype or x is not of autocast's dtype"
+    elif computes is not None and dtype is not computes:
+        # A 4-bit base that computes in fp32 widens x.
+        if not in_4_bits or computes is not torch.float32 or a.dtype is not computes:
+            return "x is not of the base weight's dtype"
+    elif dtype is torch.float16 and a.dtype is torch.float32:
+        return FP16
+    narrow = dtype, torch.float32
+    if a.dtype is not b.dtype or a.dtype not in narrow:
+        return "dtype of the adapter"
+    for one in (bias, b_bias):
+        if one is not None and one.dtype not in narrow:
+            return "dtype of a bias"
+    return None
+
+
+def dora_misfit(x, foundation, b_bias, magnitude):
+    """Why dora_linear would not compute what PEFT does, or None."""
+    if foundation.own is not None:
+        return "DoRA over a base that only its layer computes"
+    if b_bias is not None or hooked(magnitude):
+        return "DoRA with a bias or hooks of its own"
+    length = parameter(magnitude, "weight")
+    if type(length) not in PLAIN or length.device != x.device:
+        return "a tensor is not plain"
+    return None
+
+
+def hooked(part):
+    """Whether somebody waits for a call of this module, which the fused path does not make."""
+    state = vars(part)
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def parameter(module, name):
+    """module.name, read where nn.Module keeps parameters, since its __getattr__ would cost more.
+
+    A module may also hold it as a buffer or a plain attribute.
+    """
+    held = vars(module)["_parameters"]
+    return held[name] if name in held else getattr(module, name, None)
+
+
+def rows_like(layer):
+    """No rows, on the layer's device and in the dtype it computes in: an x for `plan` to judge."""
+    weight = parameter(layer.get_base_layer(), "weight")
+    if not isinstance(weight, torch.Tensor):
+        weight = next(layer.lora_A.parameters(), torch.empty(0))
+    return torch.empty(0, dtype=dtype_of(layer), device=weight.device)
+
+
+def dtype_of(layer):
+    """The dtype that the layer's base computes in; its adapter's where the base does not tell."""
+    base = layer.get_base_layer()
+    weight = parameter(base, "weight")
+    state = getattr(weight, "quant_state", None)
+    dtype = (
+        getattr(base, "compute_dtype", None)
+        or getattr(base, "weight_dtype", None)
+        or getattr(state, "dtype", None)
+        or getattr(weight, "dtype", None)
+    )
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    return next(layer.lora_A.parameters(), torch.empty(0)).dtype

@@ -1,0 +1,111 @@
+"""report: how the LoRA layers of a model run now, and how they ran since patch."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from transformers.pytorch_utils import Conv1D
+
+from ...ops.lora import FEW, served_by
+from .layer import FUSED, OWN, Fused, fused_classes, has_own_forward
+from .plan import FP16, Fallback, plan, rows_like
+from .sharded import gathered
+
+REPLACED = "its forward was replaced"
+
+
+@dataclass
+class Report:
+    """How the LoRA layers of a model run now, and how they ran since patch."""
+
+    fused: int = 0
+    reasons: Counter = field(default_factory=Counter)  # why layers are PEFT's own -> layers
+    calls: Counter = field(default_factory=Counter)  # FUSED, OWN or why not -> calls, not compiled
+    norms: int = 0  # DoRA's, computed since patch
+    paths: Counter = field(default_factory=Counter)  # backend and product, see describe -> layers
+
+    @property
+    def fallback(self):
+        return self.reasons.total()
+
+    def __str__(self):
+        lines = [f"{self.fused}/{self.fused + self.fallback} LoRA layers fused"]
+        titles = {"PEFT's own": self.reasons, "calls": self.calls, "kernels": self.paths}
+        for title, counts in titles.items():
+            if counts:
+                items = ", ".join(f"{count} {key}" for key, count in counts.most_common())
+                lines.append(f"{title}: {items}")
+        if self.norms:
+            lines.append(f"norms: {self.norms} computed")
+        return "\n".join(lines)
+
+
+def report(model):
+    """A printable Report. A layer counts as fused if it would be now and, where it was called, ever was."""
+    result = Report()
+    with gathered(model):
+        for layer in lora_layers(model).values():
+            calls = Counter(vars(layer).get("_peftops_calls", {}))
+            reason = why_not(layer)
+            if reason != REPLACED and type(layer) in fused_classes():
+                reason = "not patched"
+            if not reason and calls and not calls[FUSED] + calls[OWN]:
+                reason = calls.most_common(1)[0][0]
+            if reason:
+                result.reasons[reason] += 1
+            else:
+                result.fused += 1
+                result.paths[describe(layer)] += 1
+            result.calls.update(calls)
+            result.norms += vars(layer).get("_peftops_norms", 0)
+    return result
+
+
+def lora_layers(model):
+    """{name: layer} of PEFT's LoRA layers, patched or not."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def why_not(layer):
+    """Why this layer, called now with rows of its weight's dtype, would be PEFT's own, or None."""
+    if has_own_forward(layer) and not vars(layer).get("_peftops_calls"):
+        return REPLACED
+    if type(layer) not in fused_classes() and not isinstance(layer, Fused):
+        home = type(layer).__module__.removeprefix("peft.tuners.")
+        return f"layer is {home}.{type(layer).__name__}"
+    planned = plan_of(layer)
+    return planned.reason if type(planned) is Fallback else None
+
+
+def plan_of(layer):
+    """What `plan` says for rows_like(layer); under autocast, where the adapter's dtype asks for it."""
+    like = rows_like(layer)
+    planned = plan(layer, like)
+    if type(planned) is not Fallback:
+        return planned
+    adapter = next(layer.lora_A.parameters(), like)
+    dtypes = {"dtype of the adapter": adapter.dtype, FP16: like.dtype}
+    dtype = dtypes.get(planned.reason, torch.float32)
+    if dtype.itemsize == 2:
+        with torch.autocast(like.device.type, dtype):
+            planned = plan(layer, like)
+    return planned
+
+
+def describe(layer):
+    """The backend and product for many rows of a fused layer, and why its base layer is called."""
+    like = rows_like(layer)
+    planned = plan_of(layer)
+    own = ""
+    if planned.own is not None:
+        form = "given"
+        own = f"base's own product: {planned.own}"
+    elif isinstance(planned.weight, torch.Tensor):
+        form = "transposed" if type(layer.base_layer) is Conv1D else "dense"
+    else:
+        form = "nf4"
+    rank = next(iter(layer.r.values()), 1)
+    sizes = FEW + 1, layer.out_features, layer.in_features, rank
+    _, backend, product = served_by(like, *sizes, form=form)
+    return ", ".join(filter(None, (backend, product, own)))

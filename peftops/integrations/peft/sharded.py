@@ -1,0 +1,33 @@
+"""FSDP2: a sharded layer is judged as it is inside its forward, where its parameters are whole."""
+
+import sys
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def gathered(model):
+    """Inside, parameters that FSDP2 shards are plain tensors, though only this rank's part of them.
+
+    A part of a layer that is sharded by itself stays as it is: the layer's forward never sees it
+    gathered.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    modules = list(model.modules())
+    sharded = []
+    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in modules):
+        groups = [m._parameters for m in modules if not isinstance(m, fsdp.FSDPModule)]
+        sharded = [
+            (group, name, parameter)
+            for group in groups
+            for name, parameter in group.items()
+            if hasattr(parameter, "to_local")
+        ]
+    try:
+        for group, name, parameter in sharded:
+            group[name] = nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
+        yield
+    finally:
+        for group, name, parameter in sharded:
+            group[name] = parameter
