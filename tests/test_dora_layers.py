@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftops.functional as F
 from peftops.nn import LinearNF4, LoRALinear
+from peftops.reference.nf4 import decode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = {
@@ -56,6 +57,23 @@ def test_is_the_function(mode, p, base):
     weight, a, b, scaling = new.operands("default")
     options = {"scaling": scaling, "dropout_p": p, "dropout_mode": mode}
     assert torch.equal(y, F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, **options))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_in_fp64_it_is_exact(base):
+    new, x = layer(base), torch.randn(5, 64)
+    y = new(x)
+    new.double()
+    w, a, b = (t.detach().double() for t in (new.base_layer.weight, *new.operands("default")[1:3]))
+    if base == "nf4":
+        codes = new.base_layer.base(torch.float64)
+        w = decode(codes.tensors, codes.block, 48 * 64).view(48, 64)
+    w = w + new.scaling * b @ a
+    exact = x.double() @ (w * (magnitude(new).double() / w.norm(dim=1))[:, None]).T
+    exact = (exact + new.base_layer.bias.double()).detach()
+    out = new(x.double())
+    assert out.dtype is torch.float64
+    assert error(out, exact) < bound(y, exact) / 1e6
 
 
 def test_starts_as_its_base_does():
@@ -156,6 +174,7 @@ def test_bad_options_are_named():
 SHARDED = """
 from torch.distributed.fsdp import fully_shard
 from peftops.nn import LinearNF4, LoRALinear
+from peftops.reference.nf4 import decode
 
 def train(model, x):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
