@@ -30,7 +30,7 @@ def options(argv):
 def main(argv=None):
     o = options(argv)
     need("torch", "peft", "transformers", "gguf")
-    from peftops.cli.training import METHODS, load_text, refuse_folder
+    from peftops.cli.demo_contenders import METHODS, load_text, refuse_folder
 
     from . import dora, lora
     from .measure import show, unlawful
@@ -62,7 +62,7 @@ def main(argv=None):
 
 def measure(o, dtype, device, progress):
     """A result for each dropout, under autocast as trainers do, and one for a generation of one sequence, without."""
-    from peftops.cli import training as t
+    from peftops.cli import demo_contenders as t
     from peftops.integrations.peft import mlp, report
 
     from .dora import ANOTHER
@@ -107,7 +107,7 @@ def measure(o, dtype, device, progress):
 
 def contenders(method):
     """{label: kind}: stock, ours, and beside our DoRA our LoRA."""
-    from peftops.cli.training import METHODS
+    from peftops.cli.demo_contenders import METHODS
 
     from .nf4 import PEER
     from .peers import LORA, OURS
@@ -131,7 +131,7 @@ def undropped_base(model):
 
 def step(model, batch, dtype):
     """Forward and backward; gradients start from nothing, as after zero_grad."""
-    from peftops.cli.training import forward_backward
+    from peftops.cli.demo_contenders import forward_backward
 
     def run():
         forward_backward(model, batch, dtype)

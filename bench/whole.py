@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from peftops.cli import training
+from peftops.cli import demo_contenders as training
 
 from .measure import finish, times
 from .model import STEP, contenders

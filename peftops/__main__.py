@@ -9,7 +9,7 @@ COMMANDS = {
     "doctor": (".cli.doctor", "what runs here, on which kernels, and whether it computes right"),
     "demo": (".cli.demo", "fine-tune a small real model with stock PEFT and with peftops, side by side"),
     "quantize": (".cli.quantize", "write a checkpoint whose linear layers take 4 bits, as bitsandbytes loads it"),
-    "check": (".cli.check_adapter", "whether a saved adapter loads, and all of it counts, in PEFT, vLLM and SGLang"),
+    "check": (".cli.check", "whether a saved adapter loads, and all of it counts, in PEFT, vLLM and SGLang"),
     "bench": (".bench.__main__", "time an op on this machine beside its peers"),
 }
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from peftops.__main__ import main
-from peftops.cli import adapter, adapter_names, adapter_values, check_adapter
+from peftops.cli import adapter, adapter_names, adapter_values
+from peftops.cli import check as command
 
 LAYER = "base_model.model.model.layers.0"
 Q, V = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.v_proj"
@@ -46,7 +47,7 @@ def check(tmp_path, capsys):
     def run(target, tensors=PLAIN, **config):
         code = main(["check", str(save(tmp_path, tensors, **config)), "--for", target])
         rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
-        assert code == any(verdict in check_adapter.BAD for _, verdict, *_ in rows)
+        assert code == any(verdict in command.BAD for _, verdict, *_ in rows)
         return [" ".join(row) for row in rows]
 
     return run
@@ -109,7 +110,7 @@ def test_files_that_contradict_themselves_are_broken(check, tensors, config, say
 
 def test_many_faults_are_cut_short(check):
     rows = check("vllm", {f"{LAYER}.{i}.lora_A.weight": np.ones((4, 8), np.float32) for i in range(20)})
-    assert len(rows) == check_adapter.SHOWN + 2 and rows[-2] == "files broken and 12 more"
+    assert len(rows) == command.SHOWN + 2 and rows[-2] == "files broken and 12 more"
 
 
 COMMON = [
@@ -206,7 +207,7 @@ def test_what_peft_refuses_or_drops(check, tensors, config, says):
 
 
 def test_every_target_has_a_row_and_peft_may_be_absent(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(check_adapter, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert main(["check", str(save(tmp_path, PLAIN))]) == 0
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [["peft", "ok"], ["peft", "note"], ["vllm", "ok"], ["sglang", "ok"]]
@@ -314,7 +315,7 @@ def test_a_key_cannot_forge_a_line(tmp_path, capsys):
 
 def test_long_rows_keep_both_ends(check):
     row = check("vllm", PLAIN, bias="x" * 5000)[0]
-    assert len(row) < check_adapter.WIDEST + 10 and row.endswith("takes no biases") and "bias 'xxx" in row
+    assert len(row) < command.WIDEST + 10 and row.endswith("takes no biases") and "bias 'xxx" in row
 
 
 EXPLOSIVE = "(.|.)*!"

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from peftops.cli import BadInput, adapter_names, check_adapter
+from peftops.cli import BadInput, adapter_names, check
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -241,7 +241,7 @@ def mutated(draw, folder):
 def checked(folder, target=None):
     """(exit code or None for a refusal, what is printed) of one call; nothing else may be raised."""
     try:
-        return check_adapter.main([str(folder), *(["--for", target] if target else [])]), ""
+        return check.main([str(folder), *(["--for", target] if target else [])]), ""
     except BadInput as error:
         return None, f"{error}\n"
 
@@ -281,7 +281,7 @@ def test_broken_adapters_get_an_answer(tmp_path, capsys, monkeypatch, bell):
         folder.mkdir()
         kind = mutated(draw, folder)
         signal.alarm(SECONDS)
-        code, refusal = checked(folder, draw.choice([None, *check_adapter.TARGETS]))
+        code, refusal = checked(folder, draw.choice([None, *check.TARGETS]))
         signal.alarm(0)
         said = capsys.readouterr().out
         assert (code is None) == (not said) and refusal.count("\n") == (code is None), (i, kind)

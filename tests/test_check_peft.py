@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from peftops.cli import adapter, adapter_names, check_adapter
+from peftops.cli import adapter, adapter_names, check
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -61,9 +61,9 @@ def saved(folder, config, **saving):
 
 
 def verdicts(folder, capsys):
-    code = check_adapter.main([str(folder), "--for", "peft"])
+    code = check.main([str(folder), "--for", "peft"])
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert code == any(verdict in check_adapter.BAD for _, verdict, *_ in rows)
+    assert code == any(verdict in check.BAD for _, verdict, *_ in rows)
     return code, rows
 
 

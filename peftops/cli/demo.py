@@ -59,7 +59,7 @@ def main(argv=None):
     import torch
     from rich.console import Console
 
-    from .training import ADAPTERS, METHODS, refuse_folder
+    from .demo_contenders import ADAPTERS, METHODS, refuse_folder
 
     methods = (o.method if o.compare is None else o.compare).split(",")
     if len(set(methods)) < len(methods):
@@ -132,7 +132,7 @@ def run(o, labels, dtype, device, console):
     """Loads, measures memory, trains by turns and evaluates: everything that the JSON holds."""
     import copy
 
-    from . import training as t
+    from . import demo_contenders as t
 
     text, absent = t.load_text(o.text), t.absent(labels)
     labels = [label for label in labels if label not in absent]
@@ -173,7 +173,7 @@ def numbers(c, peak, before, after, result, frozen, size):
     """What the table shows of one contender."""
     import peftops
 
-    from .training import ADAPTERS, FULL
+    from .demo_contenders import ADAPTERS, FULL
 
     seconds = median(c.steps[WARM_UP:] or c.steps)
     trained = sum(p.numel() for p in c.trained)
@@ -191,7 +191,7 @@ def numbers(c, peak, before, after, result, frozen, size):
 
 def save(contender, out, dtype):
     """Bytes of the checkpoint; those of peftops are kept, in PEFT's own format."""
-    from .training import ADAPTERS, FULL
+    from .demo_contenders import ADAPTERS, FULL
 
     if contender.label == FULL:  # half a gigabyte, so it is not written
         return sum(p.numel() for p in contender.model.parameters()) * dtype.itemsize
@@ -242,7 +242,7 @@ def table(result):
 
 def remarks(result):
     """What a reader of the table should know."""
-    from .training import FULL, METHODS, PACKED, RATES
+    from .demo_contenders import FULL, METHODS, PACKED, RATES
 
     runs = result["contenders"]
     yield f"The frozen model's forward + backward alone takes {result['frozen_s']:.3f} s (measured in the same rounds)."
@@ -274,7 +274,7 @@ def remarks(result):
 def of_full(runs):
     """{label: what it takes off the base's held-out loss, as a share of what full fine-tuning does}; empty where that
     takes nothing off, None where there are not both."""
-    from .training import FULL
+    from .demo_contenders import FULL
 
     if FULL not in runs or len(runs) == 1:
         return None
