@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from peftops import adapter_file
 from peftops.__main__ import main
-from peftops.cli import adapter, adapter_names, adapter_values
+from peftops.adapter_file import names, values
 from peftops.cli import check as command
 
 LAYER = "base_model.model.model.layers.0"
@@ -256,7 +257,7 @@ def test_an_empty_factor_is_broken(check):
 
 
 def test_a_header_of_a_million_keys_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(adapter, "LARGEST_HEADER", 100)
+    monkeypatch.setattr(adapter_file, "LARGEST_HEADER", 100)
     assert main(["check", str(save(tmp_path, PLAIN))]) == 2
     assert "has a header of more than" in capsys.readouterr().err
 
@@ -268,14 +269,14 @@ def test_factors_of_different_layers_are_broken(check):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_every_number_of_the_file_is_looked_at(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(adapter_values, "CHUNK", 16)
+    monkeypatch.setattr(values, "CHUNK", 16)
     whole = {f"{module}.lora_{part}.weight": np.zeros((2, 9), dtype) for module in (Q, V) for part in "AB"}
     for key in whole:
         for entry in range(18):
             for value, kind in ((np.nan, (False, False)), (-np.inf, (False, False)), (3, (True, False))):
                 changed = whole[key].copy()
                 changed.flat[entry] = value
-                tensors = adapter.load(save(tmp_path, whole | {key: changed})).tensors
+                tensors = adapter_file.load(save(tmp_path, whole | {key: changed})).tensors
                 found = {name: (stored.finite, stored.zero) for name, stored in tensors.items()}
                 assert found == {name: kind if name == key else (True, True) for name in whole}
 
@@ -287,7 +288,7 @@ def test_holes_are_zero_and_not_read(tmp_path):
     header["b"] = {"dtype": "F16", "shape": [size // 4], "data_offsets": [size // 2, size]}
     text = json.dumps(header).encode()
     text += b" " * (len(text) % 2 == 0)  # so that all numbers are at odd places
-    path = save(tmp_path, {}) / adapter.WEIGHTS
+    path = save(tmp_path, {}) / adapter_file.WEIGHTS
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     start = 8 + len(text)
     os.truncate(path, start + size)
@@ -295,7 +296,7 @@ def test_holes_are_zero_and_not_read(tmp_path):
         pytest.skip("this file system has no holes")
 
     def read():
-        return [(stored.finite, stored.zero) for stored in adapter.load(tmp_path).tensors.values()]
+        return [(stored.finite, stored.zero) for stored in adapter_file.load(tmp_path).tensors.values()]
 
     assert read() == [(True, True), (True, True)]
     for place, byte, wanted in ((start + size - 2, 1, (True, False)), (size - (1 << 20), 0x7C, (False, False))):
@@ -332,11 +333,11 @@ EXPLOSIVE = "(.|.)*!"
     ],
 )
 def test_a_regex_that_explodes_is_refused_in_time(tmp_path, capsys, monkeypatch, config):
-    monkeypatch.setattr(adapter_names, "SECONDS", 0.5)
+    monkeypatch.setattr(names, "SECONDS", 0.5)
     start = time.perf_counter()
     assert main(["check", str(save(tmp_path, PLAIN, **config))]) == 2
     assert "matching its names takes more than 0.5 seconds" in capsys.readouterr().err
-    assert time.perf_counter() - start < 10 * adapter_names.SECONDS
+    assert time.perf_counter() - start < 10 * names.SECONDS
 
 
 @pytest.mark.parametrize("patterns", [["(", ")"], ["(?i)q_proj"], ["*"], ["(" * 5000]])

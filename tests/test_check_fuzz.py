@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from peftops.cli import BadInput, adapter_names, check
+from peftops.adapter_file import names
+from peftops.cli import BadInput, check
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -269,7 +270,7 @@ def bell():
 
 
 def test_broken_adapters_get_an_answer(tmp_path, capsys, monkeypatch, bell):
-    monkeypatch.setattr(adapter_names, "SECONDS", 0.2)
+    monkeypatch.setattr(names, "SECONDS", 0.2)
     header, size = header_of(tensors())
     written(tmp_path, CONFIG, header, b"\x3f" * size)
     checked(tmp_path)  # imports what takes seconds

@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from peftops.cli import adapter, adapter_names, check
+from peftops import adapter_file
+from peftops.adapter_file import names
+from peftops.cli import check
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -276,7 +278,7 @@ def test_names_match_as_in_peft():
         config = some_config(draw)
         modules = [some_name(draw) for _ in range(4)]
         question = config | {"alpha_pattern": [], "target_parameters": [], "keys": [], "modules": modules}
-        said = adapter_names.answer(question | {"rank_pattern": list(config["rank_pattern"])})
+        said = names.answer(question | {"rank_pattern": list(config["rank_pattern"])})
         made = peft.LoraConfig(**config)
         for module, target, rank in zip(modules, said["targets"], said["ranks"], strict=True):
             found = check_target_module_exists(made, module)
@@ -290,12 +292,12 @@ def test_names_match_as_in_peft():
 
 
 def test_many_names_are_matched_by_the_script_with_the_same_result():
-    question = dict.fromkeys(adapter.FIELDS) | {
+    question = dict.fromkeys(adapter_file.FIELDS) | {
         "modules_to_save": ["head"],
         "target_parameters": [],
         "keys": ["head.w"],
     }
     question |= {"target_modules": ["b"], "rank_pattern": ["c"], "alpha_pattern": [], "modules": ["a.b", "a.c", "b.d"]}
-    here = adapter_names.match(question)
-    assert here == adapter_names.match(question | {"rank_pattern": ["[c]"]})
+    here = names.match(question)
+    assert here == names.match(question | {"rank_pattern": ["[c]"]})
     assert here["targets"] == ["module", "target_modules", "target_modules"] and here["ranks"] == [None, 0, None]

@@ -4,12 +4,24 @@ import argparse
 import os
 import platform
 import tempfile
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+
+from .._errors import sentence  # noqa: F401  the commands take it from here
 
 
 class BadInput(Exception):
     """One sentence for the user; the command ends with exit code 2."""
+
+
+@contextmanager
+def refusing(show=str):
+    """Turns a ValueError, which library code raises for the user, into BadInput. show(text) is what is said."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(show(str(error))) from None
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -109,11 +121,6 @@ def folder(text):
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
-
-
-def sentence(error):
-    """What an exception of somebody else says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def positive(text):

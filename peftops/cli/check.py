@@ -13,8 +13,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import BadInput, Parser, adapter, need, sentence
-from .adapter import listed
+from .. import adapter_file
+from ..adapter_file import listed
+from . import Parser, need, refusing, sentence
 
 SHOWN = 8  # of what is broken
 WIDEST = 400  # characters of a row
@@ -48,10 +49,9 @@ def main(argv=None):
     o = options(argv)
     if o.target == "peft":
         need("peft")
-    try:
-        found = adapter.load(o.adapter)
-    except BadInput as error:
-        raise BadInput(printable(str(error))) from None
+    need("safetensors")
+    with refusing(printable):
+        found = adapter_file.load(o.adapter)
     rows = report(found, [o.target] if o.target else TARGETS)
     print(printable(str(found)))
     for target, verdict, text in rows:
@@ -61,7 +61,7 @@ def main(argv=None):
 
 def report(found, targets):
     """(who, verdict, text) of each finding."""
-    findings = list(adapter.faults(found))
+    findings = list(adapter_file.faults(found))
     broken = [("files", *finding) for finding in findings if finding[0] == "broken"]
     notes = [("files", *finding) for finding in findings if finding[0] != "broken"]
     if len(broken) > SHOWN:
@@ -128,10 +128,10 @@ def not_loaded(found):
     """The tensors of which PEFT, which looks each module and key up by its name, would load none."""
     wrapped = {key for keys in found.wrapped.values() for key in keys}
     lora = [stored.key for parts in found.modules.values() for stored in parts.values()]
-    if bare := [key for key in lora if not key.startswith(adapter.PREFIX) and key not in wrapped]:
-        yield "dropped", f"{listed(bare)}: the keys that PEFT loads begin with {adapter.PREFIX}"
-    if twice := [module for module in found.modules if module.startswith(adapter.PREFIX)]:
-        yield "dropped", f"{listed(twice)}: {adapter.PREFIX} is there twice"
+    if bare := [key for key in lora if not key.startswith(adapter_file.PREFIX) and key not in wrapped]:
+        yield "dropped", f"{listed(bare)}: the keys that PEFT loads begin with {adapter_file.PREFIX}"
+    if twice := [module for module in found.modules if module.startswith(adapter_file.PREFIX)]:
+        yield "dropped", f"{listed(twice)}: {adapter_file.PREFIX} is there twice"
     if strangers := [key for key, name in found.named.items() if name != "default"]:
         yield "dropped", f"{listed(strangers)}: the name of an adapter is in the keys"
     elif found.named:
@@ -141,7 +141,7 @@ def not_loaded(found):
         if by not in ("module", "parameter") and not tied(module, found.config):
             left_out.setdefault(by, []).append(module)
     for name, modules in left_out.items():
-        yield "dropped", f"{listed(modules)}: not of the modules that {name} in {adapter.CONFIG} asks for"
+        yield "dropped", f"{listed(modules)}: not of the modules that {name} in {adapter_file.CONFIG} asks for"
     for name in ("target_modules", "layers_to_transform"):
         if unmet := found.unmet[name]:
             yield "note", f"{name}: no tensor is of {listed(list(map(str, unmet)))}, which the base model may lack"
@@ -160,17 +160,17 @@ def tied(module, config):
 
 def of_base(key):
     """Whether a base model may have such a weight."""
-    return key.startswith(adapter.PREFIX) and ".lora_" not in key and key.endswith((".weight", ".bias"))
+    return key.startswith(adapter_file.PREFIX) and ".lora_" not in key and key.endswith((".weight", ".bias"))
 
 
 def expected(key, found):
     """Whether PEFT saves such a key beside those of LoRA layers."""
-    if not key.startswith(adapter.PREFIX):
+    if not key.startswith(adapter_file.PREFIX):
         return False
     variant = ".lora_" in key and any(found.config.get(name) for name in VARIANTS)
     bias = key.endswith(".bias") and found.config["bias"] != "none"
     resized = key.endswith((".embed_tokens.weight", ".lm_head.weight"))
-    beneath = key.endswith(".base_layer.weight") and adapter.plain(key).removesuffix(".base_layer.weight")
+    beneath = key.endswith(".base_layer.weight") and adapter_file.plain(key).removesuffix(".base_layer.weight")
     return key in found.saved or key.endswith(DELTA) or variant or bias or resized or beneath in found.modules
 
 
@@ -182,7 +182,7 @@ def trained_tokens(found):
     if not wanted and not deltas:
         return
     if not wanted:
-        yield "dropped", f"{deltas[0].key}: trainable_token_indices is not in {adapter.CONFIG}"
+        yield "dropped", f"{deltas[0].key}: trainable_token_indices is not in {adapter_file.CONFIG}"
     elif not deltas:
         yield "refused", f"trainable_token_indices: no tensor is a {DELTA[1:]}"
     elif wrong := [stored for stored in deltas if not stored.shape or stored.shape[0] not in rows]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from . import BadInput, adapter_config, adapter_names, adapter_values, need, sentence
+from .._errors import sentence
+from . import config as config_file
+from . import names, values
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,7 +55,7 @@ class Adapter:
     others: list[str] = field(default_factory=list)  # keys that are of no LoRA layer
     named: dict[str, str] = field(default_factory=dict)  # keys with the name of an adapter in them, which others holds
     wrapped: dict[str, list[str]] = field(default_factory=dict)  # the name of a wrapper -> keys that have it
-    targets: dict[str, str] = field(default_factory=dict)  # what adapter_names.answer says of each module
+    targets: dict[str, str] = field(default_factory=dict)  # what names.answer says of each module
     ranks: dict[str, int] = field(default_factory=dict)  # that rank_pattern has for a module
     saved: set[str] = field(default_factory=set)  # the others that are of modules_to_save
     unmet: dict[str, list] = field(default_factory=dict)  # names of the config that match no module
@@ -62,9 +64,9 @@ class Adapter:
         for key, stored in self.tensors.items():
             self.sort(key, stored)
         try:
-            said = adapter_names.match(self.question())
+            said = names.match(self.question())
         except ValueError as error:
-            raise BadInput(f"{self.folder / CONFIG}: {error}") from None
+            raise ValueError(f"{self.folder / CONFIG}: {error}") from None
         self.targets = dict(zip(self.modules, said["targets"], strict=True))
         ranks = list(self.config["rank_pattern"].values()) if self.is_lora else []
         matches = zip(self.modules, said["ranks"], strict=True)
@@ -90,7 +92,7 @@ class Adapter:
             self.others.append(key)
 
     def question(self):
-        """For adapter_names.match. Only LoRA's modules are matched; PEFT has other rules for other methods."""
+        """For names.match. Only LoRA's modules are matched; PEFT has other rules for other methods."""
         fields = FIELDS if self.is_lora else ("modules_to_save",)
         asked = {name: None for name in FIELDS} | {"target_parameters": []}
         asked |= {name: self.config.get(name) for name in fields}
@@ -134,32 +136,31 @@ def wrappers(key):
     if "_orig_mod" not in key and "module" not in key:  # as in most
         return []
     parts = key.split(".")
-    names = [name for name in WRAPPERS if name in parts and name != "module"]
+    held = [name for name in WRAPPERS if name in parts and name != "module"]
     if key.startswith("module.") or plain(key).startswith("module."):
-        names.append("module")
-    return names
+        held.append("module")
+    return held
 
 
 def load(folder):
-    """The Adapter in a folder, or BadInput where a file is missing or broken."""
-    need("safetensors")
+    """The Adapter in a folder, or ValueError where a file is missing or broken."""
     try:
         there = folder.is_dir()
     except OSError as error:
-        raise BadInput(f"cannot read {folder}: {error.strerror}") from None
+        raise ValueError(f"cannot read {folder}: {error.strerror}") from None
     if not there:
-        raise BadInput(f"there is no folder {folder}")
-    config = adapter_config.read(folder / CONFIG)
+        raise ValueError(f"there is no folder {folder}")
+    config = config_file.read(folder / CONFIG)
     path = folder / WEIGHTS
     if not path.exists():
         held = next((f", only {file.name}: save it as safetensors" for file in folder.glob("adapter_model.*")), "")
-        raise BadInput(f"{folder} has no {WEIGHTS}{held}")
-    size = adapter_config.regular(path)
+        raise ValueError(f"{folder} has no {WEIGHTS}{held}")
+    size = config_file.regular(path)
     found = Adapter(folder, config, read_header(path, size))
     try:
-        adapter_values.look(path, found.tensors.values())
+        values.look(path, found.tensors.values())
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     return found
 
 
@@ -172,7 +173,7 @@ def read_header(path, size):
         with path.open("rb") as raw:
             end = 8 + int.from_bytes(raw.read(8), "little")
         if LARGEST_HEADER < end <= size:
-            raise BadInput(f"{path} has a header of more than {LARGEST_HEADER >> 20} MiB: it is no adapter's")
+            raise ValueError(f"{path} has a header of more than {LARGEST_HEADER >> 20} MiB: it is no adapter's")
         with safe_open(path, "numpy") as file:
             for key in file.offset_keys():
                 entry = file.get_slice(key)
@@ -181,11 +182,11 @@ def read_header(path, size):
                 tensors[key] = Stored(key, dtype, shape, end, count)
                 end += count
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} is not a whole safetensors file: {sentence(error)}") from None
+        raise ValueError(f"{path} is not a whole safetensors file: {sentence(error)}") from None
     if end != size:
-        raise BadInput(f"{path} holds numbers of a kind whose size is unknown: {', '.join(dtypes(tensors))}")
+        raise ValueError(f"{path} holds numbers of a kind whose size is unknown: {', '.join(dtypes(tensors))}")
     if long := next((key for key in tensors if len(key) > LONGEST), None):
-        raise BadInput(f"{path}: a key has {len(long)} characters, more than {LONGEST}: {long[:80]}...")
+        raise ValueError(f"{path}: a key has {len(long)} characters, more than {LONGEST}: {long[:80]}...")
     return tensors
 
 
@@ -208,7 +209,7 @@ def faults(adapter):
     for name, keys in adapter.wrapped.items():
         yield "broken", f"{listed(keys)}: {WRAPPERS[name]} put {name} there; strip {name}. from the keys"
     for key, stored in adapter.tensors.items():
-        if stored.dtype not in adapter_values.BYTES:
+        if stored.dtype not in values.BYTES:
             yield "broken", f"{key} is {stored.dtype}, which is no floating point type of 16 bits or more"
         elif not stored.finite:
             yield "broken", f"{key} holds NaN or infinity"

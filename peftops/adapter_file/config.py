@@ -3,8 +3,6 @@
 import json
 import stat
 
-from . import BadInput
-
 LARGEST = 8 << 20  # bytes; the largest that PEFT writes list the indices of a vocabulary
 DEFAULTS = {"modules_to_save": [], "target_parameters": []}
 LORA_DEFAULTS = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
@@ -13,38 +11,38 @@ VERSION = 100  # characters
 
 
 def regular(path):
-    """The size of a file, or BadInput where it is none: a pipe or a device could block or never end."""
+    """The size of a file, or ValueError where it is none: a pipe or a device could block or never end."""
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(found.st_mode):
-        raise BadInput(f"{path} is not a regular file")
+        raise ValueError(f"{path} is not a regular file")
     if not found.st_size:  # so are the endless files of /proc
-        raise BadInput(f"{path} is empty")
+        raise ValueError(f"{path} is empty")
     return found.st_size
 
 
 def read(path):
     """The JSON object, with PEFT's defaults for what is read here."""
     if regular(path) > LARGEST:
-        raise BadInput(f"{path} has more than {LARGEST >> 20} MiB: it is no adapter's")
+        raise ValueError(f"{path} has more than {LARGEST >> 20} MiB: it is no adapter's")
     try:
         with path.open("rb") as file:
             config = json.loads(file.read(LARGEST).decode())
     except RecursionError:
-        raise BadInput(f"cannot read {path}: it is nested too deeply") from None
+        raise ValueError(f"cannot read {path}: it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(config, dict):
-        raise BadInput(f"{path} must hold a JSON object, got {type(config).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
     defaults, rules = DEFAULTS, GENERAL
     if config.get("peft_type") == "LORA":
         defaults, rules = DEFAULTS | LORA_DEFAULTS, GENERAL | LORA
     config |= {name: default for name, default in defaults.items() if config.get(name) is None}
     for name, (allowed, wanted) in rules.items():
         if not allowed(config.get(name)):
-            raise BadInput(f"{path}: {name} must be {wanted}, got {told(config.get(name))}")
+            raise ValueError(f"{path}: {name} must be {wanted}, got {told(config.get(name))}")
     return config
 
 
