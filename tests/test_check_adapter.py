@@ -9,7 +9,7 @@ import pytest
 
 from peftops import adapter_file
 from peftops.__main__ import main
-from peftops.adapter_file import names, values
+from peftops.adapter_file import header, names, values
 from peftops.cli import check as command
 
 LAYER = "base_model.model.model.layers.0"
@@ -257,7 +257,7 @@ def test_an_empty_factor_is_broken(check):
 
 
 def test_a_header_of_a_million_keys_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(adapter_file, "LARGEST_HEADER", 100)
+    monkeypatch.setattr(header, "LARGEST_HEADER", 100)
     assert main(["check", str(save(tmp_path, PLAIN))]) == 2
     assert "has a header of more than" in capsys.readouterr().err
 

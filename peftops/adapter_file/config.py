@@ -1,7 +1,8 @@
-"""adapter_config.json: read with bounds, and every field that check looks at has the type that PEFT gives it."""
+"""Reads adapter_config.json with bounds. Every field that is used later has the type that PEFT gives it."""
 
 import json
 import stat
+from pathlib import Path
 
 LARGEST = 8 << 20  # bytes; the largest that PEFT writes list the indices of a vocabulary
 DEFAULTS = {"modules_to_save": [], "target_parameters": []}
@@ -10,45 +11,67 @@ FLAGS = "use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"
 VERSION = 100  # characters
 
 
-def regular(path):
-    """The size of a file, or ValueError where it is none: a pipe or a device could block or never end."""
+def size_of_file(path: Path) -> int:
+    """The size of a regular file in bytes.
+
+    Raises:
+        ValueError: it is no file, or it is empty. A pipe or a device could block or never end.
+    """
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"cannot read {path}: {reason(error)}") from None
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file")
-    if not found.st_size:  # so are the endless files of /proc
+    if not status.st_size:  # the endless files of /proc have this size too
         raise ValueError(f"{path} is empty")
-    return found.st_size
+    return status.st_size
 
 
-def read(path):
-    """The JSON object, with PEFT's defaults for what is read here."""
-    if regular(path) > LARGEST:
+def read_config(path: Path) -> dict:
+    """The JSON object in the file, with PEFT's defaults for the fields that are read here.
+
+    Raises:
+        ValueError: the file cannot be read, or a field has another type than PEFT gives it.
+    """
+    if size_of_file(path) > LARGEST:
         raise ValueError(f"{path} has more than {LARGEST >> 20} MiB: it is no adapter's")
-    try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(LARGEST).decode())
-    except RecursionError:
-        raise ValueError(f"cannot read {path}: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    config = parse(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    defaults, rules = DEFAULTS, GENERAL
+    defaults = DEFAULTS
+    rules = GENERAL
     if config.get("peft_type") == "LORA":
-        defaults, rules = DEFAULTS | LORA_DEFAULTS, GENERAL | LORA
+        defaults = DEFAULTS | LORA_DEFAULTS
+        rules = GENERAL | LORA
     config |= {name: default for name, default in defaults.items() if config.get(name) is None}
-    for name, (allowed, wanted) in rules.items():
-        if not allowed(config.get(name)):
-            raise ValueError(f"{path}: {name} must be {wanted}, got {told(config.get(name))}")
+    for name, (is_allowed, wanted) in rules.items():
+        if not is_allowed(config.get(name)):
+            raise ValueError(f"{path}: {name} must be {wanted}, got {shown(config.get(name))}")
     return config
 
 
-def told(value):
+def parse(path):
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST).decode()
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"cannot read {path}: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {reason(error)}") from None
+
+
+def reason(error):
+    """What the system says of an error, without the path, or else the whole text."""
+    return getattr(error, "strerror", None) or error
+
+
+def shown(value):
     """A value in a few words."""
-    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    if isinstance(value, str | int | float | None):
+        return repr(value)[:80]
+    return f"a {type(value).__name__}"
 
 
 def is_text(value):
@@ -64,7 +87,7 @@ def is_rank(value):
 
 
 def is_scale(value):
-    return type(value) in (int, float) and abs(value) < float("inf")  # which NaN is not
+    return type(value) in (int, float) and abs(value) < float("inf")  # NaN is not less
 
 
 def is_index(value):
@@ -75,16 +98,16 @@ def is_flag(value):
     return value is None or isinstance(value, bool)
 
 
-def list_of(allowed):
-    return lambda value: isinstance(value, list) and all(map(allowed, value))
+def list_of(is_allowed):
+    return lambda value: isinstance(value, list) and all(map(is_allowed, value))
 
 
-def dict_of(allowed):
-    return lambda value: isinstance(value, dict) and all(map(allowed, value.values()))
+def dict_of(is_allowed):
+    return lambda value: isinstance(value, dict) and all(map(is_allowed, value.values()))
 
 
 def one_of(*rules):
-    """A rule for what one of these allows, or null."""
+    """A rule that allows null, and whatever one of these rules allows."""
     return lambda value: value is None or any(rule(value) for rule in rules)
 
 

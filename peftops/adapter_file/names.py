@@ -1,7 +1,8 @@
 """Which names of an adapter's modules its config matches, by PEFT's rules, within a bounded time.
 
-A regex of a stranger may run for ever. Plain names are matched here; everything else is matched by this file run as a
-script of its own, which is killed after SECONDS. So nothing but the standard library is imported.
+A regex of a stranger may run for ever. Plain names are matched in this process. For everything
+else this file runs as a script, which is killed after SECONDS. So it imports nothing but the
+standard library.
 """
 
 import json
@@ -16,12 +17,20 @@ SMALL = 100_000  # pairs of a name and a pattern that are compared without the s
 LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # PEFT's, where layers_pattern is not given
 
 
-def match(question):
-    """The Answer to a question as a dict (see answer), or ValueError: a regex is invalid or takes too long."""
+def match(question: dict) -> dict:
+    """What answer(question) returns, within SECONDS.
+
+    Raises:
+        ValueError: a regex is invalid, or takes too long.
+    """
     names = len(question["modules"]) + len(question["keys"])
-    patterns = list(strings(question))
+    patterns = list(patterns_in(question))
     if len(patterns) * names <= SMALL and all(PLAIN.fullmatch(pattern) for pattern in patterns):
         return answer(question)
+    return answer_of_script(question)
+
+
+def answer_of_script(question):
     command = [sys.executable, "-I", "-S", __file__]
     try:
         done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, timeout=SECONDS)
@@ -29,20 +38,20 @@ def match(question):
         raise ValueError(f"matching its names takes more than {SECONDS} seconds") from None
     if done.returncode:
         raise ValueError("its names cannot be matched")
-    said = json.loads(done.stdout)
-    if "error" in said:
-        raise ValueError(said["error"])
-    return said
+    result = json.loads(done.stdout)
+    if "error" in result:
+        raise ValueError(result["error"])
+    return result
 
 
-def strings(question):
+def patterns_in(question):
     """Everything in the config that is compared with names."""
     fields = "target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"
     for name in (*fields, "modules_to_save", "target_parameters"):
-        yield from listed(question[name])
+        yield from as_list(question[name])
 
 
-def listed(value):
+def as_list(value):
     """The strings of a field that is a string, a list, or null."""
     if value is None:
         return []
@@ -50,43 +59,54 @@ def listed(value):
 
 
 def compiled(field, pattern, whole):
-    """re.compile(whole), which PEFT makes of a pattern of the field."""
+    """re.compile(whole), where whole is what PEFT makes of a pattern of the field."""
     try:
         return re.compile(whole)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{field} {pattern[:80]!r} is no regex: {error}") from None
 
 
-def answer(question):
-    """What the fields of adapter_config.json say to names.
+def answer(question: dict) -> dict:
+    """Matches the fields of adapter_config.json with names.
 
-    Args: a dict of the fields, with "modules" (names of LoRA layers in the base model) and "keys" (of other tensors).
+    Args:
+        question: the fields, and beside them "modules" (names of LoRA layers in the base model)
+            and "keys" (names of the other tensors).
 
-    Returns a dict:
-        targets: for each module "module" or "parameter", where target_modules or target_parameters match it, or else
-            the field that leaves it out
-        ranks: for each module the index of the first rank_pattern that matches it, or None
-        saved: for each key, whether it is of a module of modules_to_save
-        unmet: the names in target_modules, layers_to_transform and modules_to_save that match nothing, by field
+    Returns:
+        targets: for each module "module" where target_modules match it, "parameter" where
+            target_parameters do, or else the field that leaves it out.
+        ranks: for each module the index of the first rank_pattern that matches it, or None.
+        saved: for each key, whether it belongs to a module of modules_to_save.
+        unmet: the names in target_modules, layers_to_transform and modules_to_save that match
+            nothing, by field.
+
+    Raises:
+        ValueError: a pattern is no regex.
     """
-    modules, keys = question["modules"], question["keys"]
+    modules = question["modules"]
+    keys = question["keys"]
     target = target_rule(question)
     targets = [target(module) for module in modules]
     patterns = {}
     for field in ("rank_pattern", "alpha_pattern"):
         patterns[field] = [compiled(field, key, rf"(.*\.)?({key})$").match for key in question[field]]
-    ranks = [next((i for i, m in enumerate(patterns["rank_pattern"]) if m(module)), None) for module in modules]
-    parts = [f"{name}." for name in question["modules_to_save"]]
+    saved = [f"{name}." for name in question["modules_to_save"]]
     return {
         "targets": targets,
-        "ranks": ranks,
-        "saved": [any(part in key for part in parts) for key in keys],
+        "ranks": [first_match(patterns["rank_pattern"], module) for module in modules],
+        "saved": [any(name in key for name in saved) for key in keys],
         "unmet": {
             "target_modules": unmet_targets(question, modules),
             "layers_to_transform": unmet_layers(question, modules, targets),
-            "modules_to_save": [part[:-1] for part in parts if not any(part in key for key in keys)],
+            "modules_to_save": [name[:-1] for name in saved if not any(name in key for key in keys)],
         },
     }
+
+
+def first_match(rules, module):
+    """The index of the first rule that matches, or None."""
+    return next((index for index, rule in enumerate(rules) if rule(module)), None)
 
 
 def target_rule(question):
@@ -95,14 +115,15 @@ def target_rule(question):
     saved = [
         compiled("modules_to_save", name, rf"(^|.*\.){name}($|\..*)").match for name in question["modules_to_save"]
     ]
-    wanted, parameters = question["target_modules"], question["target_parameters"]
+    wanted = question["target_modules"]
     targeted = name_rule("target_modules", wanted)
-    owners = tuple(f".{name}".rpartition(".")[0] for name in parameters)
-    whole = frozenset(wanted if isinstance(wanted, list) else ())  # of a whole name PEFT does not ask for the layer
+    owners = tuple(f".{name}".rpartition(".")[0] for name in question["target_parameters"])
+    whole = frozenset(wanted if isinstance(wanted, list) else ())  # for these PEFT ignores the layer
     layer = layer_rule(question["layers_pattern"])
     layers = question["layers_to_transform"]
-    layers = [layers] if isinstance(layers, int) else layers
-    if isinstance(wanted, str):  # nor with a regex
+    if isinstance(layers, int):
+        layers = [layers]
+    if isinstance(wanted, str):  # with a regex PEFT ignores the layer too
         layers = None
 
     def target(module):
@@ -124,7 +145,7 @@ def target_rule(question):
 
 
 def name_rule(field, wanted):
-    """Whether a name is one of these or ends with one; a string is a regex."""
+    """A function of a name: is it one of these, or does it end with one? A string is a regex."""
     if wanted is None:
         return lambda module: False
     if isinstance(wanted, list):
@@ -136,14 +157,14 @@ def name_rule(field, wanted):
 
 
 def layer_rule(layers_pattern):
-    """The index of the layer that a name is of, or None."""
-    patterns = listed(layers_pattern)
-    wholes = {pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns} or {"": LAYER}
+    """A function of a name: the index of its layer, or None."""
+    wholes = {pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in as_list(layers_pattern)}
+    wholes = wholes or {"": LAYER}
     rules = [compiled("layers_pattern", pattern, whole).match for pattern, whole in wholes.items()]
 
     def layer(module):
-        found = next(filter(None, (rule(module) for rule in rules)), None)
-        index = found and found.groupdict().get("idx")
+        matched = next(filter(None, (rule(module) for rule in rules)), None)
+        index = matched and matched.groupdict().get("idx")
         return None if index is None else int(index)
 
     return layer
@@ -159,12 +180,13 @@ def unmet_targets(question, modules):
 
 
 def unmet_layers(question, modules, targets):
-    """The layers of layers_to_transform that no targeted module is of."""
+    """The layers of layers_to_transform in which no module is targeted."""
     layers = question["layers_to_transform"]
     if not isinstance(layers, list):
         return []
     layer = layer_rule(question["layers_pattern"])
-    met = {layer(module) for module, by in zip(modules, targets, strict=True) if by == "module"}
+    pairs = zip(modules, targets, strict=True)
+    met = {layer(module) for module, target in pairs if target == "module"}
     return [index for index in layers if index not in met]
 
 
@@ -172,10 +194,10 @@ def main():
     warnings.simplefilter("ignore")  # of re
     question = json.load(sys.stdin)
     try:
-        said = answer(question)
+        result = answer(question)
     except ValueError as error:
-        said = {"error": str(error)}
-    json.dump(said, sys.stdout)
+        result = {"error": str(error)}
+    json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":

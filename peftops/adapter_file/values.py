@@ -1,36 +1,51 @@
-"""What the numbers in an adapter's safetensors file are: whether one is NaN or infinite, and whether all are zero."""
+"""Which tensors of an adapter's safetensors file hold NaN or infinity, and which are all zero."""
 
 import errno
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy
 
 CHUNK = 1 << 22  # bytes that are in memory at a time
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # all set: infinite or NaN
+EXPONENT = {  # the bits of it; where all of them are set, the number is infinite or NaN
+    "F64": 0x7FF << 52,
+    "F32": 0xFF << 23,
+    "F16": 0x1F << 10,
+    "BF16": 0xFF << 7,
+}
 
 
-def look(path, tensors):
-    """Sets .finite and .zero of the tensors, in the order of the file, whose dtype is in BYTES."""
+def look_at_values(path: Path, tensors: Iterable) -> None:
+    """Sets .finite and .zero of each tensor (a Stored) whose dtype is in BYTES.
+
+    Args:
+        path: the safetensors file.
+        tensors: in the order of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         pieces = Pieces(file.fileno())
         for stored in tensors:
             if stored.dtype in BYTES:
-                look_at(file, stored, pieces, buffer)
+                look_at_tensor(file, stored, pieces, buffer)
 
 
-def look_at(file, stored, pieces, buffer):
-    kind = numpy.dtype(f"<u{BYTES[stored.dtype]}")
-    mask = kind.type(EXPONENT[stored.dtype])
+def look_at_tensor(file, stored, pieces, buffer):
+    dtype = numpy.dtype(f"<u{BYTES[stored.dtype]}")
+    mask = dtype.type(EXPONENT[stored.dtype])
     stored.finite = True
     stored.zero = stored.bytes > 0
     for start, stop in pieces.of(stored):
-        part = buffer[: stop - start]
+        piece = buffer[: stop - start]
         file.seek(start)
-        if file.readinto(part) != len(part):
+        if file.readinto(piece) != len(piece):
             raise OSError(errno.EIO, "the file became shorter while it was read")
-        entries = numpy.frombuffer(part, kind)
+        entries = numpy.frombuffer(piece, dtype)
         if (entries & mask == mask).any():
             stored.finite = False
             stored.zero = False
@@ -40,7 +55,7 @@ def look_at(file, stored, pieces, buffer):
 
 
 class Pieces:
-    """What to read of a file. The holes of a sparse file are left out: they are zero, however large they are."""
+    """What to read of a file. It skips the holes of a sparse file: they are zero, however large."""
 
     def __init__(self, handle):
         self.handle = handle
@@ -54,7 +69,7 @@ class Pieces:
         stop = stored.start + stored.bytes
         while position < stop:
             if not self.data <= position < self.end:
-                self.find(position)
+                self.find_data(position)
             hole = (self.data - position) // size * size  # whole entries of it
             if hole > 0:
                 position += hole
@@ -64,10 +79,14 @@ class Pieces:
             yield position, end
             position = end
 
-    def find(self, position):
-        """Sets data and end: of the first data at position or later. Where no file system tells, all is data."""
+    def find_data(self, position):
+        """Sets data and end to those of the first data at position or later.
+
+        All is data where the file system does not tell.
+        """
         forever = 1 << 63
-        self.data, self.end = position, forever
+        self.data = position
+        self.end = forever
         if not hasattr(os, "SEEK_DATA"):
             return
         try:

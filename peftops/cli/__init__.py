@@ -1,4 +1,4 @@
-"""The commands: each file is one, with a main(argv) that returns the exit code. Heavy imports wait inside functions."""
+"""The commands. The main(argv) of a file returns the exit code. Heavy imports are inside functions."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from .._errors import sentence  # noqa: F401  the commands take it from here
+from .._errors import sentence  # noqa: F401  commands and bench import it from here
 
 
 class BadInput(Exception):
@@ -17,7 +17,11 @@ class BadInput(Exception):
 
 @contextmanager
 def refusing(show=str):
-    """Turns a ValueError, which library code raises for the user, into BadInput. show(text) is what is said."""
+    """Turns a ValueError into BadInput. Wrap the one call of library code whose errors are for the user.
+
+    Args:
+        show: makes what the user reads of the error's text.
+    """
     try:
         yield
     except ValueError as error:
@@ -121,6 +125,11 @@ def folder(text):
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
+
+
+def escaped(text):
+    """The text with escapes for line breaks and for what moves the cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def positive(text):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import adapter_file
 from ..adapter_file import listed
-from . import Parser, need, refusing, sentence
+from . import Parser, escaped, need, refusing, sentence
 
 SHOWN = 8  # of what is broken
 WIDEST = 400  # characters of a row
@@ -29,10 +29,11 @@ LACKED = {
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA",
 }
-VARIANTS = *UNREAD, "velora_config"  # which have lora_ tensors of their own
+VARIANTS = *UNREAD, "velora_config"  # they have lora_ tensors of their own
 DELTA = ".token_adapter.trainable_tokens_delta"
-HEADS = "classifier", "score"  # which PEFT adds to modules_to_save, whichever the model has
-VLLM_RANKS, VLLM_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16  # what --max-lora-rank may be, and is
+HEADS = "classifier", "score"  # PEFT adds both to modules_to_save, whichever the model has
+VLLM_RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # what --max-lora-rank may be
+VLLM_RANK = 16  # what it is by default
 VLLM_SAVES = "classifier", "score"
 
 
@@ -51,24 +52,25 @@ def main(argv=None):
         need("peft")
     need("safetensors")
     with refusing(printable):
-        found = adapter_file.load(o.adapter)
-    rows = report(found, [o.target] if o.target else TARGETS)
-    print(printable(str(found)))
+        adapter = adapter_file.load(o.adapter)
+    rows = report(adapter, [o.target] if o.target else list(TARGETS))
+    print(printable(str(adapter)))
     for target, verdict, text in rows:
         print(printable(f"{target:7} {verdict:8} {text}".rstrip()))
     return int(any(verdict in BAD for _, verdict, _ in rows))
 
 
-def report(found, targets):
-    """(who, verdict, text) of each finding."""
-    findings = list(adapter_file.faults(found))
+def report(adapter, targets):
+    """(target, verdict, text) of each finding; "files" are the target of what is wrong for all."""
+    findings = list(adapter_file.faults(adapter))
     broken = [("files", *finding) for finding in findings if finding[0] == "broken"]
     notes = [("files", *finding) for finding in findings if finding[0] != "broken"]
     if len(broken) > SHOWN:
-        broken[SHOWN:] = [("files", "broken", f"and {len(broken) - SHOWN} more")]
+        more = len(broken) - SHOWN
+        broken[SHOWN:] = [("files", "broken", f"and {more} more")]
     rows = broken + notes
     for target in targets:
-        findings = list(TARGETS[target](found))
+        findings = list(TARGETS[target](adapter))
         if not any(verdict in BAD for verdict, _ in findings):
             findings.insert(0, ("ok", ""))
         rows += [(target, *finding) for finding in findings]
@@ -76,27 +78,27 @@ def report(found, targets):
 
 
 def printable(text):
-    """One line that every terminal shows as it is: a key or a path may hold control characters, or be very long."""
+    """One line that every terminal shows. A key or a path may hold control characters, or be very long."""
     encoding = sys.stdout.encoding or "utf-8"
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shortened(text))
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+    return escaped(shortened(text)).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def shortened(text):
+    """Both ends of a long text."""
     half = WIDEST // 2
     return text if len(text) <= WIDEST else f"{text[:half]} ... {text[-half:]}"
 
 
-def for_peft(found):
-    """Which tensors loading misses or skips, and what the config class of the installed PEFT says."""
-    if found.is_lora:
-        yield from not_loaded(found)
-        yield from trained_tokens(found)
-    yield from modules_to_save(found)
+def for_peft(adapter):
+    """Which tensors PEFT misses or skips, and what the installed PEFT says of the config."""
+    if adapter.is_lora:
+        yield from not_loaded(adapter)
+        yield from trained_tokens(adapter)
+    yield from modules_to_save(adapter)
     if find_spec("peft") is None:
         yield "note", "PEFT is not installed, so the config was not compared with its fields"
     else:
-        yield from as_config(found.config)
+        yield from as_config(adapter.config)
 
 
 def as_config(config):
@@ -105,17 +107,17 @@ def as_config(config):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     here = version("peft")
-    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
-    if made is None:
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
+    if config_class is None:
         yield "refused", f"peft_type {config['peft_type']}: unknown to PEFT {here}"
         return
-    known = {field.name for field in dataclasses.fields(made)}
+    known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(name for name, value in config.items() if name not in known and value):
         yield "dropped", f"{listed(unknown)}: unknown to PEFT {here}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made(**{name: value for name, value in config.items() if name in known})
+            config_class(**{name: value for name, value in config.items() if name in known})
             newer = Version(config.get("peft_version") or "0") > Version(here)
     except Exception as error:  # each field has checks of its own
         yield "refused", sentence(error)
@@ -124,38 +126,47 @@ def as_config(config):
         yield "note", f"PEFT {config['peft_version']} saved it, and PEFT {here} is installed"
 
 
-def not_loaded(found):
-    """The tensors of which PEFT, which looks each module and key up by its name, would load none."""
-    wrapped = {key for keys in found.wrapped.values() for key in keys}
-    lora = [stored.key for parts in found.modules.values() for stored in parts.values()]
+def not_loaded(adapter):
+    """The tensors that PEFT would not load: it looks each module and key up by its name."""
+    wrapped = {key for keys in adapter.wrapped.values() for key in keys}
+    lora = [stored.key for tensors in adapter.modules.values() for stored in tensors.values()]
     if bare := [key for key in lora if not key.startswith(adapter_file.PREFIX) and key not in wrapped]:
         yield "dropped", f"{listed(bare)}: the keys that PEFT loads begin with {adapter_file.PREFIX}"
-    if twice := [module for module in found.modules if module.startswith(adapter_file.PREFIX)]:
+    if twice := [module for module in adapter.modules if module.startswith(adapter_file.PREFIX)]:
         yield "dropped", f"{listed(twice)}: {adapter_file.PREFIX} is there twice"
-    if strangers := [key for key, name in found.named.items() if name != "default"]:
+    if strangers := [key for key, name in adapter.named.items() if name != "default"]:
         yield "dropped", f"{listed(strangers)}: the name of an adapter is in the keys"
-    elif found.named:
-        yield "note", f"{listed(list(found.named))}: PEFT loads such keys under the name default alone"
+    elif adapter.named:
+        yield "note", f"{listed(list(adapter.named))}: PEFT loads such keys under the name default alone"
+    yield from untargeted(adapter)
+    yield from unexpected(adapter)
+
+
+def untargeted(adapter):
+    """Where the names in the config and those of the tensors do not match."""
     left_out = {}
-    for module, by in found.targets.items():
-        if by not in ("module", "parameter") and not tied(module, found.config):
-            left_out.setdefault(by, []).append(module)
+    for module, target in adapter.targets.items():
+        if target not in ("module", "parameter") and not may_be_tied(module, adapter.config):
+            left_out.setdefault(target, []).append(module)
     for name, modules in left_out.items():
         yield "dropped", f"{listed(modules)}: not of the modules that {name} in {adapter_file.CONFIG} asks for"
     for name in ("target_modules", "layers_to_transform"):
-        if unmet := found.unmet[name]:
+        if unmet := adapter.unmet[name]:
             yield "note", f"{name}: no tensor is of {listed(list(map(str, unmet)))}, which the base model may lack"
-    strange = [key for key in found.others if key not in found.named and not expected(key, found)]
-    base = [key for key in strange if of_base(key)]
+
+
+def unexpected(adapter):
+    """The tensors that PEFT does not save with LoRA layers."""
+    strange = [key for key in adapter.others if key not in adapter.named and not expected(key, adapter)]
     if lost := [key for key in strange if not of_base(key)]:
         yield "dropped", f"{listed(lost)}: no part of a LoRA adapter"
-    if base:
+    if base := [key for key in strange if of_base(key)]:
         yield "note", f"{listed(base)}: no part of a LoRA adapter; it replaces the weight of a base model that has it"
 
 
-def tied(module, config):
-    """Whether PEFT may have adapted it as the like of another, by ensure_weight_tying: it is outside of all layers."""
-    return config.get("ensure_weight_tying") and not any(part.isdigit() for part in module.split("."))
+def may_be_tied(module, config):
+    """Whether PEFT may have adapted it because it is tied to another: it is outside of all layers."""
+    return config.get("ensure_weight_tying") and not any(name.isdigit() for name in module.split("."))
 
 
 def of_base(key):
@@ -163,22 +174,24 @@ def of_base(key):
     return key.startswith(adapter_file.PREFIX) and ".lora_" not in key and key.endswith((".weight", ".bias"))
 
 
-def expected(key, found):
+def expected(key, adapter):
     """Whether PEFT saves such a key beside those of LoRA layers."""
     if not key.startswith(adapter_file.PREFIX):
         return False
-    variant = ".lora_" in key and any(found.config.get(name) for name in VARIANTS)
-    bias = key.endswith(".bias") and found.config["bias"] != "none"
+    variant = ".lora_" in key and any(adapter.config.get(name) for name in VARIANTS)
+    bias = key.endswith(".bias") and adapter.config["bias"] != "none"
     resized = key.endswith((".embed_tokens.weight", ".lm_head.weight"))
-    beneath = key.endswith(".base_layer.weight") and adapter_file.plain(key).removesuffix(".base_layer.weight")
-    return key in found.saved or key.endswith(DELTA) or variant or bias or resized or beneath in found.modules
+    adapted = adapter_file.without_prefix(key).removesuffix(".base_layer.weight")
+    base = key.endswith(".base_layer.weight") and adapted in adapter.modules
+    return key in adapter.saved or key.endswith(DELTA) or variant or bias or resized or base
 
 
-def trained_tokens(found):
+def trained_tokens(adapter):
     """Whether the tensors of trainable_token_indices are there, with a row for each index."""
-    wanted = found.config.get("trainable_token_indices") or []
-    rows = {len(indices) for indices in (wanted.values() if isinstance(wanted, dict) else [wanted])}
-    deltas = [stored for key, stored in found.tensors.items() if key.endswith(DELTA)]
+    wanted = adapter.config.get("trainable_token_indices") or []
+    lists = wanted.values() if isinstance(wanted, dict) else [wanted]
+    rows = {len(indices) for indices in lists}
+    deltas = [stored for key, stored in adapter.tensors.items() if key.endswith(DELTA)]
     if not wanted and not deltas:
         return
     if not wanted:
@@ -189,21 +202,21 @@ def trained_tokens(found):
         yield "refused", f"{wrong[0].key} is {wrong[0].shape}: trainable_token_indices has another number of rows"
 
 
-def modules_to_save(found):
-    """Which of modules_to_save have no tensor: PEFT refuses where the base model has such a module."""
-    missing = found.unmet["modules_to_save"]
-    if missing and not found.saved:
+def modules_to_save(adapter):
+    """Which of modules_to_save have no tensor. PEFT refuses where the base model has such a module."""
+    missing = adapter.unmet["modules_to_save"]
+    if missing and not adapter.saved:
         yield "refused", f"modules_to_save: no tensor is of {listed(missing)}"
         return
-    heads = HEADS if found.config.get("task_type") else ()
+    heads = HEADS if adapter.config.get("task_type") else ()
     if unsaved := [name for name in missing if name not in heads]:
         yield "note", f"modules_to_save: no tensor is of {listed(unsaved)}, which the base model may lack"
 
 
-def for_vllm(found):
+def for_vllm(adapter):
     """vLLM 0.33.0 (config/lora.py, lora/peft_helper.py, lora/lora_model.py, lora/utils.py)."""
-    config = found.config
-    if not found.is_lora:
+    config = adapter.config
+    if not adapter.is_lora:
         yield "refused", f"peft_type {config['peft_type']}: vLLM serves LoRA alone"
         return
     yield from foreign(config, "vLLM", "refused")
@@ -214,26 +227,27 @@ def for_vllm(found):
         yield "refused", f"bias {config['bias']!r}: vLLM takes no biases"
     if others := [name for name in config["modules_to_save"] if name not in VLLM_SAVES]:
         yield "refused", f"modules_to_save: vLLM takes {' and '.join(VLLM_SAVES)} alone, not {listed(others)}"
-    allowed = tuple(f".{name}.{part}" for name in VLLM_SAVES for part in ("weight", "bias"))
-    if strange := [key for key in found.others if not key.endswith((*BASE_EMBEDDINGS, *allowed))]:
+    allowed = tuple(f".{name}.{tensor}" for name in VLLM_SAVES for tensor in ("weight", "bias"))
+    if strange := [key for key in adapter.others if not key.endswith((*BASE_EMBEDDINGS, *allowed))]:
         yield "refused", f"{listed(strange)}: no LoRA weight to vLLM"
-    if found.rank > VLLM_RANKS[-1]:
-        yield "refused", f"rank {found.rank}: vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}"
-    elif found.rank > VLLM_RANK:
-        yield "note", f"rank {found.rank}: needs --max-lora-rank {min(r for r in VLLM_RANKS if r >= found.rank)}"
+    if adapter.rank > VLLM_RANKS[-1]:
+        yield "refused", f"rank {adapter.rank}: vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}"
+    elif adapter.rank > VLLM_RANK:
+        least = min(rank for rank in VLLM_RANKS if rank >= adapter.rank)
+        yield "note", f"rank {adapter.rank}: needs --max-lora-rank {least}"
     names = {name.rpartition(".")[2] for name in config["target_parameters"]}
     if names - {"gate_up_proj", "down_proj"} or names == {"gate_up_proj"}:
         yield "refused", "target_parameters: vLLM takes down_proj of experts, with or without gate_up_proj, alone"
     elif names:
         yield "note", "target_parameters: served where vLLM's model stacks its experts, and dropped elsewhere"
-    if any(".lora_embedding_" in key for key in found.tensors):
+    if any(".lora_embedding_" in key for key in adapter.tensors):
         yield "note", "embeddings: served where vLLM's model allows them and has the same vocabulary"
 
 
-def for_sglang(found):
+def for_sglang(adapter):
     """SGLang 0.5.23 (srt/lora/lora_config.py, lora.py, lora_manager.py, mem_pool.py, utils.py)."""
-    config = found.config
-    if not found.is_lora:
+    config = adapter.config
+    if not adapter.is_lora:
         yield "refused", f"peft_type {config['peft_type']}: SGLang serves LoRA alone"
         return
     yield from foreign(config, "SGLang", "dropped")
@@ -251,23 +265,23 @@ def for_sglang(found):
     if config["target_parameters"]:
         yield "refused", "target_parameters: SGLang has no such layers of experts"
     attention = {}
-    for owner, _, name in (module.rpartition(".") for module in found.modules):
+    for owner, _, name in (module.rpartition(".") for module in adapter.modules):
         if name in ("q_proj", "k_proj", "v_proj"):
             attention.setdefault(owner, set()).add(name)
     if alone := [owner for owner, names in attention.items() if not names >= {"q_proj", "v_proj"}]:
         yield "refused", f"{listed(alone)}: SGLang wants q_proj and v_proj together"
-    layers = [key for key in found.others if re.search(r"\.layers\.\d+\.", key)]
-    layers += [key for key in found.tensors if key.endswith(".lora_B.bias")]
+    layers = [key for key in adapter.others if re.search(r"\.layers\.\d+\.", key)]
+    layers += [key for key in adapter.tensors if key.endswith(".lora_B.bias")]
     if layers:
         yield "refused", f"{listed(layers)}: SGLang takes what is not lora_A for lora_B"
-    if outside := [key for key in found.others if key not in layers]:
+    if outside := [key for key in adapter.others if key not in layers]:
         yield "dropped", f"{listed(outside)}: SGLang keeps the base model's"
-    if (found.folder / "added_tokens.json").exists():
+    if (adapter.folder / "added_tokens.json").exists():
         yield "note", "added_tokens.json: SGLang refuses tokens that the base model's vocabulary has not"
 
 
 def foreign(config, server, verdict):
-    """What neither server computes, though not each says so."""
+    """What neither server computes. Not each of them says so."""
     for name, what in (LACKED | UNREAD).items():
         if config.get(name):
             yield verdict if name in LACKED else "dropped", f"{name}: {server} has no {what}"
