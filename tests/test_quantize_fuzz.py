@@ -259,16 +259,14 @@ HELD = {"unfinished.json", "unfinished.files"}
 
 
 class Steps:
-    """Counts lines of the command, and dies at one; a save of safetensors has a step in its middle.
-
-    kinds: for each step where it is: "quantize", "output", or "save".
-    """
+    """Counts lines of the command, and dies at one; a save of safetensors has a step in its middle."""
 
     def __init__(self, last=None):
-        from peftops.cli import output, quantize
+        from peftops.cli import quantize
+        from peftops.integrations.transformers_files import output
 
         self.watched = {output.__file__: "output", quantize.__file__: "quantize"}
-        self.kinds = []
+        self.kinds = []  # for each step where it is: "quantize", "output", or "save"
         self.last = last
         self.save = safetensors.save_file
 
@@ -308,7 +306,7 @@ def in_fork(model, out, last=None, kinds=None):
 
 def prepared(model):
     """What every fork would do again: imports, and reading the headers."""
-    from peftops.cli import checkpoint
+    from peftops.integrations.transformers_files import checkpoint
 
     torch.set_num_threads(1)
     read = checkpoint.load(model)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .._errors import sentence  # noqa: F401  commands and bench import it from here
 
+SHOWN = 1000  # characters of a message
+
 
 class BadInput(Exception):
     """One sentence for the user; the command ends with exit code 2."""
@@ -130,6 +132,11 @@ def folder(text):
 def escaped(text):
     """The text with escapes for line breaks and for what moves the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text):
+    """Text of somebody else as a message can show it: short, and no character moves the cursor."""
+    return escaped(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
 
 
 def positive(text):

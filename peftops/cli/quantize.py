@@ -8,8 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
-from . import BadInput, Parser, find_device, need, output, sentence
-from .model_folder import beside_weights, one_line
+from . import BadInput, Parser, find_device, need, one_line, refusing, sentence
 
 PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # a name is text to rich, whatever it holds
 
@@ -37,17 +36,19 @@ def run(o):
     from rich.console import Console
     from safetensors import SafetensorError
 
+    from ..integrations.transformers_files import checkpoint, output
     from ..ops.nf4_state import BLOCKS
-    from . import checkpoint
 
     if o.blocksize not in BLOCKS:
         raise BadInput(f"--blocksize must be one of {', '.join(map(str, BLOCKS))}, got {o.blocksize}")
     device = find_device(o.device)
     o.model, o.out = o.model.resolve(), o.out.resolve()
     refuse_nested(o)
-    model = checkpoint.load(o.model)
+    with refusing():
+        model = checkpoint.load(o.model)
     origin = describe(o, model, device)
-    output.begin(o.out, origin)
+    with refusing():
+        output.begin(o.out, origin)
     console = Console()
     try:
         worst, total = make_shards(o, model, device, console)
@@ -128,6 +129,7 @@ def write_shard(o, model, name, device, tick):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    from ..integrations.transformers_files import output
     from ..ops.nf4 import NF4Weight
 
     with safe_open(o.model / name, framework="pt") as source:
@@ -174,8 +176,8 @@ def measure(o, model, name, device):
     """({weight: ‖W − Ŵ‖ ÷ ‖W‖}, {key: bytes}) of a shard on disk, or None where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
+    from ..integrations.transformers_files.checkpoint import state_parts
     from ..ops.nf4 import NF4Weight
-    from .checkpoint import state_parts
 
     if not (o.out / name).is_file():
         return None
@@ -225,7 +227,9 @@ def finish(o, model, totals):
     """
     import transformers
 
-    from .checkpoint import CONFIG, INDEX
+    from ..integrations.transformers_files import output
+    from ..integrations.transformers_files.checkpoint import CONFIG, INDEX
+    from ..integrations.transformers_files.folder import beside_weights
 
     total, weight_map = totals
     files, links = beside_weights(o.model)
@@ -253,6 +257,8 @@ def finish(o, model, totals):
 
 
 def put_json(out, name, value):
+    from ..integrations.transformers_files import output
+
     output.put(out, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from . import BadInput, sentence
-from .model_folder import exists, inside, is_plain, read_json, refuse_counts
+from ..._errors import sentence
+from .folder import exists, inside, is_plain, read_json, refuse_counts
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,22 +45,22 @@ class Checkpoint:
 
 
 def load(folder):
-    """The Checkpoint of a folder, or BadInput: whatever is wrong with it is said before anything is written."""
+    """The Checkpoint of a folder, or ValueError: whatever is wrong with it is said before anything is written."""
     if not folder.is_dir():
-        raise BadInput(f"there is no folder {folder}")
+        raise ValueError(f"there is no folder {folder}")
     if not exists(folder / CONFIG):
-        raise BadInput(f"{folder} holds no model: there is no {CONFIG}")
+        raise ValueError(f"{folder} holds no model: there is no {CONFIG}")
     config = read_config(folder)
     index = None
     if not exists(folder / SINGLE):
         if not exists(folder / INDEX):
-            raise BadInput(f"{folder} has no weights in safetensors: neither {SINGLE} nor {INDEX}")
+            raise ValueError(f"{folder} has no weights in safetensors: neither {SINGLE} nor {INDEX}")
         index = read_index(folder)
     headers = {name: header(inside(folder, name)) for name in shard_names(folder, index)}
     if index:
         for key, name in index["weight_map"].items():
             if key not in headers[name]:
-                raise BadInput(f"{folder / name} lacks {key}, which {INDEX} says it holds")
+                raise ValueError(f"{folder / name} lacks {key}, which {INDEX} says it holds")
     tensors = {key: value for keys in headers.values() for key, value in keys.items()}
     last = {key: name for name, keys in headers.items() for key in keys}  # loading takes the last of equal keys
     shards = {name: [key for key in keys if last[key] == name] for name, keys in headers.items()}
@@ -75,10 +75,10 @@ def read_config(folder):
     config = read_json(path)
     nested = [value for value in config.values() if isinstance(value, dict)]
     if any(part.get(name) for part in [config, *nested] for name in ("quantization_config", "compression_config")):
-        raise BadInput(f"{folder} is already quantized: {CONFIG} has a quantization_config")
+        raise ValueError(f"{folder} is already quantized: {CONFIG} has a quantization_config")
     refuse_counts(path, config)
     if config.get("configuration_files"):
-        raise BadInput(f"cannot read {path}: it names configuration_files in its place")
+        raise ValueError(f"cannot read {path}: it names configuration_files in its place")
     return config
 
 
@@ -87,10 +87,10 @@ def read_index(folder):
     index = read_json(path)
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise BadInput(f"cannot read {path}: weight_map must name the file of each tensor")
+        raise ValueError(f"cannot read {path}: weight_map must name the file of each tensor")
     metadata = index.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
-        raise BadInput(f"cannot read {path}: metadata must be a JSON object")
+        raise ValueError(f"cannot read {path}: metadata must be a JSON object")
     return index
 
 
@@ -100,14 +100,14 @@ def shard_names(folder, index):
     names = sorted(set(index["weight_map"].values()))
     for name in names:
         if not is_plain(name) or not name.endswith(".safetensors"):
-            raise BadInput(f"{folder / INDEX} must name safetensors files beside it, got {name!r}")
+            raise ValueError(f"{folder / INDEX} must name safetensors files beside it, got {name!r}")
         if not exists(folder / name):
-            raise BadInput(f"{folder} lacks the shard {name}")
+            raise ValueError(f"{folder} lacks the shard {name}")
     return names
 
 
 def header(path):
-    """{key: (dtype, shape)} of a file that is whole, or BadInput."""
+    """{key: (dtype, shape)} of a file that is whole, or ValueError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -115,10 +115,10 @@ def header(path):
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot read the shard {path}: {sentence(error)}") from None
+        raise ValueError(f"cannot read the shard {path}: {sentence(error)}") from None
     for key, (dtype, _) in tensors.items():
         if dtype in UNREADABLE:
-            raise BadInput(f"cannot read the shard {path}: {key} is {dtype}, which torch does not have")
+            raise ValueError(f"cannot read the shard {path}: {key} is {dtype}, which torch does not have")
     return tensors
 
 
@@ -131,7 +131,7 @@ def meta_model(folder, tensors):
         from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
         from transformers.modeling_utils import local_torch_dtype
     except ImportError:
-        raise BadInput(f"transformers must be 5.0 or newer, got {transformers.__version__}") from None
+        raise ValueError(f"transformers must be 5.0 or newer, got {transformers.__version__}") from None
     most = PARAMETERS + PARAMETERS_PER_TENSOR * len(tensors)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -147,7 +147,7 @@ def meta_model(folder, tensors):
             warnings.simplefilter("ignore")
             model = make(config)
     except Exception as error:  # a model's own code may raise anything
-        raise BadInput(f"transformers cannot make the model of {folder}: {sentence(error)}") from None
+        raise ValueError(f"transformers cannot make the model of {folder}: {sentence(error)}") from None
     return model, dtype
 
 
@@ -202,17 +202,17 @@ def plan(checkpoint, model, tensors):
         if parameter not in wanted:
             continue
         if parameter in loaded:
-            raise BadInput(f"{checkpoint.folder} holds {parameter} twice: as {loaded[parameter]} and as {key}")
+            raise ValueError(f"{checkpoint.folder} holds {parameter} twice: as {loaded[parameter]} and as {key}")
         if dtype not in FLOATS:
-            raise BadInput(f"{checkpoint.folder} is already quantized: {key} is {dtype}")
+            raise ValueError(f"{checkpoint.folder} is already quantized: {key} is {dtype}")
         if shape != tuple(parameters[parameter].shape) or 0 in shape:
-            raise BadInput(f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}")
+            raise ValueError(f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}")
         loaded[parameter] = key
         checkpoint.linear[key] = wanted[parameter]
     checkpoint.kept = sorted(name.removesuffix(".weight") for name in wanted.keys() - loaded.keys())
     refuse_packed(checkpoint, tensors)
     if not checkpoint.linear:
-        raise BadInput(f"{checkpoint.folder} has no linear layers that bitsandbytes would quantize")
+        raise ValueError(f"{checkpoint.folder} has no linear layers that bitsandbytes would quantize")
     if checkpoint.kept:
         checkpoint.skipped = sorted({*left, *checkpoint.kept})
 
@@ -220,8 +220,8 @@ def plan(checkpoint, model, tensors):
 @cache
 def state_parts():
     """The endings of the keys that stand beside a weight in 4 bits, in any of bitsandbytes' formats."""
-    from ..ops.nf4 import NF4Weight
-    from ..ops.nf4_tables import FOUR_BITS
+    from ...ops.nf4 import NF4Weight
+    from ...ops.nf4_tables import FOUR_BITS
 
     w = torch.zeros(64)
     states = [NF4Weight.quantize(w, 64, double, name).state_dict("") for double in (False, True) for name in FOUR_BITS]
@@ -229,20 +229,20 @@ def state_parts():
 
 
 def refuse_state(folder, keys, parameters):
-    """BadInput where a key would be read as a part of a weight in 4 bits: it would take the place of ours."""
+    """ValueError where a key would be read as a part of a weight in 4 bits: it would take the place of ours."""
     parts = re.compile(f"(?:{'|'.join(map(re.escape, state_parts()))})(?!\\w)")
     stray = sorted(key for key in keys if key not in parameters and parts.search(key))
     if stray:
-        raise BadInput(f"{folder} is already quantized, or was in part: it holds {some(stray)}")
+        raise ValueError(f"{folder} is already quantized, or was in part: it holds {some(stray)}")
 
 
 def refuse_packed(checkpoint, keys):
-    """BadInput where a layer has tensors of another quantizer in the place of its weight."""
+    """ValueError where a layer has tensors of another quantizer in the place of its weight."""
     lost = set(checkpoint.kept)
     ours = {"weight", "bias"}
     packed = [key for key in keys if key.rpartition(".")[0] in lost and key.rpartition(".")[2] not in ours]
     if packed:
-        raise BadInput(f"{checkpoint.folder} is already quantized: it holds {some(sorted(packed))} and no weight")
+        raise ValueError(f"{checkpoint.folder} is already quantized: it holds {some(sorted(packed))} and no weight")
 
 
 def some(keys):

@@ -4,8 +4,6 @@ import json
 import re
 from pathlib import Path
 
-from . import BadInput
-
 TEMPLATES = "additional_chat_templates"
 WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".ot", ".tflite",
@@ -16,13 +14,6 @@ COUNTS = re.compile(
     "layer|expert|head|depth|blocks|stage|group|label"
 )  # numbers of things that a model makes one by one
 MANY = 1_000_000
-SHOWN = 1000  # characters of a message
-
-
-def one_line(text):
-    """Text of somebody else as a message can show it: short, and no character moves the cursor."""
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:SHOWN])
-    return printable + ("…" if len(text) > SHOWN else "")
 
 
 def roots(folder):
@@ -46,28 +37,28 @@ def exists(path):
 
 
 def inside(folder, name):
-    """The file of that name, or BadInput where it is a link that leads out of the folder."""
+    """The file of that name, or ValueError where it is a link that leads out of the folder."""
     path = folder / name
     if not lies_in(path, roots(folder)):
-        raise BadInput(f"{path} is a link out of MODEL, which is not followed")
+        raise ValueError(f"{path} is a link out of MODEL, which is not followed")
     return path
 
 
 def read_json(path):
-    """The object in a file, or BadInput."""
+    """The object in a file, or ValueError."""
     try:
         size = path.stat().st_size
-        if size > SMALL:
-            raise BadInput(f"cannot read {path}: it has {size:,} bytes, and may have {SMALL:,}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= SMALL else None
     except RecursionError:
-        raise BadInput(f"cannot read {path}: it is nested more than {DEPTH} deep") from None
+        raise ValueError(f"cannot read {path}: it is nested more than {DEPTH} deep") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if size > SMALL:
+        raise ValueError(f"cannot read {path}: it has {size:,} bytes, and may have {SMALL:,}")
     if not isinstance(value, dict):
-        raise BadInput(f"cannot read {path}: it must hold a JSON object")
+        raise ValueError(f"cannot read {path}: it must hold a JSON object")
     if deeper_than(value, DEPTH):
-        raise BadInput(f"cannot read {path}: it is nested more than {DEPTH} deep")
+        raise ValueError(f"cannot read {path}: it is nested more than {DEPTH} deep")
     return value
 
 
@@ -85,7 +76,7 @@ def deeper_than(value, depth):
 
 
 def refuse_counts(path, config):
-    """BadInput where config asks for so many layers, heads or labels that making them would never end."""
+    """ValueError where config asks for so many layers, heads or labels that making them would never end."""
     waiting = [("", config)]
     while waiting:
         name, value = waiting.pop()
@@ -94,7 +85,7 @@ def refuse_counts(path, config):
         elif isinstance(value, list):
             waiting += [(name, item) for item in value]
         elif isinstance(value, int) and value > MANY and COUNTS.search(name.lower()):
-            raise BadInput(f"cannot read {path}: {name} is {value}, and may be {MANY}")
+            raise ValueError(f"cannot read {path}: {name} is {value}, and may be {MANY}")
 
 
 def beside_weights(folder):

@@ -7,30 +7,32 @@ import json
 import os
 import shutil
 
-from . import BadInput, sentence
+from ..._errors import sentence
 
 UNFINISHED = "unfinished.json"  # in OUT until all is there: what it is being made of
 BEING_WRITTEN = "unfinished.files"
 
 
 def begin(out, origin):
-    """OUT is new, or was begun with the same origin, or BadInput."""
+    """OUT is new, or was begun with the same origin, or ValueError."""
     progress = out / UNFINISHED
     try:
         if progress.is_file():
             if not holds(progress, origin):
-                raise BadInput(f"{out} was begun from another model or with other options: finish those, or remove it")
+                raise ValueError(
+                    f"{out} was begun from another model or with other options: finish those, or remove it"
+                )
             clear(out)
             return
         held = names(out) - {BEING_WRITTEN}
         if BEING_WRITTEN in names(out):
             held |= {f"{BEING_WRITTEN}/{name}" for name in names(out / BEING_WRITTEN) - {UNFINISHED}}
         if held:
-            raise BadInput(f"{out} is not empty: it holds {sorted(held)[0]}")
+            raise ValueError(f"{out} is not empty: it holds {sorted(held)[0]}")
         clear(out)
         put(out, UNFINISHED, lambda path: path.write_text(json.dumps(origin, indent=1) + "\n"))
     except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror or sentence(error)}") from None
+        raise ValueError(f"cannot write to {out}: {error.strerror or sentence(error)}") from None
 
 
 def names(folder):
