@@ -147,20 +147,20 @@ def test_layers_that_loading_makes_of_several_tensors_stay(tmp_path, capsys):
 @pytest.fixture
 def interrupted(checkpoint, tmp_path, monkeypatch):
     """OUT after the third shard, and the names of the shards that are written from then on."""
-    from peftops.cli import quantize
+    from peftops.integrations.transformers_files.shards import ShardWriter
 
-    written, write = [], quantize.write_shard
+    written, write = [], ShardWriter.write
 
-    def stop(o, model, name, *rest):
+    def stop(writer, name, advance):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(name)
-        write(o, model, name, *rest)
+        write(writer, name, advance)
 
-    monkeypatch.setattr(quantize, "write_shard", stop)
+    monkeypatch.setattr(ShardWriter, "write", stop)
     assert main(["quantize", str(checkpoint[0]), str(tmp_path / "out")]) == 130
     again = []
-    monkeypatch.setattr(quantize, "write_shard", lambda *args: (again.append(args[2]), write(*args)))
+    monkeypatch.setattr(ShardWriter, "write", lambda *args: (again.append(args[1]), write(*args)))
     return tmp_path / "out", written, again
 
 

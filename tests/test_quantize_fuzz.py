@@ -263,9 +263,9 @@ class Steps:
 
     def __init__(self, last=None):
         from peftops.cli import quantize
-        from peftops.integrations.transformers_files import output
+        from peftops.integrations.transformers_files import output, shards
 
-        self.watched = {output.__file__: "output", quantize.__file__: "quantize"}
+        self.watched = {file.__file__: "quantize" for file in (quantize, shards)} | {output.__file__: "output"}
         self.kinds = []  # for each step where it is: "quantize", "output", or "save"
         self.last = last
         self.save = safetensors.save_file

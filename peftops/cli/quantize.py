@@ -1,16 +1,17 @@
-"""peftops quantize: the linear layers of a transformers checkpoint in 4 bits, as transformers + bitsandbytes load them.
+"""peftops quantize: the linear layers of a transformers checkpoint in 4 bits, as transformers +
+bitsandbytes load them.
 
-Shard by shard, so that memory holds little more than one. Run it again after an interruption and it goes on.
+Shard by shard, so that memory holds little more than one. Run it again after an interruption and
+it goes on.
 """
 
-import json
 import math
-import shutil
+from functools import partial
 from pathlib import Path
 
 from . import BadInput, Parser, find_device, need, one_line, refusing, sentence
 
-PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # a name is text to rich, whatever it holds
+PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # rich shows names as they are
 
 
 def options(argv):
@@ -36,13 +37,14 @@ def run(o):
     from rich.console import Console
     from safetensors import SafetensorError
 
-    from ..integrations.transformers_files import checkpoint, output
+    from ..integrations.transformers_files import checkpoint, output, shards
     from ..ops.nf4_state import BLOCKS
 
     if o.blocksize not in BLOCKS:
         raise BadInput(f"--blocksize must be one of {', '.join(map(str, BLOCKS))}, got {o.blocksize}")
     device = find_device(o.device)
-    o.model, o.out = o.model.resolve(), o.out.resolve()
+    o.model = o.model.resolve()
+    o.out = o.out.resolve()
     refuse_nested(o)
     with refusing():
         model = checkpoint.load(o.model)
@@ -51,21 +53,14 @@ def run(o):
         output.begin(o.out, origin)
     console = Console()
     try:
-        worst, total = make_shards(o, model, device, console)
-        links = finish(o, model, total)
+        written = write_shards(o, model, device, console)
+        links = shards.finish(model, o.out, written, make_config(o, model))
     except BadInput:
         output.take_back(o.out, model.shards)
         raise
     except (OSError, SafetensorError) as error:
         raise BadInput(f"stopped: {sentence(error)}; run it again to go on where it stopped") from None
-    console.print(table(worst))
-    if model.kept:
-        console.print(f"{len(model.kept)} linear layers stay as they are: loading makes them of several tensors.")
-    if links:
-        console.print(one_line(f"{len(links)} links were not copied, such as {links[0].name}."), **PLAIN)
-    before, after = (sum((folder / name).stat().st_size for name in model.shards) for folder in (o.model, o.out))
-    sizes = f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%})"
-    console.print(f"{sizes} in {one_line(str(o.out))}", **PLAIN)
+    show(o, model, worst_errors(written), links, console)
     return 0
 
 
@@ -79,81 +74,58 @@ def refuse_nested(o):
 
 
 def describe(o, model, device):
-    """What the result depends on; going on with something else would mix two models."""
+    """What the result depends on. A run that went on with something else would mix two models."""
     from .. import __version__
 
-    stats = {file.name: file.stat() for file in model.files}
     return {
-        "blocksize": o.blocksize, "double_quant": not o.no_double_quant, "quant_type": o.quant_type,
-        "device": device.type, "peftops": __version__,
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-    }  # fmt: skip
+        "blocksize": o.blocksize,
+        "double_quant": not o.no_double_quant,
+        "quant_type": o.quant_type,
+        "device": device.type,
+        "peftops": __version__,
+        "files": model.stamps(),
+    }
 
 
-def make_shards(o, model, device, console):
-    """({kind of layer: (layers, worst error)}, bytes of all tensors); shards that are there already are not redone."""
+def write_shards(o, model, device, console):
+    """{name: Shard}, with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    worst, total, weight_map = {}, 0, {}
+    from ..integrations.transformers_files.checkpoint import state_endings
+    from ..integrations.transformers_files.shards import ShardWriter
+
+    description = TextColumn("{task.description}", markup=False)
+    columns = [description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    make = partial(quantize_weight, o, model)
+    measure = partial(error_of_weight, model)
+    writer = ShardWriter(model, o.out, device, model.linear, make, measure, state_endings())
+    written = {}
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("quantize", total=len(model.linear))
-        for name, keys in model.shards.items():
-            layers = sum(key in model.linear for key in keys)
+        for name in model.shards:
             progress.update(bar, description=one_line(name))
-            done = measure(o, model, name, device)
-            if done is None:
-                write_shard(o, model, name, device, lambda: progress.advance(bar))
-                done = measure(o, model, name, device)
-                if done is None:
-                    raise OSError(f"{o.out / name} does not hold what was written to it")
-            else:
-                progress.advance(bar, layers)
-            errors, sizes = done
-            total += sum(sizes.values())
-            weight_map |= dict.fromkeys(sizes, name)
-            for key, error in errors.items():
-                count, most = worst.get(kind(key), (0, 0.0))
-                worst[kind(key)] = count + 1, worse(most, error)
-    return worst, (total, weight_map)
+            written[name] = writer.ensure(name, partial(progress.advance, bar))
+    return written
 
 
-def worse(a, b):
-    """The larger of two errors; NaN is larger than any."""
-    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
-
-
-def write_shard(o, model, name, device, tick):
-    """Quantized weights are held until the file is written; all else goes from file to file."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from ..integrations.transformers_files import output
+def quantize_weight(o, model, key, w):
+    """The state of the 4-bit weight, as bitsandbytes saves it."""
     from ..ops.nf4 import NF4Weight
 
-    with safe_open(o.model / name, framework="pt") as source:
-        tensors = {}
-        for key in model.shards[name]:
-            w = as_loaded(source, model, key, device)
-            if key not in model.linear:
-                tensors[key] = w
-                continue
-            refuse_infinite(key, w)
-            q = NF4Weight.quantize(w, o.blocksize, not o.no_double_quant, o.quant_type)
-            state = {part: t.to("cpu", copy=True) for part, t in q.state_dict(key).items()}  # tables are shared
-            try:
-                NF4Weight.load(state, key)
-            except ValueError as error:  # its scales are too large for fp32
-                raise BadInput(f"{key} cannot be quantized: {sentence(error)}") from None
-            tensors |= state
-            tick()
+    w = as_linear(model, key, w)
+    refuse_infinite(key, w)
+    q = NF4Weight.quantize(w, o.blocksize, not o.no_double_quant, o.quant_type)
+    state = {name: t.to("cpu", copy=True) for name, t in q.state_dict(key).items()}  # weights share tables
+    try:
+        NF4Weight.load(state, key)
+    except ValueError as error:  # its scales are too large for fp32
+        raise BadInput(f"{key} cannot be quantized: {sentence(error)}") from None
+    return state
 
-        def write(beside):
-            with torch.no_grad():
-                save_file(tensors, beside, metadata={"format": "pt"})
 
-        output.put(o.out, name, write)
+def as_linear(model, key, w):
+    """The weight as transformers hands it to bitsandbytes: (out, in)."""
+    return w.T.contiguous() if model.linear[key] else w
 
 
 def refuse_infinite(key, w):
@@ -165,81 +137,52 @@ def refuse_infinite(key, w):
     raise BadInput(f"{layer} cannot be quantized: {count} of its {w.numel()} weights are NaN or infinite in {w.dtype}")
 
 
-def as_loaded(source, model, key, device):
-    """The tensor as transformers would load it, and hand it to bitsandbytes: in the model's dtype, (out, in)."""
-    w = source.get_tensor(key)
-    w = w.to(device if key in model.linear else w.device, model.dtypes.get(key, w.dtype))
-    return w.T.contiguous() if model.linear.get(key) else w
-
-
-def measure(o, model, name, device):
-    """({weight: ‖W − Ŵ‖ ÷ ‖W‖}, {key: bytes}) of a shard on disk, or None where it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    from ..integrations.transformers_files.checkpoint import state_parts
+def error_of_weight(model, key, w, state):
+    """‖W − Ŵ‖ ÷ ‖W‖, or ValueError where the state is broken."""
     from ..ops.nf4 import NF4Weight
 
-    if not (o.out / name).is_file():
-        return None
-    errors, sizes = {}, {}
-    try:
-        with safe_open(o.model / name, framework="pt") as source, safe_open(o.out / name, framework="pt") as out:
-            written = set(out.keys())
-            for key in model.shards[name]:
-                beside = [key + part for part in state_parts()] if key in model.linear else []
-                parts = [key, *(part for part in beside if part in written)]
-                tensors = {part: out.get_tensor(part) for part in parts}
-                sizes |= {part: t.nbytes for part, t in tensors.items()}
-                w = as_loaded(source, model, key, device)
-                if key in model.linear:
-                    errors[key] = distance(w, NF4Weight.load(tensors, key).to(device))
-                elif not same(tensors[key], w):
-                    return None
-            return (errors, sizes) if written == set(sizes) else None
-    except (SafetensorError, ValueError, TypeError):
-        return None
-
-
-def same(a, b):
-    """To the bit: NaN equals itself."""
-    import torch
-
-    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+    q = NF4Weight.load(state, key).to(w.device)
+    return distance(as_linear(model, key, w), q)
 
 
 def distance(w, q):
     """In pieces, since a layer in fp32 would be twice its size."""
-    pieces = zip(w.split(256), q.dequantize().split(256), strict=True)
-    squares = [((a.float() - b.float()).square().sum(), a.float().square().sum()) for a, b in pieces]
-    lost, whole = (sum(values).item() for values in zip(*squares, strict=True))
+    lost = 0
+    whole = 0
+    for a, b in zip(w.split(256), q.dequantize().split(256), strict=True):
+        lost += (a.float() - b.float()).square().sum()
+        whole += a.float().square().sum()
+    lost = lost.item()
+    whole = whole.item()
     return (lost / whole) ** 0.5 if whole else lost
 
 
-def kind(key):
+def worst_errors(shards):
+    """{type of layer: (number of layers, worst error)}"""
+    worst = {}
+    for shard in shards.values():
+        for key, error in shard.errors.items():
+            name = layer_type(key)
+            count, most = worst.get(name, (0, 0.0))
+            worst[name] = count + 1, worse(most, error)
+    return worst
+
+
+def worse(a, b):
+    """The larger of two errors. NaN is larger than any."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def layer_type(key):
     """q_proj of model.layers.0.self_attn.q_proj.weight"""
-    return next((part for part in key.removesuffix(".weight").split(".")[::-1] if not part.isdigit()), key)
+    names = key.removesuffix(".weight").split(".")
+    return next((name for name in reversed(names) if not name.isdigit()), key)
 
 
-def finish(o, model, totals):
-    """What is beside the weights; config.json is the last to come, and without it nothing loads OUT.
-
-    Returns the links that are not copied.
-    """
+def make_config(o, model):
+    """config.json, which tells transformers how the weights are quantized."""
     import transformers
 
-    from ..integrations.transformers_files import output
-    from ..integrations.transformers_files.checkpoint import CONFIG, INDEX
-    from ..integrations.transformers_files.folder import beside_weights
-
-    total, weight_map = totals
-    files, links = beside_weights(o.model)
-    for file in files:
-        if file.name not in (CONFIG, output.UNFINISHED) and not file.name.endswith(".index.json"):
-            name = file.relative_to(o.model)
-            output.put(o.out, name, lambda path, file=file: shutil.copyfile(file, path))
-    if model.index:
-        metadata = {**(model.index.get("metadata") or {}), "total_size": total}
-        put_json(o.out, INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     dtype = str(model.dtype).removeprefix("torch.")
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -250,16 +193,20 @@ def finish(o, model, totals):
     )
     config = {**model.config, "quantization_config": settings.to_dict()}
     if not config.get("dtype") and not config.get("torch_dtype"):
-        config["dtype"] = dtype  # else it would be guessed from what is fp32: the scales
-    put_json(o.out, CONFIG, config)
-    output.end(o.out)
-    return links
+        config["dtype"] = dtype  # else transformers would take that of the scales, which is fp32
+    return config
 
 
-def put_json(out, name, value):
-    from ..integrations.transformers_files import output
-
-    output.put(out, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+def show(o, model, worst, links, console):
+    console.print(table(worst))
+    if model.kept:
+        console.print(f"{len(model.kept)} linear layers stay as they are: loading makes them of several tensors.")
+    if links:
+        console.print(one_line(f"{len(links)} links were not copied, such as {links[0].name}."), **PLAIN)
+    before = sum((o.model / name).stat().st_size for name in model.shards)
+    after = sum((o.out / name).stat().st_size for name in model.shards)
+    sizes = f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%})"
+    console.print(f"{sizes} in {one_line(str(o.out))}", **PLAIN)
 
 
 def table(worst):

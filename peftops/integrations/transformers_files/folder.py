@@ -4,23 +4,28 @@ import json
 import re
 from pathlib import Path
 
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 TEMPLATES = "additional_chat_templates"
 WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".ot", ".tflite",
 }  # fmt: skip
 SMALL = 100_000_000  # bytes of a file that is copied, and of a JSON file
 DEPTH = 100  # of objects and lists in each other; Python and transformers recurse over them
-COUNTS = re.compile(
-    "layer|expert|head|depth|blocks|stage|group|label"
-)  # numbers of things that a model makes one by one
+COUNTS = re.compile("layer|expert|head|depth|blocks|stage|group|label")  # a model makes so many, one by one
 MANY = 1_000_000
 
 
 def roots(folder):
-    """The folders that hold the model: its own, and blobs/ of the hub's cache, whose snapshots are links to it."""
+    """The folders that hold the model.
+
+    These are its own and blobs/ of the hub's cache, where a snapshot consists of links to blobs.
+    """
     folder = folder.resolve()
-    snapshot = folder.parent.name == "snapshots"
-    return [folder, (folder.parent.parent / "blobs").resolve()] if snapshot else [folder]
+    if folder.parent.name == "snapshots":
+        return [folder, (folder.parent.parent / "blobs").resolve()]
+    return [folder]
 
 
 def lies_in(path, folders):
@@ -28,7 +33,7 @@ def lies_in(path, folders):
     return any(folder in target.parents for folder in folders)
 
 
-def exists(path):
+def is_file(path: Path) -> bool:
     """Is it a file, or a link to one? A name that no file can have is not."""
     try:
         return path.is_file()
@@ -36,28 +41,44 @@ def exists(path):
         return False
 
 
-def inside(folder, name):
-    """The file of that name, or ValueError where it is a link that leads out of the folder."""
+def is_plain(name: object) -> bool:
+    """Is it the name of a file in a folder, and not a path to elsewhere?"""
+    return isinstance(name, str) and Path(name).name == name
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The file of that name.
+
+    Raises:
+        ValueError: it is a link that leads out of the folder.
+    """
     path = folder / name
     if not lies_in(path, roots(folder)):
         raise ValueError(f"{path} is a link out of MODEL, which is not followed")
     return path
 
 
-def read_json(path):
-    """The object in a file, or ValueError."""
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file cannot be read, is too large or too deep, or holds no object.
+    """
     try:
         size = path.stat().st_size
-        value = json.loads(path.read_text(encoding="utf-8")) if size <= SMALL else None
-    except RecursionError:
-        raise ValueError(f"cannot read {path}: it is nested more than {DEPTH} deep") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if size > SMALL:
         raise ValueError(f"cannot read {path}: it has {size:,} bytes, and may have {SMALL:,}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"cannot read {path}: it is nested more than {DEPTH} deep") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"cannot read {path}: it must hold a JSON object")
-    if deeper_than(value, DEPTH):
+    if is_deeper_than(value, DEPTH):
         raise ValueError(f"cannot read {path}: it is nested more than {DEPTH} deep")
     return value
 
@@ -68,15 +89,19 @@ def children(value):
     return value if isinstance(value, list) else ()
 
 
-def deeper_than(value, depth):
+def is_deeper_than(value, depth):
     level = [value]
     for _ in range(depth):
         level = [child for parent in level for child in children(parent)]
     return bool(level)
 
 
-def refuse_counts(path, config):
-    """ValueError where config asks for so many layers, heads or labels that making them would never end."""
+def refuse_counts(path: Path, config: dict) -> None:
+    """Refuses a config that asks for very many layers, heads or labels: making them would never end.
+
+    Raises:
+        ValueError: it does.
+    """
     waiting = [("", config)]
     while waiting:
         name, value = waiting.pop()
@@ -88,21 +113,23 @@ def refuse_counts(path, config):
             raise ValueError(f"cannot read {path}: {name} is {value}, and may be {MANY}")
 
 
-def beside_weights(folder):
+def beside_weights(folder: Path) -> tuple[list[Path], list[Path]]:
     """(files to copy, links that are not copied): what is small, not hidden, and not weights."""
-    links, files = [], []
-    templates = folder / TEMPLATES
-    places = [folder] if templates.is_symlink() else [folder, templates]
-    for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
+    links = []
+    files = []
+    for path in entries(folder):
         if path.name.startswith(".") or path.suffix in WEIGHTS:
             continue
         if path.is_symlink() and not lies_in(path, roots(folder)[1:]):
             links.append(path)
-        elif exists(path) and path.stat().st_size <= SMALL:
+        elif is_file(path) and path.stat().st_size <= SMALL:
             files.append(path)
     return files, links
 
 
-def is_plain(name):
-    """Is it the name of a file in a folder, and not a path to elsewhere?"""
-    return isinstance(name, str) and Path(name).name == name
+def entries(folder):
+    """What lies in the folder and in that of its chat templates, unless the latter is a link."""
+    yield from sorted(folder.iterdir())
+    templates = folder / TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        yield from sorted(templates.iterdir())

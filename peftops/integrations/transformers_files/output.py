@@ -1,4 +1,4 @@
-"""OUT: a folder in which a file is either whole or not there, and that a later run goes on with.
+"""The folder OUT: each file in it is either whole or not there, and a later run goes on with it.
 
 While a file is written it lies in a folder of our own inside OUT. The next run clears that folder.
 """
@@ -6,48 +6,68 @@ While a file is written it lies in a folder of our own inside OUT. The next run 
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from ..._errors import sentence
 
-UNFINISHED = "unfinished.json"  # in OUT until all is there: what it is being made of
+UNFINISHED = "unfinished.json"  # what OUT is being made of; it lies there until all is there
 BEING_WRITTEN = "unfinished.files"
 
 
-def begin(out, origin):
-    """OUT is new, or was begun with the same origin, or ValueError."""
-    progress = out / UNFINISHED
+def begin(out: Path, origin: dict) -> None:
+    """Makes OUT, or clears what an earlier run left half written.
+
+    Args:
+        out: a folder that is new, empty, or begun with the same origin.
+        origin: everything that the result depends on, as JSON.
+
+    Raises:
+        ValueError: OUT is another folder, or cannot be written to.
+    """
     try:
-        if progress.is_file():
-            if not holds(progress, origin):
-                raise ValueError(
-                    f"{out} was begun from another model or with other options: finish those, or remove it"
-                )
-            clear(out)
-            return
-        held = names(out) - {BEING_WRITTEN}
-        if BEING_WRITTEN in names(out):
-            held |= {f"{BEING_WRITTEN}/{name}" for name in names(out / BEING_WRITTEN) - {UNFINISHED}}
-        if held:
-            raise ValueError(f"{out} is not empty: it holds {sorted(held)[0]}")
-        clear(out)
-        put(out, UNFINISHED, lambda path: path.write_text(json.dumps(origin, indent=1) + "\n"))
+        begin_or_go_on(out, origin)
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror or sentence(error)}") from None
 
 
-def names(folder):
+def begin_or_go_on(out, origin):
+    mark = out / UNFINISHED
+    if mark.is_file():
+        if not holds(mark, origin):
+            raise ValueError(f"{out} was begun from another model or with other options: finish those, or remove it")
+        clear(out)
+        return
+    content = names_in(out)
+    strangers = content - {BEING_WRITTEN}
+    if BEING_WRITTEN in content:
+        inside = names_in(out / BEING_WRITTEN) - {UNFINISHED}
+        strangers |= {f"{BEING_WRITTEN}/{name}" for name in inside}
+    if strangers:
+        raise ValueError(f"{out} is not empty: it holds {sorted(strangers)[0]}")
+    clear(out)
+    put(out, UNFINISHED, lambda path: path.write_text(json.dumps(origin, indent=1) + "\n"))
+
+
+def names_in(folder):
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def holds(progress, origin):
+def holds(mark, origin):
     try:
-        return json.loads(progress.read_text()) == origin
+        return json.loads(mark.read_text()) == origin
     except (ValueError, RecursionError):
         return False
 
 
-def put(out, name, write):
-    """write(path) makes a file in our own folder, which then takes its place in OUT: a half-written one never does."""
+def put(out: Path, name: str | Path, write: Callable[[Path], object]) -> None:
+    """Makes one file of OUT. A half-written one never takes its place.
+
+    Args:
+        out: the folder OUT, after begin.
+        name: where in OUT.
+        write: makes a file at the path that it is given, in our own folder.
+    """
     place = out / name
     path = out / BEING_WRITTEN / place.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,19 +81,24 @@ def put(out, name, write):
         clear(out)
 
 
-def clear(out):
-    """Removes what is half written: it is of no use to anybody."""
+def put_json(out: Path, name: str | Path, value: dict) -> None:
+    """As put, of a JSON file."""
+    put(out, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def clear(out: Path) -> None:
+    """Removes what is half written: nobody can use it."""
     if os.path.lexists(out / BEING_WRITTEN):
         shutil.rmtree(out / BEING_WRITTEN)
 
 
-def end(out):
-    """All is there."""
+def end(out: Path) -> None:
+    """Says that all is there."""
     (out / UNFINISHED).unlink()
 
 
-def take_back(out, shards):
-    """Leaves OUT as begin found it, unless a shard is finished."""
+def take_back(out: Path, shards: Iterable[str]) -> None:
+    """Leaves OUT as begin met it, unless a shard is finished."""
     if not any((out / name).exists() for name in shards):
         clear(out)
         (out / UNFINISHED).unlink()

@@ -1,0 +1,174 @@
+"""Makes another checkpoint of one, shard by shard, so that memory holds little more than a shard.
+
+The caller says what becomes of some tensors; all others are copied as loading would take them. A
+shard that lies in OUT and is whole is not written again, so a later run goes on where one stopped.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+
+import torch
+from torch import Tensor
+
+from . import output
+from .checkpoint import Checkpoint
+from .folder import CONFIG, INDEX, beside_weights
+
+
+@dataclass
+class Shard:
+    """What a shard of OUT holds.
+
+    Attributes:
+        errors: what ShardWriter.measure says of each replaced tensor, by its key in the checkpoint.
+        sizes: the bytes of each tensor, by its key in OUT.
+    """
+
+    errors: dict[str, float]
+    sizes: dict[str, int]
+
+
+@dataclass
+class ShardWriter:
+    """Writes the shards of a checkpoint to OUT, one at a time.
+
+    Attributes:
+        checkpoint: what is read.
+        out: the folder OUT, after output.begin.
+        device: where make and measure compute.
+        replaced: the keys of the tensors that are not copied.
+        make: (key, tensor as it is loaded) -> the tensors that take its place, by key, on the CPU.
+        measure: (key, tensor as it is loaded, tensors of OUT) -> how far these are from it. It
+            raises ValueError where they are not what make would have written.
+        endings: what make may append to a key. OUT may hold key and key + ending in its place.
+    """
+
+    checkpoint: Checkpoint
+    out: Path
+    device: torch.device
+    replaced: Collection[str]
+    make: Callable[[str, Tensor], dict[str, Tensor]]
+    measure: Callable[[str, Tensor, dict[str, Tensor]], float]
+    endings: Collection[str] = ()
+
+    def ensure(self, name: str, advance: Callable[[int], None]) -> Shard:
+        """Writes the shard of that name unless OUT holds it already.
+
+        Args:
+            name: one of checkpoint.shards.
+            advance: is told how many more tensors have been replaced.
+
+        Raises:
+            OSError: it cannot be written, or does not hold afterwards what was written.
+        """
+        shard = self.read(name)
+        if shard is not None:
+            advance(len(shard.errors))
+            return shard
+        self.write(name, advance)
+        shard = self.read(name)
+        if shard is None:
+            raise OSError(f"{self.out / name} does not hold what was written to it")
+        return shard
+
+    def write(self, name: str, advance: Callable[[int], None]) -> None:
+        """Holds the tensors that make returns until the file is written; others go from file to file."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        with safe_open(self.checkpoint.folder / name, framework="pt") as source:
+            tensors = {}
+            for key in self.checkpoint.shards[name]:
+                tensor = self.as_loaded(source, key)
+                if key in self.replaced:
+                    tensors |= self.make(key, tensor)
+                    advance(1)
+                else:
+                    tensors[key] = tensor
+
+            def save(path):
+                with torch.no_grad():
+                    save_file(tensors, path, metadata={"format": "pt"})
+
+            output.put(self.out, name, save)
+
+    def as_loaded(self, source, key):
+        """The tensor in the dtype in which transformers would load it."""
+        tensor = source.get_tensor(key)
+        device = self.device if key in self.replaced else tensor.device
+        return tensor.to(device, self.checkpoint.dtypes.get(key, tensor.dtype))
+
+    def read(self, name: str) -> Shard | None:
+        """What OUT holds of a shard, or None where it is not whole."""
+        from safetensors import SafetensorError, safe_open
+
+        if not (self.out / name).is_file():
+            return None
+        shard = Shard({}, {})
+        try:
+            with (
+                safe_open(self.checkpoint.folder / name, framework="pt") as source,
+                safe_open(self.out / name, framework="pt") as written,
+            ):
+                held = set(written.keys())
+                for key in self.checkpoint.shards[name]:
+                    if not self.read_key(key, source, written, held, shard):
+                        return None
+                return shard if held == set(shard.sizes) else None
+        except (SafetensorError, ValueError, TypeError):
+            return None
+
+    def read_key(self, key, source, written, held, shard):
+        """Adds what takes the place of a key to the shard. False where it is not a copy and should be."""
+        endings = self.endings if key in self.replaced else ()
+        beside = [key + ending for ending in endings if key + ending in held]
+        tensors = {name: written.get_tensor(name) for name in [key, *beside]}
+        shard.sizes |= {name: tensor.nbytes for name, tensor in tensors.items()}
+        tensor = self.as_loaded(source, key)
+        if key not in self.replaced:
+            return same_bits(tensors[key], tensor)
+        shard.errors[key] = self.measure(key, tensor, tensors)
+        return True
+
+
+def same_bits(a, b):
+    """NaN equals itself."""
+    if a.dtype != b.dtype:
+        return False
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+def finish(checkpoint: Checkpoint, out: Path, shards: dict[str, Shard], config: dict) -> list[Path]:
+    """Adds to OUT what lies beside the weights, the index, and last config.json: nothing loads OUT before.
+
+    Args:
+        checkpoint: what was read.
+        out: the folder OUT, with all shards.
+        shards: what ShardWriter.ensure returned, by name.
+        config: the content of config.json.
+
+    Returns:
+        The links that are not copied.
+    """
+    files, links = beside_weights(checkpoint.folder)
+    for file in files:
+        if file.name not in (CONFIG, output.UNFINISHED) and not file.name.endswith(".index.json"):
+            name = file.relative_to(checkpoint.folder)
+            output.put(out, name, lambda path, file=file: copyfile(file, path))
+    if checkpoint.index:
+        output.put_json(out, INDEX, make_index(checkpoint, shards))
+    output.put_json(out, CONFIG, config)
+    output.end(out)
+    return links
+
+
+def make_index(checkpoint, shards):
+    weight_map = {}
+    total = 0
+    for name, shard in shards.items():
+        weight_map |= dict.fromkeys(shard.sizes, name)
+        total += sum(shard.sizes.values())
+    metadata = {**(checkpoint.index.get("metadata") or {}), "total_size": total}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
