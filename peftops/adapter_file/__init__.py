@@ -1,7 +1,7 @@
 """A saved PEFT adapter: load(folder) reads its two files, without torch and without a model.
 
-It reads adapter_config.json and the header of adapter_model.safetensors, and looks at each number
-in the tensors. faults(adapter) says where the files contradict themselves.
+It reads adapter_config.json and the header of adapter_model.safetensors, and looks at each
+number in the tensors. faults(adapter) says where the files contradict themselves.
 """
 
 import math
@@ -105,7 +105,7 @@ class Adapter:
         return held.setdefault(label, stored) is stored
 
     def question(self):
-        """For names.match. Only LoRA's modules are matched: PEFT has other rules for other methods."""
+        """For names.match: the modules of LoRA alone, since other methods have other rules."""
         fields = FIELDS if self.is_lora else ("modules_to_save",)
         question = {name: None for name in FIELDS} | {"target_parameters": []}
         question |= {name: self.config.get(name) for name in fields}
@@ -125,7 +125,7 @@ class Adapter:
         return max(self.config["r"], *self.config["rank_pattern"].values(), 0)
 
     def rank_of(self, module):
-        """The rank that the config gives a module; None where A and B of several experts are stacked."""
+        """The rank in the config; None where A and B of several experts are stacked."""
         if self.targets[module] == "parameter":
             return None
         return self.ranks.get(module, self.config["r"])
@@ -146,7 +146,7 @@ def without_prefix(key: str) -> str:
 
 
 def adapted_module(module):
-    """The module that PEFT was asked to adapt. It adapts parts of some, and wraps some twice."""
+    """The module that PEFT was asked to adapt: it adapts parts of some, wraps others twice."""
     return f"{module}.".partition(".base_layer.")[0].removesuffix(".")
 
 
@@ -155,10 +155,10 @@ def wrappers(key):
     if "_orig_mod" not in key and "module" not in key:  # as in most
         return []
     parts = key.split(".")
-    found = [name for name in WRAPPERS if name in parts and name != "module"]
+    held = [name for name in WRAPPERS if name in parts and name != "module"]
     if key.startswith("module.") or without_prefix(key).startswith("module."):
-        found.append("module")
-    return found
+        held.append("module")
+    return held
 
 
 def load(folder: Path) -> Adapter:

@@ -1,4 +1,4 @@
-"""Reads adapter_config.json with bounds. Every field that is used later has the type that PEFT gives it."""
+"""Reads adapter_config.json with bounds, and checks the types of the fields that are used."""
 
 import json
 import stat

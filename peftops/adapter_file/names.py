@@ -1,4 +1,4 @@
-"""Which names of an adapter's modules its config matches, by PEFT's rules, within a bounded time.
+"""Which names of an adapter's modules its config matches, by PEFT's rules, in bounded time.
 
 A regex of a stranger may run for ever. Plain names are matched in this process. For everything
 else this file runs as a script, which is killed after SECONDS. So it imports nothing but the
@@ -145,7 +145,7 @@ def target_rule(question):
 
 
 def name_rule(field, wanted):
-    """A function of a name: is it one of these, or does it end with one? A string is a regex."""
+    """A function: is a name one of these, or does it end with one? A string is a regex."""
     if wanted is None:
         return lambda module: False
     if isinstance(wanted, list):

@@ -1,4 +1,4 @@
-"""Which tensors of an adapter's safetensors file hold NaN or infinity, and which are all zero."""
+"""Which tensors of an adapter's file hold NaN or infinity, and which are all zero."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ def look_at_tensor(file, stored, pieces, buffer):
 
 
 class Pieces:
-    """What to read of a file. It skips the holes of a sparse file: they are zero, however large."""
+    """What to read of a file. The holes of a sparse file are skipped: they are zero."""
 
     def __init__(self, handle):
         self.handle = handle

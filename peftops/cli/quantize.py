@@ -1,8 +1,8 @@
 """peftops quantize: the linear layers of a transformers checkpoint in 4 bits, as transformers +
 bitsandbytes load them.
 
-Shard by shard, so that memory holds little more than one. Run it again after an interruption and
-it goes on.
+Shard by shard, so that memory holds little more than one. Run it again after an interruption
+and it goes on.
 """
 
 import math
@@ -74,7 +74,7 @@ def refuse_nested(o):
 
 
 def describe(o, model, device):
-    """What the result depends on. A run that went on with something else would mix two models."""
+    """What the result depends on: going on with something else would mix two models."""
     from .. import __version__
 
     return {
@@ -129,7 +129,7 @@ def as_linear(model, key, w):
 
 
 def refuse_infinite(key, w):
-    """BadInput where values are not finite: they would spoil all that share a scale with them, or the whole weight."""
+    """BadInput where values are not finite: they would spoil all others of the same scale."""
     if all(end.isfinite() for end in w.aminmax()):
         return
     count = sum(piece.numel() - int(piece.isfinite().sum()) for piece in w.split(256))

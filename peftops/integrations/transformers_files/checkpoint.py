@@ -1,4 +1,4 @@
-"""A transformers checkpoint folder: its shards, and which of their tensors are weights of linear layers.
+"""A transformers checkpoint: its shards, and which tensors are weights of linear layers.
 
 What is quantized is what transformers would quantize on loading. It makes the model on the meta
 device, names the modules to leave alone, and maps each tensor of the checkpoint to a parameter,
@@ -190,7 +190,7 @@ def linear_weights(model, left):
 
 
 def dtype_rule(model, dtype):
-    """A function of a parameter's name: the dtype that the model wants for it alone, or None."""
+    """A function of a parameter's name: the dtype in which the model keeps it, or None."""
     from transformers.core_model_loading import build_glob_alternation
 
     special = model._get_dtype_plan(dtype)
@@ -207,7 +207,7 @@ def dtype_rule(model, dtype):
 
 @cache
 def state_endings() -> list[str]:
-    """What follows a weight's key in the keys beside it, in 4 bits, in any of bitsandbytes' formats."""
+    """What bitsandbytes appends to the key of a weight in 4 bits, in any of its formats."""
     from ...ops.nf4 import NF4Weight
     from ...ops.nf4_tables import FOUR_BITS
 
@@ -220,7 +220,7 @@ def state_endings() -> list[str]:
 
 
 def refuse_state(folder, keys, parameters):
-    """Refuses a key that loading would take for a part of a weight in 4 bits, in the place of ours."""
+    """Refuses a key that loading would take for a part of a weight in 4 bits."""
     endings = re.compile(f"(?:{'|'.join(map(re.escape, state_endings()))})(?!\\w)")
     stray = sorted(key for key in keys if key not in parameters and endings.search(key))
     if stray:
@@ -245,7 +245,7 @@ def listed(keys):
 
 
 def loaded_alone(model, keys):
-    """{key: parameter} of the tensors that are loaded one for one, also when they are quantized."""
+    """{key: parameter} of tensors that are loaded one for one, also when they are quantized."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

@@ -1,4 +1,4 @@
-"""What may be read of a model's folder: files that lie in it, and JSON that is neither huge nor deep."""
+"""What may be read of a model's folder: files that lie in it, and JSON of bounded size."""
 
 import json
 import re
@@ -20,7 +20,7 @@ MANY = 1_000_000
 def roots(folder):
     """The folders that hold the model.
 
-    These are its own and blobs/ of the hub's cache, where a snapshot consists of links to blobs.
+    These are its own and, for a snapshot in the hub's cache, blobs/, to which its files link.
     """
     folder = folder.resolve()
     if folder.parent.name == "snapshots":
@@ -97,7 +97,7 @@ def is_deeper_than(value, depth):
 
 
 def refuse_counts(path: Path, config: dict) -> None:
-    """Refuses a config that asks for very many layers, heads or labels: making them would never end.
+    """Refuses a config with so many layers, heads or labels that making them would never end.
 
     Raises:
         ValueError: it does.
@@ -114,7 +114,7 @@ def refuse_counts(path: Path, config: dict) -> None:
 
 
 def beside_weights(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(files to copy, links that are not copied): what is small, not hidden, and not weights."""
+    """(files to copy, links that are not copied): what is small, not hidden, no weights."""
     links = []
     files = []
     for path in entries(folder):
@@ -128,7 +128,7 @@ def beside_weights(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def entries(folder):
-    """What lies in the folder and in that of its chat templates, unless the latter is a link."""
+    """What lies in the folder, and in that of its chat templates unless that is a link."""
     yield from sorted(folder.iterdir())
     templates = folder / TEMPLATES
     if templates.is_dir() and not templates.is_symlink():

@@ -1,4 +1,4 @@
-"""The model of a checkpoint on the meta device: its modules and parameters, without their values."""
+"""The model of a checkpoint on the meta device: modules and parameters without values."""
 
 import warnings
 from contextlib import ExitStack

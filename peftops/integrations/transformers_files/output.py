@@ -1,6 +1,6 @@
-"""The folder OUT: each file in it is either whole or not there, and a later run goes on with it.
+"""The folder OUT: each file in it is either whole or not there. A later run goes on with it.
 
-While a file is written it lies in a folder of our own inside OUT. The next run clears that folder.
+While a file is written it lies in a folder of our own inside OUT, which the next run clears.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Makes another checkpoint of one, shard by shard, so that memory holds little more than a shard.
+"""Makes another checkpoint of one, shard by shard: memory holds little more than a shard.
 
-The caller says what becomes of some tensors; all others are copied as loading would take them. A
-shard that lies in OUT and is whole is not written again, so a later run goes on where one stopped.
+The caller says what becomes of some tensors; all others are copied as loading would take them.
+A shard that lies in OUT and is whole is not written again: a later run goes on there.
 """
 
 from collections.abc import Callable, Collection
@@ -22,7 +22,7 @@ class Shard:
     """What a shard of OUT holds.
 
     Attributes:
-        errors: what ShardWriter.measure says of each replaced tensor, by its key in the checkpoint.
+        errors: what ShardWriter.measure says of each replaced tensor, by its key there.
         sizes: the bytes of each tensor, by its key in OUT.
     """
 
@@ -39,7 +39,7 @@ class ShardWriter:
         out: the folder OUT, after output.begin.
         device: where make and measure compute.
         replaced: the keys of the tensors that are not copied.
-        make: (key, tensor as it is loaded) -> the tensors that take its place, by key, on the CPU.
+        make: (key, tensor as it is loaded) -> what takes its place on the CPU, by key.
         measure: (key, tensor as it is loaded, tensors of OUT) -> how far these are from it. It
             raises ValueError where they are not what make would have written.
         endings: what make may append to a key. OUT may hold key and key + ending in its place.
@@ -74,7 +74,7 @@ class ShardWriter:
         return shard
 
     def write(self, name: str, advance: Callable[[int], None]) -> None:
-        """Holds the tensors that make returns until the file is written; others go from file to file."""
+        """Holds what make returns until it is written. The rest goes from file to file."""
         from safetensors import safe_open
         from safetensors.torch import save_file
 
@@ -121,7 +121,7 @@ class ShardWriter:
             return None
 
     def read_key(self, key, source, written, held, shard):
-        """Adds what takes the place of a key to the shard. False where it is not a copy and should be."""
+        """Adds what takes the place of a key to the shard. False where a copy is none."""
         endings = self.endings if key in self.replaced else ()
         beside = [key + ending for ending in endings if key + ending in held]
         tensors = {name: written.get_tensor(name) for name in [key, *beside]}
@@ -141,7 +141,9 @@ def same_bits(a, b):
 
 
 def finish(checkpoint: Checkpoint, out: Path, shards: dict[str, Shard], config: dict) -> list[Path]:
-    """Adds to OUT what lies beside the weights, the index, and last config.json: nothing loads OUT before.
+    """Adds to OUT what lies beside the weights, the index, and config.json.
+
+    config.json comes last: without it nothing loads OUT.
 
     Args:
         checkpoint: what was read.
