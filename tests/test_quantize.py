@@ -147,7 +147,7 @@ def test_layers_that_loading_makes_of_several_tensors_stay(tmp_path, capsys):
 @pytest.fixture
 def interrupted(checkpoint, tmp_path, monkeypatch):
     """OUT after the third shard, and the names of the shards that are written from then on."""
-    from peftops.integrations.transformers_files.shards import ShardWriter
+    from peftops.integrations.transformers.shards import ShardWriter
 
     written, write = [], ShardWriter.write
 

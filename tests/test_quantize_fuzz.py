@@ -263,7 +263,7 @@ class Steps:
 
     def __init__(self, last=None):
         from peftops.cli import quantize
-        from peftops.integrations.transformers_files import output, shards
+        from peftops.integrations.transformers import output, shards
 
         self.watched = {file.__file__: "quantize" for file in (quantize, shards)} | {output.__file__: "output"}
         self.kinds = []  # for each step where it is: "quantize", "output", or "save"
@@ -306,7 +306,7 @@ def in_fork(model, out, last=None, kinds=None):
 
 def prepared(model):
     """What every fork would do again: imports, and reading the headers."""
-    from peftops.integrations.transformers_files import checkpoint
+    from peftops.integrations.transformers import checkpoint
 
     torch.set_num_threads(1)
     read = checkpoint.load(model)

@@ -37,7 +37,7 @@ def run(o):
     from rich.console import Console
     from safetensors import SafetensorError
 
-    from ..integrations.transformers_files import checkpoint, output, shards
+    from ..integrations.transformers import checkpoint, output, shards
     from ..ops.nf4_state import BLOCKS
 
     if o.blocksize not in BLOCKS:
@@ -91,8 +91,8 @@ def write_shards(o, model, device, console):
     """{name: Shard}, with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..integrations.transformers_files.checkpoint import state_endings
-    from ..integrations.transformers_files.shards import ShardWriter
+    from ..integrations.transformers.checkpoint import state_endings
+    from ..integrations.transformers.shards import ShardWriter
 
     description = TextColumn("{task.description}", markup=False)
     columns = [description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]

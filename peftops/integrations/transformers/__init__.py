@@ -1,6 +1,13 @@
 """transformers: enable() loads, makes and saves 4-bit checkpoints; PeftopsCallback is for its Trainer."""
 
-from .callback import PeftopsCallback
-from .nf4 import disable, enable, enable_nf4
+from importlib import import_module
 
+HOMES = {"PeftopsCallback": "callback", "disable": "nf4", "enable": "nf4", "enable_nf4": "nf4"}
 __all__ = ["PeftopsCallback", "disable", "enable", "enable_nf4"]
+
+
+def __getattr__(name):
+    """Loads a public name when it is asked for: checkpoint.py has to work with an older transformers."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
