@@ -34,6 +34,7 @@ def main(argv=None):
 
 def run(o):
     need("transformers", "safetensors", "rich")
+    import transformers
     from rich.console import Console
     from safetensors import SafetensorError
 
@@ -43,6 +44,7 @@ def run(o):
     if o.blocksize not in BLOCKS:
         raise BadInput(f"--blocksize must be one of {', '.join(map(str, BLOCKS))}, got {o.blocksize}")
     device = find_device(o.device)
+    transformers.utils.logging.set_verbosity_error()
     o.model = o.model.resolve()
     o.out = o.out.resolve()
     refuse_nested(o)

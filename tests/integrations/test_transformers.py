@@ -308,6 +308,7 @@ def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, caplog):
     model = load(saved / "llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4:7] = float("nan")
     model.save_pretrained(tmp_path)
+    transformers.utils.logging.set_verbosity_warning()  # a command of another test may have lowered it
     with enable(), pytest.raises(RuntimeError) as caught:
         load(tmp_path, quantization_config=config())
     message = "load_in_4bit: model.layers.1.mlp.up_proj.weight: nf4: w must be finite, got 3 NaN and 0 infinite of 8192"

@@ -28,7 +28,6 @@ def make_on_meta(folder, tensors):
     """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
     try:
         from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
         from transformers.modeling_utils import local_torch_dtype
