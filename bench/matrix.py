@@ -101,9 +101,8 @@ def work(device):
     import torch
 
     import peftops.functional  # noqa: F401  registers the ops
-
-    from .cases import CASES
-    from .law import check_case
+    from peftops.testing.cases import CASES
+    from peftops.testing.law import check_case
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     place, answers = torch.device(device), os.fdopen(os.dup(1), "w")

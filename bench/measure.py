@@ -4,10 +4,10 @@ import torch
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
+from peftops.testing.cases import SHAPES
+from peftops.testing.law import check
 
 from . import results, timing
-from .cases import SHAPES
-from .law import check
 from .peers import BASE, GPU, OURS, Absent, contender
 from .worker import Remote
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import torch
 
 from peftops.cli import replace
+from peftops.testing.cases import CASES, SHAPES
 
 from . import results
-from .cases import CASES, SHAPES
 from .peers import MICROSECONDS, OURS
 
 LARGER = [  # than those of every test: several tiles, one launch and two
@@ -73,8 +73,7 @@ SMALL = "from peftops.bench.parts import small; small({device!r})"
 def small(device):
     """What a sanitizer watches: a few cases of each cell."""
     import peftops.functional  # noqa: F401  registers the ops
-
-    from .law import call
+    from peftops.testing.law import call
 
     place = torch.device(device)
     for op, name in cells(place):
@@ -125,8 +124,7 @@ def layers(o):
 def replays(o):
     """Every op: the same bits from two replays as from its launcher."""
     from peftops._replay import Replay, paused
-
-    from .law import every, function
+    from peftops.testing.law import every, function
 
     def bits(outputs):
         return [t.nan_to_num() for t in every(outputs)]

@@ -5,13 +5,13 @@ import time
 import torch
 
 import peftops.functional  # noqa: F401  registers the ops
+from peftops.testing.cases import BWD, FWD
+from peftops.testing.cases import lora as tensors
+from peftops.testing.law import check_case
 from peftops.triton import _gemm, lora_tma
 from peftops.triton.lora_product import parts, parts_bwd
 
 from . import timing
-from .cases import BWD, FWD
-from .cases import lora as tensors
-from .law import check_case
 from .tune import taken
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}

@@ -8,12 +8,12 @@ import torch
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import _replay, backends
+from peftops.testing.cases import BWD, FWD, GEMV
+from peftops.testing.cases import lora as tensors
 from peftops.triton import _gemm, lora, lora_gemv, lora_grads
 from peftops.triton._gemm import gemm, tile
 
 from . import timing
-from .cases import BWD, FWD, GEMV
-from .cases import lora as tensors
 
 WIDE = (8192, 4096, 4096, 16)
 SMALL = (70, 64, 48, 16)

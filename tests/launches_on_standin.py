@@ -14,11 +14,11 @@ from peftops.bench import standin
 extension, driver = standin.enter()
 
 import torch  # noqa: E402
-from peftops.bench.cases import CASES  # noqa: E402
-from peftops.bench.law import every, function  # noqa: E402
 from triton.compiler.compiler import CompiledKernel  # noqa: E402
 
 from peftops import _replay  # noqa: E402
+from peftops.testing.cases import CASES  # noqa: E402
+from peftops.testing.law import every, function  # noqa: E402
 from peftops.triton import _gemm  # noqa: E402
 
 DEVICE = torch.device(standin.NAME)

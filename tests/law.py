@@ -13,8 +13,9 @@ largest of ORDERS draws shows its scale. The constants are those of the one tole
 """
 
 import torch
-from peftops.bench import law
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftops.testing import law
 
 ORDERS = 8
 aten = torch.ops.aten

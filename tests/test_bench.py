@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peftops.bench import compare, dora, law, measure, nf4, peers, plot, readme, results, timing
+from peftops.bench import compare, dora, measure, nf4, peers, plot, readme, results, timing
 from peftops.bench import lora as row
 from peftops.bench.peers import BASE, OURS, Problem
 from test_cli import refusal, run
 
 from peftops import cli
 from peftops._op import CONTRACTS
+from peftops.testing import law
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -382,7 +383,7 @@ def test_bench_is_found_beside_a_checkout_that_is_not_installed():
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-import peftops.bench.cases
+import peftops.bench.timing
 """
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -60,7 +60,8 @@ def test_every_kernel_meets_the_law(capsys, tmp_path):
 
 BROKEN = """
 import os, sys, time
-from peftops.bench import law, matrix
+from peftops.bench import matrix
+from peftops.testing import law
 right = law.check_case
 def check_case(op, name, args):
     what = {what!r}

@@ -9,12 +9,12 @@ import types
 
 import pytest
 import torch
-from peftops.bench import law
 
 import peftops
 from peftops import cli
 from peftops.__main__ import main
 from peftops.cli import demo, doctor, progress
+from peftops.testing import law
 
 
 def run(capsys, *argv):

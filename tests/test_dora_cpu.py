@@ -4,12 +4,12 @@ import isa
 import pytest
 import torch
 from law import bound, error
-from peftops.bench.cases import NORMS, VARIANTS, lora
-from peftops.bench.law import call, check, double
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backend
 from peftops.cpu import nf4
+from peftops.testing.cases import NORMS, VARIANTS, lora
+from peftops.testing.law import call, check, double
 
 dora = pytest.importorskip("peftops.cpu.dora")
 ISAS = isa.NAMES

@@ -9,12 +9,12 @@ import isa
 import pytest
 import ranks
 import torch
-from peftops.bench.cases import lora
-from peftops.bench.law import check
 
 import peftops.functional as F
 from peftops import backends
 from peftops._op import CONTRACTS
+from peftops.testing.cases import lora
+from peftops.testing.law import check
 
 
 def run(t, p, form):

@@ -11,14 +11,14 @@ from data import nf4 as golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from law import bound, error
-from peftops.bench.cases import CASES, SHAPES
-from peftops.bench.law import call, check, check_case
 from torch._subclasses import FakeTensorMode
 
 import peftops
 import peftops.functional as F
 from peftops import NF4Weight, backends
 from peftops.ops.nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
+from peftops.testing.cases import CASES, SHAPES
+from peftops.testing.law import call, check, check_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["nf4_quantize", "nf4_dequantize"]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peftops.bench.cases import CASES, SHAPES
-from peftops.bench.law import call, check, double
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backend, backends
 from peftops._op import CONTRACTS, expect_one_device
+from peftops.testing.cases import CASES, SHAPES
+from peftops.testing.law import call, check, double
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if backends.cell(name, op)]

@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peftops.bench.cases import CASES, SHAPES
-from peftops.bench.law import every
-from peftops.bench.law import function as op
 
 import peftops.functional as F
 from peftops import _replay, backend, backends
 from peftops._op import CONTRACTS
 from peftops._replay import Notes, Numbered, Unplanned, noted, paused
+from peftops.testing.cases import CASES, SHAPES
+from peftops.testing.law import every
+from peftops.testing.law import function as op
 
 _C = pytest.importorskip("peftops._C")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from peftops.bench.cases import BWD, FWD, GEMV, NORM, lora, nf4
-from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.ops.nf4_tables import bounds, four_bits
+from peftops.testing.cases import BWD, FWD, GEMV, NORM, lora, nf4
+from peftops.testing.law import call, check, check_case
 from peftops.triton import _gemm, _tile, dora, lora_gemv, lora_product
 from peftops.triton.lora import describe
 from peftops.triton.nf4 import decode

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from peftops.bench.cases import BWD, FWD, lora
-from peftops.bench.law import check_case
 
 import peftops.functional  # noqa: F401  registers the ops
+from peftops.testing.cases import BWD, FWD, lora
+from peftops.testing.law import check_case
 from peftops.triton import _gemm, lora_product, lora_tma
 from peftops.triton.lora import describe
 

@@ -99,7 +99,7 @@ def self_test(devices, problems):
 
     from .. import backends
     from .._op import CONTRACTS
-    from ..bench.law import check
+    from ..testing.law import check
 
     for device in dict((device.type, device) for device in devices).values():
         for op in CONTRACTS:

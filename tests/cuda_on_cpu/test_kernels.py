@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peftops.bench.cases import CASES, NORM
-from peftops.bench.cases import lora as tensors
-from peftops.bench.law import call, check, check_case
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.cuda import lora, nf4
+from peftops.testing.cases import CASES, NORM
+from peftops.testing.cases import lora as tensors
+from peftops.testing.law import call, check, check_case
 
 from . import build
 from .test_emulator import SCHEDULES, sanitized
@@ -267,7 +267,7 @@ import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.test_kernels import NF4_WAYS, NORM_SHAPES, WAYS, cases
 from peftops import backends, cuda
-from peftops.bench.law import check, check_case
+from peftops.testing.law import check, check_case
 from peftops.cuda import _device, dora, lora, nf4
 import peftops.functional
 

@@ -192,8 +192,8 @@ from cuda_on_cpu import build
 from cuda_on_cpu.test_emulator import SCHEDULES
 from cuda_on_cpu.test_kernels import DTYPES, NF4_WAYS, NORM_SHAPES, WAYS, cases
 from peftops import cuda
-from peftops.bench.cases import CASES
-from peftops.bench.law import call, check_case
+from peftops.testing.cases import CASES
+from peftops.testing.law import call, check_case
 from peftops.cuda import _device, dora, lora, nf4
 import peftops.functional
 
