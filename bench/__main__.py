@@ -1,9 +1,9 @@
 """peftops bench: time kernels on this machine beside their peers, after proving that they compute right.
 
-ROW: lora, nf4, dora (by default all). Commands: model (whole training steps and generation), host (what a layer takes
-of the host of a GPU), readme (rewrites README's tables), plot (draws results), compare COMMIT [ROW ...] (this tree
-against another), static (what compilers make of the GPU kernels), check (everything a GPU can tell, in one go); each
-has its own --help.
+ROW: lora, nf4, dora (by default all). Commands: model (whole training steps and generation), host
+(how long a layer keeps the host of a GPU busy), readme (rewrites README's tables), plot (draws
+results), compare COMMIT [ROW ...] (this tree against another), static (what compilers make of the
+GPU kernels), gpu (everything a GPU can tell, in one go); each has its own --help.
 """
 
 import importlib
@@ -15,7 +15,15 @@ from . import results
 from .progress import Progress
 
 ROWS = ("lora", "nf4", "dora")
-COMMANDS = ("model", "host", "readme", "plot", "compare", "static", "check")
+COMMANDS = {
+    "model": ".model",
+    "host": ".host",
+    "readme": ".readme",
+    "plot": ".plot",
+    "compare": ".compare",
+    "static": ".proof.static",
+    "gpu": ".proof.gpu",
+}
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
@@ -64,10 +72,12 @@ def main(argv=None):
     name = argv[0] if argv else ""
     if name in COMMANDS:
         try:
-            return importlib.import_module(f".{name}", __package__).main(argv[1:])
+            return importlib.import_module(COMMANDS[name], __package__).main(argv[1:])
         except BadInput as error:
             print(f"peftops bench {name}: {error}", file=sys.stderr)
             return 2
+    if name == "check":
+        raise BadInput("check is now called gpu: peftops bench gpu")
     o = options(argv)
     if unknown := [row for row in o.rows if row not in ROWS]:
         raise BadInput(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)} and {', '.join(COMMANDS)}")

@@ -14,7 +14,7 @@ from peftops.cli.doctor import installed
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PACKAGES = "torch", "triton", "peft"
-EVENTS = "results.jsonl"  # of bench check, which keeps results beside it
+EVENTS = "results.jsonl"  # of bench gpu, which keeps results beside it
 PARTIAL = "quick", "shape", "peers", "backend"  # options of runs that do not stand for a device
 
 

@@ -101,14 +101,16 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["lora", "--out", f"{__file__}/sub"], "test_bench.py/sub: Not a directory"),
         (["model", "--out", __file__], "peftops bench model: argument --out: cannot write to"),
         (["model", "--text", "/nowhere.txt"], "cannot read the text"),
-        (["check", "--only", ""], "peftops bench check: --only must be of build"),
+        (["gpu", "--only", ""], "peftops bench gpu: --only must be of build"),
         (["plot", "--out", __file__], "Not a directory"),
         (["model", "--fuse", "qkv"], "argument --fuse: invalid choice: 'qkv'"),
         (["model", "--method", "full"], "--method must be of lora, qlora, dora, qdora, got 'full'"),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (["compare", "HEAD", "model"], "there is no row 'model'; there are lora, nf4, dora"),
         (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),
-        (["check", "--only", "magic"], "--only must be of build"),
+        (["gpu", "--only", "magic"], "--only must be of build"),
+        (["check"], "peftops bench: check is now called gpu: peftops bench gpu"),
+        (["check", "--device", "cpu", "--tune"], "peftops bench: check is now called gpu: peftops bench gpu"),
         (["plot", "--results", "/nowhere"], "there are no results in /nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -118,8 +120,8 @@ def test_refusals(capsys, argv, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_check_without_a_gpu_says_so_in_one_line(capsys, tmp_path):
-    assert "no device 'cuda' on this machine" in refusal(capsys, "bench", "check", "--out", str(tmp_path / "out"))
+def test_gpu_without_a_gpu_says_so_in_one_line(capsys, tmp_path):
+    assert "no device 'cuda' on this machine" in refusal(capsys, "bench", "gpu", "--out", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 

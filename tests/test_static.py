@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from peftops.bench import sass, static, static_cuda
+from peftops.bench.proof import sass, static, static_cuda
 from test_cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def child(code):
 
 def test_a_covering_list_meets_every_feature():
     out = child("""
-from peftops.bench import static_triton as s
+from peftops.bench.proof import static_triton as s
 every, few = s.launches(True), list(s.launches(False))
 features = lambda launches: {feature for launch in launches for feature in launch.features()}
 assert features(few) == features(every) and len(few) < len(every) / 3
@@ -143,7 +143,7 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import planted, triton
 from pathlib import Path
-from peftops.bench import sass, static_triton as s
+from peftops.bench.proof import sass, static_triton as s
 from triton.compiler import ASTSource
 text = Path(planted.__file__).read_text()
 half, single, byte = "*bf16", "*fp32", "*u8"

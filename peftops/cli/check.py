@@ -1,7 +1,7 @@
 """peftops check: whether a saved LoRA adapter loads in PEFT, vLLM and SGLang, and whether all
 of it counts there.
 
-It reads the two files of the adapter and no model (peftops bench check is about kernels). A
+It reads the two files of the adapter and no model (peftops bench is about kernels). A
 finding is `broken`: the files contradict themselves; `refused`: loading raises; `dropped`: it
 loads and gives other numbers than in training; or a `note`: the base model or a flag decides.
 Exit code 1: something is broken, refused or dropped.

@@ -15,8 +15,8 @@ from pathlib import Path
 from peftops.cli import BadInput, Parser, need, positive
 from peftops.cli.doctor import installed
 
+from ..progress import Progress
 from . import sass, static_cuda
-from .progress import Progress
 
 COLUMNS = {  # of the table: a number, and what it is called
     "registers": "registers", "shared": "shared", "spilled": "spilled", "mma": "tensor core", "ldsm": "ldmatrix",
@@ -79,7 +79,7 @@ def fetch(version):
 def triton_rows(version, folder, everything, part, parts, kept):
     path = f"sys.path.insert(0, {folder!r}); " if folder else ""
     call = f"worker({everything}, {part}, {parts}, {kept and str(kept)!r})"
-    code = f"import sys; {path}from peftops.bench.static_triton import worker; {call}"
+    code = f"import sys; {path}from peftops.bench.proof.static_triton import worker; {call}"
     command = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The parts of `peftops bench check`, each run in a process of its own, which says what it found as lines of JSON."""
+"""The parts of `peftops bench gpu`, each run in a process of its own, which says what it found as lines of JSON."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ import torch
 from peftops.cli import replace
 from peftops.testing.cases import CASES, SHAPES
 
-from . import results
-from .peers import MICROSECONDS, OURS
+from .. import results
+from ..peers import MICROSECONDS, OURS
 
 LARGER = [  # than those of every test: several tiles, one launch and two
     (300, 1024, 768, 16),
@@ -67,7 +67,7 @@ def kernels(o):
         say(**event)
 
 
-SMALL = "from peftops.bench.parts import small; small({device!r})"
+SMALL = "from peftops.bench.proof.stages import small; small({device!r})"
 
 
 def small(device):
@@ -147,8 +147,8 @@ def replays(o):
 
 def host(o):
     """What a layer takes of the host, ours beside PEFT's, until the time is up."""
-    from . import host as row
-    from .progress import Progress
+    from .. import host as row
+    from ..progress import Progress
 
     if o.device.type != "cuda":
         say("host time", True, "needs a GPU; peftops bench host has a stand-in for one", absent=True)
@@ -168,9 +168,9 @@ def host(o):
 
 def bench(o):
     """Layers beside their peers and DoRA's norms, those that have a target first, until the time is up."""
-    from . import dora, lora, nf4
-    from .__main__ import torch_dtype
-    from .measure import unlawful
+    from .. import dora, lora, nf4
+    from ..__main__ import torch_dtype
+    from ..measure import unlawful
 
     rows = lora, nf4, dora
     name = "bf16" if o.device.type == "cuda" else "fp32"  # a CPU may take minutes for peers in 16 bits
@@ -195,9 +195,9 @@ def bench(o):
 
 def measured(rows, device, dtype):
     """(row, line) of all their layers, those with a target first; on a GPU what they measure alone comes second."""
-    from .measure import alone, layer
-    from .peers import GPU, HERE, NF4
-    from .timing import ceilings
+    from ..measure import alone, layer
+    from ..peers import GPU, HERE, NF4
+    from ..timing import ceilings
 
     gpu, jobs = device.type == "cuda", []
     options = SimpleNamespace(dropout=None if gpu else 0.1, shape=None, quick=True, backend=())

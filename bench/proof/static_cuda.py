@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import sass
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-std=c++17", "-O3"
 SHARED = 49152  # static bytes; a launcher asks the device before it takes more
 

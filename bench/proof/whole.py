@@ -10,10 +10,10 @@ import torch
 
 from peftops.cli import demo_contenders as training
 
-from .measure import finish, times
-from .model import STEP, contenders
-from .peers import BASE, LORA, OURS
-from .timing import Contender, said
+from ..measure import finish, times
+from ..model import STEP, contenders
+from ..peers import BASE, LORA, OURS
+from ..timing import Contender, said
 
 STOCK, RANK = "PEFT", 16
 CLOSE = 1e-3  # losses of one batch may differ by that much of themselves

@@ -5,7 +5,7 @@ from torch import nn
 
 import peftops.nn
 
-from .timing import said
+from ..timing import said
 
 SHAPES = (1, 256, 512), (64, 256, 512), (300, 256, 512)  # rows, k, n: both few-row kernels, and many rows
 

@@ -12,7 +12,7 @@ from threading import Thread
 AT_ONCE = 14
 WORKER = """
 import sys
-from peftops.bench.matrix import work
+from peftops.bench.proof.matrix import work
 work(sys.argv[1])
 """
 

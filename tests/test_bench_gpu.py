@@ -1,4 +1,4 @@
-"""peftops bench check, with the CPU standing in for the GPU: what it finds, what it survives, what it keeps."""
+"""peftops bench gpu, with the CPU standing in for the GPU: what it finds, what it survives, what it keeps."""
 
 import json
 import math
@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peftops.bench import check, layers, matrix, parts, peers, stack, timing, whole
+from peftops.bench import peers, timing
+from peftops.bench.proof import gpu as check
+from peftops.bench.proof import layers, matrix, stack, whole
+from peftops.bench.proof import stages as parts
 from test_cli import run
 
 import peftops.functional  # noqa: F401  registers the ops
@@ -21,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def checked(capsys, folder, only, *more):
-    code, out, _ = run(capsys, "bench", "check", "--device", "cpu", "--only", only, "--out", str(folder), *more)
+    code, out, _ = run(capsys, "bench", "gpu", "--device", "cpu", "--only", only, "--out", str(folder), *more)
     summary = json.loads((folder / "summary.json").read_text())
     events = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     return code, out, summary, events
@@ -60,7 +63,7 @@ def test_every_kernel_meets_the_law(capsys, tmp_path):
 
 BROKEN = """
 import os, sys, time
-from peftops.bench import matrix
+from peftops.bench.proof import matrix
 from peftops.testing import law
 right = law.check_case
 def check_case(op, name, args):
@@ -132,7 +135,7 @@ def test_a_check_that_is_stopped_takes_its_part_along(capsys, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(check.Check, "take", stop)
-    assert run(capsys, "bench", "check", "--device", "cpu", "--only", "bench", "--out", str(tmp_path))[0] == 130
+    assert run(capsys, "bench", "gpu", "--device", "cpu", "--only", "bench", "--out", str(tmp_path))[0] == 130
     with pytest.raises(ProcessLookupError):
         os.killpg(*started, 0)
     assert not list(tmp_path.iterdir())

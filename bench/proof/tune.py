@@ -13,7 +13,7 @@ from peftops.testing.cases import lora as tensors
 from peftops.triton import _gemm, lora, lora_gemv, lora_grads
 from peftops.triton._gemm import gemm, tile
 
-from . import timing
+from .. import timing
 
 WIDE = (8192, 4096, 4096, 16)
 SMALL = (70, 64, 48, 16)

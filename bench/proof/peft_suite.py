@@ -1,6 +1,6 @@
 """PEFT's own tests on peftops: a pytest plugin, and a command that runs them without and with it and compares.
 
-    python -m peftops.integrations.pytest_peft PEFT_CHECKOUT [-k "Vanilla and LoRA"]
+    python -m peftops.bench.proof.peft_suite PEFT_CHECKOUT [-k "Vanilla and LoRA"]
 
 The tests are of the checkout, PEFT is the one that is installed. Exit code 0 says that every test has the same outcome.
 """
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import torch
 from peft.tuners.lora import layer, model
 
-from . import peft as ours
+from peftops.integrations import peft as ours
 
 DISPATCH, PLAN = model.dispatch_default, ours.plan
 OUTCOMES = "passed", "failure", "error", "skipped"
@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def options(argv):
-    parser = argparse.ArgumentParser(prog="python -m peftops.integrations.pytest_peft", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m peftops.bench.proof.peft_suite", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkout", metavar="PEFT_CHECKOUT", type=Path, help="PEFT's sources, with tests/")
     parser.add_argument(

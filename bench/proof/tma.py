@@ -11,7 +11,7 @@ from peftops.testing.law import check_case
 from peftops.triton import _gemm, lora_tma
 from peftops.triton.lora_product import parts, parts_bwd
 
-from . import timing
+from .. import timing
 from .tune import taken
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}

@@ -6,9 +6,8 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft.tuners.lora import model
+from peftops.bench.proof import peft_suite
 from tiny import single
-
-from peftops.integrations import pytest_peft
 
 TESTS = """
 import io, peft, pytest, torch
@@ -61,7 +60,7 @@ def checkout(tmp_path):
 
 
 def test_tests_run_without_and_with_peftops_and_what_differs_is_named(checkout, capfd):
-    assert pytest_peft.main([str(checkout), "-k", "test"]) == 1
+    assert peft_suite.main([str(checkout), "-k", "test"]) == 1
     lines = capfd.readouterr().out.splitlines()
     words = [line.split() for line in lines]
     assert ["PEFT", "4", "1", "0", "1"] in words and ["peftops", "4", "1", "0", "1"] in words
@@ -84,19 +83,19 @@ def test_tests_run_without_and_with_peftops_and_what_differs_is_named(checkout, 
 )
 def test_verdicts(checkout, monkeypatch, capsys, runs, code, says):
     left = iter(runs)
-    monkeypatch.setattr(pytest_peft, "outcomes", lambda *args: next(left))
-    assert pytest_peft.main([str(checkout)]) == code and capsys.readouterr().out.endswith(says + "\n")
+    monkeypatch.setattr(peft_suite, "outcomes", lambda *args: next(left))
+    assert peft_suite.main([str(checkout)]) == code and capsys.readouterr().out.endswith(says + "\n")
 
 
 def test_what_is_no_checkout_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        pytest_peft.main([str(tmp_path)])
+        peft_suite.main([str(tmp_path)])
     assert f"there is no tests/test_custom_models.py in {tmp_path}" in capsys.readouterr().err
 
 
 def test_the_plugin_leaves_nothing_behind():
     before = model.dispatch_default
-    pytest_peft.pytest_configure()
-    assert type(single().base_model.model.lin) is pytest_peft.Linear
-    pytest_peft.pytest_unconfigure()
+    peft_suite.pytest_configure()
+    assert type(single().base_model.model.lin) is peft_suite.Linear
+    peft_suite.pytest_unconfigure()
     assert model.dispatch_default is before and type(single().base_model.model.lin) is peft.tuners.lora.layer.Linear

@@ -1,4 +1,4 @@
-"""peftops bench check: everything a GPU can tell of this checkout, in one command and a set time.
+"""peftops bench gpu: everything a GPU can tell of this checkout, in one command and a set time.
 
 It builds, asks doctor, holds every kernel on every GPU backend to the law, looks for bad memory accesses, captures,
 compiles and replays the layers, times them and the host's work beside their peers, and trains a stack like an 8B model
@@ -18,7 +18,7 @@ from threading import Timer
 
 from peftops.cli import BadInput, Parser, find_device, folder, need, positive, replace
 
-from . import results
+from .. import results
 
 PARTS = {  # seconds of nine minutes, and what it does
     "build": (70, "build the extension in place, for this GPU"),
@@ -38,13 +38,13 @@ LINES = 60  # of the table at the end
 
 
 def options(argv):
-    parser = Parser("peftops bench check", description=__doc__)
+    parser = Parser("peftops bench gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …, or cpu for a rehearsal")
     parser.add_argument("--only", metavar="PART,…", help=f"of {', '.join(PARTS)}; by default all but tune")
     parser.add_argument("--tune", action="store_true", help="measure tiles too, and write them as tables")
     parser.add_argument("--seconds", type=positive, default=540, help="of time, for everything")
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", default=Path("peftops-check"), help="what is found is kept here"
+        "--out", type=folder, metavar="DIR", default=Path("peftops-gpu"), help="what is found is kept here"
     )
     o = parser.parse_args(argv)
     o.parts = o.only.split(",") if o.only is not None else [name for name in PARTS if name != "tune" or o.tune]
@@ -196,9 +196,9 @@ class Check:
 
 BOOTSTRAP = """
 import sys
-from peftops.bench import parts
+from peftops.bench.proof import stages
 part, device, seconds, out = sys.argv[1:]
-parts.run(part, device, float(seconds), out)
+stages.run(part, device, float(seconds), out)
 """
 
 
