@@ -2,6 +2,8 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 from .cli import BadInput
 
@@ -29,6 +31,8 @@ def main(argv=None):
             return 0
         if name not in COMMANDS:
             raise BadInput(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+        if name == "bench" and not has_bench():
+            raise BadInput("bench is not installed here: pip install -e .")
         return import_module(COMMANDS[name][0], "peftops").main(rest)
     except BadInput as error:
         print(f"peftops {name}: {error}" if name in COMMANDS else f"peftops: {error}", file=sys.stderr)
@@ -36,6 +40,19 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def has_bench():
+    """Whether peftops.bench is that of this package.
+
+    It lies in the package where that is installed, and beside it in a checkout. A checkout that is
+    not installed has none, or is offered that of another one.
+    """
+    spec = find_spec("peftops.bench")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(__file__).resolve().parent
+    return Path(spec.origin).resolve().parent in (package / "bench", package.parent / "bench")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peftops.bench import peers, timing
-from peftops.bench.proof import gpu as check
-from peftops.bench.proof import layers, matrix, stack, whole
-from peftops.bench.proof import stages as parts
+from peftops.bench.proof import gpu as command
+from peftops.bench.proof import layers, matrix, stack, stages, whole
 from test_cli import run
 
 import peftops.functional  # noqa: F401  registers the ops
@@ -30,16 +29,16 @@ def checked(capsys, folder, only, *more):
     return code, out, summary, events
 
 
-def test_a_rehearsal_of_every_part(capsys, tmp_path, monkeypatch):
+def test_a_rehearsal_of_every_stage(capsys, tmp_path, monkeypatch):
     """As a GPU would run it, but for what only a GPU has, and with time for two cores that others use too; the kernels
     have a test of their own."""
-    long = {part: (80 if part == "bench" else 4 * seconds, what) for part, (seconds, what) in check.PARTS.items()}
-    monkeypatch.setattr(check, "PARTS", long)
+    long = {stage: (80 if stage == "bench" else 4 * seconds, what) for stage, (seconds, what) in command.STAGES.items()}
+    monkeypatch.setattr(command, "STAGES", long)
     only = "bench,build,doctor,sanitizer,layers,models,tma,stack"  # else bench would take what others leave of theirs
     code, out, summary, events = checked(capsys, tmp_path, only, "--seconds", "2000")
     assert code == 0, out
     assert set(summary["parts"]) == set(only.split(","))
-    assert all(part["seconds"] > 0 and part["failed"] == 0 for part in summary["parts"].values())
+    assert all(counts["seconds"] > 0 and counts["failed"] == 0 for counts in summary["parts"].values())
     assert summary["parts"]["layers"]["ok"] == 6 and summary["parts"]["sanitizer"]["absent"] == 1
     assert summary["parts"]["tma"]["ok"] == 10 and summary["parts"]["models"]["ok"] == 3
     assert {"commit", "date", "device", "versions", "failures", "misses"} <= set(summary)
@@ -58,7 +57,7 @@ def test_every_kernel_meets_the_law(capsys, tmp_path):
     code, _, summary, events = checked(capsys, tmp_path, "kernels")
     assert code == 0 and summary["parts"]["kernels"]["ok"] == len(events) > 400
     cells = {tuple(event["what"].split(", ")[:2]) for event in events}
-    assert {(f"lora_gemv on {name}", dtype) for name in ("cpu", "triton") for dtype in parts.DTYPES} <= cells
+    assert {(f"lora_gemv on {name}", dtype) for name in ("cpu", "triton") for dtype in stages.DTYPES} <= cells
 
 
 BROKEN = """
@@ -104,15 +103,15 @@ def test_what_is_not_reached_in_time_is_said(monkeypatch):
     assert last["absent"] and "of 50 groups ran out of time" in last["said"]
 
 
-def test_a_part_that_hangs_or_dies_stops_no_other(capsys, tmp_path, monkeypatch):
+def test_a_stage_that_hangs_or_dies_stops_no_other(capsys, tmp_path, monkeypatch):
     commands = {
         "build": 'import time; print(\'{"what": "first", "ok": true}\', flush=True); time.sleep(60)',
         "doctor": "import sys; sys.stderr.write('Traceback\\nValueError: out of order\\n'); sys.exit(1)",
         "layers": 'print(\'noise\'); print(\'{"what": "a", "ok": false, "said": "b"}\')',
         "stack": 'print(\'{"what": "c", "ok": true, "misses": ["d"]}\')',
     }
-    monkeypatch.setattr(check.Check, "command", lambda self, part, seconds: [sys.executable, "-c", commands[part]])
-    monkeypatch.setattr(check, "PARTS", {part: (2, part) for part in commands})
+    monkeypatch.setattr(command.Runner, "command", lambda self, stage, seconds: [sys.executable, "-c", commands[stage]])
+    monkeypatch.setattr(command, "STAGES", {stage: (2, stage) for stage in commands})
     code, out, summary, events = checked(capsys, tmp_path, ",".join(commands), "--seconds", "8")
     assert code == 1 and [event["part"] for event in events] == ["build", "build", "doctor", "layers", "stack"]
     assert summary["failures"] == [
@@ -125,16 +124,16 @@ def test_a_part_that_hangs_or_dies_stops_no_other(capsys, tmp_path, monkeypatch)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_a_check_that_is_stopped_takes_its_part_along(capsys, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_takes_its_stage_along(capsys, tmp_path, monkeypatch):
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     started = []
-    monkeypatch.setattr(check.Check, "command", lambda self, part, seconds: [sys.executable, "-c", code])
+    monkeypatch.setattr(command.Runner, "command", lambda self, stage, seconds: [sys.executable, "-c", code])
 
-    def stop(self, part, line):
+    def stop(self, stage, line):
         started.append(int(line))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check.Check, "take", stop)
+    monkeypatch.setattr(command.Runner, "take", stop)
     assert run(capsys, "bench", "gpu", "--device", "cpu", "--only", "bench", "--out", str(tmp_path))[0] == 130
     with pytest.raises(ProcessLookupError):
         os.killpg(*started, 0)
@@ -143,23 +142,23 @@ def test_a_check_that_is_stopped_takes_its_part_along(capsys, tmp_path, monkeypa
 
 def test_the_table_stays_short(tmp_path):
     o = SimpleNamespace(out=tmp_path, device="cpu")
-    whole = check.Check(o, {"device": "d", "commit": "c"})
-    for part in check.PARTS:
-        whole.parts[part] = {"ok": 1, "failed": 90, "absent": 0, "seconds": 1.0}
-        whole.failures += [[part, f"op{i} on triton, bfloat16, (1, 2), plain", "x" * 400] for i in range(90)]
-        whole.failures += [[part, f"op1 on triton, bfloat16, ({i}, 2), gain", "x" * 400] for i in range(90)]
-        whole.misses += ["m" * 300] * 90
-        whole.absent += ["a" * 300] * 90
-    lines = list(whole.table(540))
-    assert len(lines) <= check.LINES and max(map(len, lines)) <= 240
-    assert any("and 90 more like it" in line for line in whole.alike())
+    runner = command.Runner(o, {"device": "d", "commit": "c"})
+    for stage in command.STAGES:
+        runner.stages[stage] = {"ok": 1, "failed": 90, "absent": 0, "seconds": 1.0}
+        runner.failures += [[stage, f"op{i} on triton, bfloat16, (1, 2), plain", "x" * 400] for i in range(90)]
+        runner.failures += [[stage, f"op1 on triton, bfloat16, ({i}, 2), gain", "x" * 400] for i in range(90)]
+        runner.misses += ["m" * 300] * 90
+        runner.absent += ["a" * 300] * 90
+    lines = list(runner.table(540))
+    assert len(lines) <= command.LINES and max(map(len, lines)) <= 240
+    assert any("and 90 more like it" in line for line in runner.alike())
 
 
 def test_the_budget_is_split():
-    everything = [part for part in check.PARTS if part != "tune"]
-    assert sum(check.budget(everything, 540).values()) <= 540
-    assert sum(check.budget(list(check.PARTS), 540).values()) <= 545
-    assert check.budget(["build"], 540) == {"build": check.PARTS["build"][0]}
+    everything = [stage for stage in command.STAGES if stage != "tune"]
+    assert sum(command.budget(everything, 540).values()) <= 540
+    assert sum(command.budget(list(command.STAGES), 540).values()) <= 545
+    assert command.budget(["build"], 540) == {"build": command.STAGES["build"][0]}
 
 
 def test_targets_are_read_from_graphs_where_there_are_any():
@@ -169,13 +168,13 @@ def test_targets_are_read_from_graphs_where_there_are_any():
         ("l", 0.1, "forward", "PEFT", 0.5),
         ("l", 0.0, "forward", "frozen", 1),
     ]
-    assert list(parts.misses(line, targets)) == ["l, p = 0.0, forward: 0.90 × PEFT's time, target 0.50"]
+    assert list(stages.misses(line, targets)) == ["l, p = 0.0, forward: 0.90 × PEFT's time, target 0.50"]
     took = line | {"ms": {"peftops": [0.02] * 3}, "graph_ms": {"peftops": [0.016] * 3}}
-    assert list(parts.misses(took, [("l", 0.0, "forward", peers.MICROSECONDS, 15)])) == [
+    assert list(stages.misses(took, [("l", 0.0, "forward", peers.MICROSECONDS, 15)])) == [
         "l, p = 0.0, forward: 16.0 µs, target 15 on an H200"
     ]
-    assert list(parts.misses(took, [("l", 0.0, "forward", peers.MICROSECONDS, 30)])) == []
-    assert list(parts.misses(line | {"graph_ratio": {"PEFT": 0.4, "frozen": 1.2}}, targets)) == [
+    assert list(stages.misses(took, [("l", 0.0, "forward", peers.MICROSECONDS, 30)])) == []
+    assert list(stages.misses(line | {"graph_ratio": {"PEFT": 0.4, "frozen": 1.2}}, targets)) == [
         "l, p = 0.0, forward: 1.20 × frozen's time, target 1.00"
     ]
 
@@ -280,7 +279,7 @@ def test_timing_on_a_gpu(gpu, monkeypatch):
     contender.prepare("pass", "graph")
     assert called[:6] == ["a", "b"] * 3 and called[6:10] == ["capture", "a", "b", "captured"]
     assert set(called[10:]) == {"replay"} and len(graphs) == 1
-    assert contender.sample("pass", "graph") > 0 and check.arch() == "90"
+    assert contender.sample("pass", "graph") > 0 and command.arch() == "90"
 
 
 def test_what_a_graph_must_show(gpu, monkeypatch):
@@ -324,13 +323,13 @@ def test_the_stack_is_an_8b_model():
     assert weights == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) and weights > 6.9e9
 
 
-def test_a_killed_part_takes_its_children_along(tmp_path):
+def test_a_killed_stage_takes_its_children_along(tmp_path):
     code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
     import subprocess
 
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     time.sleep(0.5)
-    check.kill(process)
+    command.kill(process)
     assert process.wait() == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
         for _ in range(50):

@@ -55,7 +55,7 @@ def run_there(target, *args):
     """peftops args, of what is installed there; the checkout's own finder of an editable install looks away."""
     code = """
 import sys
-sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 sys.path.insert(0, sys.argv.pop(1))
 from peftops.__main__ import main
 sys.exit(main())

@@ -1,9 +1,10 @@
 """peftops bench gpu: everything a GPU can tell of this checkout, in one command and a set time.
 
-It builds, asks doctor, holds every kernel on every GPU backend to the law, looks for bad memory accesses, captures,
-compiles and replays the layers, times them and the host's work beside their peers, and trains a stack like an 8B model
-in 4 bits under 24 GB.
-It never stops at a failure, and keeps what it has as it goes. --device cpu rehearses it: the CPU stands in for the GPU.
+It builds, asks doctor, holds every kernel on every GPU backend to the law, looks for bad memory
+accesses, captures, compiles and replays the layers, times them and the host's work beside their
+peers, and trains a stack like an 8B model in 4 bits under 24 GB.
+It never stops at a failure, and keeps what it has as it goes. --device cpu rehearses it: the CPU
+stands in for the GPU.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from peftops.cli import BadInput, Parser, find_device, folder, need, positive, r
 
 from .. import results
 
-PARTS = {  # seconds of nine minutes, and what it does
+STAGES = {  # seconds of nine minutes, and what it does
     "build": (70, "build the extension in place, for this GPU"),
     "doctor": (25, "what runs here, and whether it computes right"),
     "kernels": (110, "every op × backend × dtype × shape against the law"),
@@ -40,16 +41,19 @@ LINES = 60  # of the table at the end
 def options(argv):
     parser = Parser("peftops bench gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …, or cpu for a rehearsal")
-    parser.add_argument("--only", metavar="PART,…", help=f"of {', '.join(PARTS)}; by default all but tune")
+    parser.add_argument("--only", metavar="STAGE,…", help=f"of {', '.join(STAGES)}; by default all but tune")
     parser.add_argument("--tune", action="store_true", help="measure tiles too, and write them as tables")
     parser.add_argument("--seconds", type=positive, default=540, help="of time, for everything")
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", default=Path("peftops-gpu"), help="what is found is kept here"
+        "--out", type=folder, metavar="DIR", default=Path("peftops-gpu"), help="where the results are kept"
     )
     o = parser.parse_args(argv)
-    o.parts = o.only.split(",") if o.only is not None else [name for name in PARTS if name != "tune" or o.tune]
-    if unknown := [part for part in o.parts if part not in PARTS]:
-        raise BadInput(f"--only must be of {', '.join(PARTS)}, got {unknown[0]!r}")
+    if o.only is None:
+        o.stages = [stage for stage in STAGES if stage != "tune" or o.tune]
+    else:
+        o.stages = o.only.split(",")
+    if unknown := [stage for stage in o.stages if stage not in STAGES]:
+        raise BadInput(f"--only must be of {', '.join(STAGES)}, got {unknown[0]!r}")
     return o
 
 
@@ -58,48 +62,74 @@ def main(argv=None):
     need("torch")
     device = find_device(o.device)
     o.out.mkdir(parents=True, exist_ok=True)
-    shares = budget(o.parts, o.seconds)
-    print(", ".join(f"{part} {seconds} s" for part, seconds in shares.items()), flush=True)
-    check = Check(o, results.describe(device))
-    started, spare = time.monotonic(), 0
-    for part, share in shares.items():
+    shares = budget(o.stages, o.seconds)
+    print(", ".join(f"{stage} {seconds} s" for stage, seconds in shares.items()), flush=True)
+    runner = Runner(o, results.describe(device))
+    started = time.monotonic()
+    spare = 0
+    for stage, share in shares.items():
         before = time.monotonic()
-        check.run(part, share + spare)
+        runner.run(stage, share + spare)
         spare = max(0, share + spare - (time.monotonic() - before))
-    print("\n".join(check.table(time.monotonic() - started)))
-    return int(bool(check.failures))
+    print("\n".join(runner.table(time.monotonic() - started)))
+    return int(bool(runner.failures))
 
 
-def budget(parts, seconds):
-    whole = sum(PARTS[part][0] for part in parts)
-    return {part: round(PARTS[part][0] * min(1, seconds / whole)) for part in parts}
+def budget(stages, seconds):
+    """{stage: whole seconds}; less for each where there is less time than all of them want."""
+    whole = sum(STAGES[stage][0] for stage in stages)
+    return {stage: round(STAGES[stage][0] * min(1, seconds / whole)) for stage in stages}
 
 
-class Check:
+class Runner:
+    """Runs stages and keeps their events in o.out: all of them in results.EVENTS, a summary beside it."""
+
     def __init__(self, o, about):
-        self.o, self.about, self.parts, self.failures, self.misses, self.absent = o, about, {}, [], [], []
+        self.o = o
+        self.about = about
+        self.stages = {}  # name: how many events of each state, and seconds
+        self.failures = []
+        self.misses = []
+        self.absent = []
         for name in (results.EVENTS, "failures.txt"):
             (o.out / name).unlink(missing_ok=True)
 
-    def run(self, part, seconds):
-        """One part in a process of its own, whose lines are kept as they come."""
-        print(f"{part}: {PARTS[part][1]} …", flush=True)
-        before, self.parts[part] = time.monotonic(), {"ok": 0, "failed": 0, "absent": 0}
+    def run(self, stage, seconds):
+        """One stage in a process of its own, whose events are kept as they come."""
+        print(f"{stage}: {STAGES[stage][1]} …", flush=True)
+        before = time.monotonic()
+        self.stages[stage] = {"ok": 0, "failed": 0, "absent": 0}
+        code, had_events, stopped, errors = self.watch(stage, seconds)
+        if stopped:
+            self.event(stage, {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"})
+        elif code:
+            last = (errors.strip().splitlines() or [f"exit {code}"])[-1]
+            self.event(stage, {"what": "process", "ok": False, "said": last[:300]})
+        elif not had_events:
+            self.event(stage, {"what": STAGES[stage][1], "ok": True})
+        if self.stages[stage]["failed"]:
+            self.log(f"== {stage}\n{errors}\n")
+        self.stages[stage]["seconds"] = round(time.monotonic() - before, 1)
+        self.keep()
+
+    def watch(self, stage, seconds):
+        """(exit code, whether there were events, whether time ran out, the end of standard error)"""
         process = subprocess.Popen(
-            self.command(part, seconds), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            cwd=self.where(part), start_new_session=True,
+            self.command(stage, seconds), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            cwd=self.working_folder(stage), start_new_session=True,
         )  # fmt: skip
         stopped = []
         timer = Timer(seconds, lambda: stopped.append(kill(process)))
         timer.start()
-        kept = self.o.out / f".{part}.log"
+        kept = self.o.out / f".{stage}.log"
         try:
             with open(kept, "w+", errors="replace") as log:
-                errors = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
-                said = [self.take(part, line) for line in process.stdout]
-                process.wait(), errors.wait()
+                copier = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
+                taken = [self.take(stage, line) for line in process.stdout]
+                process.wait()
+                copier.wait()
                 log.seek(0)
-                tail = log.read()[-4000:]
+                errors = log.read()[-4000:]
         except BaseException:  # Ctrl-C does not reach a session of its own
             kill(process)
             process.wait()
@@ -107,83 +137,81 @@ class Check:
         finally:
             timer.cancel()
             kept.unlink(missing_ok=True)
-        if stopped:
-            self.event(part, {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"})
-        elif process.returncode:
-            last = (tail.strip().splitlines() or [f"exit {process.returncode}"])[-1]
-            self.event(part, {"what": "process", "ok": False, "said": last[:300]})
-        elif not any(said):
-            self.event(part, {"what": PARTS[part][1], "ok": True})
-        if self.parts[part]["failed"]:
-            self.log(f"== {part}\n{tail}\n")
-        self.parts[part]["seconds"] = round(time.monotonic() - before, 1)
-        self.keep()
+        return process.returncode, any(taken), bool(stopped), errors
 
-    def command(self, part, seconds):
-        if part == "build":
+    def command(self, stage, seconds):
+        if stage == "build":
             wish = ["PEFTOPS_CUDA=1", f"PEFTOPS_CUDA_ARCHS={arch()}"] if self.o.device.startswith("cuda") else []
             return ["env", *wish, sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        if part == "doctor":
+        if stage == "doctor":
             return [sys.executable, "-m", "peftops", "doctor"]
-        args = part, self.o.device, str(round(seconds)), str(self.o.out.resolve())
-        stand_in = ["env", "TRITON_INTERPRET=1"] if part in ("tma", "tune") and self.o.device == "cpu" else []
-        return [*stand_in, sys.executable, "-c", BOOTSTRAP, *args]
+        args = stage, self.o.device, str(round(seconds)), str(self.o.out.resolve())
+        interpret = ["env", "TRITON_INTERPRET=1"] if stage in ("tma", "tune") and self.o.device == "cpu" else []
+        return [*interpret, sys.executable, "-c", BOOTSTRAP, *args]
 
-    def where(self, part):
-        return results.HERE.parent if part in ("build", "doctor") else None
+    def working_folder(self, stage):
+        return results.HERE.parent if stage in ("build", "doctor") else None
 
-    def take(self, part, line):
+    def take(self, stage, line):
         """Whether a line is an event; whatever else is printed goes to the log."""
         try:
             event = json.loads(line)
             if not isinstance(event, dict) or "what" not in event:
                 raise ValueError
         except ValueError:
-            if part in ("doctor", "build"):
+            if stage in ("doctor", "build"):
                 self.log(line)
             return False
-        self.event(part, event)
+        self.event(stage, event)
         return True
 
-    def event(self, part, event):
-        state = "absent" if event.get("absent") else "ok" if event["ok"] else "failed"
-        self.parts[part][state] += 1
-        if state == "failed":
-            self.failures.append([part, event["what"], event.get("said", "")])
-        if state == "absent":
-            self.absent.append(f"{part}: {event['what']}: {event.get('said', '')}")
+    def event(self, stage, event):
+        if event.get("absent"):
+            state = "absent"
+            self.absent.append(f"{stage}: {event['what']}: {event.get('said', '')}")
+        elif event["ok"]:
+            state = "ok"
+        else:
+            state = "failed"
+            self.failures.append([stage, event["what"], event.get("said", "")])
+        self.stages[stage][state] += 1
         self.misses += event.get("misses", [])
         with open(self.o.out / results.EVENTS, "a") as file:
-            file.write(json.dumps({"part": part} | event, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"part": stage} | event, ensure_ascii=False) + "\n")
 
     def alike(self):
         """A line for all failures of one kernel and dtype that say the same: the first, and how many more."""
         groups = {}
-        for part, what, said in self.failures:
-            groups.setdefault((part, *what.split(", ")[:2], said), [(part, what, said), 0])[1] += 1
-        for (part, what, said), count in groups.values():
-            more = f" (and {count - 1} more like it)" if count > 1 else ""
-            yield f"{part}: {what}: {said}{more}"
+        for failure in self.failures:
+            stage, what, said = failure
+            groups.setdefault((stage, *what.split(", ")[:2], said), []).append(failure)
+        for (stage, what, said), *others in groups.values():
+            more = f" (and {len(others)} more like it)" if others else ""
+            yield f"{stage}: {what}: {said}{more}"
 
     def log(self, text):
         with open(self.o.out / "failures.txt", "a") as file:
             file.write(text)
 
     def keep(self):
-        found = {"parts": self.parts, "failures": self.failures, "misses": self.misses, "absent": self.absent}
-        state = self.about | found
-        text = json.dumps(state, indent=1, ensure_ascii=False) + "\n"
+        summary = self.about | {
+            "parts": self.stages,
+            "failures": self.failures,
+            "misses": self.misses,
+            "absent": self.absent,
+        }
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         replace(self.o.out / "summary.json", lambda beside: beside.write_text(text))
 
     def table(self, seconds):
-        """At most LINES lines: the parts, what failed, what misses its target, what is absent and why."""
+        """At most LINES lines: the stages, what failed, what misses its target, what is absent and why."""
         yield f"{self.about['device']}, commit {self.about['commit']}, {seconds:.0f} s"
-        for part, counts in self.parts.items():
+        for stage, counts in self.stages.items():
             states = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "seconds" and count)
-            yield f"{part:10} {counts['seconds']:6.1f} s  {states}"
+            yield f"{stage:10} {counts['seconds']:6.1f} s  {states}"
         sections = {"failed": self.alike(), "misses its target": self.misses, "absent": self.absent}
+        most = (LINES - len(self.stages) - 8) // len(sections)
         for title, lines in sections.items():
-            most = (LINES - len(self.parts) - 8) // len(sections)
             lines = list(lines)
             yield f"{title}: {len(lines) or 'nothing'}"
             yield from (f"  {line}"[:240] for line in lines[:most])
@@ -197,8 +225,8 @@ class Check:
 BOOTSTRAP = """
 import sys
 from peftops.bench.proof import stages
-part, device, seconds, out = sys.argv[1:]
-stages.run(part, device, float(seconds), out)
+stage, device, seconds, out = sys.argv[1:]
+stages.run(stage, device, float(seconds), out)
 """
 
 

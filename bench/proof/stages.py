@@ -1,10 +1,11 @@
-"""The parts of `peftops bench gpu`, each run in a process of its own, which says what it found as lines of JSON."""
+"""The stages of `peftops bench gpu`. Each runs in a process of its own and prints a line of JSON an event."""
 
 import json
 import shutil
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +31,10 @@ def say(what, ok, said="", **more):
     print(json.dumps({"what": what, "ok": bool(ok), "said": said, **more}, ensure_ascii=False), flush=True)
 
 
-def run(part, device, seconds, out):
+def run(stage, device, seconds, out):
+    """Runs the function of this module that has the name of the stage."""
     o = SimpleNamespace(device=torch.device(device), seconds=seconds, out=Path(out), end=time.monotonic() + seconds)
-    globals()[part](o)
+    globals()[stage](o)
 
 
 def shapes(o):
@@ -49,11 +51,10 @@ def cells(device):
 
 
 def runs(name, device):
-    from importlib import import_module
-
-    return (
-        name == "cpu" or import_module(f"peftops.{name}").runs(device.type) or (name, device.type) == ("triton", "cpu")
-    )
+    """Whether the backend runs on the device, or a CPU interprets it."""
+    if name == "cpu" or (name, device.type) == ("triton", "cpu"):
+        return True
+    return import_module(f"peftops.{name}").runs(device.type)
 
 
 def kernels(o):
@@ -83,34 +84,34 @@ def small(device):
 
 
 def sanitizer(o):
+    """compute-sanitizer's memcheck and racecheck over a few cases."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if o.device.type != "cuda" or not tool:
-        say("compute-sanitizer", True, "is not installed" if not tool else "needs a GPU", absent=True)
+    if not tool:
+        say("compute-sanitizer", True, "is not installed", absent=True)
         return
+    if o.device.type != "cuda":
+        say("compute-sanitizer", True, "needs a GPU", absent=True)
+        return
+    watched = [sys.executable, "-c", SMALL.format(device=str(o.device))]
     for check in ("memcheck", "racecheck"):
-        command = [
-            tool,
-            "--tool",
-            check,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-c",
-            SMALL.format(device=str(o.device)),
-        ]
+        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", check, "--error-exitcode", "9", *watched]
+        left = max(5, o.end - time.monotonic() - 2)
         try:
-            left = max(5, o.end - time.monotonic() - 2)
-            done = subprocess.run(
-                ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command], capture_output=True, text=True, timeout=left
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
             say(check, False, "ran out of time")
             continue
-        found = [
-            line for line in done.stdout.splitlines() if "=========" in line and ("Invalid" in line or "hazard" in line)
-        ]
-        print(done.stdout[-3000:] if done.returncode else "", file=sys.stderr)
-        say(check, done.returncode == 0, (found or [f"exit {done.returncode}"])[0][:200] if done.returncode else "")
+        if done.returncode == 0:
+            say(check, True)
+            continue
+        print(done.stdout[-3000:], file=sys.stderr)
+        faults = [line for line in done.stdout.splitlines() if is_fault(line)]
+        say(check, False, (faults or [f"exit {done.returncode}"])[0][:200])
+
+
+def is_fault(line):
+    """Whether a line of compute-sanitizer names a fault."""
+    return "=========" in line and ("Invalid" in line or "hazard" in line)
 
 
 def layers(o):
@@ -118,7 +119,8 @@ def layers(o):
     from .layers import examine
 
     for what, ok, said in examine(o.device):
-        say(what, ok is not False, said, **({"absent": True} if ok is None else {}))
+        absent = {"absent": True} if ok is None else {}
+        say(what, ok is not False, said, **absent)
 
 
 def replays(o):
@@ -134,13 +136,13 @@ def replays(o):
         return
     for op in CASES:
         call = function(op)
-        wrong = []
+        wrong = []  # labels of cases
         for shape in shapes(o)[:10]:
             for label, args in CASES[op](shape, torch.bfloat16, o.device):
                 with paused():
                     expected = bits(call(*args))
-                found = [bits(call(*args)) for _ in range(4)]
-                if not all(torch.equal(a, b) for outs in found for a, b in zip(outs, expected, strict=True)):
+                replayed = [bits(call(*args)) for _ in range(4)]
+                if not all(torch.equal(a, b) for outs in replayed for a, b in zip(outs, expected, strict=True)):
                     wrong.append(f"{shape}, {label}")
         say(f"{op}, {call.direct.plans()} plans", not wrong, "; ".join(wrong[:3]))
 
@@ -157,9 +159,11 @@ def host(o):
     for line in row.measure(o.device, row.KINDS, (0.0, 0.1), 5, Progress()):
         results.append(o.out / "bench.jsonl", about | line)
         what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}"
-        ratios, took = line["ratio"], 1000 * line["ms"][row.OURS][1]
-        slow = ratios.get(row.STOCK, 0) > row.TARGET
-        missed = [f"{what}: {ratios[row.STOCK]:.2f} × PEFT's host time, target {row.TARGET}"] if slow else []
+        ratios = line["ratio"]
+        took = 1000 * line["ms"][row.OURS][1]
+        missed = []
+        if ratios.get(row.STOCK, 0) > row.TARGET:
+            missed.append(f"{what}: {ratios[row.STOCK]:.2f} × PEFT's host time, target {row.TARGET}")
         said = ", ".join(filter(None, (f"{took:.0f} µs", results.beside(ratios))))
         say(f"host time of {what}", True, said, misses=missed)
         if time.monotonic() > o.end - 3:
@@ -183,10 +187,9 @@ def bench(o):
         here = about | {"row": row.__name__.rpartition(".")[2], "dtype": name} | line
         results.append(o.out / "bench.jsonl", here)
         lines.append(line)
-        way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
-        ratios = results.beside(line["ratio"])
-        missed = list(misses(line, row.TARGETS))
-        say(f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {way}", True, ratios, misses=missed)
+        kernels_used = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
+        what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {kernels_used}"
+        say(what, True, results.beside(line["ratio"]), misses=list(misses(line, row.TARGETS)))
         if time.monotonic() > o.end - 5:
             break
     for absent in results.absentees(lines):
@@ -194,19 +197,26 @@ def bench(o):
 
 
 def measured(rows, device, dtype):
-    """(row, line) of all their layers, those with a target first; on a GPU what they measure alone comes second."""
+    """(row, line) of all their layers, those with a target first.
+
+    On a GPU what rows measure beside layers, such as DoRA's norms, comes second.
+    """
     from ..measure import alone, layer
     from ..peers import GPU, HERE, NF4
     from ..timing import ceilings
 
-    gpu, jobs = device.type == "cuda", []
+    gpu = device.type == "cuda"
     options = SimpleNamespace(dropout=None if gpu else 0.1, shape=None, quick=True, backend=())
     options.peers = [name for name in (*HERE, *NF4, *GPU) if "compile" not in name]
+    jobs = []  # (order, row, name of the layer, problem)
     for row in rows:
-        options.layers, wanted = row.layers(device, not gpu), {target[:2] for target in row.TARGETS}
+        options.layers = row.layers(device, not gpu)
+        wanted = {target[:2] for target in row.TARGETS}
         for name, problem in row.jobs(options, dtype, device):
-            jobs.append((0 if (name, problem.p) in wanted else 2, row, name, problem))
-    jobs += [(1, row, None, None) for row in rows if gpu and row.__name__.endswith("dora")]
+            order = 0 if (name, problem.p) in wanted else 2
+            jobs.append((order, row, name, problem))
+        if gpu and row.__name__.endswith("dora"):
+            jobs.append((1, row, None, None))
     limits = ceilings(device, dtype, quick=True)
     jobs.sort(key=lambda job: job[0])
     while jobs:  # what has been measured gives its memory back
@@ -238,17 +248,20 @@ def models(o):
     for line, losses in whole.measure(plans, o.device, o.end - 12):
         results.append(o.out / "bench.jsonl", about | line)
         said = f"{line['ms'][OURS][1]:.1f} ms, {results.beside(line['ratio'])}; losses {losses}"
-        ratio, most = line["ratio"].get(whole.STOCK, 0), whole.TARGETS.get(line["layer"], float("inf"))
+        ratio = line["ratio"].get(whole.STOCK, 0)
+        most = whole.TARGETS.get(line["layer"], float("inf"))
         missed = [f"{line['layer']}: {ratio:.2f} × PEFT's step, target {most}"] if ratio > most else []
         say(f"{line['layer']}, p = {line['dropout']}", whole.agree(line, losses), said, misses=missed)
 
 
 def stack(o):
+    """Steps of an 8B-shaped stack in 4 bits under 24 GB."""
     from .stack import LARGE, TINY, train
 
-    found = train(LARGE if o.device.type == "cuda" else TINY, o.device, o.end)
+    measured = train(LARGE if o.device.type == "cuda" else TINY, o.device, o.end)
     words = "{layers} layers, {parameters:.1f}B weights: {step_s:.2f} s a step of {tokens} tokens, {peak_gb:.2f} GB"
-    say("4-bit steps under 24 GB", found.pop("ok"), words.format(**found), **found)
+    ok = measured.pop("ok")
+    say("4-bit steps under 24 GB", ok, words.format(**measured), **measured)
 
 
 def tma(o):
@@ -261,15 +274,17 @@ def tma(o):
     for what, right, said, took in row.examine(o.device, o.end - 5):
         if right:
             loss = took["product"] / took["mm"] - 1
-            said = ", ".join([*(f"{name} {us:.0f} µs" for name, us in took.items()), f"{loss:+.1%} of cuBLAS' time"])
+            times = [f"{name} {us:.0f} µs" for name, us in took.items()]
+            said = ", ".join([*times, f"{loss:+.1%} of cuBLAS' time"])
         say(what, right, said, **took)
 
 
 def tune(o):
+    """The best tiles for this GPU, kept in tiles.json."""
     from .tune import tables
 
-    found = {}
+    best = {}
     for name, tile, said in tables(o.device, o.end):
-        found[name] = tile
-        replace(o.out / "tiles.json", lambda beside: beside.write_text(json.dumps(found, indent=1) + "\n"))
+        best[name] = tile
+        replace(o.out / "tiles.json", lambda beside: beside.write_text(json.dumps(best, indent=1) + "\n"))
         say(name, True, said)

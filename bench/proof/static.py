@@ -1,5 +1,7 @@
-"""peftops bench static: what compilers make of every GPU kernel, for every kind of GPU, and whether that is what the
-kernel was written for. Needs no GPU, and proves nothing about time."""
+"""peftops bench static: what compilers make of every GPU kernel, and whether it keeps its limits.
+
+It compiles for every kind of GPU, needs none, and proves nothing about time.
+"""
 
 import hashlib
 import json
@@ -40,13 +42,15 @@ def options(argv):
 def main(argv=None):
     o = options(argv)
     need("torch", "triton")
-    kept = static_cuda.ROOT / "build" / "static" if (static_cuda.ROOT / "setup.py").exists() else None
-    if kept:
+    kept = None  # the folder of what was compiled before
+    if (static_cuda.ROOT / "setup.py").exists():
+        kept = static_cuda.ROOT / "build" / "static"
         kept.mkdir(parents=True, exist_ok=True)
+    versions = [(installed("triton"), None), *((version, fetch(version)) for version in o.triton)]
     rows = []
     with ThreadPoolExecutor(o.jobs) as pool, Progress() as progress:
         tasks = []
-        for version, folder in [(installed("triton"), None), *((version, fetch(version)) for version in o.triton)]:
+        for version, folder in versions:
             tasks += [pool.submit(triton_rows, version, folder, o.all, i, o.jobs, kept) for i in range(o.jobs)]
         tasks += [pool.submit(cuda_rows, *task, kept) for task in cuda_tasks()]
         for done in progress.track(as_completed(tasks), len(tasks), "compiling"):
@@ -76,10 +80,11 @@ def fetch(version):
     return str(folder)
 
 
-def triton_rows(version, folder, everything, part, parts, kept):
-    path = f"sys.path.insert(0, {folder!r}); " if folder else ""
-    call = f"worker({everything}, {part}, {parts}, {kept and str(kept)!r})"
-    code = f"import sys; {path}from peftops.bench.proof.static_triton import worker; {call}"
+def triton_rows(version, folder, everything, share, shares, kept):
+    """Rows of a share of all launches, compiled by the triton in the folder, or by the installed one."""
+    preferred = f"sys.path.insert(0, {folder!r}); " if folder else ""
+    call = f"worker({everything}, {share}, {shares}, {kept and str(kept)!r})"
+    code = f"import sys; {preferred}from peftops.bench.proof.static_triton import worker; {call}"
     command = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -88,20 +93,18 @@ def triton_rows(version, folder, everything, part, parts, kept):
 
 
 def cuda_tasks():
+    """(source, architecture) of all CUDA C++ that can be compiled here."""
     known = static_cuda.sources() if shutil.which("nvcc") else []
     return [(source, arch) for source in known for arch in static_cuda.architectures()]
 
 
 def cuda_rows(source, arch, kept):
-    about = [
-        static_cuda.version(),
-        arch,
-        *static_cuda.FLAGS,
-        Path(static_cuda.__file__).read_text(),
-        Path(sass.__file__).read_text(),
-    ]
-    text = [path.read_text() for path in (source, *sorted(source.parent.glob("*.*h")))]
-    file = kept and kept / f"{source.stem}-{hashlib.sha256(json.dumps([about, text]).encode()).hexdigest()[:24]}.json"
+    """Rows of one source on one architecture, read from `kept` where nothing they are made of has changed."""
+    about = [static_cuda.version(), arch, *static_cuda.FLAGS]
+    about += [Path(module.__file__).read_text() for module in (static_cuda, sass)]
+    text = [file.read_text() for file in (source, *sorted(source.parent.glob("*.*h")))]
+    digest = hashlib.sha256(json.dumps([about, text]).encode()).hexdigest()[:24]
+    file = kept / f"{source.stem}-{digest}.json" if kept else None
     if file and file.exists():
         return json.loads(file.read_text())
     rows = [row | {"compiler": f"nvcc {static_cuda.version()}"} for row in static_cuda.rows(source, arch)]
