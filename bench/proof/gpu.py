@@ -82,7 +82,7 @@ def budget(stages, seconds):
 
 
 class Runner:
-    """Runs stages and keeps their events in o.out: all of them in results.EVENTS, a summary beside it."""
+    """Runs stages and keeps their events in o.out, with a summary beside them."""
 
     def __init__(self, o, about):
         self.o = o
@@ -113,7 +113,7 @@ class Runner:
         self.keep()
 
     def watch(self, stage, seconds):
-        """(exit code, whether there were events, whether time ran out, the end of standard error)"""
+        """(exit code, whether events came, whether time ran out, the end of standard error)"""
         process = subprocess.Popen(
             self.command(stage, seconds), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
             cwd=self.working_folder(stage), start_new_session=True,
@@ -180,7 +180,7 @@ class Runner:
             file.write(json.dumps({"part": stage} | event, ensure_ascii=False) + "\n")
 
     def alike(self):
-        """A line for all failures of one kernel and dtype that say the same: the first, and how many more."""
+        """The first of all failures of one kernel and dtype that say the same, and how many more."""
         groups = {}
         for failure in self.failures:
             stage, what, said = failure
@@ -204,7 +204,7 @@ class Runner:
         replace(self.o.out / "summary.json", lambda beside: beside.write_text(text))
 
     def table(self, seconds):
-        """At most LINES lines: the stages, what failed, what misses its target, what is absent and why."""
+        """At most LINES lines: stages, what failed, what misses its target, what is absent and why."""
         yield f"{self.about['device']}, commit {self.about['commit']}, {seconds:.0f} s"
         for stage, counts in self.stages.items():
             states = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "seconds" and count)

@@ -1,4 +1,4 @@
-"""The layers as users run them on a GPU, in a CUDA graph and compiled, against the same call in eager mode."""
+"""The layers in a CUDA graph and compiled, against the same call in eager mode."""
 
 import torch
 from torch import nn
@@ -7,17 +7,20 @@ import peftops.nn
 
 from ..timing import said
 
-SHAPES = (1, 256, 512), (64, 256, 512), (300, 256, 512)  # rows, k, n: both few-row kernels, and many rows
+# Rows, k, n: the kernels for one row, for few and for many.
+SHAPES = (1, 256, 512), (64, 256, 512), (300, 256, 512)
 
 
 def examine(device):
-    """(what, whether it is so, or None where it cannot be asked, words)"""
+    """(what, whether it holds, words); None instead of whether where it cannot be asked."""
     for m, k, n in SHAPES:
         for p in (0.0, 0.1):
-            for kind, ask in {"a CUDA graph": graph, "torch.compile": compiled}.items():
-                what = f"LoRALinear, {m} rows, p = {p}, in {kind}"
+            for mode, judge in {"a CUDA graph": graph, "torch.compile": compiled}.items():
+                what = f"LoRALinear, {m} rows, p = {p}, in {mode}"
                 try:
-                    yield what, *ask(layer_of(k, n, p, device), torch.randn(m, k, device=device).bfloat16())
+                    layer = layer_of(k, n, p, device)
+                    x = torch.randn(m, k, device=device).bfloat16()
+                    yield what, *judge(layer, x)
                 except Exception as error:  # of a compiler, the driver or ours
                     yield what, False, said(error)
 
@@ -42,14 +45,20 @@ def graph(layer, x):
 
 
 def replayed(layer, x):
-    """Replays see new inputs and, under dropout, draw new masks; without it they equal the eager call bit for bit."""
+    """(whether replays are right, what is wrong)
+
+    A replay sees new inputs. Under dropout it draws a new mask; without, it equals the eager call
+    bit for bit.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             trained(layer, x)
     torch.cuda.current_stream().wait_stream(side)
-    captured, held, results = torch.cuda.CUDAGraph(), x.clone(), []
+    captured = torch.cuda.CUDAGraph()
+    held = x.clone()
+    results = []
     with torch.cuda.graph(captured):
         out = trained(layer, held)
     for source in (x, 2 * x, 2 * x):

@@ -1,4 +1,7 @@
-"""Ops × backends × dtypes × shapes, in processes of their own: a kernel that takes one down takes no other along."""
+"""Ops × backends × dtypes × shapes against the law.
+
+Tasks run in processes of their own, so a kernel that kills its process stops no other.
+"""
 
 import json
 import os
@@ -18,11 +21,13 @@ work(sys.argv[1])
 
 
 def run_all(tasks, device, end):
-    """An event for each case of the tasks (op, backend, dtype, shape), in the order in which they end."""
-    waiting, events = Queue(), Queue()
+    """An event for each case of the tasks (op, backend, dtype, shape), in the order they end in."""
+    waiting = Queue()
+    events = Queue()
     for task in tasks:
         waiting.put(task)
-    threads = [Thread(target=employ, args=(waiting, events, device, end)) for _ in range(min(AT_ONCE, os.cpu_count()))]
+    count = min(AT_ONCE, os.cpu_count())
+    threads = [Thread(target=employ, args=(waiting, events, device, end)) for _ in range(count)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads) or not events.empty():
@@ -39,34 +44,43 @@ def employ(waiting, events, device, end):
     worker = None
     while time.monotonic() < end:
         try:
-            op, name, dtype, shape = task = waiting.get_nowait()
+            task = waiting.get_nowait()
         except Empty:
             break
-        first = 0
+        op, name, dtype, shape = task
+        first = 0  # the case to begin with; None where there are no more
         while first is not None and time.monotonic() < end:
             worker = worker or Worker(device)
-            begun, first, what = worker.do(task, first, events.put, end), None, f"{op} on {name}, {dtype}, {shape}"
+            begun = worker.do(task, first, events.put)
+            first = None
             if begun is not None:  # it died there, or could not even start
                 at, label = begun
                 said = worker.last_words() if time.monotonic() < end else "stopped, since time was up"
-                events.put({"what": f"{what}, {label}", "ok": False, "said": f"its process died: {said}"})
-                worker, first = None, None if at is None else at + 1
+                what = f"{op} on {name}, {dtype}, {shape}, {label}"
+                events.put({"what": what, "ok": False, "said": f"its process died: {said}"})
+                worker = None
+                if at is not None:
+                    first = at + 1
     if worker:
         worker.close()
 
 
 class Worker:
     def __init__(self, device):
-        # Where a CPU stands in, Triton's interpreter does for its compiler; it has to be named before triton is there.
-        stand_in = [] if device.type == "cuda" else ["env", "TRITON_INTERPRET=1"]
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  it lives as long as the process
-        command = [*stand_in, sys.executable, "-c", WORKER, str(device)]
+        # On a CPU Triton's kernels are interpreted, which must be said before triton is imported.
+        interpret = [] if device.type == "cuda" else ["env", "TRITON_INTERPRET=1"]
+        # It lives as long as the process.
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        command = [*interpret, sys.executable, "-c", WORKER, str(device)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
 
-    def do(self, task, first, take, end):
-        """None where the task ended well, otherwise (the index of the case that it died in, or None, and its label)."""
+    def do(self, task, first, take):
+        """None where the task ended well, else (index, label) of the case that the process died in.
+
+        The index is None where it died before any.
+        """
         begun = None, "before any case"
         try:
             print(json.dumps([*task, first]), file=self.process.stdin, flush=True)
@@ -97,7 +111,10 @@ class Worker:
 
 
 def work(device):
-    """Tasks come as lines; a line goes out before each case and one behind it. After a CUDA error it dies."""
+    """Reads tasks as lines. Prints a line before each case and one after it.
+
+    After a CUDA error the process ends, since no later call would be right.
+    """
     import torch
 
     import peftops.functional  # noqa: F401  registers the ops
@@ -105,7 +122,8 @@ def work(device):
     from peftops.testing.law import check_case
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
-    place, answers = torch.device(device), os.fdopen(os.dup(1), "w")
+    place = torch.device(device)
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         op, name, dtype, shape, first = json.loads(line)
@@ -119,7 +137,8 @@ def work(device):
                 if place.type == "cuda":
                     torch.cuda.synchronize()
                 event |= {"ok": error <= bound, "error": error, "bound": bound}
-                event |= {} if event["ok"] else {"said": f"error {error:.1e}, at most {bound:.1e}"}
+                if not event["ok"]:
+                    event["said"] = f"error {error:.1e}, at most {bound:.1e}"
             except Exception as failure:  # a compiler's, the driver's, ours
                 if "CUDA error" in str(failure) or "an illegal" in str(failure):
                     raise

@@ -1,8 +1,9 @@
-"""PEFT's own tests on peftops: a pytest plugin, and a command that runs them without and with it and compares.
+"""PEFT's own tests on peftops: a pytest plugin, and a command that runs them without and with it.
 
     python -m peftops.bench.proof.peft_suite PEFT_CHECKOUT [-k "Vanilla and LoRA"]
 
-The tests are of the checkout, PEFT is the one that is installed. Exit code 0 says that every test has the same outcome.
+The tests are of the checkout, PEFT is the one that is installed. Exit code 0 says that every test
+has the same outcome both times.
 """
 
 import argparse
@@ -30,9 +31,8 @@ class Linear(ours.FusedLinear):
 def dispatch(*args, **kwargs):
     made = DISPATCH(*args, **kwargs)
     if type(made) is layer.Linear:
-        made.__class__ = (
-            Linear  # gains of DoRA are kept from its first forward, as those of an adapter added after patch
-        )
+        # Gains of DoRA are kept from its first forward, like those of an adapter added after patch.
+        made.__class__ = Linear
     return made
 
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel is made of: registers, memory, instructions; and the limits that stand beside its source."""
+"""Registers, memory and instructions of a compiled kernel, and the limits beside its source."""
 
 import re
 import subprocess
@@ -13,20 +13,17 @@ COUNTED = {  # instructions of NVIDIA's machine code, and of AMD's
     "wide": r"LDGSTS\S*\.128|\bLDG\.\S*128|UTMALDG|(global|buffer)_load_(dwordx4|lds_dwordx4)",
     "fma": r"\bFFMA|\bv_(fma|fmac|pk_fma)_f32",
 }
-NUMBERS = (
-    "registers",
-    "shared",
-    "spilled",
-    "loop",
-    "waits",
-    "reloads",
-    *COUNTED,
-)  # loop: instructions of the hottest loop
+# loop: instructions of the hottest loop
+NUMBERS = ("registers", "shared", "spilled", "loop", "waits", "reloads", *COUNTED)
 SMALLEST = 20  # instructions of a kernel that was not compiled away
 
 
 def measure(registers, shared, stack, places, lines):
-    """The numbers of one kernel. A stack that nothing uses is ptxas' own; reloads are those of spills within loops."""
+    """The numbers of one kernel.
+
+    spilled is 0 where nothing uses the stack, which is then ptxas' own. reloads are those of
+    spills within loops.
+    """
     loops = list(innermost(places, lines))
 
     def count(what, where=lines):
@@ -42,31 +39,37 @@ def measure(registers, shared, stack, places, lines):
 
 
 def innermost(places, lines):
-    """The instructions between a branch backwards and where it goes, of loops that hold no other."""
-    at, found = {place: i for i, place in enumerate(places)}, []
+    """The instructions of each loop that holds no other: from where a branch backwards goes to it."""
+    index = {place: i for i, place in enumerate(places)}
+    loops = []
     for i, line in enumerate(lines):
-        if (branch := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line)) and (start := at.get(int(branch[1], 16), i)) < i:
-            found.append((start, i))
-    for start, stop in found:
-        if not any(start <= first and last <= stop for first, last in found if (first, last) != (start, stop)):
+        if branch := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line):
+            start = index.get(int(branch[1], 16), i)
+            if start < i:
+                loops.append((start, i))
+    for start, stop in loops:
+        others = [loop for loop in loops if loop != (start, stop)]
+        if not any(start <= first and last <= stop for first, last in others):
             yield lines[start : stop + 1]
 
 
 def disassemble(cubin):
     """{function: (registers, bytes of stack, places, lines)}"""
-    text, usage = cuobjdump(cubin, "-sass"), cuobjdump(cubin, "-res-usage")
-    found = {}
+    text = cuobjdump(cubin, "-sass")
+    usage = cuobjdump(cubin, "-res-usage")
+    functions = {}
     for name, numbers in re.findall(r"Function (\S+):\n\s*(.*)", usage):
-        found[name] = tuple(int(re.search(rf"{what}:(\d+)", numbers)[1]) for what in ("REG", "STACK"))
-    for part in re.split(r"Function : ", text)[1:]:
-        name, body = part.split(maxsplit=1)
+        functions[name] = tuple(int(re.search(rf"{what}:(\d+)", numbers)[1]) for what in ("REG", "STACK"))
+    for block in re.split(r"Function : ", text)[1:]:
+        name, body = block.split(maxsplit=1)
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
-        found[name] += [int(place, 16) for place, _ in code], [line for _, line in code]
-    return found
+        functions[name] += [int(place, 16) for place, _ in code], [line for _, line in code]
+    return functions
 
 
 def cuobjdump(cubin, flag):
-    folder = Path(find_spec("triton").submodule_search_locations[0])  # which brings NVIDIA's tools along
+    """What NVIDIA's tool, which triton brings along, says of machine code."""
+    folder = Path(find_spec("triton").submodule_search_locations[0])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -75,26 +78,28 @@ def cuobjdump(cubin, flag):
 
 
 def limits(source, kernel, target, absent=()):
-    """{number: (least, most)} from the comments directly above a kernel, in Python or CUDA C++, or None without any.
+    """{number: (least, most)} from the comments directly above a kernel, or None without any.
 
-    `limits: registers 24-128, mma 8-, spilled 0`; a line `limits sm_90 -GAIN: …` is only for that target, and only
-    where the argument GAIN is absent.
+    In Python and CUDA C++ alike: `limits: registers 24-128, mma 8-, spilled 0`. A line
+    `limits sm_90 -GAIN: …` is only for that target, and only where the argument GAIN is absent.
     """
     above = re.search(rf"((?:(?:#|//) limits\b.*\n)+)(?:.*\n){{0,2}}?.*\b{kernel}\(", source)
     if not above:
         return None
-    found = {}
+    ranges = {}
     for words, numbers in re.findall(r"limits\b(.*?):(.*)", above[1]):
         targets = [word for word in words.split() if word[0] != "-"]
-        if (targets and target not in targets) or not {w[1:] for w in words.split() if w[0] == "-"} <= set(absent):
+        without = {word[1:] for word in words.split() if word[0] == "-"}
+        if (targets and target not in targets) or not without <= set(absent):
             continue
         for name, least, dash, most in re.findall(r"(\w+) (\d+)(-?)(\d*)", numbers):
-            found[name] = int(least), int(most or least) if most or not dash else float("inf")
-    return found
+            endless = dash and not most
+            ranges[name] = int(least), float("inf") if endless else int(most or least)
+    return ranges
 
 
 def faults(numbers, limits, shared_limit, fast=True):
-    """What is wrong with a kernel, in words. One that is not meant to be fast may load and multiply as it can."""
+    """What is wrong with a kernel, in words; only one that is meant to be fast has to keep limits."""
     if numbers["shared"] > shared_limit:
         yield f"shared memory {numbers['shared']} > {shared_limit} of the target"
     if limits is None:

@@ -1,7 +1,7 @@
-"""What QLoRA is for: a model of the shape of Llama-3.1-8B, its weights in 4 bits, trained on a card of 24 GB.
+"""A model of the shape of Llama-3.1-8B, its weights in 4 bits, trained on a card of 24 GB.
 
-Every linear layer is a LoRALinear over a LinearNF4, under activation checkpoints. Weights are random: memory and time
-do not depend on them.
+Every linear layer is a LoRALinear over a LinearNF4, under activation checkpoints. Weights are
+random, since memory and time do not depend on them.
 """
 
 import math
@@ -44,15 +44,19 @@ class Block(nn.Module):
         super().__init__()
         self.head = s.width // s.heads
         narrow = s.shared * self.head
-        self.q, self.o = adapted(s.width, s.width, device), adapted(s.width, s.width, device)
-        self.k, self.v = adapted(s.width, narrow, device), adapted(s.width, narrow, device)
-        self.gate, self.up = adapted(s.width, s.inner, device), adapted(s.width, s.inner, device)
+        self.q = adapted(s.width, s.width, device)
+        self.o = adapted(s.width, s.width, device)
+        self.k = adapted(s.width, narrow, device)
+        self.v = adapted(s.width, narrow, device)
+        self.gate = adapted(s.width, s.inner, device)
+        self.up = adapted(s.width, s.inner, device)
         self.down = adapted(s.inner, s.width, device)
 
     def forward(self, x):
         batch, tokens, width = x.shape
         normed = functional.rms_norm(x, (width,))
-        heads = [part(normed).view(batch, tokens, -1, self.head).transpose(1, 2) for part in (self.q, self.k, self.v)]
+        projected = [layer(normed) for layer in (self.q, self.k, self.v)]
+        heads = [y.view(batch, tokens, -1, self.head).transpose(1, 2) for y in projected]
         y = functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
         x = x + self.o(y.transpose(1, 2).reshape(batch, tokens, width))
         normed = functional.rms_norm(x, (width,))
@@ -83,7 +87,9 @@ def train(s, device, end, steps=4):
     torch.manual_seed(0)
     model = Stack(s, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ids, losses, seconds = torch.randint(s.vocabulary, (1, s.tokens), device=device), [], []
+    ids = torch.randint(s.vocabulary, (1, s.tokens), device=device)
+    losses = []
+    seconds = []
     while len(losses) < steps and (len(losses) < 2 or time.monotonic() < end - 5):
         start = time.perf_counter()
         loss = model(ids)

@@ -1,4 +1,4 @@
-"""The stages of `peftops bench gpu`. Each runs in a process of its own and prints a line of JSON an event."""
+"""The stages of `peftops bench gpu`: each, in its own process, prints its events as lines of JSON."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def shapes(o):
 
 
 def cells(device):
-    """(op, backend) of every backend for GPUs that serves here; on a CPU, of what stands in for them."""
+    """(op, backend) of every GPU backend that serves here; on a CPU, of those that stand in."""
     import peftops.functional  # noqa: F401  registers the ops
     from peftops import backends
 
@@ -171,13 +171,14 @@ def host(o):
 
 
 def bench(o):
-    """Layers beside their peers and DoRA's norms, those that have a target first, until the time is up."""
+    """Layers and DoRA's norms beside their peers, those with a target first, until time is up."""
     from .. import dora, lora, nf4
     from ..__main__ import torch_dtype
     from ..measure import unlawful
 
     rows = lora, nf4, dora
-    name = "bf16" if o.device.type == "cuda" else "fp32"  # a CPU may take minutes for peers in 16 bits
+    # A CPU may take minutes for peers in 16 bits.
+    name = "bf16" if o.device.type == "cuda" else "fp32"
     dtype = torch_dtype(name)
     if wrong := unlawful(SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), dtype, o.device):
         say("the law", False, wrong)
@@ -226,7 +227,7 @@ def measured(rows, device, dtype):
 
 
 def misses(line, targets):
-    """In words, by how much a line misses the targets that it has, as a graph where there is one."""
+    """By how much a line misses its targets, in words; a CUDA graph counts where there is one."""
     for layer, dropout, kind, peer, most in targets:
         if (layer, dropout, kind) != (line["layer"], line["dropout"], line["pass"]):
             continue

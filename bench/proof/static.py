@@ -1,4 +1,4 @@
-"""peftops bench static: what compilers make of every GPU kernel, and whether it keeps its limits.
+"""peftops bench static: what compilers make of each GPU kernel, and whether it keeps its limits.
 
 It compiles for every kind of GPU, needs none, and proves nothing about time.
 """
@@ -67,7 +67,7 @@ def main(argv=None):
 
 
 def fetch(version):
-    """The folder of this triton alone, which a worker finds before the one that is installed."""
+    """A folder with this triton alone, which workers find before the one that is installed."""
     folder = static_cuda.ROOT / "build" / f"triton-{version}"
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def fetch(version):
 
 
 def triton_rows(version, folder, everything, share, shares, kept):
-    """Rows of a share of all launches, compiled by the triton in the folder, or by the installed one."""
+    """Rows of a share of all launches, by the triton in the folder, or by the installed one."""
     preferred = f"sys.path.insert(0, {folder!r}); " if folder else ""
     call = f"worker({everything}, {share}, {shares}, {kept and str(kept)!r})"
     code = f"import sys; {preferred}from peftops.bench.proof.static_triton import worker; {call}"
@@ -99,7 +99,7 @@ def cuda_tasks():
 
 
 def cuda_rows(source, arch, kept):
-    """Rows of one source on one architecture, read from `kept` where nothing they are made of has changed."""
+    """Rows of one source on one architecture, read from `kept` where nothing has changed."""
     about = [static_cuda.version(), arch, *static_cuda.FLAGS]
     about += [Path(module.__file__).read_text() for module in (static_cuda, sass)]
     text = [file.read_text() for file in (source, *sorted(source.parent.glob("*.*h")))]

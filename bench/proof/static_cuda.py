@@ -27,31 +27,33 @@ def version():
 
 def rows(source, arch):
     """A row for each kernel of a .cu file on one architecture."""
+    target = f"sm_{arch}"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        command = ["nvcc", *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", file.name, source]
+        command = ["nvcc", *FLAGS, f"-arch={target}", "-Xptxas", "-v", "-cubin", "-o", file.name, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
-            return [
-                {"kernel": source.name, "target": f"sm_{arch}", "case": "", "faults": [(errors or ["nvcc failed"])[0]]}
-            ]
-        found = sass.disassemble(Path(file.name).read_bytes())
+            fault = (errors or ["nvcc failed"])[0]
+            return [{"kernel": source.name, "target": target, "case": "", "faults": [fault]}]
+        machine_code = sass.disassemble(Path(file.name).read_bytes())
     said = dict(re.findall(r"Compiling entry function '(\S+)'[^\n]*\n(.*?Used [^\n]*)", done.stderr, re.S))
-    text, names = source.read_text(), demangled(said)
-    return [row(names[name], f"sm_{arch}", *found[name], said[name], text) for name in sorted(said)]
+    text = source.read_text()
+    names = demangled(said)
+    return [row(names[name], target, *machine_code[name], said[name], text) for name in sorted(said)]
 
 
 def demangled(names):
     """{mangled: (kernel, arguments of its template)}"""
-    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    parts = (
-        re.search(r"(\w+)(?:<(.*)>)?\(", line.replace("__nv_", "").replace("(int)", "")) for line in plain.splitlines()
-    )
-    return dict(zip(names, (part.groups("") for part in parts), strict=True))
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    plain = done.stdout.replace("__nv_", "").replace("(int)", "").splitlines()
+    matches = [re.search(r"(\w+)(?:<(.*)>)?\(", line) for line in plain]
+    return dict(zip(names, (match.groups("") for match in matches), strict=True))
 
 
 def row(names, target, registers, stack, places, lines, said, source):
-    (kernel, case), shared = names, int((re.search(r"(\d+) bytes smem", said) or [0, 0])[1])
+    """A row of one kernel, of what disassemble and ptxas (said) tell of it."""
+    kernel, case = names
+    shared = int((re.search(r"(\d+) bytes smem", said) or [0, 0])[1])
     spilled = max(stack, *map(int, re.findall(r"(\d+) bytes spill", said)))
     numbers = sass.measure(registers, shared, stack, places, lines) | {"spilled": spilled}
     faults = list(sass.faults(numbers, sass.limits(source, kernel, target), SHARED))

@@ -56,7 +56,7 @@ class Launch(NamedTuple):
         return " ".join(f"{name}{self.arguments[name]}" for name in SIZES if name in self.arguments)
 
     def features(self):
-        """What a covering list has to meet: kernel and target, each tile, each value of each flag."""
+        """What a covering list has to meet: kernel and target, each tile, each flag's values."""
         name = self.kernel.__name__
         yield name, self.target
         yield name, TARGETS[self.target][0], self.tile
@@ -114,7 +114,7 @@ def launches(everything):
 
 
 def covering(items, features):
-    """Few of the items, which have all features of all: the one with the most new ones first."""
+    """Few of the items, with all features of all; the one with the most new ones first."""
     left = {id(item): set(features(item)) for item in items}
     while best := max(items, key=lambda item: len(left[id(item)]), default=None):
         new = set(left[id(best)])

@@ -1,5 +1,6 @@
-"""The product for Hopper that no table chooses before it is measured: whether it is right, and what it takes."""
+"""The product for Hopper, which no table chooses yet: whether it is right, and what it takes."""
 
+import math
 import time
 
 import torch
@@ -15,7 +16,7 @@ from .. import timing
 from .tune import taken
 
 NAMES = {"lora_fwd": FWD, "lora_bwd": BWD}
-KINDS = {
+VARIANTS = {
     "plain": {},
     "dropout": {"p": 0.1, "fp32": True},
     "4 bits": {"form": "nf4", "nested": True},
@@ -36,8 +37,11 @@ def missing(device):
 
 
 def examine(device, end):
-    """(what, whether it is right, error and bound, {name: µs} where it is) of each kind of op, until the time is up."""
-    for label, options in KINDS.items():
+    """(what, whether it is right, error and bound in words, {name: µs}) of each op and variant.
+
+    Until the time is up; one that is wrong is not timed.
+    """
+    for label, options in VARIANTS.items():
         for op in NAMES:
             if time.monotonic() > end:
                 return
@@ -49,40 +53,56 @@ def examine(device, end):
 
 def proved(op, device, options):
     """(error, bound) of the worst shape"""
-    found = []
+    pairs = []
     with taken("tma"):
         for shape in PROVED if device.type == "cuda" else (REHEARSED,):
             t = tensors(*shape, torch.bfloat16, device, **options)
-            found.append(check_case(op, "triton", [t[name] for name in NAMES[op]]))
-    return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0] / pair[1])
+            pairs.append(check_case(op, "triton", [t[name] for name in NAMES[op]]))
+    return max(pairs, key=lambda pair: float("inf") if math.isnan(pair[0]) else pair[0] / pair[1])
 
 
 def times(op, device, options):
-    """Microseconds: of the op by TMA and by cuBLAS with an epilogue, of our product alone, and of the base's alone."""
+    """{name: µs}: the op by TMA, and by cuBLAS with an epilogue; then what products() says."""
     t = tensors(*(WIDE if device.type == "cuda" else REHEARSED), torch.bfloat16, device, **options)
     args = [t[name] for name in NAMES[op]]
-    took = {way: least(way, getattr(torch.ops.peftops, op), args, device) for way in ("tma", "cublas")}
+    call = getattr(torch.ops.peftops, op)
+    took = {product: least(product, call, args, device) for product in ("tma", "cublas")}
     return took | products(op, t, device)
 
 
-def least(way, call, args, device):
-    """Microseconds of a call: on a GPU the least of five samples"""
+def least(product, call, args, device):
+    """Microseconds of a call with this product: on a GPU the least of five samples"""
     samples, repeats = (5, 3) if device.type == "cuda" else (1, 1)
-    with taken(way):
+    with taken(product):
         call(*args)
         return 1e6 * min(timing.sample(lambda: call(*args), repeats, device) for _ in range(samples))
 
 
 def products(op, t, device):
-    """Of our product, the update inside, and of the base's by cuBLAS; 4 bits are decoded before."""
-    x, h, forward = t["x"], t["h"], op == "lora_fwd"
-    left, of_base = (x, parts) if forward else (t["dy"], parts_bwd)
-    out, b = x.new_empty(t["dy"].shape if forward else x.shape), (t["b"] if forward else t["a"]).to(x.dtype)
-    rest = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]} if forward else {}
-    if t["p"] and not forward:
-        rest["bits"] = t["bits"]
-    (part,) = of_base(t["base"], t["form"], t["block"], out.shape[1], left)
-    _, w, turned = part
-    ours = least("tma", lambda: lora_tma.product(out, left, [part], h, b, not forward, **rest), (), device)
+    """{name: µs}: our product with the update inside, and the base's alone by cuBLAS.
+
+    4 bits are decoded before.
+    """
+    x, dy = t["x"], t["dy"]
+    forward = op == "lora_fwd"
+    rest = {}
+    if forward:
+        left, of_base = x, parts
+        out = x.new_empty(dy.shape)
+        b = t["b"].to(x.dtype)
+        rest = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]}
+    else:
+        left, of_base = dy, parts_bwd
+        out = x.new_empty(x.shape)
+        b = t["a"].to(x.dtype)
+        if t["p"]:
+            rest["bits"] = t["bits"]
+    (weight,) = of_base(t["base"], t["form"], t["block"], out.shape[1], left)
+    _, w, turned = weight
+
+    def run():
+        lora_tma.product(out, left, [weight], t["h"], b, not forward, **rest)
+
+    ours = least("tma", run, (), device)
     theirs = least("cublas", lambda: torch.mm(left, w if turned else w.T, out=out), (), device)
     return {"product": ours, "mm": theirs}

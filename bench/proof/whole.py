@@ -1,6 +1,7 @@
-"""Steps of whole models whose weights are random, where no checkpoint is at hand: frozen, stock PEFT and peftops.
+"""Steps of whole models with random weights: frozen, with stock PEFT and with peftops.
 
-Shapes are those of Llama. Weights are bf16, or 4 bits for qlora, adapters fp32 on all linear layers, under autocast.
+Shapes are those of Llama. Weights are bf16, or 4 bits for qlora. Adapters are fp32, on all linear
+layers, under autocast.
 """
 
 import time
@@ -20,7 +21,7 @@ CLOSE = 1e-3  # losses of one batch may differ by that much of themselves
 
 
 class Plan(NamedTuple):
-    """One model; compiled: each decoder layer by torch.compile in that mode."""
+    """One model; `compiled` is torch.compile's mode for each decoder layer."""
 
     size: str
     method: str = "lora"
@@ -63,7 +64,8 @@ def measure(plans, device, end, rounds=5):
         kinds = {BASE: None} | contenders(plan.method)
         kinds.pop(LORA, None)
         missing = training.absent(kinds.values())
-        calls, losses, absent = {}, {}, {who: missing[kind] for who, kind in kinds.items() if kind in missing}
+        absent = {who: missing[kind] for who, kind in kinds.items() if kind in missing}
+        calls, losses = {}, {}
         for who in [who for who in kinds if who not in absent]:
             try:
                 calls[who] = step(built(plan, kinds[who], device), ids, who == BASE, plan.compiled)
@@ -73,15 +75,15 @@ def measure(plans, device, end, rounds=5):
                     raise
                 calls.pop(who, None)
                 absent[who] = said(error)
-        found = {who: Contender({STEP: [call]}, device) for who, call in calls.items()}
+        timed = {who: Contender({STEP: [call]}, device) for who, call in calls.items()}
         width = SIZES[plan.size]["hidden_size"]
         line = {"layer": plan.name, "op": "model", "dropout": plan.dropout, "absent": absent}
         line["shape"] = ids.numel(), width, width, RANK
-        yield finish(line, *times(found, STEP, rounds, device, modes=("eager",))), losses
+        yield finish(line, *times(timed, STEP, rounds, device, modes=("eager",))), losses
 
 
 def built(plan, kind, device):
-    """The frozen model where kind is None; else the demo's contender, its adapter not that which does nothing."""
+    """The frozen model where kind is None, else the demo's contender with a B that is not zero."""
     model = llama(plan.size, device).requires_grad_(False)
     layers = model.model.layers
     if kind:
@@ -123,7 +125,7 @@ def step(model, ids, frozen, compiled):
 
 
 def agree(line, losses):
-    """Whether stock's loss and ours are one, where both are there and no dropout tells them apart."""
+    """Whether PEFT's loss and ours are equal; always so under dropout or where PEFT is absent."""
     ours = losses[OURS]
     stock = next((loss for who, loss in losses.items() if who not in (BASE, OURS)), ours)
     return bool(line["dropout"]) or abs(ours - stock) <= CLOSE * abs(stock)

@@ -1,4 +1,4 @@
-"""Named inputs, for tests and bench alike. A case yields (label, arguments of the op)."""
+"""Named inputs, for doctor, tests and bench. A case yields (label, arguments of the op)."""
 
 import torch
 
@@ -40,8 +40,10 @@ def lora(
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    wide, narrow = torch.promote_types(dtype, torch.float32), torch.float32 if fp32 else dtype
-    ra, rb = (r if shared else r * max(1, experts)), r * max(1, experts)
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = torch.float32 if fp32 else dtype
+    rb = r * max(1, experts)
+    ra = r if shared else rb
     biased = normal(n, dtype=narrow) if bias else None
     bits = torch.randint(256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device).to(torch.uint8)
     x = normal(m, k)
@@ -67,7 +69,8 @@ def nf4(size, block, nested, generator, wide=torch.float32, device="cpu"):
     def random(high, count, dtype):
         return torch.randint(high, (count,), generator=generator, device=device).to(dtype)
 
-    blocks, table = -(-size // block), four_bits("nf4", torch.device(device)).to(wide)
+    blocks = -(-size // block)
+    table = four_bits("nf4", torch.device(device)).to(wide)
     codes = random(256, -(-size // 2), torch.uint8)
     if not nested:
         return [codes, table, (random(1000, blocks, wide) + 1) / 1000]
@@ -103,11 +106,11 @@ def mask(shape, dtype, device="cpu"):
 def quantize(shape, dtype, device="cpu"):
     """Weights whose rows may end within a block, and one that ends within a byte."""
     _, k, n, _ = shape
-    for kind, block in (("nf4", 64), ("nf4", 32), ("fp4", 128)):
+    for encoding, block in (("nf4", 64), ("nf4", 32), ("fp4", 128)):
         generator = torch.Generator(device).manual_seed(k + n)
         w = torch.randn(n * k, generator=generator, device=device).to(dtype)
-        w[:block] *= 0 if kind == "fp4" else 1
-        yield f"{kind}, {block}", [w, *bounds(four_bits(kind, w.device)), block]
+        w[:block] *= 0 if encoding == "fp4" else 1
+        yield f"{encoding}, {block}", [w, *bounds(four_bits(encoding, w.device)), block]
 
 
 def dequantize(shape, dtype, device="cpu"):
@@ -118,7 +121,8 @@ def dequantize(shape, dtype, device="cpu"):
         yield f"block={block}{', nested' if nested else ''}", [codes, table, scales, block, n * k, dtype]
 
 
-NORMS = ("plain", "transposed", "nf4", "nf4-few", "nf4-nested")  # variants that a norm can tell from each other
+# Variants that a norm can tell from each other.
+NORMS = ("plain", "transposed", "nf4", "nf4-few", "nf4-nested")
 
 
 def norms(names):

@@ -1,6 +1,7 @@
-"""The one law, for doctor and bench: what a backend makes of an op's cases against the fp64 reference.
+"""The one law: what a backend makes of an op's cases, against the fp64 reference.
 
-error = max|out − exact| / max|exact| must be at most twice the same-dtype reference's own, and one eps of the output.
+error = max|out − exact| / max|exact| must be at most twice the same-dtype reference's own error,
+plus one eps of the output.
 """
 
 from importlib import import_module
@@ -13,14 +14,15 @@ from .cases import CASES
 
 
 def check(op, backend, shape, dtype, device="cpu"):
-    """(label, error, bound) of the worst output of each case; it is right where error <= bound."""
+    """(label, error, bound) of each case's worst output, which is right where error <= bound."""
     for label, args in CASES[op](shape, dtype, device):
         yield label, *check_case(op, backend, args)
 
 
 def check_case(op, backend, args):
     """(error, bound) of the worst output of one case."""
-    exact, same = call(op, "reference", double(args)), call(op, "reference", args)
+    exact = call(op, "reference", double(args))
+    same = call(op, "reference", args)
     outs = call(op, backend, args)
     errors = [(error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)]
     wrong = [pair for pair in errors if not pair[0] <= pair[1]]  # NaN is wrong too
@@ -33,6 +35,7 @@ def call(op, backend, args):
 
 
 def every(outputs):
+    """The outputs of an op as a tuple, also where it has one alone."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -42,12 +45,14 @@ def function(op):
 
 
 def double(arg):
+    """An argument whose floating-point tensors are fp64."""
     if isinstance(arg, list):
         return [double(item) for item in arg]
     return arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
 
 
 def error(out, exact):
+    """max|out − exact| / max|exact|; of whole numbers, how many differ."""
     if out.shape != exact.shape:
         return float("inf")
     if not exact.is_floating_point():
@@ -56,4 +61,5 @@ def error(out, exact):
 
 
 def bound(out, same, exact):
+    """The largest error that the law allows; same: the reference's output in the dtype of `out`."""
     return 2 * error(same, exact) + (torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0)
