@@ -29,7 +29,9 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 def options(argv):
     parser = Parser("peftops bench", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all"
+    )
     common(parser)
     parser.add_argument(
         "--backend",
@@ -38,19 +40,36 @@ def options(argv):
         metavar="NAME,…",
         help=f"these beside the one in use, of {', '.join(BACKENDS)}",
     )
-    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="one layer instead of those of real models")
-    parser.add_argument("--peers", metavar="NAME", action="append", help="only this one beside ours; may be repeated")
+    parser.add_argument(
+        "--shape",
+        type=shape,
+        metavar="m,k,n,r",
+        help="one layer instead of those of real models",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="NAME",
+        action="append",
+        help="only this one beside ours; may be repeated",
+    )
     return parser.parse_args(argv)
 
 
 def common(parser):
     """What rows and model share."""
     parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input")
-    parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1; few rows go without")
+    parser.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input"
+    )
+    parser.add_argument(
+        "--dropout", type=probability, help="by default 0 and 0.1; few rows go without"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest, in few rounds")
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", help="where to append results, by default bench/results for whole runs"
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="where to append results, by default bench/results for whole runs",
     )
 
 
@@ -80,9 +99,13 @@ def main(argv=None):
         raise BadInput("check is now called gpu: peftops bench gpu")
     o = options(argv)
     if unknown := [row for row in o.rows if row not in ROWS]:
-        raise BadInput(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)} and {', '.join(COMMANDS)}")
+        raise BadInput(
+            f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)} and {', '.join(COMMANDS)}"
+        )
     need("torch", "peft")
-    rows = [importlib.import_module(f".{row}", __package__) for row in dict.fromkeys(o.rows or ROWS)]
+    rows = [
+        importlib.import_module(f".{row}", __package__) for row in dict.fromkeys(o.rows or ROWS)
+    ]
     device, dtype = find_device(o.device), torch_dtype(o.dtype)
     possible(o, rows, device, dtype)
     return run(o, rows, device, dtype)
@@ -100,9 +123,13 @@ def possible(o, rows, device, dtype):
                 raise BadInput(f"--backend {name} cannot run here ({why})")
     if o.shape:
         (m, k, n, r), free = o.shape, timing.free(device)
-        least = dtype.itemsize * (n * k + r * (k + n) + 2 * m * (k + n))  # weights, what goes in and out, gradients
+        least = dtype.itemsize * (
+            n * k + r * (k + n) + 2 * m * (k + n)
+        )  # weights, what goes in and out, gradients
         if least > free:
-            raise BadInput(f"--shape takes {least / 1e9:,.1f} GB at least, and {free / 1e9:,.1f} GB are free")
+            raise BadInput(
+                f"--shape takes {least / 1e9:,.1f} GB at least, and {free / 1e9:,.1f} GB are free"
+            )
 
 
 def unserved(name, row, device):
@@ -130,7 +157,9 @@ def run(o, rows, device, dtype):
     folder, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
-    if o.dropout and any(problem.few for row in rows for _, problem in row.jobs(o, dtype, device)):
+    if o.dropout and any(
+        problem.few for row in rows for _, problem in row.jobs(o, dtype, device)
+    ):
         print("Few rows are measured without dropout, since they are a generation's.")
     about, lines = results.describe(device), []
     with Progress() as progress:
@@ -140,7 +169,9 @@ def run(o, rows, device, dtype):
                 lines.append(line)
                 if folder:
                     here = about | {"row": row.__name__.rpartition(".")[2], "dtype": o.dtype}
-                    results.append(folder / f"{results.slug(about['device'])}.jsonl", here | line)
+                    results.append(
+                        folder / f"{results.slug(about['device'])}.jsonl", here | line
+                    )
     if absent := results.absentees(lines):
         print(f"Absent: {'; '.join(absent)}.")
     return 0

@@ -18,11 +18,19 @@ from .progress import Progress
 
 def main(argv=None):
     parser = Parser("peftops bench compare", description=__doc__)
-    parser.add_argument("commit", metavar="COMMIT", help="of this checkout: a name that git knows")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default lora")
+    parser.add_argument(
+        "commit", metavar="COMMIT", help="of this checkout: a name that git knows"
+    )
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default lora"
+    )
     parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
-    parser.add_argument("--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input")
+    parser.add_argument(
+        "--shape", type=shape, metavar="m,k,n,r", help="instead of the layers of real models"
+    )
+    parser.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input"
+    )
     parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1")
     parser.add_argument("--quick", action="store_true", help="one small layer, few rounds")
     o = parser.parse_intermixed_args(argv)
@@ -58,14 +66,18 @@ def check_out(commit, tree):
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if done.returncode:
-        raise BadInput(f"{commit} does not build: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        raise BadInput(
+            f"{commit} does not build: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+        )
     return tree
 
 
 def problems(o, dtype, device):
     """(name, problem) of everything to compare. Rows share names of layers, so a name begins with any row but lora."""
     for row in dict.fromkeys(o.rows or ["lora"]):
-        for name, problem in importlib.import_module(f".{row}", __package__).jobs(o, dtype, device):
+        for name, problem in importlib.import_module(f".{row}", __package__).jobs(
+            o, dtype, device
+        ):
             yield name if row == "lora" else f"{row}, {name}", problem
 
 
@@ -86,10 +98,15 @@ def measure(o, dtype, device, tree, commit, progress):
         for kind in found["this tree"].calls if len(found) == 2 else ():
             seconds, failed = timing.race(found, kind, "eager", rounds)
             if failed:
-                absent = "; ".join(f"{label} is absent ({why})" for label, why in failed.items())
+                absent = "; ".join(
+                    f"{label} is absent ({why})" for label, why in failed.items()
+                )
                 yield f"{name} {problem.shape}, p = {problem.p}, {kind}: {absent}"
                 continue
-            ratio, (low, mid, high) = timing.ratios(seconds, "this tree")[commit], timing.spread(seconds["this tree"])
+            ratio, (low, mid, high) = (
+                timing.ratios(seconds, "this tree")[commit],
+                timing.spread(seconds["this tree"]),
+            )
             where = f"{name} {problem.shape}, p = {problem.p}, {kind}"
             yield f"{where}: {ratio:.3f} × {commit}'s time; {mid:.3f} ms ({low:.3f}–{high:.3f})"
         for one in found.values():

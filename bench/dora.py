@@ -14,23 +14,46 @@ from . import lora, nf4
 from .peers import BASE, COPY, LORA, MICROSECONDS, OURS, SCALING
 from .timing import copies
 
-OPS = ("dora_norm", "dora_norm_bwd", "dora_drop", "dora_mix", "lora_fwd", "lora_bwd", "lora_gemv")
-PEERS = {"dense": ("PEFT", "PEFT, compiled"), "nf4, double": (nf4.THEIRS, nf4.PEER, f"{OURS}, frozen")}
+OPS = (
+    "dora_norm",
+    "dora_norm_bwd",
+    "dora_drop",
+    "dora_mix",
+    "lora_fwd",
+    "lora_bwd",
+    "lora_gemv",
+)
+PEERS = {
+    "dense": ("PEFT", "PEFT, compiled"),
+    "nf4, double": (nf4.THEIRS, nf4.PEER, f"{OURS}, frozen"),
+}
 SUFFIX = {"dense": "", "nf4, double": ", NF4"}
 ANOTHER = ", dropout_mode lora"  # which PEFT has not
 RANKS = 16, 64, 384
 NORMS = [(4096, 4096), *((n, k) for _, k, n, _ in lora.SMOL.values())]  # rows, columns
 HOST = "host time of DoRA, 2 rows of 16", lora.HOST[1]
 TARGETS = [  # layer, dropout, pass, who, and how much of their time ours may take; or how many µs on an H200
-    *((f"Llama-3.1-8B q, o{base}", 0.0, "forward + backward", LORA, 1.08) for base in SUFFIX.values()),
-    *((f"Llama-3.1-8B q, o{base}{ANOTHER}", 0.1, "forward + backward", LORA, 1.08) for base in SUFFIX.values()),
+    *(
+        (f"Llama-3.1-8B q, o{base}", 0.0, "forward + backward", LORA, 1.08)
+        for base in SUFFIX.values()
+    ),
+    *(
+        (f"Llama-3.1-8B q, o{base}{ANOTHER}", 0.1, "forward + backward", LORA, 1.08)
+        for base in SUFFIX.values()
+    ),
     *(
         (f"Llama-3.1-8B q, o{SUFFIX[base]}", p, "forward + backward", peer, 1 / times)
         for base, peer in (("dense", "PEFT"), ("nf4, double", nf4.PEER))
         for p, times in ((0.0, 1.6), (0.1, 2.2))
     ),
-    *((f"Llama-3.1-8B q, o, one token{base}", 0.0, "forward", LORA, 1 / 0.95) for base in SUFFIX.values()),
-    *((f"4096 × 4096, r = {r}", 0.0, "norm", MICROSECONDS, 15 if r <= 64 else 30) for r in RANKS),
+    *(
+        (f"Llama-3.1-8B q, o, one token{base}", 0.0, "forward", LORA, 1 / 0.95)
+        for base in SUFFIX.values()
+    ),
+    *(
+        (f"4096 × 4096, r = {r}", 0.0, "norm", MICROSECONDS, 15 if r <= 64 else 30)
+        for r in RANKS
+    ),
 ]
 
 
@@ -40,7 +63,9 @@ def layers(device, quick=False):
         found = lora.SMOL | {"Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16)}
     else:
         found = {name: (4096, k, n, 16) for name, (k, n) in lora.LLAMA.items()}
-        found |= {f"{name}, one token": (1, k, n, 16) for name, (k, n) in lora.LLAMA.items() if k == n}
+        found |= {
+            f"{name}, one token": (1, k, n, 16) for name, (k, n) in lora.LLAMA.items() if k == n
+        }
     return {name: found[name] for name in lora.QUICK[device.type]} if quick else found
 
 
@@ -59,7 +84,10 @@ def contenders(problem, wanted):
     theirs = PEERS[problem.base] if problem.dora == "peft" else ()
     absent = {}
     if problem.base != "dense" and not find_spec("bitsandbytes"):
-        theirs, absent = [label for label in theirs if label.startswith(OURS)], {"bitsandbytes": "is not installed"}
+        theirs, absent = (
+            [label for label in theirs if label.startswith(OURS)],
+            {"bitsandbytes": "is not installed"},
+        )
     return [BASE, *theirs, LORA, OURS, *(f"{OURS}, {name}" for name in wanted)], absent
 
 
@@ -67,7 +95,9 @@ def describe(problem, kind):
     """The ops, the backend and its product for a pass of ours."""
     twice, m, k, n, r = problem.p and problem.dora == "peft", *problem.shape
     form = "dense" if problem.base == "dense" else "nf4"
-    op, backend, product = served_by(problem.tensors[3], m, n, k, r, 0.0 if twice else problem.p, form)
+    op, backend, product = served_by(
+        problem.tensors[3], m, n, k, r, 0.0 if twice else problem.p, form
+    )
     op = f"{op} + lora_bwd" if "backward" in kind else op
     return {"op": f"dora_drop + {op}" if twice else op, "backend": backend, "path": product}
 
@@ -93,8 +123,14 @@ def others(device, quick):
             for base, suffix in SUFFIX.items():
                 name, absent = f"{n} × {k}, r = {r}{suffix}", {}
                 calls = norms(n, k, r, device, base != "dense", absent)
-                backend = backends.find("dora_norm", torch.empty(0, dtype=torch.bfloat16, device=device))
-                about = {"op": "dora_norm", "backend": backend.__module__.split(".")[1], "absent": absent}
+                backend = backends.find(
+                    "dora_norm", torch.empty(0, dtype=torch.bfloat16, device=device)
+                )
+                about = {
+                    "op": "dora_norm",
+                    "backend": backend.__module__.split(".")[1],
+                    "absent": absent,
+                }
                 yield about | {"layer": name, "shape": (n, k, r), "dtype": "bf16"}, calls, None
     problem = lora.Problem(HOST[1], torch.float32, device, dora="peft")
     calls = lora.host(problem, (BASE, "PEFT", LORA, OURS))
@@ -106,14 +142,23 @@ def norms(n, k, r, device, packed, absent):
 
     Over 4 bits, everybody but us decodes the weight first, with bitsandbytes where it is there; the copy is of codes.
     """
-    weights = [torch.randn(n, k, device=device).mul_(k**-0.5).bfloat16() for _ in range(copies(n * k * 2, device))]
-    a, b = torch.randn(r, k, device=device) * k**-0.5, torch.randn(n, r, device=device) * r**-0.5
+    weights = [
+        torch.randn(n, k, device=device).mul_(k**-0.5).bfloat16()
+        for _ in range(copies(n * k * 2, device))
+    ]
+    a, b = (
+        torch.randn(r, k, device=device) * k**-0.5,
+        torch.randn(n, r, device=device) * r**-0.5,
+    )
     codes = [NF4Weight.quantize(w) for w in weights] if packed else weights
     bytes_of = [q.codes for q in codes] if packed else weights
     out, decode = torch.empty_like(bytes_of[0]), decoder(weights, codes, packed, absent)
     narrow = a.bfloat16(), b.bfloat16()
     found = {
-        OURS: [partial(F.dora_weight_norm, q, a, b, scaling=SCALING, dtype=torch.bfloat16) for q in codes],
+        OURS: [
+            partial(F.dora_weight_norm, q, a, b, scaling=SCALING, dtype=torch.bfloat16)
+            for q in codes
+        ],
         "torch": [partial(eager, get, *narrow) for get in decode],
         "PEFT": [partial(eye, get, *adapter(a, b)) for get in decode],
         COPY: [partial(out.copy_, t) for t in bytes_of],

@@ -18,21 +18,37 @@ NAME, SHAPE = "Llama-3.1-8B q, o", (8192, 4096, 4096, 16)
 ROWS = 128  # on a GPU
 KINDS = {"lora": "", "nf4": ", NF4", "dora": ", DoRA", "nf4 dora": ", NF4, DoRA"}
 STOCK, NARROW, OURS = "PEFT", "PEFT, narrow adapters", "peftops"
-TRAIN, BACK, BOTH, TOKEN = "forward, with gradient", "backward", "forward + backward", "one token"
+TRAIN, BACK, BOTH, TOKEN = (
+    "forward, with gradient",
+    "backward",
+    "forward + backward",
+    "one token",
+)
 TARGET = 0.85  # of PEFT's time, in every row
 
 
 def main(argv=None):
     parser = Parser("peftops bench host", description=__doc__)
-    parser.add_argument("--device", help="by default cuda where there is a GPU, else the stand-in for one")
-    parser.add_argument("--dropout", type=probability, help="by default 0 and 0.1; tokens go without")
+    parser.add_argument(
+        "--device", help="by default cuda where there is a GPU, else the stand-in for one"
+    )
+    parser.add_argument(
+        "--dropout", type=probability, help="by default 0 and 0.1; tokens go without"
+    )
     parser.add_argument("--quick", action="store_true", help="LoRA alone, in few rounds")
-    parser.add_argument("--out", type=folder, metavar="DIR", help="where to append results, by default bench/results")
+    parser.add_argument(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="where to append results, by default bench/results",
+    )
     o = parser.parse_args(argv)
     need("torch", "peft", "triton")
     device = find_device(o.device)
     if standin.interpreted():
-        raise BadInput("TRITON_INTERPRET must not be set, since what is interpreted is not launched")
+        raise BadInput(
+            "TRITON_INTERPRET must not be set, since what is interpreted is not launched"
+        )
     if device.type == "cpu" and (why := standin.missing()):
         raise BadInput(f"the stand-in for a GPU cannot be built ({why})")
     where, why = results.keep(o)
@@ -45,10 +61,14 @@ def run(o, device, where):
     from .measure import show
 
     about = results.describe(device) | {"row": "host", "dtype": "bf16"}
-    device, kept = (enter(), bitsandbytes_on_standin()) if device.type == "cpu" else (device, None)
+    device, kept = (
+        (enter(), bitsandbytes_on_standin()) if device.type == "cpu" else (device, None)
+    )
     drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
     with Progress() as progress:
-        for line in measure(device, list(KINDS)[: 1 if o.quick else None], drops, 5 if o.quick else 15, progress):
+        for line in measure(
+            device, list(KINDS)[: 1 if o.quick else None], drops, 5 if o.quick else 15, progress
+        ):
             show(line)
             if where:
                 results.append(where / f"{results.slug(about['device'])}.jsonl", about | line)
@@ -81,8 +101,12 @@ def bitsandbytes_on_standin():
 
     library = torch.library.Library("bitsandbytes", "IMPL")
     kernels = {
-        "dequantize_4bit": lambda A, absmax, blocksize, quant_type, shape, dtype: kernel(A, shape, dtype),
-        "dequantize_blockwise": lambda A, absmax, code, blocksize, dtype: kernel(A, A.shape, dtype),
+        "dequantize_4bit": lambda A, absmax, blocksize, quant_type, shape, dtype: kernel(
+            A, shape, dtype
+        ),
+        "dequantize_blockwise": lambda A, absmax, code, blocksize, dtype: kernel(
+            A, A.shape, dtype
+        ),
         "gemv_4bit": lambda A, B, shape, *_: kernel(A, (*A.shape[:-1], shape[0]), A.dtype),
     }
     for name, function in kernels.items():
@@ -104,16 +128,28 @@ def measure(device, kinds, drops, rounds, progress):
         absent, found = {}, {}
         for label in (STOCK, NARROW, OURS):
             try:
-                calls = token(device, kind, label) if p is None else training(device, rows, kind, label, p)
+                calls = (
+                    token(device, kind, label)
+                    if p is None
+                    else training(device, rows, kind, label, p)
+                )
             except (ImportError, NotImplementedError) as error:
                 absent[label] = str(error)
                 continue
             found[label] = Contender({name: [call] for name, call in calls.items()}, clock)
         shape = (1 if p is None else rows, *SHAPE[1:])
-        line = {"layer": NAME + KINDS[kind], "op": "host", "shape": shape, "dropout": p or 0.0, "absent": absent}
+        line = {
+            "layer": NAME + KINDS[kind],
+            "op": "host",
+            "shape": shape,
+            "dropout": p or 0.0,
+            "absent": absent,
+        }
         for name in found[OURS].calls if OURS in found else ():
             measured, failed = times(found, name, rounds, clock, modes=("eager",))
-            measured["ms"] = {who: [round(t / LAYERS, 6) for t in ms] for who, ms in measured["ms"].items()}
+            measured["ms"] = {
+                who: [round(t / LAYERS, 6) for t in ms] for who, ms in measured["ms"].items()
+            }
             yield finish(line, measured, failed)
 
 
@@ -169,7 +205,9 @@ def layer(device, kind, label, p):
     (_, k, n, r), narrow = SHAPE, torch.bfloat16
     model = nn.Module()
     model.linear = packed(8, 8) if "nf4" in kind else nn.Linear(8, 8, bias=False)
-    config = peft.LoraConfig(r=r, lora_dropout=p, target_modules=["linear"], use_dora="dora" in kind)
+    config = peft.LoraConfig(
+        r=r, lora_dropout=p, target_modules=["linear"], use_dora="dora" in kind
+    )
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=label != NARROW)
     one = model.base_model.model.linear
 
@@ -179,7 +217,10 @@ def layer(device, kind, label, p):
     one.base_layer = packed(k, n, device) if "nf4" in kind else one.base_layer
     if "nf4" not in kind:
         one.base_layer.weight = parameter(n, k, dtype=narrow).requires_grad_(False)
-    one.lora_A["default"].weight, one.lora_B["default"].weight = parameter(r, k), parameter(n, r)
+    one.lora_A["default"].weight, one.lora_B["default"].weight = (
+        parameter(r, k),
+        parameter(n, r),
+    )
     if "dora" in kind:
         one.lora_magnitude_vector["default"].weight = parameter(n)
     one.in_features, one.out_features = k, n
@@ -197,11 +238,25 @@ def packed(k, n, device="cpu"):
     one = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     blocks = n * k // 64
     empty = partial(torch.empty, device=device)
-    code, nested = empty(16), QuantState(empty(-(-blocks // 256)), blocksize=256, code=empty(256), dtype=torch.float32)
+    code, nested = (
+        empty(16),
+        QuantState(
+            empty(-(-blocks // 256)), blocksize=256, code=empty(256), dtype=torch.float32
+        ),
+    )
     state = QuantState(
-        empty(blocks, dtype=torch.uint8), torch.Size((n, k)), code, 64, "nf4", torch.bfloat16, empty(()), nested
+        empty(blocks, dtype=torch.uint8),
+        torch.Size((n, k)),
+        code,
+        64,
+        "nf4",
+        torch.bfloat16,
+        empty(()),
+        nested,
     )
     data = empty(n * k // 2, 1, dtype=torch.uint8)
-    one.weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True, module=one)
+    one.weight = Params4bit(
+        data, requires_grad=False, quant_state=state, bnb_quantized=True, module=one
+    )
     one.quant_state = state
     return one

@@ -44,14 +44,20 @@ def layers(device, quick=False):
     else:
         found = {name: (8192, k, n, 16) for name, (k, n) in LLAMA.items()}
         found |= {f"{name}, one token": (1, k, n, 16) for name, (k, n) in LLAMA.items()}
-        found |= {f"{name}, 16 tokens": (16, k, n, 16) for name, (k, n) in LLAMA.items() if k == n}
+        found |= {
+            f"{name}, 16 tokens": (16, k, n, 16) for name, (k, n) in LLAMA.items() if k == n
+        }
     return {name: found[name] for name in QUICK[device.type]} if quick else found
 
 
 def jobs(o, dtype, device):
     """(name, problem) of everything to measure: layers without and with dropout, and one layer over its rows."""
     drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
-    chosen = {"as asked": o.shape} if o.shape else getattr(o, "layers", None) or layers(device, o.quick)
+    chosen = (
+        {"as asked": o.shape}
+        if o.shape
+        else getattr(o, "layers", None) or layers(device, o.quick)
+    )
     for name, shape in chosen.items():
         for p in drops if shape[0] > FEW else (0.0,):
             yield name, Problem(shape, dtype, device, p)
@@ -67,7 +73,10 @@ def cost(problem, backward=False):
     Backward: dy is read twice, once for what has rank's size; x, W, A and B once; dx, dA and dB are written once.
     """
     (m, k, n, r), size = problem.shape, problem.dtype.itemsize
-    flops, moved = 2 * m * (k * n + k * r + r * n), size * (m * k + k * n + m * n) + 4 * r * (k + n)
+    flops, moved = (
+        2 * m * (k * n + k * r + r * n),
+        size * (m * k + k * n + m * n) + 4 * r * (k + n),
+    )
     if backward:
         flops += 2 * m * (k * n + 2 * k * r + 2 * r * n)
         moved += size * (2 * m * n + 2 * m * k + k * n) + 8 * r * (k + n)
@@ -98,7 +107,11 @@ def describe(problem, kind):
     """The ops, the backend and its product for a pass of ours."""
     m, k, n, r = problem.shape
     op, backend, product = served_by(problem.tensors[3], m, n, k, r, problem.p)
-    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": product}
+    return {
+        "op": "lora_fwd + lora_bwd" if "backward" in kind else op,
+        "backend": backend,
+        "path": product,
+    }
 
 
 def others(device, quick):
@@ -124,4 +137,6 @@ def host(problem, labels):
 
         return {"forward, no grad": [without], "forward, grad": [lambda: layer(x)]}
 
-    return {label: passes(peers.BUILDERS[label](problem, weights[0], a, b)[0]) for label in labels}
+    return {
+        label: passes(peers.BUILDERS[label](problem, weights[0], a, b)[0]) for label in labels
+    }

@@ -15,7 +15,9 @@ from .worker import Remote
 def unlawful(row, dtype, device):
     """A sentence on the first case that is computed wrong, or None."""
     for op in row.OPS:
-        backend = backends.find(op, torch.empty(0, dtype=dtype, device=device)).__module__.split(".")[1]
+        backend = backends.find(
+            op, torch.empty(0, dtype=dtype, device=device)
+        ).__module__.split(".")[1]
         for sizes in SHAPES:
             for label, error, bound in check(op, backend, sizes, dtype, device):
                 if not error <= bound:
@@ -37,7 +39,11 @@ def layer(row, name, problem, o, ceilings):
     """A result for each pass of one problem."""
     labels, absent = row.contenders(problem, o.backend)
     if o.peers:
-        labels = [label for label in labels if label in o.peers or label == BASE or label.startswith(OURS)]
+        labels = [
+            label
+            for label in labels
+            if label in o.peers or label == BASE or label.startswith(OURS)
+        ]
         absent = {label: why for label, why in absent.items() if label in o.peers}
     found = build(labels, problem, absent)
     common = {"layer": name, "shape": problem.shape, "dropout": problem.p, "absent": absent}
@@ -93,7 +99,9 @@ def times(found, kind, rounds, device, modes=None):
         elif mode == "eager":
             raise RuntimeError(f"{OURS} failed: {unable[OURS]}")
     peaks = {label: c.peak(kind) for label, c in able.items() if label not in failed}
-    line["peak_mb"] = {label: round(peak / 1e6, 2) for label, peak in peaks.items() if peak is not None}
+    line["peak_mb"] = {
+        label: round(peak / 1e6, 2) for label, peak in peaks.items() if peak is not None
+    }
     return line, failed
 
 
@@ -113,7 +121,9 @@ def finish(line, measured, failed):
     line = line | measured | {"absent": line["absent"] | failed}
     seconds = (line.get("graph_ms") or line["ms"])[OURS][1] / 1000
     if "flops" in line:
-        least = max(line["flops"] / line["gemm_tflops"] / 1e12, line["bytes"] / line["copy_gbps"] / 1e9)
+        least = max(
+            line["flops"] / line["gemm_tflops"] / 1e12, line["bytes"] / line["copy_gbps"] / 1e9
+        )
         line["gbps"] = round(line["bytes"] / seconds / 1e9, 1)
         line["tflops"] = round(line["flops"] / seconds / 1e12, 3)
         line["roofline"] = round(least / seconds, 4)
@@ -126,4 +136,7 @@ def show(line):
     where = f"{line['layer']} {tuple(line['shape'])}, p = {line['dropout']}, {line['pass']}"
     way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
     share = f", {line['roofline']:.0%} of the roofline" if "roofline" in line else ""
-    print(f"{where}: {mid:.3f} ms ({low:.3f}–{high:.3f}){share}{f' on {way}' if way else ''} = {ratios}", flush=True)
+    print(
+        f"{where}: {mid:.3f} ms ({low:.3f}–{high:.3f}){share}{f' on {way}' if way else ''} = {ratios}",
+        flush=True,
+    )

@@ -21,9 +21,13 @@ def options(argv):
     common(parser)
     parser.add_argument("--model", help="as in peftops demo")
     parser.add_argument("--text", metavar="FILE", help="as in peftops demo")
-    parser.add_argument("--method", default="lora", help="of peftops demo: lora, qlora, dora or qdora")
+    parser.add_argument(
+        "--method", default="lora", help="of peftops demo: lora, qlora, dora or qdora"
+    )
     parser.add_argument("--rank", type=positive, default=RANK, help="of the adapters")
-    parser.add_argument("--fuse", choices=("mlp",), help="beside ours also with peft.mlp.fuse, experimental")
+    parser.add_argument(
+        "--fuse", choices=("mlp",), help="beside ours also with peft.mlp.fuse, experimental"
+    )
     return parser.parse_args(argv)
 
 
@@ -51,8 +55,12 @@ def main(argv=None):
     with Progress() as progress:
         for line in measure(o, dtype, device, progress):
             show(line)
-            for title, key in (("at most", "peak_mb"), ("kept for backward", "saved_mb")) if o.fuse else ():
-                sizes = ", ".join(f"{size:.0f} MB {label}" for label, size in line.get(key, {}).items())
+            for title, key in (
+                (("at most", "peak_mb"), ("kept for backward", "saved_mb")) if o.fuse else ()
+            ):
+                sizes = ", ".join(
+                    f"{size:.0f} MB {label}" for label, size in line.get(key, {}).items()
+                )
                 if sizes:
                     print(f"  {title}: {sizes}", flush=True)
             if folder:
@@ -78,13 +86,20 @@ def measure(o, dtype, device, progress):
 
     def raced(calls, kind, rows, **about):
         found = {label: Contender({kind: [call]}, device) for label, call in calls.items()}
-        line = {"layer": layer, "op": "model", "absent": dict(missing), "shape": (rows, width, width, o.rank)} | about
+        line = {
+            "layer": layer,
+            "op": "model",
+            "absent": dict(missing),
+            "shape": (rows, width, width, o.rank),
+        } | about
         return finish(line, *times(found, kind, rounds, device, modes=("eager",)))
 
     def steps(models, **about):
         calls = {label: step(model, batch, dtype) for label, model in models.items()}
         if FUSE in models:
-            about["saved_mb"] = {label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()}
+            about["saved_mb"] = {
+                label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()
+            }
         calls[BASE] = lambda: t.frozen_seconds(base, batch, dtype)
         return raced(calls, STEP, batch.numel(), **about)
 
@@ -92,7 +107,10 @@ def measure(o, dtype, device, progress):
     kinds = {label: kind for label, kind in kinds.items() if kind not in missing}
     drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
     for p in progress.track(drops, len(drops), "steps of the model"):
-        models = {label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model for label, kind in kinds.items()}
+        models = {
+            label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model
+            for label, kind in kinds.items()
+        }
         if o.fuse:
             models[FUSE] = mlp.fuse(copy.deepcopy(models[OURS]))
         about = {"dropout": p, "path": ", ".join(report(models[OURS]).paths)}
@@ -145,10 +163,15 @@ def saved(model, run):
     """Bytes of distinct memory, the model's own aside, that are kept for backward in this run of it."""
     import torch
 
-    own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, {}
+    own, kept = (
+        {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())},
+        {},
+    )
 
     def pack(t):
-        kept.setdefault(t.untyped_storage().data_ptr(), t)  # alive, so that no other takes its place
+        kept.setdefault(
+            t.untyped_storage().data_ptr(), t
+        )  # alive, so that no other takes its place
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -162,15 +185,27 @@ def generate(model, batch):
 
     model.eval()
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes' kernel for evaluation, after which none trains
+        if hasattr(
+            layer, "support_avx512bf16_for_cpu"
+        ):  # bitsandbytes' kernel for evaluation, after which none trains
             from bitsandbytes.functional import has_avx512bf16
 
             layer.support_avx512bf16_for_cpu = has_avx512bf16()
     prompt = batch[:1, :16]
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": TOKENS,
+        "min_new_tokens": TOKENS,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
 
     def run():
         with torch.inference_mode():
-            model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, **options)
+            model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                use_cache=True,
+                **options,
+            )
 
     return run

@@ -17,7 +17,10 @@ PEER, THEIRS = "PEFT + bitsandbytes", "bitsandbytes, frozen"
 BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of an element under double quantization
 CODEC = {"cpu": (4096, 4096), "cuda": (4096, 14336)}
 TARGETS = [  # layer, dropout, pass, who, and how much of their time ours may take
-    *((f"Llama-3.1-70B q, o, {rows}", 0.0, "forward", PEER, 0.5) for rows in ("8 rows", "16 rows", "64 rows")),
+    *(
+        (f"Llama-3.1-70B q, o, {rows}", 0.0, "forward", PEER, 0.5)
+        for rows in ("8 rows", "16 rows", "64 rows")
+    ),
     *((f"Llama-3.1-70B q, o, {rows}", 0.0, "forward", BASE, 1.0) for rows in FEW),
     ("Llama-3.1-8B q, o", 0.0, "forward + backward", BASE, 1.17),
     ("Llama-3.1-8B gate, up", 0.0, "forward + backward", BASE, 1.10),
@@ -65,13 +68,19 @@ def describe(problem, kind):
     """The ops, the backend and its product for a pass of ours."""
     m, k, n, r = problem.shape
     op, backend, product = served_by(problem.tensors[3], m, n, k, r, problem.p, "nf4")
-    return {"op": "lora_fwd + lora_bwd" if "backward" in kind else op, "backend": backend, "path": product}
+    return {
+        "op": "lora_fwd + lora_bwd" if "backward" in kind else op,
+        "backend": backend,
+        "path": product,
+    }
 
 
 def cost(problem, backward=False):
     """(flops, bytes): as those of lora, but for the weight."""
     (_, k, n, _), (flops, moved) = problem.shape, lora.cost(problem, backward)
-    return flops, moved - round(k * n * (problem.dtype.itemsize - BYTES)) * (2 if backward else 1)
+    return flops, moved - round(k * n * (problem.dtype.itemsize - BYTES)) * (
+        2 if backward else 1
+    )
 
 
 def others(device, quick):
@@ -84,7 +93,11 @@ def others(device, quick):
         yield line | {"layer": name, "op": "nf4_dequantize"}, codec(w, double), None
     problem = peers.Problem(lora.HOST[1], torch.float32, device, base="nf4")
     found = lora.host(problem, (BASE, f"{OURS}, frozen", OURS))
-    yield {"layer": lora.HOST[0], "shape": problem.shape, "dtype": "fp32", "op": "host"}, found, ("eager",)
+    yield (
+        {"layer": lora.HOST[0], "shape": problem.shape, "dtype": "fp32", "op": "host"},
+        found,
+        ("eager",),
+    )
 
 
 def codec(w, double):
@@ -92,7 +105,10 @@ def codec(w, double):
     q = NF4Weight.quantize(w, double_quant=double)
     out = torch.empty_like(w)
     found = {
-        OURS: {"dequantize": [q.dequantize], "quantize": [lambda: NF4Weight.quantize(w, double_quant=double)]},
+        OURS: {
+            "dequantize": [q.dequantize],
+            "quantize": [lambda: NF4Weight.quantize(w, double_quant=double)],
+        },
         "copy": {"dequantize": [lambda: out.copy_(w)]},
     }
     if find_spec("bitsandbytes"):
@@ -101,6 +117,8 @@ def codec(w, double):
         codes, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=double)
         found["bitsandbytes"] = {
             "dequantize": [lambda: bnb.dequantize_4bit(codes, state)],
-            "quantize": [lambda: bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=double)],
+            "quantize": [
+                lambda: bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=double)
+            ],
         }
     return found

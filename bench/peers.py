@@ -23,7 +23,9 @@ FUSE = f"{OURS}, fuse"  # with integrations.peft.mlp.fuse
 MICROSECONDS = "µs"  # in place of a peer in a target that is no ratio
 SCALING = 2.0
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of a kernel on a hub
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+    logging.ERROR
+)  # it warns of a kernel on a hub
 
 
 class Absent(Exception):
@@ -46,11 +48,19 @@ class Problem:
         (m, k, n, r), generator = self.shape, torch.Generator(self.device).manual_seed(0)
 
         def normal(*shape, scale=1.0):
-            return (torch.randn(shape, generator=generator, device=self.device) * scale).to(self.dtype)
+            return (torch.randn(shape, generator=generator, device=self.device) * scale).to(
+                self.dtype
+            )
 
         size = n * k * self.dtype.itemsize // (1 if self.base == "dense" else 4)
         weights = [normal(n, k, scale=k**-0.5) for _ in range(copies(size, self.device))]
-        return weights, normal(r, k, scale=k**-0.5), normal(n, r, scale=r**-0.5), normal(m, k), normal(m, n)
+        return (
+            weights,
+            normal(r, k, scale=k**-0.5),
+            normal(n, r, scale=r**-0.5),
+            normal(m, k),
+            normal(m, n),
+        )
 
     @property
     def few(self):
@@ -94,7 +104,9 @@ def peft(t, w, a, b, fp32=True, base=frozen):
     config = LoraConfig(r=t.shape[3], lora_alpha=SCALING * t.shape[3], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layer = get_peft_model(model, config, autocast_adapter_dtype=fp32).base_model.model.linear
+        layer = get_peft_model(
+            model, config, autocast_adapter_dtype=fp32
+        ).base_model.model.linear
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(a)
         layer.lora_B["default"].weight.copy_(b)
@@ -107,7 +119,9 @@ def bitsandbytes(t, w, a, b):
 
     double = t.base == "nf4, double"
     layer = Linear4bit(*reversed(w.shape), bias=False, compute_dtype=t.dtype, device="meta")
-    layer.weight = Params4bit(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=double)
+    layer.weight = Params4bit(
+        w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=double
+    )
     return layer.to(w.device).train(not t.few), []
 
 
@@ -172,9 +186,22 @@ def axolotl(t, w, a, b):
 
     without_dropout(t)
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-    named = {"X": None, "X_drop": None, "W": w, "bias": None, "W_quant": None, "A": a, "B": b, "s": SCALING}
-    wanted = list(inspect.signature(LoRA_O.forward).parameters)[1:]  # they differ between its versions
-    return lambda x: LoRA_O.apply(*((named | {"X": x[None]}).get(name) for name in wanted))[0], [a, b]
+    named = {
+        "X": None,
+        "X_drop": None,
+        "W": w,
+        "bias": None,
+        "W_quant": None,
+        "A": a,
+        "B": b,
+        "s": SCALING,
+    }
+    wanted = list(inspect.signature(LoRA_O.forward).parameters)[
+        1:
+    ]  # they differ between its versions
+    return lambda x: LoRA_O.apply(*((named | {"X": x[None]}).get(name) for name in wanted))[
+        0
+    ], [a, b]
 
 
 def lorafusion(t, w, a, b):
@@ -183,7 +210,9 @@ def lorafusion(t, w, a, b):
     if not t.p and not t.few:
         raise Absent("its backward needs dropout")
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-    return lambda x: fused_linear_lora(x[None].contiguous(), w, a, b, SCALING, dropout_p=t.p)[0], [a, b]
+    return lambda x: fused_linear_lora(x[None].contiguous(), w, a, b, SCALING, dropout_p=t.p)[
+        0
+    ], [a, b]
 
 
 def vllm(t, w, a, b):
@@ -198,7 +227,10 @@ def vllm(t, w, a, b):
     a, b = a[None].contiguous(), b[None].contiguous()
 
     def layer(x):
-        y, h = functional.linear(x, w), torch.empty((1, m, r), dtype=torch.float32, device=x.device)
+        y, h = (
+            functional.linear(x, w),
+            torch.empty((1, m, r), dtype=torch.float32, device=x.device),
+        )
         lora_shrink(x, [a], h, *args, SCALING)
         lora_expand(h, [b], y, *args, offset_start=0, add_inputs=True)
         return y
@@ -227,7 +259,9 @@ def sglang(t, w, a, b):
         scalings=torch.tensor([SCALING], device=t.device),
     )  # fmt: skip
     a, b = a[None].contiguous(), b[None].contiguous()
-    return lambda x: sgemm_lora_b_fwd(sgemm_lora_a_fwd(x, a, info), b, info, functional.linear(x, w)), []
+    return lambda x: sgemm_lora_b_fwd(
+        sgemm_lora_a_fwd(x, a, info), b, info, functional.linear(x, w)
+    ), []
 
 
 def flashinfer(t, w, a, b):
@@ -295,9 +329,15 @@ BUILDERS = (
 def known(texts):
     """The names in texts, each a name, which may hold a comma, or names between commas; BadInput for others."""
     names = HERE | NF4 | GPU
-    found = [name for text in texts for name in ([text] if text in names else map(str.strip, text.split(",")))]
+    found = [
+        name
+        for text in texts
+        for name in ([text] if text in names else map(str.strip, text.split(",")))
+    ]
     if unknown := [name for name in found if name not in names]:
-        raise BadInput(f"--peers must each be one of {'; '.join(map(repr, names))}, got {unknown[0]!r}")
+        raise BadInput(
+            f"--peers must each be one of {'; '.join(map(repr, names))}, got {unknown[0]!r}"
+        )
     return found
 
 
@@ -309,12 +349,21 @@ def contender(label, t):
     built = [BUILDERS[label](t, w, a, b) for w in weights]
     x = x if t.few else x.clone().requires_grad_()
     calls = {"forward": [forward(layer, x, t) for layer, _ in built]}
-    if t.few and t.base != "dense":  # bitsandbytes has other kernels then, and other layers after evaluation
-        wanted, trained = x.clone().requires_grad_(), [BUILDERS[label](t, w, a, b)[0] for w in weights]
-        trained = [layer.train() if isinstance(layer, nn.Module) else layer for layer in trained]
+    if (
+        t.few and t.base != "dense"
+    ):  # bitsandbytes has other kernels then, and other layers after evaluation
+        wanted, trained = (
+            x.clone().requires_grad_(),
+            [BUILDERS[label](t, w, a, b)[0] for w in weights],
+        )
+        trained = [
+            layer.train() if isinstance(layer, nn.Module) else layer for layer in trained
+        ]
         calls["forward, with gradient"] = [partial(layer, wanted) for layer in trained]
     if not t.few:
-        calls["forward + backward"] = [both(layer, x, dy, trained, t) for layer, trained in built]
+        calls["forward + backward"] = [
+            both(layer, x, dy, trained, t) for layer, trained in built
+        ]
     return Contender(calls, t.device, checked(label, calls["forward"][0], t))
 
 
@@ -322,7 +371,10 @@ def forward(layer, x, t):
     """A call, under autocast as trainers do; few rows go forward only, without a gradient."""
 
     def call():
-        with torch.autocast(t.device.type, t.dtype, enabled=t.mixed), torch.set_grad_enabled(not t.few):
+        with (
+            torch.autocast(t.device.type, t.dtype, enabled=t.mixed),
+            torch.set_grad_enabled(not t.few),
+        ):
             return layer(x)
 
     return call
@@ -343,7 +395,9 @@ def checked(label, call, t):
     if t.base != "dense" and label != BASE:
         w = peftops.NF4Weight.quantize(t.tensors[0][0]).dequantize().double()
     exact = x @ w.T if "frozen" in label else x @ w.T + SCALING * (x @ a.T @ b.T)
-    if t.dora and label != LORA and "frozen" not in label:  # which starts with the magnitudes of the weight alone
+    if (
+        t.dora and label != LORA and "frozen" not in label
+    ):  # which starts with the magnitudes of the weight alone
         exact *= w.norm(dim=1) / (w + SCALING * b @ a).norm(dim=1)
     error = ((y - exact).abs().max() / exact.abs().max()).item()
     if not error <= WRONG:

@@ -15,7 +15,9 @@ PEFT = {"of PEFT's time": ("PEFT", "PEFT + bitsandbytes")}
 class Table(NamedTuple):
     title: str
     first: tuple[str, ...]  # columns that come first
-    shares: dict[str, tuple[str, ...]] = PEFT  # {title: whose time it is a share of, the first who is there}
+    shares: dict[str, tuple[str, ...]] = (
+        PEFT  # {title: whose time it is a share of, the first who is there}
+    )
     unit: str = BASE  # whose time times are multiples of
 
 
@@ -30,7 +32,14 @@ TABLES = {
     ),
     "dora": Table(
         "**DoRA** over 16 and 4 bits: times as multiples of the frozen 16-bit layer's",
-        ("PEFT", "PEFT, compiled", "bitsandbytes, frozen", "PEFT + bitsandbytes", f"{OURS}, frozen", LORA),
+        (
+            "PEFT",
+            "PEFT, compiled",
+            "bitsandbytes, frozen",
+            "PEFT + bitsandbytes",
+            f"{OURS}, frozen",
+            LORA,
+        ),
         PEFT | {"of our LoRA's time": (LORA,)},
     ),
     "norm": Table(
@@ -49,7 +58,13 @@ TABLES = {
 
 def main(argv=None):
     parser = Parser("peftops bench readme", description=__doc__)
-    parser.add_argument("--out", type=named, metavar="DIR", default=results.RESULTS, help="where the results are")
+    parser.add_argument(
+        "--out",
+        type=named,
+        metavar="DIR",
+        default=results.RESULTS,
+        help="where the results are",
+    )
     o = parser.parse_args(argv)
     target = results.HERE.parent / "README.md"
     print(f"{target}: {rewrite(target, o.out)} rows of {o.out}")
@@ -60,7 +75,9 @@ def rewrite(target, folder):
     """How many rows the tables have now."""
     shown = [line for line in results.newest(folder) if in_table(line)]
     if not shown:
-        raise BadInput(f"no line in {folder} belongs into a table (a pass with backward, or few rows); README stays")
+        raise BadInput(
+            f"no line in {folder} belongs into a table (a pass with backward, or few rows); README stays"
+        )
     try:
         text = target.read_text()
         head, (_, tail) = text.split(MARKS[0])[0], text.split(MARKS[0])[1].split(MARKS[1])
@@ -78,13 +95,20 @@ def tables(lines):
     """
     for name in sorted({line["device"] for line in lines}):
         for family, kind in TABLES.items():
-            shown = [line for line in lines if line["device"] == name and results.family(line) == family]
+            shown = [
+                line
+                for line in lines
+                if line["device"] == name and results.family(line) == family
+            ]
             if shown:
                 yield from table(name, shown, kind)
 
 
 def table(name, shown, kind):
-    gpu, last = any("driver" in line for line in shown), max(shown, key=lambda line: line["date"])
+    gpu, last = (
+        any("driver" in line for line in shown),
+        max(shown, key=lambda line: line["date"]),
+    )
     made = " / ".join(sorted({line["commit"] for line in shown}))
     versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
     driver = f", driver {last['driver']}" if gpu else ""
@@ -104,7 +128,9 @@ def table(name, shown, kind):
 def in_table(line):
     """Without what only plots show: passes forward where there are backward ones too, and the sweep over rows."""
     few = line["shape"][0] <= FEW
-    measured = results.family(line) in TABLES and TABLES[results.family(line)].unit in line["ratio"]
+    measured = (
+        results.family(line) in TABLES and TABLES[results.family(line)].unit in line["ratio"]
+    )
     return measured and (line["pass"] != "forward" or few) and not results.swept(line)
 
 
@@ -113,9 +139,22 @@ def cells(line, peers, gpu, kind):
     ratio = line[f"{mode}ratio"]
     own = ratio[kind.unit]
     times = [f"{own / ratio[peer]:.2f}" if peer in ratio else "–" for peer in peers]
-    facts = [line["layer"], ", ".join(map(str, line["shape"])), line["dtype"], str(line["dropout"]), line["pass"]]
+    facts = [
+        line["layer"],
+        ", ".join(map(str, line["shape"])),
+        line["dtype"],
+        str(line["dropout"]),
+        line["pass"],
+    ]
     way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
-    found = [next((ratio[peer] for peer in peers if peer in ratio), None) for peers in kind.shares.values()]
+    found = [
+        next((ratio[peer] for peer in peers if peer in ratio), None)
+        for peers in kind.shares.values()
+    ]
     shares = ["–" if share is None else f"{share:.2f}" for share in found]
-    extra = [f"{line[f'{mode}ms'][OURS][1]:.4g}", f"{line.get('roofline', 0):.0%}", way] if gpu else []
+    extra = (
+        [f"{line[f'{mode}ms'][OURS][1]:.4g}", f"{line.get('roofline', 0):.0%}", way]
+        if gpu
+        else []
+    )
     return [*facts, *times, f"**{own:.2f}**", *shares, *extra]

@@ -23,7 +23,11 @@ def keep(o):
     if o.out:
         return o.out, None
     partial = [f"--{name}" for name in PARTIAL if getattr(o, name, None)]
-    return (None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them") if partial else place()
+    return (
+        (None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them")
+        if partial
+        else place()
+    )
 
 
 def place():
@@ -31,7 +35,9 @@ def place():
     if not (HERE.parent / ".git").exists():
         return None, "this is not a git checkout; --out DIR keeps them"
     changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
-    return (None, "the git tree has changes; --out DIR keeps them") if changed else (RESULTS, None)
+    return (
+        (None, "the git tree has changes; --out DIR keeps them") if changed else (RESULTS, None)
+    )
 
 
 def git(*args):
@@ -44,7 +50,9 @@ def git(*args):
 
 def describe(device):
     """What every line says: when, on what, with what."""
-    commit = git("rev-parse", "--short=12", "HEAD") if (HERE.parent / ".git").exists() else "unknown"
+    commit = (
+        git("rev-parse", "--short=12", "HEAD") if (HERE.parent / ".git").exists() else "unknown"
+    )
     changed = commit != "unknown" and place()[1]
     about = {
         "commit": commit + "+changes" * bool(changed),
@@ -58,7 +66,10 @@ def describe(device):
 
 def driver():
     """The version of NVIDIA's kernel module, or of AMD's."""
-    for file, pattern in (("/proc/driver/nvidia/version", r"(\d+\.[\d.]+)"), ("/sys/module/amdgpu/version", r"(\S+)")):
+    for file, pattern in (
+        ("/proc/driver/nvidia/version", r"(\d+\.[\d.]+)"),
+        ("/sys/module/amdgpu/version", r"(\S+)"),
+    ):
         if Path(file).exists() and (found := re.search(pattern, Path(file).read_text())):
             return found[1]
     return "unknown"
@@ -105,25 +116,45 @@ TYPES = {
     **dict.fromkeys(("commit", "date", "device", "row", "layer", "dtype", "pass"), str),
     **{"versions": dict, "shape": list, "dropout": NUMBER, "ms": dict, "ratio": dict},
 }
-RATES = dict.fromkeys(("roofline", "flops", "bytes", "tflops", "gemm_tflops", "copy_gbps"), NUMBER)
-PERHAPS = {"absent": dict, "graph_ms": dict, "graph_ratio": dict, "op": str, "backend": str, "path": str}
+RATES = dict.fromkeys(
+    ("roofline", "flops", "bytes", "tflops", "gemm_tflops", "copy_gbps"), NUMBER
+)
+PERHAPS = {
+    "absent": dict,
+    "graph_ms": dict,
+    "graph_ratio": dict,
+    "op": str,
+    "backend": str,
+    "path": str,
+}
 
 
 def fault(line):
     """What is wrong with a line, or None."""
     if not isinstance(line, dict):
         return "it is no object"
-    wanted = TYPES | (RATES if "roofline" in line else {}) | {name: PERHAPS[name] for name in PERHAPS if name in line}
+    wanted = (
+        TYPES
+        | (RATES if "roofline" in line else {})
+        | {name: PERHAPS[name] for name in PERHAPS if name in line}
+    )
     for name, kind in wanted.items():
         if not isinstance(line.get(name), kind):
-            return f"it has no {name}" if name not in line else f"its {name} is {json.dumps(line[name])[:60]}"
+            return (
+                f"it has no {name}"
+                if name not in line
+                else f"its {name} is {json.dumps(line[name])[:60]}"
+            )
     if len(line["shape"]) < 2 or not all(isinstance(size, int) for size in line["shape"]):
         return f"its shape is {line['shape']}"
     ratios = [*line["ratio"].values(), *line.get("graph_ratio", {}).values()]
     if not all(isinstance(ratio, NUMBER) and ratio > 0 for ratio in ratios):
         return "its ratios must be numbers above zero"
     times = [*line["ms"].values(), *line.get("graph_ms", {}).values()]
-    if not all(isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms) for ms in times):
+    if not all(
+        isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms)
+        for ms in times
+    ):
         return "its ms must be three numbers each"
     return None
 
@@ -134,8 +165,12 @@ def newest(folder):
     for file in sorted(path for path in folder.glob("*.jsonl") if path.name != EVENTS):
         for number, line in read(file):
             if why := fault(line):
-                raise BadInput(f"{file}, line {number} is damaged ({why}); mend or delete that line")
-            found[key(line)] = max(line, found.get(key(line), line), key=lambda line: line["date"])
+                raise BadInput(
+                    f"{file}, line {number} is damaged ({why}); mend or delete that line"
+                )
+            found[key(line)] = max(
+                line, found.get(key(line), line), key=lambda line: line["date"]
+            )
     if not found:
         raise BadInput(f"there are no results in {folder}; peftops bench lora makes some")
     return list(found.values())
@@ -152,7 +187,9 @@ def read(file):
             if text.strip():
                 yield number, json.loads(text.decode())
         except ValueError:
-            raise BadInput(f"{file}, line {number} is damaged (it is no JSON); mend or delete that line") from None
+            raise BadInput(
+                f"{file}, line {number} is damaged (it is no JSON); mend or delete that line"
+            ) from None
 
 
 def swept(line):
@@ -177,4 +214,6 @@ def absentees(lines):
     for line in lines:
         for peer, why in line.get("absent", {}).items():
             reasons[str(why)] |= {peer} - set(line["ratio"])
-    return [f"{', '.join(sorted(peers))} ({why})" for why, peers in sorted(reasons.items()) if peers]
+    return [
+        f"{', '.join(sorted(peers))} ({why})" for why, peers in sorted(reasons.items()) if peers
+    ]

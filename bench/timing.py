@@ -9,7 +9,10 @@ from statistics import median, quantiles
 import torch
 
 SHORTEST = 0.005  # seconds of a sample
-STEADY, PATIENCE = 0.05, 2.0  # warm is what repeats itself that closely, or has been tried for so many seconds
+STEADY, PATIENCE = (
+    0.05,
+    2.0,
+)  # warm is what repeats itself that closely, or has been tried for so many seconds
 ROUNDS_AT_LEAST = 5
 
 
@@ -25,7 +28,11 @@ class Contender:
     def prepare(self, kind, mode):
         """Warms a pass up until it is steady, and says how many calls make a sample."""
         calls = self.calls[kind]
-        run = capture(calls, self.device) if mode == "graph" else lambda: [call() for call in calls]
+        run = (
+            capture(calls, self.device)
+            if mode == "graph"
+            else lambda: [call() for call in calls]
+        )
         for _ in range(3):
             run()
         once = max(sample(run, 2, self.device), 1e-7)
@@ -104,7 +111,11 @@ def said(error):
 
 def ratios(times, ours):
     """{label: ours over theirs}: the median of the ratios within a round, which a slow minute does not move."""
-    pairs = {label: zip(times[ours], theirs, strict=True) for label, theirs in times.items() if label != ours}
+    pairs = {
+        label: zip(times[ours], theirs, strict=True)
+        for label, theirs in times.items()
+        if label != ours
+    }
     return {label: round(median(a / b for a, b in pair), 4) for label, pair in pairs.items()}
 
 
@@ -124,8 +135,14 @@ def cache(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20}
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 << 20)
+    sizes = [
+        path.read_text().strip()
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(
+        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units),
+        default=32 << 20,
+    )
 
 
 def free(device):
@@ -133,7 +150,9 @@ def free(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+        return 1024 * int(
+            Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]
+        )
     except (OSError, IndexError):
         return 1 << 62
 

@@ -31,9 +31,14 @@ class Remote:
 
     def __init__(self, label, problem, tree=None):
         command = [sys.executable, "-c", BOOTSTRAP, str(tree or ""), str(HERE)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         about = {field.name: getattr(problem, field.name) for field in fields(problem)}
-        about |= {"dtype": str(problem.dtype).removeprefix("torch."), "device": str(problem.device)}
+        about |= {
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "device": str(problem.device),
+        }
         self.calls, self.error = self.ask("build", label, about)
 
     def ask(self, what, *args):
@@ -83,11 +88,16 @@ def serve():
         try:
             if what == "build":
                 label, about = args
-                about |= {"dtype": getattr(torch, about["dtype"]), "device": torch.device(about["device"])}
+                about |= {
+                    "dtype": getattr(torch, about["dtype"]),
+                    "device": torch.device(about["device"]),
+                }
                 held = contender(label, Problem(**about | {"shape": tuple(about["shape"])}))
                 result = list(held.calls), held.error
             else:
-                if what == "sample":  # whose threads may still be spinning, elsewhere, and caches are cold here
+                if (
+                    what == "sample"
+                ):  # whose threads may still be spinning, elsewhere, and caches are cold here
                     time.sleep(0.05)
                     held.sample(*args)
                 result = getattr(held, what)(*args)

@@ -1,4 +1,5 @@
-// How pybind11 makes a Tensor of a torch tensor and a Form of its name, without a header of torch.
+// How pybind11 makes a Tensor of a torch tensor and a Form of its name, without a header of
+// torch.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -16,16 +17,19 @@ using peftops::Tensors;
 
 namespace {
 
-struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before we are
+struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before
+                // we are
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* dtypes[6];
   const Exchange* exchange = Exchange::of_torch();
   Names() {
-    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};  // in the order of Dtype
+    const char* torch_names[] = {"float32", "float16", "bfloat16",
+                                 "uint8",   "int64",   "bool"};  // in the order of Dtype
     auto torch = py::module_::import("torch");
-    for (int i = 0; i < 6; ++i) dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
+    for (int i = 0; i < 6; ++i)
+      dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
   }
 };
 
@@ -65,11 +69,13 @@ Tensor view(PyObject* source) {
   Tensor tensor{nullptr, {1, 1}, Dtype::none};
   int64_t numel = 1;
   if (!look(source, names.exchange, tensor, numel)) {
-    tensor.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(source, names.data_ptr)).ptr());
+    tensor.data =
+        PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(source, names.data_ptr)).ptr());
     const auto shape = own(PyObject_GetAttr(source, names.shape));
     const auto dims = PyTuple_GET_SIZE(shape.ptr());
     for (Py_ssize_t i = 0; i < dims; ++i)
-      numel *= tensor.shape[i < 2 ? i : 1] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+      numel *= tensor.shape[i < 2 ? i : 1] =
+          PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
     const auto dtype = own(PyObject_GetAttr(source, names.dtype));
     for (int i = 0; i < 6; ++i)
       if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
@@ -79,7 +85,8 @@ Tensor view(PyObject* source) {
     const auto dtype = own(PyObject_GetAttr(source, names.dtype));
     throw py::type_error("peftops: no kernel for " + std::string(py::str(dtype)));
   }
-  if (!tensor.data && numel) throw py::value_error("peftops: a kernel got a tensor without memory");
+  if (!tensor.data && numel)
+    throw py::value_error("peftops: a kernel got a tensor without memory");
   return tensor;
 }
 
@@ -100,7 +107,8 @@ struct pybind11::detail::type_caster<Tensors> {
   bool load(handle source, bool) {
     if (!PyList_Check(source.ptr()) || PyList_GET_SIZE(source.ptr()) > 6) return false;
     value.count = PyList_GET_SIZE(source.ptr());
-    for (int64_t i = 0; i < value.count; ++i) value.at[i] = view(PyList_GET_ITEM(source.ptr(), i));
+    for (int64_t i = 0; i < value.count; ++i)
+      value.at[i] = view(PyList_GET_ITEM(source.ptr(), i));
     return true;
   }
 };
@@ -111,7 +119,10 @@ struct pybind11::detail::type_caster<Form> {
   bool load(handle source, bool) {
     if (!PyUnicode_Check(source.ptr()) || !PyUnicode_GET_LENGTH(source.ptr())) return false;
     const Py_UCS4 first = PyUnicode_READ_CHAR(source.ptr(), 0);
-    value = first == 'd' ? Form::dense : first == 't' ? Form::transposed : first == 'g' ? Form::given : Form::nf4;
+    value = first == 'd'   ? Form::dense
+            : first == 't' ? Form::transposed
+            : first == 'g' ? Form::given
+                           : Form::nf4;
     return first == 'd' || first == 't' || first == 'g' || first == 'n';
   }
 };

@@ -1,5 +1,5 @@
-// How a torch tensor is read without a header of torch and without a method call: the table that torch from 2.10 on
-// gives for DLPack, whose layout DLPack 1 fixes.
+// How a torch tensor is read without a header of torch and without a method call: the table
+// that torch from 2.10 on gives for DLPack, whose layout DLPack 1 fixes.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -35,7 +35,8 @@ struct Exchange {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
     if (capsule.is_none()) return nullptr;
-    const auto* table = (const Exchange*)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    const auto* table =
+        (const Exchange*)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
     PyErr_Clear();
     return table && table->major == 1 && table->look ? table : nullptr;
   }

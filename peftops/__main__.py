@@ -8,10 +8,22 @@ from pathlib import Path
 from .cli import BadInput
 
 COMMANDS = {
-    "doctor": (".cli.doctor", "what runs here, on which kernels, and whether it computes right"),
-    "demo": (".cli.demo", "fine-tune a small real model with stock PEFT and with peftops, side by side"),
-    "quantize": (".cli.quantize", "write a checkpoint whose linear layers take 4 bits, as bitsandbytes loads it"),
-    "check": (".cli.check", "whether a saved adapter loads, and all of it counts, in PEFT, vLLM and SGLang"),
+    "doctor": (
+        ".cli.doctor",
+        "what runs here, on which kernels, and whether it computes right",
+    ),
+    "demo": (
+        ".cli.demo",
+        "fine-tune a small real model with stock PEFT and with peftops, side by side",
+    ),
+    "quantize": (
+        ".cli.quantize",
+        "write a checkpoint whose linear layers take 4 bits, as bitsandbytes loads it",
+    ),
+    "check": (
+        ".cli.check",
+        "whether a saved adapter loads, and all of it counts, in PEFT, vLLM and SGLang",
+    ),
     "bench": (".bench.__main__", "time an op on this machine beside its peers"),
 }
 
@@ -35,7 +47,10 @@ def main(argv=None):
             raise BadInput("bench is not installed here: pip install -e .")
         return import_module(COMMANDS[name][0], "peftops").main(rest)
     except BadInput as error:
-        print(f"peftops {name}: {error}" if name in COMMANDS else f"peftops: {error}", file=sys.stderr)
+        print(
+            f"peftops {name}: {error}" if name in COMMANDS else f"peftops: {error}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

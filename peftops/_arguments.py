@@ -46,7 +46,9 @@ def explain(row, kinds, given, error):
         if isinstance(value, Tensor):
             device = device or value.device
             if value.device != device:
-                raise ValueError(f"{row}: {name} must be on {device}, got {value.device}") from error
+                raise ValueError(
+                    f"{row}: {name} must be on {device}, got {value.device}"
+                ) from error
 
 
 def shown(value):
@@ -58,7 +60,11 @@ def shown(value):
 
 
 def tensor(value):
-    return None if isinstance(value, Tensor) and value.layout is torch.strided else "a dense tensor"
+    return (
+        None
+        if isinstance(value, Tensor) and value.layout is torch.strided
+        else "a dense tensor"
+    )
 
 
 def tensor_or_none(value):
@@ -67,7 +73,11 @@ def tensor_or_none(value):
 
 def number(value):
     real = isinstance(value, numbers.Real)
-    return None if real or (isinstance(value, Tensor) and value.numel() == 1) else "a number or a tensor of one"
+    return (
+        None
+        if real or (isinstance(value, Tensor) and value.numel() == 1)
+        else "a number or a tensor of one"
+    )
 
 
 def probability(value):

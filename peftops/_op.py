@@ -37,7 +37,9 @@ def op(contract):
             return run(plain, plan and plain is args)
 
     def dispatched(*args):
-        with torch._C._AutoDispatchBelowAutograd():  # else out= refuses inputs that require grad
+        with (
+            torch._C._AutoDispatchBelowAutograd()
+        ):  # else out= refuses inputs that require grad
             return planned_below(*args)
 
     LIBRARY.define(name + torch.library.infer_schema(contract, mutates_args=()))
@@ -59,7 +61,11 @@ def op(contract):
 
     def call(*args):
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        watched = watched or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
+        watched = (
+            watched
+            or torch._C._get_tracing_state()
+            or torch._C._are_functorch_transforms_active()
+        )
         return overload(*args) if watched else direct(*args)
 
     call.direct = direct
@@ -96,7 +102,11 @@ def ready(contract, args, subclasses=False, whole=None):
             wanted = arg = unwrap_if_dead(arg)  # what outlived its transform of torch.func
             if arg.get_device() != place:
                 expect_one_device(contract, whole)
-            if not arg.is_contiguous() or arg.data_ptr() % 16 or (kind is Tensor and arg.is_neg()):
+            if (
+                not arg.is_contiguous()
+                or arg.data_ptr() % 16
+                or (kind is Tensor and arg.is_neg())
+            ):
                 wanted = arg.clone(memory_format=torch.contiguous_format)
         elif kind is list:
             if (wanted := ready(contract, arg, subclasses, whole)) is None:
@@ -114,7 +124,9 @@ def expect_one_device(contract, args):
     for name, arg in zip(names, args, strict=False):
         for t in arg if isinstance(arg, list) else [arg]:
             if isinstance(t, Tensor) and t.device != device:
-                raise ValueError(f"{contract.__name__}: {name} must be on {device}, got {t.device}")
+                raise ValueError(
+                    f"{contract.__name__}: {name} must be on {device}, got {t.device}"
+                )
 
 
 def expect(row, name, tensor, shape, *dtypes):
@@ -123,4 +135,6 @@ def expect(row, name, tensor, shape, *dtypes):
         return
     if tensor.shape != shape:
         raise ValueError(f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
-    raise TypeError(f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}")
+    raise TypeError(
+        f"{row}: {name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {tensor.dtype}"
+    )

@@ -24,7 +24,16 @@ except ImportError:  # nothing is compiled, and so nothing replayed
 
 aten = torch.ops.aten
 MAKES = {aten.new_empty, aten.empty, aten.empty_like, aten.empty_strided}
-VIEWS = {aten.t, aten.view, aten.slice, aten.select, aten.transpose, aten.permute, aten.unsqueeze, aten.as_strided}
+VIEWS = {
+    aten.t,
+    aten.view,
+    aten.slice,
+    aten.select,
+    aten.transpose,
+    aten.permute,
+    aten.unsqueeze,
+    aten.as_strided,
+}
 VIEWS |= {aten.alias, aten.detach}
 ALIGNED = 256  # bytes between the parts of a scratch
 UNWANTED = "_peftops_unwanted"
@@ -112,7 +121,12 @@ class Numbered:
 
     def __init__(self, notes):
         self.notes = notes
-        called = [t for step in notes.steps if step[0] == "call" for t in tensors((*step[2], *step[3].values()))]
+        called = [
+            t
+            for step in notes.steps
+            if step[0] == "call"
+            for t in tensors((*step[2], *step[3].values()))
+        ]
         addresses = [t.data_ptr() for t in called]
         self.temporaries, self.parts = [], []
         for t in notes.temporaries:
@@ -131,10 +145,18 @@ class Numbered:
             size += -(-part.nbytes // ALIGNED) * ALIGNED
         scratch = None
         if self.parts:
-            scratch = (((size,), (1,)), {"dtype": torch.uint8, "device": self.parts[0].device}), offsets
-        steps = [self.call(*step[1:]) if step[0] == "call" else self.launch(*step[1:]) for step in notes.steps]
+            scratch = (
+                (((size,), (1,)), {"dtype": torch.uint8, "device": self.parts[0].device}),
+                offsets,
+            )
+        steps = [
+            self.call(*step[1:]) if step[0] == "call" else self.launch(*step[1:])
+            for step in notes.steps
+        ]
         fresh = [[made(t) for t in group] for group in (notes.outputs, self.temporaries)]
-        kernels = [step[-1] for step in notes.steps if step[0] == "launch"]  # without which their code is unloaded
+        kernels = [
+            step[-1] for step in notes.steps if step[0] == "launch"
+        ]  # without which their code is unloaded
         return Plan(fresh[0], single, fresh[1], scratch, steps, notes.unless, kernels)
 
     def call(self, function, args, named):
@@ -170,7 +192,9 @@ class Numbered:
         if offset == 0 and whole.dim() == 2 and alike(arg, whole.T):
             return "turned", slot
         if slot < len(self.notes.inputs) or arg.dtype is not whole.dtype:
-            raise Unplanned("a view of an input")  # which may begin elsewhere in its memory next time
+            raise Unplanned(
+                "a view of an input"
+            )  # which may begin elsewhere in its memory next time
         return "strided", slot, (tuple(arg.shape), arg.stride(), arg.storage_offset())
 
     def place(self, t):

@@ -11,7 +11,9 @@ def use(name):
     from peftops import _C
 
     if not hasattr(_C, name):
-        raise LookupError(f"this machine runs no {name}; it runs {', '.join(n for n in NAMES if hasattr(_C, n))}")
+        raise LookupError(
+            f"this machine runs no {name}; it runs {', '.join(n for n in NAMES if hasattr(_C, n))}"
+        )
     _C.cpu = getattr(_C, name)
 
 

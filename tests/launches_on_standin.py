@@ -34,7 +34,11 @@ def told(self, load=CompiledKernel._init_handles):
     if fresh:
         kinds = []
         for kind in self.src.signature.values():
-            kinds += [one for one in (kind if isinstance(kind, tuple) else (kind,)) if one != "constexpr"]
+            kinds += [
+                one
+                for one in (kind if isinstance(kind, tuple) else (kind,))
+                if one != "constexpr"
+            ]
         kinds += ["*"] * 2
         sizes = bytes(8 if kind[0] == "*" else BYTES[kind] for kind in kinds)
         driver.standin_tell(ctypes.c_void_p(self.function), len(sizes), sizes)
@@ -48,7 +52,9 @@ def moved(arg):
     """The same on the stand-in, without values"""
     if isinstance(arg, list):
         return [moved(item) for item in arg]
-    return torch.empty(arg.shape, dtype=arg.dtype, device=DEVICE) if torch.is_tensor(arg) else arg
+    return (
+        torch.empty(arg.shape, dtype=arg.dtype, device=DEVICE) if torch.is_tensor(arg) else arg
+    )
 
 
 def happened(call, args):
@@ -64,17 +70,26 @@ def happened(call, args):
 
     def name(address):
         near = [start for start in names if 0 <= address - start < sizes[start]]
-        return f"{names[near[0]]} + {address - near[0]}" if near else others.setdefault(address, f"other {len(others)}")
+        return (
+            f"{names[near[0]]} + {address - near[0]}"
+            if near
+            else others.setdefault(address, f"other {len(others)}")
+        )
 
     sizes = {t.data_ptr(): t.nbytes for t in tensors}
     others, events, at = {0: "none"}, [], 0
     products = extension.noted()
     while at < len(words):
-        while products and products[0][0] - before == len([e for e in events if e[0] == "launch"]):
+        while products and products[0][0] - before == len(
+            [e for e in events if e[0] == "launch"]
+        ):
             events.append(multiplied(products.pop(0), name))
         function, *shape, count = words[at : at + 7]
         values = words[at + 7 : at + 7 + count]
-        held = [name(v) if pointer else v for v, pointer in zip(values, POINTERS[function], strict=True)]
+        held = [
+            name(v) if pointer else v
+            for v, pointer in zip(values, POINTERS[function], strict=True)
+        ]
         events.append(("launch", function, shape, held))
         at += 7 + count
     events += [multiplied(product, name) for product in products]
@@ -103,7 +118,10 @@ def main(shapes, ops=CASES, tma=False):
                 with torch.no_grad():
                     replayed = [happened(call, moved(args)) for _ in range(2)]
                 ran = expected == recorded and all(one == expected for one in replayed)
-                print(json.dumps([f"{op} {shape} {label}", planned, ran, len(expected)]), flush=True)
+                print(
+                    json.dumps([f"{op} {shape} {label}", planned, ran, len(expected)]),
+                    flush=True,
+                )
                 if not ran:
                     print(expected, recorded, replayed[0], sep="\n", file=sys.stderr)
 

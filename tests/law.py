@@ -19,7 +19,9 @@ from peftops.testing import law
 
 ORDERS = 8
 aten = torch.ops.aten
-PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}  # of which linear and matmul are made
+PRODUCTS = {
+    op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+}  # of which linear and matmul are made
 
 
 def error(out, exact):
@@ -39,7 +41,9 @@ def chain_bound(draws, exact):
 
 
 def worst(values):
-    return torch.tensor(list(values), dtype=torch.float64).max().item()  # NaN is worst, which max() may overlook
+    return (
+        torch.tensor(list(values), dtype=torch.float64).max().item()
+    )  # NaN is worst, which max() may overlook
 
 
 def orders(run):

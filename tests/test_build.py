@@ -22,7 +22,9 @@ TOOLS = ("setuptools", "pybind11", "ninja")
 
 def command(*args, cwd, **changes):
     """stdout; a failure shows all that was said."""
-    done = subprocess.run(args, cwd=cwd, env=os.environ | changes, text=True, capture_output=True)
+    done = subprocess.run(
+        args, cwd=cwd, env=os.environ | changes, text=True, capture_output=True
+    )
     assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -32,7 +34,11 @@ def tree(tmp_path_factory):
     """A copy without anything built, so that nothing built can hide what is missing."""
     folder = tmp_path_factory.mktemp("tree")
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so*", "__pycache__", "results"))
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("*.so*", "__pycache__", "results"),
+        )
     for name in FILES:
         shutil.copy(ROOT / name, folder)
     return folder
@@ -42,7 +48,13 @@ def make_wheel(tree, target, **changes):
     """By pip in an isolated environment, or in this one where no index answers."""
     pip = sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target
     env = {"PEFTOPS_CUDA": "0"} | changes
-    done = subprocess.run([*pip, "--retries", "0", "."], cwd=tree, env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*pip, "--retries", "0", "."],
+        cwd=tree,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         for tool in TOOLS:
             pytest.importorskip(tool, reason=f"pip cannot fetch {tool}: {done.stderr[-300:]}")
@@ -61,7 +73,11 @@ from peftops.__main__ import main
 sys.exit(main())
 """
     return subprocess.run(
-        [sys.executable, "-c", code, target, *args], cwd=target, text=True, capture_output=True, timeout=60
+        [sys.executable, "-c", code, target, *args],
+        cwd=target,
+        text=True,
+        capture_output=True,
+        timeout=60,
     )
 
 
@@ -70,7 +86,9 @@ def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
     wheel = make_wheel(tree, tmp_path / "wheels")
     names = zipfile.ZipFile(wheel).namelist()
     python = {
-        f"peftops/{file.relative_to(tree / top)}" if top == "peftops" else f"peftops/{file.relative_to(tree)}"
+        f"peftops/{file.relative_to(tree / top)}"
+        if top == "peftops"
+        else f"peftops/{file.relative_to(tree)}"
         for top in ("peftops", "bench")
         for file in (tree / top).rglob("*.py")
     }
@@ -81,7 +99,9 @@ def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     done = run_there(target, "doctor")
-    assert done.returncode == 0 and "all is well" in done.stdout and "reference" not in done.stdout, done
+    assert (
+        done.returncode == 0 and "all is well" in done.stdout and "reference" not in done.stdout
+    ), done
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
@@ -93,7 +113,11 @@ def test_touching_a_kernel_rebuilds_its_objects_alone(tree, tmp_path):
     before = objects()
     (tree / "csrc/cpu/lora_few.cpp").touch()
     make_wheel(tree, tmp_path / "after")
-    rebuilt = {file.name.partition(".")[0] for file, time in objects().items() if before.get(file) != time}
+    rebuilt = {
+        file.name.partition(".")[0]
+        for file, time in objects().items()
+        if before.get(file) != time
+    }
     assert before and rebuilt == {"lora_few"}
 
 
@@ -115,7 +139,9 @@ def test_an_sdist_contains_everything(tree, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
-    folders = {str(file.relative_to(tree)) for name in FOLDERS for file in (tree / name).rglob("*.*")}
+    folders = {
+        str(file.relative_to(tree)) for name in FOLDERS for file in (tree / name).rglob("*.*")
+    }
     assert folders | set(FILES) | {".ci/run"} <= inside
 
 

@@ -30,7 +30,13 @@ def arguments(function):
         }
         return {"x": x, "weight": w} | adapter | more
     if function is F.dora_linear:
-        more = {"magnitude": torch.rand(N) + 1, "bias": torch.randn(N), "scaling": 0.5, "dropout_p": 0.0, "norm": None}
+        more = {
+            "magnitude": torch.rand(N) + 1,
+            "bias": torch.randn(N),
+            "scaling": 0.5,
+            "dropout_p": 0.0,
+            "norm": None,
+        }
         return {"x": x, "weight": w} | adapter | more
     if function is F.dora_weight_norm:
         return {"weight": w} | adapter | {"scaling": 0.5, "dtype": None}
@@ -141,7 +147,11 @@ def truth(function, args):
 
 
 def unclear(error):
-    return not (type(error) in (ValueError, TypeError) and CLEAR.match(str(error)) and len(str(error)) < 300)
+    return not (
+        type(error) in (ValueError, TypeError)
+        and CLEAR.match(str(error))
+        and len(str(error)) < 300
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -167,7 +177,11 @@ def test_wrong_calls(function):
         ended["answered"] += 1
         if isinstance(y, torch.Tensor) and y.is_floating_point() and not y.is_meta:
             same, exact = truth(function, args)
-            if exact is not None and exact.isfinite().all() and not error_within(y, same, exact):
+            if (
+                exact is not None
+                and exact.isfinite().all()
+                and not error_within(y, same, exact)
+            ):
                 bad.append(f"{'; '.join(what)}: a wrong answer")
     assert bad == [] and min(ended["refused"], ended["answered"]) > 20, f"{len(bad)} of 450"
 

@@ -20,7 +20,10 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16"
 
 
 def pair(module, r=4, k=8, n=6, dtype=np.float32):
-    return {f"{module}.lora_A.weight": np.ones((r, k), dtype), f"{module}.lora_B.weight": np.ones((n, r), dtype)}
+    return {
+        f"{module}.lora_A.weight": np.ones((r, k), dtype),
+        f"{module}.lora_B.weight": np.ones((n, r), dtype),
+    }
 
 
 PLAIN = pair(Q) | pair(V)
@@ -29,15 +32,26 @@ PLAIN = pair(Q) | pair(V)
 def save(folder, tensors, **config):
     """What PEFT would save; uint16 are the bits of bf16."""
     folder.mkdir(exist_ok=True)
-    defaults = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    defaults = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for key, array in tensors.items():
         offsets = [len(data), len(data) + array.nbytes]
-        header[key] = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": offsets}
+        header[key] = {
+            "dtype": DTYPES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": offsets,
+        }
         data += array.tobytes()
     text = json.dumps(header).encode()
-    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (folder / "adapter_model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data
+    )
     return folder
 
 
@@ -61,11 +75,19 @@ def test_a_plain_adapter_loads(check, target, dtype):
 
 
 def without(part):
-    return {key: array for key, array in PLAIN.items() if not key.endswith(f"v_proj.lora_{part}.weight")}
+    return {
+        key: array
+        for key, array in PLAIN.items()
+        if not key.endswith(f"v_proj.lora_{part}.weight")
+    }
 
 
 def bits(value):
-    return pair(Q) | {f"{V}.lora_A.weight": np.full((4, 8), value, np.uint16)} | pair_b(V, np.uint16)
+    return (
+        pair(Q)
+        | {f"{V}.lora_A.weight": np.full((4, 8), value, np.uint16)}
+        | pair_b(V, np.uint16)
+    )
 
 
 def pair_b(module, dtype):
@@ -88,17 +110,41 @@ UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
         (PLAIN | pair_b(V, np.float16), {}, ["v_proj: lora_A is F32 and lora_B F16"]),
         (pair(Q) | pair(V, r=2), {}, ["v_proj: the rank is 2, and 4 in adapter_config.json"]),
         (pair(Q) | pair(V, r=2), {"rank_pattern": {"v_proj": 2}}, []),
-        (pair(Q) | pair(V, r=2), {"rank_pattern": {"proj": 2}}, ["v_proj: the rank is 2, and 4"]),
-        (pair(Q) | pair(V, r=2) | pair_b(V, np.float32), {}, ["v_proj: lora_A is (2, 8) and lora_B (6, 4)"]),
-        (PLAIN | {f"{V}.lora_A.weight": np.ones(8, np.float32)}, {}, ["v_proj: lora_A is (8,)"]),
-        (PLAIN | pair_b(V, np.int8), {}, ["v_proj.lora_B.weight is I8", "v_proj: lora_A is F32 and lora_B I8"]),
+        (
+            pair(Q) | pair(V, r=2),
+            {"rank_pattern": {"proj": 2}},
+            ["v_proj: the rank is 2, and 4"],
+        ),
+        (
+            pair(Q) | pair(V, r=2) | pair_b(V, np.float32),
+            {},
+            ["v_proj: lora_A is (2, 8) and lora_B (6, 4)"],
+        ),
+        (
+            PLAIN | {f"{V}.lora_A.weight": np.ones(8, np.float32)},
+            {},
+            ["v_proj: lora_A is (8,)"],
+        ),
+        (
+            PLAIN | pair_b(V, np.int8),
+            {},
+            ["v_proj.lora_B.weight is I8", "v_proj: lora_A is F32 and lora_B I8"],
+        ),
         (NAN, {}, ["v_proj.lora_B.weight holds NaN or infinity"]),
         (bits(0x7F80), {}, ["v_proj.lora_A.weight holds NaN or infinity"]),
         (bits(0xFFC0), {}, ["v_proj.lora_A.weight holds NaN or infinity"]),
         (bits(0x7F7F), {}, []),
         (DORA, {}, ["q_proj has a lora_magnitude_vector, unlike use_dora", "v_proj has a"]),
-        (PLAIN, {"lora_bias": True}, ["q_proj has no lora_B.bias, unlike lora_bias", "v_proj has no"]),
-        (BIASED | {f"{V}.lora_B.bias": np.ones(3, np.float32)}, {"lora_bias": True}, ["v_proj: lora_B.bias is (3,)"]),
+        (
+            PLAIN,
+            {"lora_bias": True},
+            ["q_proj has no lora_B.bias, unlike lora_bias", "v_proj has no"],
+        ),
+        (
+            BIASED | {f"{V}.lora_B.bias": np.ones(3, np.float32)},
+            {"lora_bias": True},
+            ["v_proj: lora_B.bias is (3,)"],
+        ),
         (STACKED, {"target_parameters": [UP, DOWN]}, []),
         (STACKED, {}, ["experts.base_layer: the rank is 12", "experts: the rank is 12"]),
     ],
@@ -106,11 +152,16 @@ UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 def test_files_that_contradict_themselves_are_broken(check, tensors, config, says):
     rows = [row for row in check("vllm", tensors, **config) if row.startswith("files")]
     assert len(rows) == len(says)
-    assert all(row.startswith("files broken") and words in row for row, words in zip(rows, says, strict=True))
+    assert all(
+        row.startswith("files broken") and words in row
+        for row, words in zip(rows, says, strict=True)
+    )
 
 
 def test_many_faults_are_cut_short(check):
-    rows = check("vllm", {f"{LAYER}.{i}.lora_A.weight": np.ones((4, 8), np.float32) for i in range(20)})
+    rows = check(
+        "vllm", {f"{LAYER}.{i}.lora_A.weight": np.ones((4, 8), np.float32) for i in range(20)}
+    )
     assert len(rows) == command.SHOWN + 2 and rows[-2] == "files broken and 12 more"
 
 
@@ -119,7 +170,12 @@ COMMON = [
     (DORA, {"use_dora": True}, "refused refused", "use_dora"),
     (BIASED, {"lora_bias": True}, "refused refused", "lora_B"),
     (PLAIN | HEAD, {"modules_to_save": ["lm_head"]}, "refused dropped", "lm_head"),
-    (PLAIN | {f"{V}.base_layer.bias": np.ones(6, np.float32)}, {"bias": "all"}, "refused refused", "bias"),
+    (
+        PLAIN | {f"{V}.base_layer.bias": np.ones(6, np.float32)},
+        {"bias": "all"},
+        "refused refused",
+        "bias",
+    ),
     (PLAIN, {"use_rslora": True}, "ok dropped", "use_rslora"),
     (PLAIN, {"alpha_pattern": {"v_proj": 32}}, "ok dropped", "alpha_pattern"),
     (PLAIN, {"alpha_pattern": {"v_proj": 8}}, "ok ok", ""),
@@ -129,8 +185,18 @@ COMMON = [
     (pair(Q, r=600) | pair(V, r=600), {"r": 600}, "refused ok", "ends at 512"),
     (PLAIN, {"target_modules": ".*_proj"}, "ok refused", "target_modules"),
     (STACKED, {"target_parameters": [UP, DOWN]}, "note refused", "target_parameters"),
-    (PLAIN | pair(EXPERTS, r=12), {"target_parameters": [UP]}, "refused refused", "target_parameters"),
-    (PLAIN | pair(EXPERTS, r=12), {"target_parameters": ["mlp.experts.w"]}, "refused refused", "target_parameters"),
+    (
+        PLAIN | pair(EXPERTS, r=12),
+        {"target_parameters": [UP]},
+        "refused refused",
+        "target_parameters",
+    ),
+    (
+        PLAIN | pair(EXPERTS, r=12),
+        {"target_parameters": ["mlp.experts.w"]},
+        "refused refused",
+        "target_parameters",
+    ),
     (pair(Q), {}, "ok refused", "q_proj and v_proj together"),
     (pair(f"{LAYER}.self_attn.o_proj"), {}, "ok ok", ""),
     (PLAIN | pair(f"{EXPERTS}.3.up_proj"), {}, "ok ok", ""),
@@ -142,7 +208,9 @@ COMMON = [
 ]
 
 
-@pytest.mark.parametrize("tensors, config, verdicts, says", COMMON, ids=[str(case[1])[:50] for case in COMMON])
+@pytest.mark.parametrize(
+    "tensors, config, verdicts, says", COMMON, ids=[str(case[1])[:50] for case in COMMON]
+)
 def test_what_servers_refuse_or_drop(check, tensors, config, verdicts, says):
     for target, verdict in zip(("vllm", "sglang"), verdicts.split(), strict=True):
         rows = check(target, tensors, **config)
@@ -155,11 +223,21 @@ def test_what_servers_refuse_or_drop(check, tensors, config, verdicts, says):
 def test_token_embeddings(check):
     embedding = "base_model.model.model.embed_tokens"
     tokens = {f"{embedding}.token_adapter.trainable_tokens_delta": np.ones((2, 8), np.float32)}
-    assert check("vllm", PLAIN | tokens)[0].startswith("vllm refused model.embed_tokens.token_adapter")
-    assert check("sglang", PLAIN | tokens)[0].startswith("sglang dropped model.embed_tokens.token_adapter")
-    low_rank = {f"{embedding}.lora_embedding_{name}": a for name, a in zip("AB", pair("").values(), strict=True)}
+    assert check("vllm", PLAIN | tokens)[0].startswith(
+        "vllm refused model.embed_tokens.token_adapter"
+    )
+    assert check("sglang", PLAIN | tokens)[0].startswith(
+        "sglang dropped model.embed_tokens.token_adapter"
+    )
+    low_rank = {
+        f"{embedding}.lora_embedding_{name}": a
+        for name, a in zip("AB", pair("").values(), strict=True)
+    }
     base = {f"{embedding}.base_layer.weight": np.ones((8, 6), np.float32)}
-    assert [row[:9] for row in check("vllm", PLAIN | low_rank | base)] == ["vllm ok", "vllm note"]
+    assert [row[:9] for row in check("vllm", PLAIN | low_rank | base)] == [
+        "vllm ok",
+        "vllm note",
+    ]
 
 
 def test_added_tokens_are_noted(check, tmp_path):
@@ -177,17 +255,28 @@ def trained(model):
 def test_what_peft_saves_is_whole_and_its_own(tmp_path, capsys, dora):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     base = torch.nn.ModuleDict(
-        {"lin": torch.nn.Linear(8, 6), "emb": torch.nn.Embedding(9, 8), "head": torch.nn.Linear(6, 2)}
+        {
+            "lin": torch.nn.Linear(8, 6),
+            "emb": torch.nn.Embedding(9, 8),
+            "head": torch.nn.Linear(6, 2),
+        }
     )
     config = peft.LoraConfig(
-        r=4, target_modules=["lin", "emb"], rank_pattern={"emb": 2}, use_dora=dora, modules_to_save=["head"]
+        r=4,
+        target_modules=["lin", "emb"],
+        rank_pattern={"emb": 2},
+        use_dora=dora,
+        modules_to_save=["head"],
     )
     model = peft.get_peft_model(base, config)
     trained(model)
     model.save_pretrained(tmp_path)
     assert main(["check", str(tmp_path), "--for", "peft"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert second.split() == ["peft", "ok"] and f"rank 4, 2 modules, F32, saved by PEFT {peft.__version__}" in first
+    assert (
+        second.split() == ["peft", "ok"]
+        and f"rank 4, 2 modules, F32, saved by PEFT {peft.__version__}" in first
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,10 +284,18 @@ def test_what_peft_saves_is_whole_and_its_own(tmp_path, capsys, dora):
     [
         (PLAIN, {"peft_type": "NEW"}, "peft refused peft_type NEW"),
         (PLAIN, {"new_field": True, "other": None}, "peft dropped new_field: unknown to PEFT"),
-        (PLAIN, {"use_dora": True, "megatron_config": {"a": 1}}, "peft refused DoRA does not support megatron"),
+        (
+            PLAIN,
+            {"use_dora": True, "megatron_config": {"a": 1}},
+            "peft refused DoRA does not support megatron",
+        ),
         (PLAIN, {"peft_version": "99.1"}, "peft note PEFT 99.1 saved it"),
         (PLAIN, {"peft_version": "what?"}, "peft refused Invalid version"),
-        (PLAIN, {"modules_to_save": ["lm_head"]}, "peft refused modules_to_save: no tensor is of lm_head"),
+        (
+            PLAIN,
+            {"modules_to_save": ["lm_head"]},
+            "peft refused modules_to_save: no tensor is of lm_head",
+        ),
         (PLAIN | {"stranger": np.ones(2, np.float32)}, {}, "peft dropped stranger: no part"),
     ],
 )
@@ -214,25 +311,69 @@ def test_every_target_has_a_row_and_peft_may_be_absent(tmp_path, capsys, monkeyp
     assert rows == [["peft", "ok"], ["peft", "note"], ["vllm", "ok"], ["sglang", "ok"]]
 
 
-TOKENS = {"base_model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 8), np.float32)}
+TOKENS = {
+    "base_model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones(
+        (2, 8), np.float32
+    )
+}
 
 
 @pytest.mark.parametrize(
     "tensors, config, says",
     [
         (TOKENS, {"trainable_token_indices": [7, 9]}, "peft ok"),
-        (TOKENS, {"trainable_token_indices": {"lm_head": [7, 8, 9], "embed_tokens": [7, 9]}}, "peft ok"),
-        (TOKENS, {}, "peft dropped base_model.model.embed_tokens.token_adapter.trainable_tokens_delta: train"),
-        (TOKENS, {"trainable_token_indices": [7]}, "peft refused base_model.model.embed_tokens.token_adapter"),
-        ({}, {"trainable_token_indices": [7]}, "peft refused trainable_token_indices: no tensor is a token_adapter"),
-        (HEAD, {"modules_to_save": ["lm_head", "score"]}, "peft note modules_to_save: no tensor is of score"),
+        (
+            TOKENS,
+            {"trainable_token_indices": {"lm_head": [7, 8, 9], "embed_tokens": [7, 9]}},
+            "peft ok",
+        ),
+        (
+            TOKENS,
+            {},
+            "peft dropped base_model.model.embed_tokens.token_adapter.trainable_tokens_delta: train",
+        ),
+        (
+            TOKENS,
+            {"trainable_token_indices": [7]},
+            "peft refused base_model.model.embed_tokens.token_adapter",
+        ),
+        (
+            {},
+            {"trainable_token_indices": [7]},
+            "peft refused trainable_token_indices: no tensor is a token_adapter",
+        ),
+        (
+            HEAD,
+            {"modules_to_save": ["lm_head", "score"]},
+            "peft note modules_to_save: no tensor is of score",
+        ),
         (HEAD, {"modules_to_save": ["lm_head", "score"], "task_type": "SEQ_CLS"}, "peft ok"),
-        (HEAD, {"modules_to_save": ["score"]}, "peft refused modules_to_save: no tensor is of score"),
-        ({"base_model.model.norm.weight": np.ones(2, np.float32)}, {}, "peft note norm.weight: no part of a LoRA"),
-        ({}, {"target_modules": ["q_proj", "v_proj", "fc"]}, "peft note target_modules: no tensor is of fc, which"),
-        ({}, {"layers_to_transform": [0, 5]}, "peft note layers_to_transform: no tensor is of 5, which"),
+        (
+            HEAD,
+            {"modules_to_save": ["score"]},
+            "peft refused modules_to_save: no tensor is of score",
+        ),
+        (
+            {"base_model.model.norm.weight": np.ones(2, np.float32)},
+            {},
+            "peft note norm.weight: no part of a LoRA",
+        ),
+        (
+            {},
+            {"target_modules": ["q_proj", "v_proj", "fc"]},
+            "peft note target_modules: no tensor is of fc, which",
+        ),
+        (
+            {},
+            {"layers_to_transform": [0, 5]},
+            "peft note layers_to_transform: no tensor is of 5, which",
+        ),
         (pair("base_model.model.lm_head"), {"ensure_weight_tying": True}, "peft ok"),
-        (pair("base_model.model.lm_head"), {}, "peft dropped lm_head: not of the modules that target_modules in"),
+        (
+            pair("base_model.model.lm_head"),
+            {},
+            "peft dropped lm_head: not of the modules that target_modules in",
+        ),
     ],
 )
 def test_what_the_config_asks_for_is_there(check, tensors, config, says):
@@ -246,14 +387,18 @@ def test_what_the_config_asks_for_is_there(check, tensors, config, says):
 def test_a_factor_that_is_all_zero_is_noted(check, part):
     zero = {f"{V}.lora_{part}.weight": 0 * PLAIN[f"{V}.lora_{part}.weight"]}
     [note, row] = check("vllm", PLAIN | zero)
-    assert note.startswith(f"files note lora_{part} is all zero in 1 of 2 modules, model.layers.0.self_attn.v_proj")
+    assert note.startswith(
+        f"files note lora_{part} is all zero in 1 of 2 modules, model.layers.0.self_attn.v_proj"
+    )
     assert row == "vllm ok"
 
 
 def test_an_empty_factor_is_broken(check):
     empty = pair("base_model.model.fc", k=0)
     [row, ok] = check("vllm", PLAIN | empty)
-    assert row.endswith("fc: lora_A is (4, 0) and lora_B (6, 4): one is empty") and ok == "vllm ok"
+    assert (
+        row.endswith("fc: lora_A is (4, 0) and lora_B (6, 4): one is empty") and ok == "vllm ok"
+    )
 
 
 def test_a_header_of_a_million_keys_is_refused(tmp_path, capsys, monkeypatch):
@@ -270,10 +415,18 @@ def test_factors_of_different_layers_are_broken(check):
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_every_number_of_the_file_is_looked_at(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(values, "CHUNK", 16)
-    whole = {f"{module}.lora_{part}.weight": np.zeros((2, 9), dtype) for module in (Q, V) for part in "AB"}
+    whole = {
+        f"{module}.lora_{part}.weight": np.zeros((2, 9), dtype)
+        for module in (Q, V)
+        for part in "AB"
+    }
     for key in whole:
         for entry in range(18):
-            for value, kind in ((np.nan, (False, False)), (-np.inf, (False, False)), (3, (True, False))):
+            for value, kind in (
+                (np.nan, (False, False)),
+                (-np.inf, (False, False)),
+                (3, (True, False)),
+            ):
                 changed = whole[key].copy()
                 changed.flat[entry] = value
                 tensors = adapter_file.load(save(tmp_path, whole | {key: changed})).tensors
@@ -296,10 +449,16 @@ def test_holes_are_zero_and_not_read(tmp_path):
         pytest.skip("this file system has no holes")
 
     def read():
-        return [(stored.finite, stored.zero) for stored in adapter_file.load(tmp_path).tensors.values()]
+        return [
+            (stored.finite, stored.zero)
+            for stored in adapter_file.load(tmp_path).tensors.values()
+        ]
 
     assert read() == [(True, True), (True, True)]
-    for place, byte, wanted in ((start + size - 2, 1, (True, False)), (size - (1 << 20), 0x7C, (False, False))):
+    for place, byte, wanted in (
+        (start + size - 2, 1, (True, False)),
+        (size - (1 << 20), 0x7C, (False, False)),
+    ):
         with path.open("r+b") as file:
             file.seek(place)
             file.write(bytes([byte]))
@@ -308,7 +467,17 @@ def test_holes_are_zero_and_not_read(tmp_path):
 
 def test_a_key_cannot_forge_a_line(tmp_path, capsys):
     forged = f"{V}\nsglang  ok\r\x1b[1A\u202e.lora_C"
-    assert main(["check", str(save(tmp_path, PLAIN | {forged: HEAD[next(iter(HEAD))]})), "--for", "sglang"]) == 1
+    assert (
+        main(
+            [
+                "check",
+                str(save(tmp_path, PLAIN | {forged: HEAD[next(iter(HEAD))]})),
+                "--for",
+                "sglang",
+            ]
+        )
+        == 1
+    )
     lines = capsys.readouterr().out.split("\n")
     assert len(lines) == 3 and all(line.isprintable() for line in lines)
     assert "v_proj\\nsglang  ok\\r\\x1b[1A\\u202e.lora_C" in lines[1]
@@ -316,7 +485,11 @@ def test_a_key_cannot_forge_a_line(tmp_path, capsys):
 
 def test_long_rows_keep_both_ends(check):
     row = check("vllm", PLAIN, bias="x" * 5000)[0]
-    assert len(row) < command.WIDEST + 10 and row.endswith("takes no biases") and "bias 'xxx" in row
+    assert (
+        len(row) < command.WIDEST + 10
+        and row.endswith("takes no biases")
+        and "bias 'xxx" in row
+    )
 
 
 EXPLOSIVE = "(.|.)*!"
@@ -343,7 +516,10 @@ def test_a_regex_that_explodes_is_refused_in_time(tmp_path, capsys, monkeypatch,
 @pytest.mark.parametrize("patterns", [["(", ")"], ["(?i)q_proj"], ["*"], ["(" * 5000]])
 def test_regexes_are_compiled_as_peft_does(tmp_path, capsys, patterns):
     """Together the first would be one, and a flag is none inside of PEFT's."""
-    assert main(["check", str(save(tmp_path, PLAIN, rank_pattern=dict.fromkeys(patterns, 4)))]) == 2
+    assert (
+        main(["check", str(save(tmp_path, PLAIN, rank_pattern=dict.fromkeys(patterns, 4)))])
+        == 2
+    )
     assert "is no regex" in capsys.readouterr().err
 
 
@@ -366,20 +542,44 @@ def first_shape(data):
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), "No such file"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot read"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object, got list"),
-        (lambda folder: save(folder, PLAIN, r="4"), "r must be a whole number from 1 on, got '4'"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("[]"),
+            "must hold a JSON object, got list",
+        ),
+        (
+            lambda folder: save(folder, PLAIN, r="4"),
+            "r must be a whole number from 1 on, got '4'",
+        ),
         (
             lambda folder: save(folder, PLAIN, rank_pattern=["q"]),
             "rank_pattern must be an object of whole numbers from 1 on, got a list",
         ),
-        (lambda folder: save(folder, PLAIN, rank_pattern={"(": 4}), "rank_pattern '(' is no regex"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-        (lambda folder: rewritten(folder, lambda data: data[:-1]), "is not a whole safetensors file"),
-        (lambda folder: rewritten(folder, lambda data: data + b"x"), "is not a whole safetensors file"),
+        (
+            lambda folder: save(folder, PLAIN, rank_pattern={"(": 4}),
+            "rank_pattern '(' is no regex",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "has no adapter_model.safetensors",
+        ),
+        (
+            lambda folder: rewritten(folder, lambda data: data[:-1]),
+            "is not a whole safetensors file",
+        ),
+        (
+            lambda folder: rewritten(folder, lambda data: data + b"x"),
+            "is not a whole safetensors file",
+        ),
         (lambda folder: rewritten(folder, overlapping), "is not a whole safetensors file"),
-        (lambda folder: rewritten(folder, lambda data: data[:40]), "is not a whole safetensors file"),
+        (
+            lambda folder: rewritten(folder, lambda data: data[:40]),
+            "is not a whole safetensors file",
+        ),
         (lambda folder: rewritten(folder, lambda data: b""), "is empty"),
-        (lambda folder: rewritten(folder, lambda data: data[:8] + b"[" + data[9:]), "is not a whole safetensors file"),
+        (
+            lambda folder: rewritten(folder, lambda data: data[:8] + b"[" + data[9:]),
+            "is not a whole safetensors file",
+        ),
         (lambda folder: rewritten(folder, first_shape), "is not a whole safetensors file"),
     ],
 )

@@ -38,16 +38,62 @@ CONFIG = {
     "megatron_config": None,
 }
 EXPLOSIVE = ["(.|.)*!", "(.+.?)+!", r"(\w|\W|.)*!", "((.*)*)*!"]
-HALVES = ["(", ")", "a)(b", "[", "(?P<x>a)(?P<x>b)", "(?i)q", "*", "\\", "(?<=a*)b", "(?:" * 3000]
-TEXTS = ["", "\x1b[2J", "q_proj\nfiles   ok", "\r\x00", "\ud800", "\u202eq", "\u2028", "q" * 5000, "\x9b31m", "√"]
+HALVES = [
+    "(",
+    ")",
+    "a)(b",
+    "[",
+    "(?P<x>a)(?P<x>b)",
+    "(?i)q",
+    "*",
+    "\\",
+    "(?<=a*)b",
+    "(?:" * 3000,
+]
+TEXTS = [
+    "",
+    "\x1b[2J",
+    "q_proj\nfiles   ok",
+    "\r\x00",
+    "\ud800",
+    "\u202eq",
+    "\u2028",
+    "q" * 5000,
+    "\x9b31m",
+    "√",
+]
 NUMBERS = [0, -1, 1.5, 1e400, -1e400, float("nan"), 10**30, 2**63, True, 4.0]
-VALUES = [None, [], {}, [[]], [None], {"": {}}, {"a": None}, "LORA", "LOHA", "IA3", "ADALORA", "all-linear", "99.9"]
+VALUES = [
+    None,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": {}},
+    {"a": None},
+    "LORA",
+    "LOHA",
+    "IA3",
+    "ADALORA",
+    "all-linear",
+    "99.9",
+]
 
 
 def random_value(draw):
     pool = draw.choice([EXPLOSIVE, HALVES, TEXTS, NUMBERS, VALUES])
     value = draw.choice(pool)
-    return draw.choice([value, value, value, [value], {str(value): value}, {"v_proj": value}, [value, "q_proj"]])
+    return draw.choice(
+        [
+            value,
+            value,
+            value,
+            [value],
+            {str(value): value},
+            {"v_proj": value},
+            [value, "q_proj"],
+        ]
+    )
 
 
 def nested(draw, size):
@@ -63,7 +109,11 @@ def tensors():
             yield f"{front}A.weight", "F32", [4, 8]
             yield f"{front}B.weight", "F32", [6, 4]
     yield "base_model.model.lm_head.weight", "BF16", [4, 6]
-    yield "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "F16", [2, 8]
+    yield (
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        "F16",
+        [2, 8],
+    )
 
 
 def header_of(entries):
@@ -83,7 +133,9 @@ def written(folder, config, header, numbers, length=None):
     for name, value in (("adapter_config.json", config), ("adapter_model.safetensors", header)):
         text = value if isinstance(value, bytes) else json.dumps(value).encode()
         if name.endswith(".safetensors"):
-            text = (len(text) if length is None else length).to_bytes(8, "little") + text + numbers
+            text = (
+                (len(text) if length is None else length).to_bytes(8, "little") + text + numbers
+            )
         (folder / name).write_bytes(text)
 
 
@@ -100,7 +152,9 @@ def change_config_text(draw, case):
     for _ in range(draw.randint(1, 4)):
         place = draw.randrange(len(text))
         cut = place + draw.choice([0, 1, 1, 9])
-        text[place:cut] = draw.choice([b"", bytes([draw.randrange(256)]), b'"', b"\\ud800", b"NaN", b"9" * 5000])
+        text[place:cut] = draw.choice(
+            [b"", bytes([draw.randrange(256)]), b'"', b"\\ud800", b"NaN", b"9" * 5000]
+        )
     case["config"] = bytes(text)
 
 
@@ -127,12 +181,35 @@ def change_header(draw, case):
     key = draw.choice([name for name in case["header"] if name != "__metadata__"])
     entry = case["header"][key]
     wrong = [*NUMBERS, *VALUES, *TEXTS]
-    offsets = [[draw.choice(NUMBERS), 128], [0, 10**9], [128, 0], [0.0, 128.0], "0", [], [0, 1, 2]]
-    shapes = [[4.0, 8], [-4, -8], [2**62, 4], [], [0], [0, 8], [1] * 3000, "48", None, [True, 8], [8, 4], [5, 8]]
+    offsets = [
+        [draw.choice(NUMBERS), 128],
+        [0, 10**9],
+        [128, 0],
+        [0.0, 128.0],
+        "0",
+        [],
+        [0, 1, 2],
+    ]
+    shapes = [
+        [4.0, 8],
+        [-4, -8],
+        [2**62, 4],
+        [],
+        [0],
+        [0, 8],
+        [1] * 3000,
+        "48",
+        None,
+        [True, 8],
+        [8, 4],
+        [5, 8],
+    ]
     changes = [
         lambda: entry.update(shape=draw.choice(shapes)),
         lambda: entry.update(data_offsets=draw.choice(offsets)),
-        lambda: entry.update(dtype=draw.choice(["F64", "I8", "F8_E4M3", "BOOL", "f32", "U128", *wrong])),
+        lambda: entry.update(
+            dtype=draw.choice(["F64", "I8", "F8_E4M3", "BOOL", "f32", "U128", *wrong])
+        ),
         lambda: entry.pop(draw.choice(list(entry))),
         lambda: entry.update({"extra": random_value(draw)}),
         lambda: case["header"].update({key: draw.choice(wrong)}),
@@ -143,23 +220,43 @@ def change_header(draw, case):
 
 def change_keys(draw, case):
     old = draw.choice(list(case["header"]))
-    places = [old.replace(".", f".{word}.", 1) for word in ("_orig_mod", "module", "\n", "\x1b[1A")]
-    ends = [old + draw.choice(TEXTS), draw.choice(TEXTS) + old, old.replace("lora_A", "lora_embedding_A")]
-    others = [old.replace(".weight", ".default.weight"), old.partition(".")[2], draw.choice(TEXTS), ".lora_A.weight"]
-    new = draw.choice([*places, *ends, *others, "a.lora_A" * 100 + ".weight", "." * 900, ".lora_" * 150])
-    case["header"] = {(new if key == old else key): entry for key, entry in case["header"].items()}
+    places = [
+        old.replace(".", f".{word}.", 1) for word in ("_orig_mod", "module", "\n", "\x1b[1A")
+    ]
+    ends = [
+        old + draw.choice(TEXTS),
+        draw.choice(TEXTS) + old,
+        old.replace("lora_A", "lora_embedding_A"),
+    ]
+    others = [
+        old.replace(".weight", ".default.weight"),
+        old.partition(".")[2],
+        draw.choice(TEXTS),
+        ".lora_A.weight",
+    ]
+    new = draw.choice(
+        [*places, *ends, *others, "a.lora_A" * 100 + ".weight", "." * 900, ".lora_" * 150]
+    )
+    case["header"] = {
+        (new if key == old else key): entry for key, entry in case["header"].items()
+    }
 
 
 def change_header_text(draw, case):
     text = bytearray(json.dumps(case["header"]).encode())
     for _ in range(draw.randint(1, 4)):
         place = draw.randrange(len(text))
-        text[place : place + draw.choice([0, 1, 1, 5])] = bytes([draw.randrange(256)]) * draw.choice([1, 1, 0])
+        text[place : place + draw.choice([0, 1, 1, 5])] = bytes(
+            [draw.randrange(256)]
+        ) * draw.choice([1, 1, 0])
     case["header"] = bytes(text)
 
 
 def nest_header(draw, case):
-    case["header"] = draw.choice(["", '{"a":']).encode() + nested(draw, draw.choice([10, 120, 1000, 200_000])).encode()
+    case["header"] = (
+        draw.choice(["", '{"a":']).encode()
+        + nested(draw, draw.choice([10, 120, 1000, 200_000])).encode()
+    )
 
 
 def change_numbers(draw, case):
@@ -171,14 +268,30 @@ def change_numbers(draw, case):
 
 def truncate(draw, case):
     whole = case["numbers"]
-    case["numbers"] = whole[: draw.randrange(len(whole))] if draw.random() < 0.7 else whole + b"x"
+    case["numbers"] = (
+        whole[: draw.randrange(len(whole))] if draw.random() < 0.7 else whole + b"x"
+    )
     case["length"] = draw.choice([None, None, 0, 1, 2**63, 2**64 - 1, 100_000_001, 50])
 
 
 def special_file(draw, case):
     """A file that is none, or one that never ends."""
-    kinds = ["fifo", "device", "full", "folder", "loop", "missing", "empty", "sparse", "proc", "socket"]
-    case["special"] = draw.choice(kinds), draw.choice(["adapter_config.json", "adapter_model.safetensors"])
+    kinds = [
+        "fifo",
+        "device",
+        "full",
+        "folder",
+        "loop",
+        "missing",
+        "empty",
+        "sparse",
+        "proc",
+        "socket",
+    ]
+    case["special"] = (
+        draw.choice(kinds),
+        draw.choice(["adapter_config.json", "adapter_model.safetensors"]),
+    )
 
 
 def make_special(folder, kind, name):
@@ -196,13 +309,23 @@ def make_special(folder, kind, name):
     elif kind == "socket":
         os.mknod(path, 0o140600)
     elif kind != "missing":
-        path.symlink_to({"device": "/dev/zero", "full": "/dev/tty", "proc": "/proc/self/maps", "loop": name}[kind])
+        path.symlink_to(
+            {
+                "device": "/dev/zero",
+                "full": "/dev/tty",
+                "proc": "/proc/self/maps",
+                "loop": name,
+            }[kind]
+        )
 
 
 def sparse_tensor(draw, case):
     """A tensor as large as a disk, of which no byte is written."""
     rows = 1 << draw.choice([30, 33, 36])
-    entries = [(key, dtype, [rows, 8] if "0.self_attn.q_proj.lora_A" in key else s) for key, dtype, s in tensors()]
+    entries = [
+        (key, dtype, [rows, 8] if "0.self_attn.q_proj.lora_A" in key else s)
+        for key, dtype, s in tensors()
+    ]
     case["header"], size = header_of(entries)
     case["sparse"] = size
 
@@ -226,7 +349,12 @@ MUTATIONS = {
 def mutated(draw, folder):
     """Writes an adapter with one kind of harm done to it, and returns which."""
     header, size = header_of(tensors())
-    case = {"config": json.loads(json.dumps(CONFIG)), "header": header, "numbers": b"\x3f" * size, "length": None}
+    case = {
+        "config": json.loads(json.dumps(CONFIG)),
+        "header": header,
+        "numbers": b"\x3f" * size,
+        "length": None,
+    }
     [mutate] = draw.choices(list(MUTATIONS), MUTATIONS.values())
     mutate(draw, case)
     written(folder, case["config"], case["header"], case["numbers"], case["length"])
@@ -288,7 +416,9 @@ def test_broken_adapters_get_an_answer(tmp_path, capsys, monkeypatch, bell):
         assert (code is None) == (not said) and refusal.count("\n") == (code is None), (i, kind)
         lines = (said or refusal).removesuffix("\n").split("\n")
         assert [line for line in lines if not line.isprintable()] == [], (i, kind)
-        assert all(line.startswith(("files ", "peft ", "vllm ", "sglang ")) for line in lines[1:]), (i, kind)
+        assert all(
+            line.startswith(("files ", "peft ", "vllm ", "sglang ")) for line in lines[1:]
+        ), (i, kind)
         assert code is None or valid(folder / "adapter_model.safetensors"), (i, kind)
         codes.setdefault(kind, set()).add(code)
         timed_out += "seconds" in refusal

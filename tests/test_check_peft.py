@@ -75,9 +75,16 @@ KINDS = {
     "a full name": {"target_modules": ["model.layers.1.q_proj"]},
     "a regex": {"target_modules": r".*layers\.[02]\.(q|v)_proj"},
     "all-linear": {"target_modules": "all-linear"},
-    "excluded": {"target_modules": QV, "exclude_modules": ["model.layers.1.v_proj", "0.q_proj"]},
+    "excluded": {
+        "target_modules": QV,
+        "exclude_modules": ["model.layers.1.v_proj", "0.q_proj"],
+    },
     "excluded by a regex": {"target_modules": QV, "exclude_modules": r".*\.1\..*"},
-    "some layers": {"target_modules": QV, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "some layers": {
+        "target_modules": QV,
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "layers",
+    },
     "one layer": {"target_modules": QV, "layers_to_transform": 1},
     "ranks": {
         "target_modules": QV,
@@ -93,30 +100,54 @@ KINDS = {
     "a convolution": {"target_modules": ["conv"]},
     "attention": {"target_modules": ["mixer"]},
     "a whole module": {"target_modules": QV, "modules_to_save": ["lm_head"]},
-    "a whole module by the end of its name": {"target_modules": QV, "modules_to_save": ["head"]},
+    "a whole module by the end of its name": {
+        "target_modules": QV,
+        "modules_to_save": ["head"],
+    },
     "whole blocks": {"target_modules": QV, "modules_to_save": ["layers.1"]},
     "tokens": {"target_modules": QV, "trainable_token_indices": [1, 2]},
-    "tokens of two": {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [1, 2], "score": [0]}},
-    "experts": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    "experts by short names": {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]},
+    "tokens of two": {
+        "target_modules": QV,
+        "trainable_token_indices": {"embed_tokens": [1, 2], "score": [0]},
+    },
+    "experts": {
+        "target_modules": [],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
+    "experts by short names": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["down_proj"],
+    },
     "a weight as a parameter": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "rsLoRA": {"target_modules": QV, "use_rslora": True},
     "gaussian": {"target_modules": QV, "init_lora_weights": "gaussian"},
     "KaSA": {"target_modules": QV, "kasa_config": {}},
     "MonteCLoRA": {"target_modules": QV, "monteclora_config": {}},
     "VeLoRA": {"target_modules": QV, "velora_config": {}},
-    "a classifier": {"target_modules": QV, "modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"},
+    "a classifier": {
+        "target_modules": QV,
+        "modules_to_save": ["classifier", "score"],
+        "task_type": "SEQ_CLS",
+    },
     "BD-LoRA": {"target_modules": QV, "use_bdlora": {"target_modules_bd_a": QV, "nblocks": 2}},
 }
 
 
-def rewrite(folder, config=None, key=lambda key: key, drop=lambda key: False, value=lambda key, tensor: tensor):
+def rewrite(
+    folder,
+    config=None,
+    key=lambda key: key,
+    drop=lambda key: False,
+    value=lambda key, tensor: tensor,
+):
     """Changes what is saved in a folder."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
     path = folder / "adapter_model.safetensors"
     tensors = safetensors.load_file(path)
-    safetensors.save_file({key(name): value(name, t) for name, t in tensors.items() if not drop(name)}, path)
+    safetensors.save_file(
+        {key(name): value(name, t) for name, t in tensors.items() if not drop(name)}, path
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,7 +177,10 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_what_peft_saves_by_other_methods_passes(tmp_path, capsys, method):
     made = getattr(peft, f"{method}Config")
-    saved(tmp_path, made(target_modules=["q_proj"], modules_to_save=["lm_head"], **METHODS[method]))
+    saved(
+        tmp_path,
+        made(target_modules=["q_proj"], modules_to_save=["lm_head"], **METHODS[method]),
+    )
     assert verdicts(tmp_path, capsys) == (0, [["peft", "ok"]])
 
 
@@ -192,7 +226,9 @@ SPOILED = {
     "all-linear": {"config": {"target_modules": "all-linear"}},
     "fewer layers": {"config": {"layers_to_transform": [0, 1]}},
     "all layers": {"config": {"layers_to_transform": [0, 1, 2], "layers_pattern": ["layers"]}},
-    "no such pattern": {"config": {"layers_to_transform": [0, 1, 2], "layers_pattern": ["blocks"]}},
+    "no such pattern": {
+        "config": {"layers_to_transform": [0, 1, 2], "layers_pattern": ["blocks"]}
+    },
     "excluded": {"config": {"exclude_modules": ["q_proj"]}},
     "excludes nothing": {"config": {"exclude_modules": "q_proj"}},
     "saved": {"config": {"modules_to_save": ["layers"]}},
@@ -256,15 +292,25 @@ def some_name(random):
 def some_config(random):
     """The fields that say which modules are adapted, as PEFT's class takes them."""
     names = random.choices(PATTERNS, k=random.randint(0, 3))
-    config = {"target_modules": random.choice([names, random.choice(PATTERNS), [some_name(random), *names]])}
-    config["exclude_modules"] = random.choice([None, None, [random.choice(PATTERNS)], random.choice(PATTERNS)])
+    config = {
+        "target_modules": random.choice(
+            [names, random.choice(PATTERNS), [some_name(random), *names]]
+        )
+    }
+    config["exclude_modules"] = random.choice(
+        [None, None, [random.choice(PATTERNS)], random.choice(PATTERNS)]
+    )
     config["modules_to_save"] = random.choice([[], [], [random.choice(PATTERNS[:-1])]])
     config["layers_to_transform"] = config["layers_pattern"] = None
     if isinstance(config["target_modules"], list):
         config["layers_to_transform"] = random.choice([None, 1, [0, 12], []])
     if config["layers_to_transform"] is not None:
-        config["layers_pattern"] = random.choice([None, [], "layers", ["h", "layers"], ["layers|h", ".*"]])
-    config["rank_pattern"] = {pattern: 2 for pattern in random.sample(PATTERNS, random.randint(0, 4))}
+        config["layers_pattern"] = random.choice(
+            [None, [], "layers", ["h", "layers"], ["layers|h", ".*"]]
+        )
+    config["rank_pattern"] = {
+        pattern: 2 for pattern in random.sample(PATTERNS, random.randint(0, 4))
+    }
     return config
 
 
@@ -277,18 +323,34 @@ def test_names_match_as_in_peft():
     for _ in range(2000):
         config = some_config(draw)
         modules = [some_name(draw) for _ in range(4)]
-        question = config | {"alpha_pattern": [], "target_parameters": [], "keys": [], "modules": modules}
+        question = config | {
+            "alpha_pattern": [],
+            "target_parameters": [],
+            "keys": [],
+            "modules": modules,
+        }
         said = names.answer(question | {"rank_pattern": list(config["rank_pattern"])})
         made = peft.LoraConfig(**config)
         for module, target, rank in zip(modules, said["targets"], said["ranks"], strict=True):
             found = check_target_module_exists(made, module)
             excluded = type(found).__name__ == "_ExcludedModule"
             assert (bool(found) and not excluded) == (target == "module"), (config, module)
-            assert excluded == (target in ("exclude_modules", "modules_to_save")), (config, module)
+            assert excluded == (target in ("exclude_modules", "modules_to_save")), (
+                config,
+                module,
+            )
             pattern = None if rank is None else list(config["rank_pattern"])[rank]
-            assert get_pattern_key(config["rank_pattern"], module) == (module if pattern is None else pattern)
+            assert get_pattern_key(config["rank_pattern"], module) == (
+                module if pattern is None else pattern
+            )
             seen.add(target)
-    assert seen == {"module", "target_modules", "layers_to_transform", "exclude_modules", "modules_to_save"}
+    assert seen == {
+        "module",
+        "target_modules",
+        "layers_to_transform",
+        "exclude_modules",
+        "modules_to_save",
+    }
 
 
 def test_many_names_are_matched_by_the_script_with_the_same_result():
@@ -297,7 +359,14 @@ def test_many_names_are_matched_by_the_script_with_the_same_result():
         "target_parameters": [],
         "keys": ["head.w"],
     }
-    question |= {"target_modules": ["b"], "rank_pattern": ["c"], "alpha_pattern": [], "modules": ["a.b", "a.c", "b.d"]}
+    question |= {
+        "target_modules": ["b"],
+        "rank_pattern": ["c"],
+        "alpha_pattern": [],
+        "modules": ["a.b", "a.c", "b.d"],
+    }
     here = names.match(question)
     assert here == names.match(question | {"rank_pattern": ["[c]"]})
-    assert here["targets"] == ["module", "target_modules", "target_modules"] and here["ranks"] == [None, 0, None]
+    assert here["targets"] == ["module", "target_modules", "target_modules"] and here[
+        "ranks"
+    ] == [None, 0, None]

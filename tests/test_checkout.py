@@ -30,10 +30,14 @@ def test_bench_says_in_one_sentence_that_it_is_not_installed():
 
 def test_the_bench_of_another_checkout_is_not_taken(tmp_path):
     copy = tmp_path / "peftops"
-    shutil.copytree(ROOT / "peftops", copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "peftops", copy, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     command = [sys.executable, "-m", "peftops", "bench"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("peftops bench: bench is not installed here"), done
+    assert done.returncode == 2 and done.stderr.startswith(
+        "peftops bench: bench is not installed here"
+    ), done
 
 
 def test_setup_is_no_module_of_the_package():

@@ -34,12 +34,16 @@ WAYS = {  # of a function at x, in the direction v
     "gradient penalty": gradient_penalty,
     "hvp": lambda f, x, v: functional.hvp(total(f), x, v)[1],
     "vhp": lambda f, x, v: functional.vhp(total(f), x, v)[1],
-    "hessian": lambda f, x, v: functional.hessian(total(lambda t: f(x + t[0] * v + t[1])), v.new_ones(2)),
+    "hessian": lambda f, x, v: functional.hessian(
+        total(lambda t: f(x + t[0] * v + t[1])), v.new_ones(2)
+    ),
     "jvp": lambda f, x, v: functional.jvp(f, x, v)[1],
     "forward-mode AD": dual,
     "torch.func.jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
     "torch.func.grad": lambda f, x, v: torch.func.grad(total(f))(x),
-    "torch.func, forward over reverse": lambda f, x, v: torch.func.jvp(torch.func.grad(total(f)), (x,), (v,))[1],
+    "torch.func, forward over reverse": lambda f, x, v: torch.func.jvp(
+        torch.func.grad(total(f)), (x,), (v,)
+    )[1],
     "torch.func.vmap": lambda f, x, v: torch.func.vmap(f)(torch.stack([x, v])),
 }
 LORA, DORA = NAMES[:4], NAMES[:5]
@@ -59,7 +63,9 @@ def lora(t, weight, **options):
 
 
 def dora(t, w, **options):
-    return F.dora_linear(t["x"], w, t["a"], t["b"], t["magnitude"], t["bias"], scaling=0.7, **options)
+    return F.dora_linear(
+        t["x"], w, t["a"], t["b"], t["magnitude"], t["bias"], scaling=0.7, **options
+    )
 
 
 LAYERS = {  # what it depends on, ours, and the formula
@@ -88,7 +94,9 @@ LAYERS = {  # what it depends on, ours, and the formula
 def derivative(layer, way, name, dtype):
     """Of the layer's output, or the sum of its squares, in one direction of one argument"""
     torch.manual_seed(0)
-    tensors = {name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, SHAPES, strict=True)}
+    tensors = {
+        name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, SHAPES, strict=True)
+    }
     x, v = tensors[name], torch.randn(tensors[name].shape).to(dtype)
     return WAYS[way](lambda x: layer(tensors | {name: x}, W.to(dtype)), x, v).detach()
 
@@ -98,8 +106,12 @@ def derivative(layer, way, name, dtype):
 def test_every_way(layer, way):
     names, ours, formula = LAYERS[layer]
     for name in names:
-        exact, same = (derivative(formula, way, name, dtype) for dtype in (torch.float64, torch.float32))
-        assert exact.any() and error(derivative(ours, way, name, torch.float32), exact) <= bound(same, exact), name
+        exact, same = (
+            derivative(formula, way, name, dtype) for dtype in (torch.float64, torch.float32)
+        )
+        assert exact.any() and error(
+            derivative(ours, way, name, torch.float32), exact
+        ) <= bound(same, exact), name
 
 
 def test_no_gradient_runs_through_another_argument():
@@ -109,7 +121,14 @@ def test_no_gradient_runs_through_another_argument():
 
     def found(layer, dtype):
         first, second = a.to(dtype), b.to(dtype)
-        y = layer({"x": x.to(dtype) * first.sum(), "a": first, "b": second * first.sum(), "bias": 0 * second[:, 0]})
+        y = layer(
+            {
+                "x": x.to(dtype) * first.sum(),
+                "a": first,
+                "b": second * first.sum(),
+                "bias": 0 * second[:, 0],
+            }
+        )
         grads = grad(y.square().sum(), (x, a, b), create_graph=True)
         return grad(sum(g.square().sum() for g in grads), (x, a, b))
 
@@ -130,7 +149,11 @@ def test_gradients_with_a_graph_are_those_without():
         y = F.lora_linear(x, W.to(dtype), a, b, dropout_p=0.3)
         return grad(y.square().sum(), (x, a, b), **options)
 
-    exact, plain, again = found(torch.float64), found(torch.float32), found(torch.float32, create_graph=True)
+    exact, plain, again = (
+        found(torch.float64),
+        found(torch.float32),
+        found(torch.float32, create_graph=True),
+    )
     assert error(again, exact) <= bound(plain, exact) and all(g.requires_grad for g in again)
 
 
@@ -145,9 +168,14 @@ CALLS = {
 def called(call, rows, dtype=torch.float32):
     """y, and the leaves that it is made of"""
     torch.manual_seed(0)
-    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, rows, 16), (4, 16), (24, 4))]
+    leaves = [
+        torch.randn(shape).to(dtype).requires_grad_()
+        for shape in ((2, rows, 16), (4, 16), (24, 4))
+    ]
     m = torch.ones(24, requires_grad=True)
-    return CALLS[call](leaves[0], W.to(dtype), *leaves[1:], m), [*leaves, m] if call.startswith("dora") else leaves
+    return CALLS[call](leaves[0], W.to(dtype), *leaves[1:], m), [*leaves, m] if call.startswith(
+        "dora"
+    ) else leaves
 
 
 @pytest.mark.parametrize("rows", [3, 40])

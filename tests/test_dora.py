@@ -12,9 +12,14 @@ MODES = [("lora", 0.0), ("lora", 0.4), ("peft", 0.4)]
 
 def leaves(m=70, k=64, n=48, r=8, dtype=torch.float32, bias=1.0):
     generator = torch.Generator().manual_seed(m + k)
-    x, a, b, dy = (torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (r, k), (n, r), (m, n)))
+    x, a, b, dy = (
+        torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (r, k), (n, r), (m, n))
+    )
     w = torch.randn(n, k, generator=generator).to(dtype)
-    magnitude, bias = torch.randn(n, generator=generator) * 8, bias * torch.randn(n, generator=generator)
+    magnitude, bias = (
+        torch.randn(n, generator=generator) * 8,
+        bias * torch.randn(n, generator=generator),
+    )
     return [x, a, b, magnitude, bias], w, dy
 
 
@@ -42,7 +47,9 @@ def compared(tensors, w, dy, mode, p, detach=True, weight=None):
 
     def ours(x, a, b, magnitude, bias):
         torch.manual_seed(3)
-        return F.dora_linear(x, w if weight is None else weight, a, b, magnitude, bias, **options)
+        return F.dora_linear(
+            x, w if weight is None else weight, a, b, magnitude, bias, **options
+        )
 
     def plain(x, a, b, magnitude, bias):
         return formula(x, w.to(x.dtype), a, b, magnitude, bias, keep, p, mode, detach)
@@ -81,12 +88,14 @@ def test_gradcheck(p, detach, mode):
 
     def call(*tensors):
         torch.manual_seed(1)
-        return F.dora_linear(tensors[0], w, *tensors[1:], dropout_p=p, dropout_mode=mode, **options)
+        return F.dora_linear(
+            tensors[0], w, *tensors[1:], dropout_p=p, dropout_mode=mode, **options
+        )
 
     options = {"norm": norm} if detach else {"detach_norm": False}
-    assert torch.autograd.gradcheck(call, tensors, check_forward_ad=True) and torch.autograd.gradgradcheck(
-        call, tensors
-    )
+    assert torch.autograd.gradcheck(
+        call, tensors, check_forward_ad=True
+    ) and torch.autograd.gradgradcheck(call, tensors)
 
 
 def test_a_magnitude_that_is_the_norm_is_lora():
@@ -97,10 +106,16 @@ def test_a_magnitude_that_is_the_norm_is_lora():
     assert error(F.dora_linear(x, w, a, b, m, bias, scaling=0.5), exact) <= bound(same, exact)
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-7), (torch.bfloat16, 2e-7)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.float32, 2e-7), (torch.bfloat16, 2e-7)], ids=str
+)
 @pytest.mark.parametrize("form", ["dense", "transposed", "nf4"])
 def test_a_norm_is_right_to_a_rounding(form, dtype, most):
-    w, a, b = torch.randn(40, 3000).to(dtype), torch.randn(16, 3000).to(dtype) / 55, torch.randn(40, 16).to(dtype)
+    w, a, b = (
+        torch.randn(40, 3000).to(dtype),
+        torch.randn(16, 3000).to(dtype) / 55,
+        torch.randn(40, 16).to(dtype),
+    )
     weight, w = {"dense": (w, w), "transposed": (w.T.contiguous().T, w), "nf4": (None, w)}[form]
     if form == "nf4":
         weight = NF4Weight.quantize(w)
@@ -113,7 +128,9 @@ def test_a_norm_is_right_to_a_rounding(form, dtype, most):
 
 def test_a_base_is_computed_in_its_own_dtype():
     w, a, b = torch.randn(40, 96).bfloat16(), torch.randn(4, 96), torch.randn(40, 4)
-    assert torch.equal(F.dora_weight_norm(F.Base("dense", [w]), a, b), F.dora_weight_norm(w, a, b))
+    assert torch.equal(
+        F.dora_weight_norm(F.Base("dense", [w]), a, b), F.dora_weight_norm(w, a, b)
+    )
 
 
 def test_a_norm_survives_cancellation():
@@ -123,14 +140,19 @@ def test_a_norm_survives_cancellation():
     scale = torch.tensor([-(1 - 1e-3)])
     exact = (w.double() + scale.double() * (b.double() @ a.double())).norm(dim=1)
     near = F.dora_weight_norm(w, a, b, scaling=scale).double()
-    assert exact.max() < 0.01 * w.double().norm(dim=1).min() and ((near - exact).abs() / exact).max() <= 5e-6
+    assert (
+        exact.max() < 0.01 * w.double().norm(dim=1).min()
+        and ((near - exact).abs() / exact).max() <= 5e-6
+    )
 
 
 def test_a_large_bias_costs_the_magnitude_nothing():
     """The gradient is a sum of dy·z, and z is not found again in y."""
     out, same, exact = compared(*leaves(dtype=torch.bfloat16, bias=0.0), "lora", 0.0)
     large, _, truth = compared(*leaves(dtype=torch.bfloat16, bias=6400.0), "lora", 0.0)
-    assert error(large[4], truth[4]) <= bound(same[4], exact[4]) and torch.equal(large[4], out[4])
+    assert error(large[4], truth[4]) <= bound(same[4], exact[4]) and torch.equal(
+        large[4], out[4]
+    )
 
 
 def test_rows_that_are_zero_and_magnitudes_that_are_not_positive():
@@ -139,7 +161,11 @@ def test_rows_that_are_zero_and_magnitudes_that_are_not_positive():
     x, a, b, m = (t.requires_grad_() for t in (x, a, b, m))
     y = F.dora_linear(x, w, a, b, m, bias)
     y.backward(dy)
-    assert torch.equal(y[:, 3:5], bias[3:5].expand(len(y), 2)) and m.grad[3] == 0 and m.grad[4] != 0
+    assert (
+        torch.equal(y[:, 3:5], bias[3:5].expand(len(y), 2))
+        and m.grad[3] == 0
+        and m.grad[4] != 0
+    )
     assert all(t.grad.isfinite().all() for t in (x, a, b, m))
     opposite = F.dora_linear(x, w, a, b, -m, None)
     assert torch.equal(opposite, -F.dora_linear(x, w, a, b, m, None))
@@ -150,7 +176,9 @@ def test_nan_stays_in_its_row():
     w[7, 5], b[9, 0] = float("nan"), float("nan")
     assert F.dora_weight_norm(w, a, b).isnan().nonzero().flatten().tolist() == [7, 9]
     y = F.dora_linear(x, w, a, b, m, bias)
-    assert y.isnan().any(0).nonzero().flatten().tolist() == [7, 9] and y[:, [7, 9]].isnan().all()
+    assert (
+        y.isnan().any(0).nonzero().flatten().tolist() == [7, 9] and y[:, [7, 9]].isnan().all()
+    )
 
 
 @pytest.mark.parametrize("mode, p", MODES)
@@ -163,18 +191,26 @@ def test_every_bit_is_determined(mode, p):
 def test_keeps_what_lora_keeps_and_one_z(mode, p):
     (x, a, b, m, bias), w, _ = leaves()
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        F.dora_linear(x, w, *(t.requires_grad_() for t in (a, b, m, bias)), dropout_p=p, dropout_mode=mode)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
+    ):
+        F.dora_linear(
+            x, w, *(t.requires_grad_() for t in (a, b, m, bias)), dropout_p=p, dropout_mode=mode
+        )
     own = {t.data_ptr() for t in (x, w, a, b, m, bias)}
     large = [t for pointer, t in kept.items() if pointer not in own and t.numel() > 48 * 8]
-    assert [t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)] == [(70, 48)]
+    assert [t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)] == [
+        (70, 48)
+    ]
 
 
 def test_bad_input_is_named():
     (x, a, b, m, _), w, _ = leaves()
     with pytest.raises(ValueError, match=r"dora: magnitude must be \(48,\), got \(47,\)"):
         F.dora_linear(x, w, a, b, m[1:])
-    with pytest.raises(TypeError, match=r"dora: magnitude must be torch.float32, got torch.bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"dora: magnitude must be torch.float32, got torch.bfloat16"
+    ):
         F.dora_linear(x, w, a, b, m.bfloat16())
     with pytest.raises(ValueError, match="dora: dropout_mode must be peft or lora, got 'both'"):
         F.dora_linear(x, w, a, b, m, dropout_mode="both")

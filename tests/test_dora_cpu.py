@@ -25,11 +25,16 @@ def isa(request, on_isa, monkeypatch):
 def norm(w, a, b, form="dense", scale=0.7):
     base = [w.T.contiguous() if form == "transposed" else w]
     wide = torch.promote_types(w.dtype, torch.float32)
-    return call("dora_norm", "cpu", [w[:0], base, a, b, torch.tensor([scale], dtype=wide), form, 0])[0]
+    return call(
+        "dora_norm", "cpu", [w[:0], base, a, b, torch.tensor([scale], dtype=wide), form, 0]
+    )[0]
 
 
 def exact_and_same(w, a, b, scale=0.7):
-    exact, same = [(w.to(d) + scale * (b.to(d) @ a.to(d))).norm(dim=1) for d in (torch.float64, torch.float32)]
+    exact, same = [
+        (w.to(d) + scale * (b.to(d) @ a.to(d))).norm(dim=1)
+        for d in (torch.float64, torch.float32)
+    ]
     return exact, same
 
 
@@ -54,7 +59,9 @@ def test_every_row_is_exact(dtype, form, isa):
     w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
     exact, _ = exact_and_same(w, a, b)
     ones = torch.ones_like(exact)
-    assert error(each(norm(w, a, b, form), exact), ones) <= bound(each(exact.float(), exact), ones)
+    assert error(each(norm(w, a, b, form), exact), ones) <= bound(
+        each(exact.float(), exact), ones
+    )
     w = (-0.7 / (1 - 1e-3) * (b.double() @ a.double())).to(dtype)
     exact, same = exact_and_same(w, a, b)
     assert error(each(norm(w, a, b, form), exact), ones) <= bound(each(same, exact), ones)
@@ -117,8 +124,25 @@ def test_no_dropout(dtype, isa):
 
 def test_the_mask_is_that_of_the_product():
     t = lora(70, 300, 24, 4, torch.bfloat16, p=0.3)
-    names = ("x", "base", "a", "b", "scale", "bias", "gain", "gate", "seed", "form", "block", "p")
+    names = (
+        "x",
+        "base",
+        "a",
+        "b",
+        "scale",
+        "bias",
+        "gain",
+        "gate",
+        "seed",
+        "form",
+        "block",
+        "p",
+    )
     bits = call("lora_fwd", "cpu", [*(t[name] for name in names), False])[2]
     with backend("cpu"):
         dropped, rest, same = torch.ops.peftops.dora_drop(t["x"], t["seed"], 0.3)
-    assert torch.equal(bits, same) and (dropped == 0).any() and torch.equal(rest[dropped == 0], t["x"][dropped == 0])
+    assert (
+        torch.equal(bits, same)
+        and (dropped == 0).any()
+        and torch.equal(rest[dropped == 0], t["x"][dropped == 0])
+    )

@@ -24,7 +24,9 @@ def computed(layer):
 
 def right(layer):
     weight, a, b, scaling = layer.operands("default")
-    norm = F.dora_weight_norm(weight, a.detach(), b.detach(), scaling=scaling, dtype=layer.computes_in())
+    norm = F.dora_weight_norm(
+        weight, a.detach(), b.detach(), scaling=scaling, dtype=layer.computes_in()
+    )
     return torch.equal(gain(layer), magnitude(layer).detach() / norm)
 
 
@@ -97,7 +99,9 @@ def averaged(new):
 def flat(new):
     """As an optimizer does that holds one buffer, of which parameters are parts"""
     buffer = torch.cat([p.data.flatten() for p in adapters(new)])
-    for p, part in zip(adapters(new), buffer.split([p.numel() for p in adapters(new)]), strict=True):
+    for p, part in zip(
+        adapters(new), buffer.split([p.numel() for p in adapters(new)]), strict=True
+    ):
         p.data = part.view(p.shape)
     new(torch.randn(2, 3, 64))
     buffer += 0.1
@@ -124,34 +128,51 @@ MOVES = {  # how, and whether it shows from outside
     "by hand": (by_hand, True),
     "interpolated": (interpolated, True),
     "vector_to_parameters": (
-        lambda new: vector_to_parameters(parameters_to_vector(adapters(new)) + 0.1, adapters(new)),
+        lambda new: vector_to_parameters(
+            parameters_to_vector(adapters(new)) + 0.1, adapters(new)
+        ),
         True,
     ),
     "other .data": (other_data, True),
-    "load_state_dict": (lambda new: new.load_state_dict({k: t + 0.1 for k, t in new.state_dict().items()}), True),
+    "load_state_dict": (
+        lambda new: new.load_state_dict({k: t + 0.1 for k, t in new.state_dict().items()}),
+        True,
+    ),
     "load_state_dict, assign": (
-        lambda new: new.load_state_dict({k: t.clone() * 2 for k, t in new.state_dict().items()}, assign=True),
+        lambda new: new.load_state_dict(
+            {k: t.clone() * 2 for k, t in new.state_dict().items()}, assign=True
+        ),
         True,
     ),
     "load_state_dict of a model": (
-        lambda new: nn.Sequential(new).load_state_dict({f"0.{k}": t + 1 for k, t in new.state_dict().items()}),
+        lambda new: nn.Sequential(new).load_state_dict(
+            {f"0.{k}": t + 1 for k, t in new.state_dict().items()}
+        ),
         True,
     ),
     "scaling": (lambda new: setattr(new, "scaling", 2 * new.scaling), True),
     "base": (lambda new: new.base_layer.weight.data.copy_(torch.randn(48, 64)), False),
-    "other base": (lambda new: setattr(new.base_layer.weight, "data", torch.randn(48, 64)), True),
+    "other base": (
+        lambda new: setattr(new.base_layer.weight, "data", torch.randn(48, 64)),
+        True,
+    ),
     "in .data": (in_data, False),
     "averaged": (averaged, False),
     "raw pointers": (lambda new: raw(adapters(new)), False),
     "a flat buffer": (flat, False),
-    "copies": (of_copies, True),  # their optimizer shows, though it holds none of these parameters
+    "copies": (
+        of_copies,
+        True,
+    ),  # their optimizer shows, though it holds none of these parameters
 }
 
 
 def expected(new, x):
     weight, a, b, scaling = new.operands("default")
     with torch.no_grad():
-        return F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, scaling=scaling)
+        return F.dora_linear(
+            x, weight, a, b, magnitude(new), new.base_layer.bias, scaling=scaling
+        )
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -164,7 +185,13 @@ def test_a_norm_is_never_stale(move):
         with torch.set_grad_enabled(train):
             return new(x).detach()
 
-    for kinds in ("train", "prompt token", "prompt", "token" if shows else "prompt token", "refresh token"):
+    for kinds in (
+        "train",
+        "prompt token",
+        "prompt",
+        "token" if shows else "prompt token",
+        "refresh token",
+    ):
         call(prompt), call(token)
         before = expected(new, token)
         change(new)
@@ -201,18 +228,24 @@ def test_a_tangent_of_the_magnitude():
 
     def formula(dtype):
         weight, a, b, scaling = (
-            t.detach().to(dtype) if isinstance(t, torch.Tensor) else t for t in new.operands("default")
+            t.detach().to(dtype) if isinstance(t, torch.Tensor) else t
+            for t in new.operands("default")
         )
         x = token.to(dtype)
         z = x @ weight.T + scaling * (x @ a.T) @ b.T
         return v.to(dtype) / (weight + scaling * b @ a).norm(dim=1) * z
 
-    found = [torch.func.jvp(f, (magnitude(new),), (v,))[1], functional.jvp(f, magnitude(new), v)[1]]
+    found = [
+        torch.func.jvp(f, (magnitude(new),), (v,))[1],
+        functional.jvp(f, magnitude(new), v)[1],
+    ]
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(magnitude(new).detach(), v)
         found.append(forward_ad.unpack_dual(f(dual)).tangent)
     for tangent in found:
-        assert error(tangent.detach(), formula(torch.float64)) <= bound(formula(torch.float32), formula(torch.float64))
+        assert error(tangent.detach(), formula(torch.float64)) <= bound(
+            formula(torch.float32), formula(torch.float64)
+        )
 
 
 def test_a_change_of_mode_is_a_change():
@@ -248,7 +281,12 @@ def test_checked_norms_finds_a_stale_one():
     new, token = layer(), torch.randn(2, 1, 64)
     new(torch.randn(2, 5, 64))
     in_data(new)
-    with checked_norms(), pytest.raises(RuntimeError, match="dora: the norm of default is of other weights; call"):
+    with (
+        checked_norms(),
+        pytest.raises(
+            RuntimeError, match="dora: the norm of default is of other weights; call"
+        ),
+    ):
         new(token)
     peftops.refresh(nn.Sequential(new))
     with checked_norms():
@@ -268,9 +306,15 @@ def test_a_copy_keeps_its_own():
 def test_a_compiled_layer_of_a_frozen_adapter(base):
     """Its prompt's graph leaves the norm that its tokens' graph reads, also where weights are swapped unseen."""
     torch._dynamo.reset()
-    new, prompt, token = layer(base).requires_grad_(False), torch.randn(2, 5, 64), torch.randn(2, 1, 64)
+    new, prompt, token = (
+        layer(base).requires_grad_(False),
+        torch.randn(2, 5, 64),
+        torch.randn(2, 1, 64),
+    )
     calls = torch.compile(new, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for _ in range(3):
-            assert torch.equal(calls(prompt), expected(new, prompt)) and torch.equal(calls(token), expected(new, token))
+            assert torch.equal(calls(prompt), expected(new, prompt)) and torch.equal(
+                calls(token), expected(new, token)
+            )
             in_data(new)

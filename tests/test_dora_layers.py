@@ -22,7 +22,11 @@ BASES = {
 
 def layer(base="dense", dtype=torch.float32, **options):
     torch.manual_seed(0)
-    new = LoRALinear(BASES[base](dtype), 4, **{"lora_alpha": 6, "init_lora_weights": False, "use_dora": True} | options)
+    new = LoRALinear(
+        BASES[base](dtype),
+        4,
+        **{"lora_alpha": 6, "init_lora_weights": False, "use_dora": True} | options,
+    )
     with torch.no_grad():
         magnitude(new).mul_(torch.linspace(0.5, 2, 48))
     return new
@@ -56,7 +60,9 @@ def test_is_the_function(mode, p, base):
     torch.manual_seed(1)
     weight, a, b, scaling = new.operands("default")
     options = {"scaling": scaling, "dropout_p": p, "dropout_mode": mode}
-    assert torch.equal(y, F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, **options))
+    assert torch.equal(
+        y, F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, **options)
+    )
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -64,7 +70,9 @@ def test_in_fp64_it_is_exact(base):
     new, x = layer(base), torch.randn(5, 64)
     y = new(x)
     new.double()
-    w, a, b = (t.detach().double() for t in (new.base_layer.weight, *new.operands("default")[1:3]))
+    w, a, b = (
+        t.detach().double() for t in (new.base_layer.weight, *new.operands("default")[1:3])
+    )
     if base == "nf4":
         codes = new.base_layer.base(torch.float64)
         w = decode(codes.tensors, codes.block, 48 * 64).view(48, 64)
@@ -94,7 +102,11 @@ def test_one_graph_for_all_steps(base):
     torch._dynamo.reset()  # else it counts on what tests before it have compiled
     counter = CompileCounterWithBackend("aot_eager")
     new = layer(base, lora_dropout=0.1)
-    compiled, optimizer, x = torch.compile(new, fullgraph=True, backend=counter), sgd(new, 0.1), torch.randn(70, 64)
+    compiled, optimizer, x = (
+        torch.compile(new, fullgraph=True, backend=counter),
+        sgd(new, 0.1),
+        torch.randn(70, 64),
+    )
     for _ in range(3):
         optimizer.zero_grad()
         compiled(x).square().sum().backward()
@@ -140,13 +152,20 @@ def test_an_optimizer_that_has_stepped_before_a_magnitude_is_widened():
     new(torch.randn(5, 64).bfloat16()).sum().backward()
     optimizer.step()
     kept = optimizer.state[magnitude(new)]
-    assert magnitude(new).dtype is kept["exp_avg"].dtype is torch.float32 and magnitude(new).isfinite().all()
+    assert (
+        magnitude(new).dtype is kept["exp_avg"].dtype is torch.float32
+        and magnitude(new).isfinite().all()
+    )
 
 
 def test_learns():
     new = layer(lora_dropout=0.1, init_lora_weights=True)
     x, target = torch.randn(64, 64), torch.randn(64, 48)
-    optimizer, losses, start = torch.optim.Adam(new.parameters(), 0.02), [], magnitude(new).detach().clone()
+    optimizer, losses, start = (
+        torch.optim.Adam(new.parameters(), 0.02),
+        [],
+        magnitude(new).detach().clone(),
+    )
     for _ in range(40):
         loss = (new(x) - target).square().mean()
         losses.append(loss.item())
@@ -161,13 +180,21 @@ def test_in_double():
     x = torch.randn(70, 64)
     same = new(x)
     exact = copy.deepcopy(new).double()(x.double())
-    assert exact.dtype is torch.float64 and error(same, exact) < 1e-5 and magnitude(new.double()).dtype is torch.float64
+    assert (
+        exact.dtype is torch.float64
+        and error(same, exact) < 1e-5
+        and magnitude(new.double()).dtype is torch.float64
+    )
 
 
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="LoRALinear: lora_bias must be False with use_dora, got True"):
+    with pytest.raises(
+        ValueError, match="LoRALinear: lora_bias must be False with use_dora, got True"
+    ):
         layer(lora_bias=True)
-    with pytest.raises(ValueError, match="LoRALinear: dropout_mode must be peft or lora, got 'none'"):
+    with pytest.raises(
+        ValueError, match="LoRALinear: dropout_mode must be peft or lora, got 'none'"
+    ):
         layer(dropout_mode="none")
 
 

@@ -49,7 +49,9 @@ LAYERS = {
     "DoRA": lambda dtype: adapted(linear(dtype), use_dora=True),
     "DoRA over NF4": lambda dtype: adapted(nf4(dtype), use_dora=True),
     "DoRA, dropout": lambda dtype: adapted(linear(dtype), use_dora=True, lora_dropout=0.3),
-    "DoRA, a norm that is differentiated": lambda dtype: adapted(linear(dtype), use_dora=True, detach_norm=False),
+    "DoRA, a norm that is differentiated": lambda dtype: adapted(
+        linear(dtype), use_dora=True, detach_norm=False
+    ),
 }
 
 
@@ -58,7 +60,10 @@ def in_double(layer):
     wide = copy.deepcopy(layer)
     if isinstance(base := getattr(wide, "base_layer", None), LinearNF4):
         wide.base_layer = linear(torch.float64)
-        wide.base_layer.weight.data, wide.base_layer.bias.data = base.dequantize(torch.float64), base.bias.double()
+        wide.base_layer.weight.data, wide.base_layer.bias.data = (
+            base.dequantize(torch.float64),
+            base.bias.double(),
+        )
         wide.base_layer.requires_grad_(False)
     return wide.double()
 
@@ -76,7 +81,9 @@ def called(layer, x):
 def test_layers(name, dtype, strict):
     layer = LAYERS[name](dtype)
     sizes = {0: Dim("batch", min=2, max=64), 1: Dim("tokens", min=2, max=4096)}
-    program = export(layer, (torch.randn(3, 5, 64, dtype=dtype),), dynamic_shapes=(sizes,), strict=strict)
+    program = export(
+        layer, (torch.randn(3, 5, 64, dtype=dtype),), dynamic_shapes=(sizes,), strict=strict
+    )
     assert foreign(program) == set() and program.graph_signature.buffers_to_mutate == {}
     wide = in_double(layer)
     for shape in ((2, 2, 64), (3, 21, 64), (5, 40, 64)):

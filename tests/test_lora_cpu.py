@@ -101,8 +101,12 @@ for left, call in calls.items():
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does"
+)
 def test_too_little_memory_is_an_error_and_no_crash():
     script, environment = isa.again() + HUNGRY, os.environ | {"PYTHONPATH": ranks.python_path()}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -34,7 +34,9 @@ def test_backends_agree_bit_for_bit(name, dtype, request):
     for op in OPS:
         for shape in SHAPES:
             for label, args in CASES[op](shape, dtype):
-                for out, exact in zip(call(op, name, args), call(op, "reference", args), strict=True):
+                for out, exact in zip(
+                    call(op, name, args), call(op, "reference", args), strict=True
+                ):
                     assert torch.equal(out, exact), (op, shape, label)
 
 
@@ -62,7 +64,9 @@ def test_instruction_sets_agree_bit_for_bit(isa, on_isa):
         for dtype in DTYPES:
             for shape in (*SHAPES, (1, 513, 131, 1)):
                 for label, args in CASES[op](shape, dtype):
-                    for out, exact in zip(call(op, "cpu", args), call(op, "reference", args), strict=True):
+                    for out, exact in zip(
+                        call(op, "cpu", args), call(op, "reference", args), strict=True
+                    ):
                         assert torch.equal(out, exact), (op, dtype, shape, label)
 
 
@@ -93,20 +97,30 @@ def test_bitsandbytes_bytes_and_values():
             for block in (32, 64, 256, 4096):
                 for kind in ("nf4", "fp4"):
                     for double in (False, True):
-                        same_as_bitsandbytes(bnb, torch.randn(shape).to(dtype), block, kind, double)
+                        same_as_bitsandbytes(
+                            bnb, torch.randn(shape).to(dtype), block, kind, double
+                        )
 
 
 def same_as_bitsandbytes(bnb, w, block, kind, double):
-    codes, state = bnb.quantize_4bit(w, blocksize=block, quant_type=kind, compress_statistics=double)
+    codes, state = bnb.quantize_4bit(
+        w, blocksize=block, quant_type=kind, compress_statistics=double
+    )
     q = NF4Weight.quantize(w, block, double, kind)
     what = (w.dtype, w.shape, block, kind, double)
-    whole = max(1, w.numel() // block) * block // 2  # of the rest it makes x / absmax on a CPU, not x · (1 / absmax)
+    whole = (
+        max(1, w.numel() // block) * block // 2
+    )  # of the rest it makes x / absmax on a CPU, not x · (1 / absmax)
     assert torch.equal(q.codes[:whole], codes.flatten()[:whole]), what
     if not double:
         assert torch.equal(q.scales[0], state.absmax), what
-    elif len(state.absmax) > 1:  # where all scales are one, both have zeros for codes that stand for zero
+    elif (
+        len(state.absmax) > 1
+    ):  # where all scales are one, both have zeros for codes that stand for zero
         assert torch.equal(q.scales[0], state.absmax), what
-        assert torch.equal(q.scales[1], state.state2.absmax) and torch.equal(q.scales[3], state.offset), what
+        assert torch.equal(q.scales[1], state.state2.absmax) and torch.equal(
+            q.scales[3], state.offset
+        ), what
     if whole >= len(q.codes) and (
         w.shape[-1] % block == 0 or w.numel() <= block
     ):  # else bitsandbytes 0.50.2 reads scales of other blocks on a CPU
@@ -116,7 +130,9 @@ def same_as_bitsandbytes(bnb, w, block, kind, double):
 @pytest.mark.parametrize("i", range(len(golden.CASES)), ids=str)
 def test_golden_vectors(i):
     shape, block, kind, double, dtype = golden.CASES[i]
-    codes, scales, values = json.loads(Path(golden.__file__).with_suffix(".json").read_text())[i]
+    codes, scales, values = json.loads(Path(golden.__file__).with_suffix(".json").read_text())[
+        i
+    ]
     q = NF4Weight.quantize(golden.weight(shape, dtype), block, double, kind)
     kept = [q.scales[i] for i in (0, 1, 3)] if double else q.scales
     assert golden.text(q.codes) == codes
@@ -135,7 +151,9 @@ def by_hand(w, block, table):
         inverse = np.float32(1) / max(absmax[-1], np.float32(1e-38))
         codes += [int(order[(middles < x * inverse).sum()]) for x in part]
     codes += [int(order[(middles < 0).sum()])] * (len(codes) % 2)
-    return np.array([16 * a + b for a, b in zip(codes[::2], codes[1::2], strict=True)], np.uint8), np.array(absmax)
+    return np.array(
+        [16 * a + b for a, b in zip(codes[::2], codes[1::2], strict=True)], np.uint8
+    ), np.array(absmax)
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,7 +166,9 @@ def by_hand(w, block, table):
     seed=st.integers(0, 99),
 )
 def test_the_rule_of_the_format(rows, columns, block, dtype, scale, seed):
-    w = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    w = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale).to(
+        dtype
+    )
     codes, absmax = by_hand(w.float().numpy(), block, np.array(FOUR_BITS["nf4"], np.float32))
     q = NF4Weight.quantize(w, block, double_quant=False)
     assert (q.codes.numpy() == codes).all() and (q.scales[0].numpy() == absmax).all()
@@ -156,7 +176,9 @@ def test_the_rule_of_the_format(rows, columns, block, dtype, scale, seed):
     values = np.array(FOUR_BITS["nf4"], np.float32)[each] * absmax.repeat(block)[: w.numel()]
     assert torch.equal(q.dequantize(), torch.from_numpy(values).to(dtype).view(rows, columns))
     double = NF4Weight.quantize(w, block)
-    assert (double.dequantize(torch.float32).double() - w.double()).abs().max() <= 0.2 * w.double().abs().max()
+    assert (
+        double.dequantize(torch.float32).double() - w.double()
+    ).abs().max() <= 0.2 * w.double().abs().max()
 
 
 def test_tables():
@@ -253,7 +275,12 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_made_inside_a_mode_stays_there(mode):
     """Whatever is kept from the first call, as scales and tables are"""
-    w, a, b, scaling = torch.randn(70, 64), torch.randn(4, 64), torch.randn(70, 4), torch.rand(()).item()
+    w, a, b, scaling = (
+        torch.randn(70, 64),
+        torch.randn(4, 64),
+        torch.randn(70, 4),
+        torch.rand(()).item(),
+    )
     with MODES[mode]():
         inside = [t if mode == "inference_mode" else torch.empty(t.shape) for t in (w, a, b)]
         packed = F.quantize_nf4(inside[0])
@@ -261,7 +288,9 @@ def test_what_is_made_inside_a_mode_stays_there(mode):
         F.nf4_linear(inside[0], packed)
     packed, x = F.quantize_nf4(w), w.clone().requires_grad_()
     with torch.device("meta"):
-        y = F.dora_linear(x, packed, a, b.requires_grad_(), torch.ones(70, device="cpu"), detach_norm=False)
+        y = F.dora_linear(
+            x, packed, a, b.requires_grad_(), torch.ones(70, device="cpu"), detach_norm=False
+        )
         y.sum().backward()
     (F.lora_linear(x, packed, a, b, scaling=scaling) + F.nf4_linear(x, packed)).sum().backward()
     assert x.grad.isfinite().all() and x.grad.any() and b.grad.any()

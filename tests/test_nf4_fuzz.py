@@ -17,7 +17,15 @@ from peftops.ops.nf4_tables import FOUR_BITS
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, K = 24, 42
 STATE = "weight.quant_state.bitsandbytes__"
-CASTS = torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64
+CASTS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
 VALUES = (
     None, True, -1, 0, 1, 63, 64, 128, 1 << 48, 1 << 70, 10**300, 0.5, 1e999, float("nan"), "", "nf4", "fp4", "float32",
     "float64", "bfloat16", "\n\ud800", [], [N, K], [K, N], [N * K], [N, K, 1], [N, -K], [N, 0], [float(N), K],
@@ -83,7 +91,11 @@ def change_state(t, chance):
     if kind == 0:
         del state[key]
     elif kind == 1:
-        return packed(chance.choice(["", "[", "[" * 5000, "1" * 5000, "null", '{"shape": [1e5]}', " " * (1 << 17)]))
+        return packed(
+            chance.choice(
+                ["", "[", "[" * 5000, "1" * 5000, "null", '{"shape": [1e5]}', " " * (1 << 17)]
+            )
+        )
     else:
         state[key if kind < 5 else "more"] = chance.choice(VALUES)
     return packed(json.dumps(state))
@@ -100,14 +112,23 @@ def mutate(tensors, chance):
     if kind == 1:
         return tensors | {chance.choice(list(tensors)): t}
     if kind == 2:
-        return tensors | {key: chance.choice([None, 1.0, "text", t.tolist() if not t.is_meta else []])}
+        return tensors | {
+            key: chance.choice([None, 1.0, "text", t.tolist() if not t.is_meta else []])
+        }
     if kind == 3:
-        return {other if other != key else f"{key}{chance.choice(['2', '.x', ''])}": v for other, v in tensors.items()}
+        return {
+            other if other != key else f"{key}{chance.choice(['2', '.x', ''])}": v
+            for other, v in tensors.items()
+        }
     if kind == 4 and not t.is_meta:
         return tensors | {key: t.to(chance.choice(CASTS)) if t.layout is torch.strided else t}
     if t.is_meta or t.layout is not torch.strided:
         return tensors
-    change = change_state if key.startswith(STATE) else chance.choice([change_byte, change_size, change_layout])
+    change = (
+        change_state
+        if key.startswith(STATE)
+        else chance.choice([change_byte, change_size, change_layout])
+    )
     return tensors | {key: change(t, chance)}
 
 
@@ -130,9 +151,16 @@ def formula(tensors):
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()[:size]
     absmax = tensors["weight.absmax"].detach()
     if "nested_offset" in state:
-        nested = tensors["weight.nested_absmax"].detach().float().repeat_interleave(256)[: len(absmax)]
+        nested = (
+            tensors["weight.nested_absmax"]
+            .detach()
+            .float()
+            .repeat_interleave(256)[: len(absmax)]
+        )
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-        absmax = tensors["weight.nested_quant_map"].detach().float()[absmax.long()] * nested + offset
+        absmax = (
+            tensors["weight.nested_quant_map"].detach().float()[absmax.long()] * nested + offset
+        )
     scale = absmax.float().repeat_interleave(block)[:size]
     dtype = getattr(torch, state["dtype"])
     table = torch.tensor(FOUR_BITS[key.removeprefix(STATE)], dtype=torch.float32)
@@ -140,7 +168,11 @@ def formula(tensors):
 
 
 def same(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    )
 
 
 def test_weights():
@@ -160,13 +192,23 @@ def test_weights():
 def contents(layer):
     """All that a layer is."""
     held = {name: t.clone() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
-    about = layer.weight_dtype, layer.blocksize, layer.quant_type, layer.quant_storage, layer.double_quant
+    about = (
+        layer.weight_dtype,
+        layer.blocksize,
+        layer.quant_type,
+        layer.quant_storage,
+        layer.double_quant,
+    )
     return held, about
 
 
 def unchanged(layer, before):
     held, about = contents(layer)
-    return about == before[1] and list(held) == list(before[0]) and all(same(held[k], t) for k, t in before[0].items())
+    return (
+        about == before[1]
+        and list(held) == list(before[0])
+        and all(same(held[k], t) for k, t in before[0].items())
+    )
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -198,7 +240,11 @@ def test_what_is_not_finite_is_refused_with_its_number(value, dtype):
     nans, infs = (3, 0) if value != value else (0, 3)
     message = f"nf4: w must be finite, got {nans} NaN and {infs} infinite of {N * K} elements"
     before = contents(layer)
-    for refused in (lambda: NF4Weight.quantize(w), lambda: layer.quantize(w), lambda: layer.load({"weight": w})):
+    for refused in (
+        lambda: NF4Weight.quantize(w),
+        lambda: layer.quantize(w),
+        lambda: layer.load({"weight": w}),
+    ):
         with pytest.raises(ValueError, match=message):
             refused()
     with pytest.raises(RuntimeError, match=f"LinearNF4: {message}, in weight"):
@@ -217,8 +263,15 @@ def test_large_numbers_are_finite():
 
 def test_float64_is_refused():
     layer, w = LinearNF4(K, N), torch.randn(N, K, dtype=torch.float64)
-    before, wanted = contents(layer), "w must be torch.float32 or torch.float16 or torch.bfloat16, got torch.float64"
-    for refused in (lambda: NF4Weight.quantize(w), lambda: layer.quantize(w), lambda: layer.load({"weight": w})):
+    before, wanted = (
+        contents(layer),
+        "w must be torch.float32 or torch.float16 or torch.bfloat16, got torch.float64",
+    )
+    for refused in (
+        lambda: NF4Weight.quantize(w),
+        lambda: layer.quantize(w),
+        lambda: layer.load({"weight": w}),
+    ):
         with pytest.raises(TypeError, match=wanted):
             refused()
     assert unchanged(layer, before)

@@ -15,7 +15,12 @@ from peftops.nn import LinearNF4, LoRALinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = [(kind, double, block) for kind in ("nf4", "fp4") for double in (True, False) for block in (64, 128)]
+FORMATS = [
+    (kind, double, block)
+    for kind in ("nf4", "fp4")
+    for double in (True, False)
+    for block in (64, 128)
+]
 
 
 def linear(k=64, n=96, dtype=torch.float32, bias=True):
@@ -44,10 +49,18 @@ def trained(module, x):
 @pytest.mark.parametrize("rows", [(3,), (2, 50), (0,), ()], ids=str)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_trains_like_the_weight_it_stands_for(dtype, rows, bias):
-    layer, x = LinearNF4.from_linear(linear(dtype=dtype, bias=bias)), torch.randn(*rows, 64, dtype=dtype)
-    exact, same = trained(dense(layer, torch.float64), x.double()), trained(dense(layer, dtype), x)
+    layer, x = (
+        LinearNF4.from_linear(linear(dtype=dtype, bias=bias)),
+        torch.randn(*rows, 64, dtype=dtype),
+    )
+    exact, same = (
+        trained(dense(layer, torch.float64), x.double()),
+        trained(dense(layer, dtype), x),
+    )
     out = trained(layer, x)
-    assert [t.dtype for t in out] == [t.dtype for t in same] and [t.shape for t in out] == [t.shape for t in same]
+    assert [t.dtype for t in out] == [t.dtype for t in same] and [t.shape for t in out] == [
+        t.shape for t in same
+    ]
     if x.numel():
         assert error(out, exact) <= bound(same, exact)
 
@@ -56,15 +69,25 @@ def test_trains_like_the_weight_it_stands_for(dtype, rows, bias):
 @pytest.mark.parametrize("kind, double, block", FORMATS)
 def test_formats_and_odd_sizes(kind, double, block, k, n):
     layer, x = LinearNF4.from_linear(linear(k, n), block, double, kind), torch.randn(5, k)
-    exact, same = trained(dense(layer, torch.float64), x.double()), trained(dense(layer, torch.float32), x)
+    exact, same = (
+        trained(dense(layer, torch.float64), x.double()),
+        trained(dense(layer, torch.float32), x),
+    )
     assert error(trained(layer, x), exact) <= bound(same, exact)
-    assert error(F.nf4_linear(x, layer.quantized, layer.bias), exact[0]) <= bound(same[0], exact[0])
+    assert error(F.nf4_linear(x, layer.quantized, layer.bias), exact[0]) <= bound(
+        same[0], exact[0]
+    )
 
 
 def test_is_exact_in_double():
     layer, x = LinearNF4.from_linear(linear()), torch.randn(4, 64, dtype=torch.float64)
-    exact, same = trained(copy.deepcopy(layer).double(), x), trained(dense(layer, torch.float32), x.float())
-    assert exact[0].dtype == torch.float64 and error(trained(layer, x.float()), exact) <= bound(same, exact)
+    exact, same = (
+        trained(copy.deepcopy(layer).double(), x),
+        trained(dense(layer, torch.float32), x.float()),
+    )
+    assert exact[0].dtype == torch.float64 and error(trained(layer, x.float()), exact) <= bound(
+        same, exact
+    )
 
 
 def test_compute_dtype_and_autocast():
@@ -72,7 +95,9 @@ def test_compute_dtype_and_autocast():
     exact = trained(dense(layer, torch.float64), x.double())
     same = trained(lambda_of(dense(layer, torch.bfloat16)), x)
     out = trained(layer, x)
-    assert out[0].dtype == torch.float32 and error(out[:2], exact[:2]) <= bound(same[:2], exact[:2])
+    assert out[0].dtype == torch.float32 and error(out[:2], exact[:2]) <= bound(
+        same[:2], exact[:2]
+    )
     plain = LinearNF4.from_linear(linear())
     with torch.autocast("cpu", torch.bfloat16):
         assert plain(x).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
@@ -91,7 +116,9 @@ def bits(layer):
 
 
 def same_bits(a, b):
-    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return list(a) == list(b) and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -126,13 +153,25 @@ def test_copies_pickles_and_loads(double):
     for new in (blank, other, meta):
         new.load_state_dict(before)
     assigned.load_state_dict(before, assign=True)
-    assert assigned.weight.data_ptr() == before["weight"].data_ptr() and blank.weight.shape == codes.shape
-    for new in (copy.deepcopy(layer), torch.load(file, weights_only=False), blank, other, meta, assigned):
+    assert (
+        assigned.weight.data_ptr() == before["weight"].data_ptr()
+        and blank.weight.shape == codes.shape
+    )
+    for new in (
+        copy.deepcopy(layer),
+        torch.load(file, weights_only=False),
+        blank,
+        other,
+        meta,
+        assigned,
+    ):
         assert same_bits(bits(new), before) and torch.equal(new(x), expected)
     with torch.no_grad():
         other.weight.zero_()
         other.quant_map.zero_()
-    assert torch.equal(layer(x), expected) and torch.equal(LinearNF4.from_linear(linear(), 128, double)(x), expected)
+    assert torch.equal(layer(x), expected) and torch.equal(
+        LinearNF4.from_linear(linear(), 128, double)(x), expected
+    )
 
 
 def test_what_is_not_quantized_is_quantized_where_it_is_loaded():
@@ -154,7 +193,9 @@ def test_codes_are_saved_as_they_were_stored(assign):
 
 def test_loading_names_what_is_wrong():
     layer, state = LinearNF4(64, 96), bits(LinearNF4(32, 96))
-    with pytest.raises(RuntimeError, match=r"LinearNF4: weight must be \(96, 64\), got \(96, 32\)"):
+    with pytest.raises(
+        RuntimeError, match=r"LinearNF4: weight must be \(96, 64\), got \(96, 32\)"
+    ):
         layer.load_state_dict(state)
     state = bits(layer)
     del state["weight.absmax"]
@@ -170,11 +211,27 @@ def test_loading_names_what_is_wrong():
 
 
 ERRORS = [
-    (ValueError, "LinearNF4: features must be at least 1, got 0 and 4", lambda: LinearNF4(0, 4)),
-    (ValueError, "LinearNF4: quant_type must be nf4 or fp4, got 'int4'", lambda: LinearNF4(4, 4, quant_type="int4")),
+    (
+        ValueError,
+        "LinearNF4: features must be at least 1, got 0 and 4",
+        lambda: LinearNF4(0, 4),
+    ),
+    (
+        ValueError,
+        "LinearNF4: quant_type must be nf4 or fp4, got 'int4'",
+        lambda: LinearNF4(4, 4, quant_type="int4"),
+    ),
     (ValueError, "nf4: block must be one of", lambda: LinearNF4(4, 4, blocksize=48)),
-    (TypeError, "LinearNF4: linear must be nn.Linear or.*got GELU", lambda: LinearNF4.from_linear(nn.GELU())),
-    (TypeError, "lora: w must be NF4Weight, got Tensor", lambda: F.nf4_linear(torch.ones(2, 4), torch.ones(3, 4))),
+    (
+        TypeError,
+        "LinearNF4: linear must be nn.Linear or.*got GELU",
+        lambda: LinearNF4.from_linear(nn.GELU()),
+    ),
+    (
+        TypeError,
+        "lora: w must be NF4Weight, got Tensor",
+        lambda: F.nf4_linear(torch.ones(2, 4), torch.ones(3, 4)),
+    ),
     (
         ValueError,
         r"lora: w must be \(n, k\), got \(64,\)",
@@ -185,11 +242,17 @@ ERRORS = [
         r"LinearNF4: weight must be \(out_features, in_features\), got \(2, 3, 4\)",
         lambda: LinearNF4.of(F.quantize_nf4(torch.ones(2, 3, 4))),
     ),
-    (ValueError, r"LinearNF4: weight must be \(4, 8\)", lambda: LinearNF4(8, 4).quantize(torch.ones(8, 4))),
+    (
+        ValueError,
+        r"LinearNF4: weight must be \(4, 8\)",
+        lambda: LinearNF4(8, 4).quantize(torch.ones(8, 4)),
+    ),
 ]
 
 
-@pytest.mark.parametrize("kind, message, call", ERRORS, ids=[message for _, message, _ in ERRORS])
+@pytest.mark.parametrize(
+    "kind, message, call", ERRORS, ids=[message for _, message, _ in ERRORS]
+)
 def test_errors(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
@@ -215,7 +278,10 @@ def test_is_initialised_like_linear():
 def test_compiles_whole(compiler):
     torch._dynamo.reset()
     layer, x = LinearNF4.from_linear(linear()), torch.randn(70, 64)
-    exact, same = trained(dense(layer, torch.float64), x.double()), trained(dense(layer, torch.float32), x)
+    exact, same = (
+        trained(dense(layer, torch.float64), x.double()),
+        trained(dense(layer, torch.float32), x),
+    )
     layer.compile(fullgraph=True, backend=compiler)
     assert error(trained(layer, x), exact) <= bound(same, exact)
 
@@ -239,7 +305,9 @@ def adapted(module, x, call):
 def test_lora_over_4_bits(dtype, options):
     base = LinearNF4.from_linear(linear(dtype=dtype))
     model = LoRALinear(base, 4, lora_alpha=6, init_lora_weights=False, **options)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}  # as PEFT makes them
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {
+        torch.float32
+    }  # as PEFT makes them
     x = torch.randn(80, 64, dtype=dtype)
     wide, narrow = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
     exact = adapted(wide, x.double(), lambda x: formula(wide, x, torch.float64))
@@ -252,10 +320,14 @@ def test_lora_over_4_bits(dtype, options):
 def test_lora_keeps_the_compute_dtype():
     base, x = LinearNF4.from_linear(linear(), compute_dtype=torch.bfloat16), torch.randn(3, 64)
     y = LoRALinear(base, 4, lora_alpha=6)(x)
-    assert y.dtype == torch.float32 and error(y, base(x).double()) <= bound(base(x), base(x).double())
+    assert y.dtype == torch.float32 and error(y, base(x).double()) <= bound(
+        base(x), base(x).double()
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_bias": True, "bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True, "lora_bias": True, "bias": "all"}], ids=str
+)
 def test_lora_is_pefts_layer(options):
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -277,7 +349,9 @@ def test_lora_is_pefts_layer(options):
 def test_peft_reads_it():
     peft = pytest.importorskip("peft")
     layer = LinearNF4.from_linear(linear())
-    assert torch.equal(peft.utils.integrations.dequantize_module_weight(layer), layer.dequantize())
+    assert torch.equal(
+        peft.utils.integrations.dequantize_module_weight(layer), layer.dequantize()
+    )
 
 
 SHARDED = """
@@ -326,11 +400,18 @@ def test_loads_what_torch_distributed_makes_of_a_state_dict(strict, double):
     from torch.distributed.checkpoint import state_dict as dcp
 
     options = dcp.StateDictOptions(full_state_dict=True, strict=strict)
-    one, two = (LoRALinear(LinearNF4.from_linear(linear(), 64, double), 4, lora_alpha=6) for _ in range(2))
+    one, two = (
+        LoRALinear(LinearNF4.from_linear(linear(), 64, double), 4, lora_alpha=6)
+        for _ in range(2)
+    )
     two.base_layer.quantize(torch.randn(96, 64))
     state = dcp.get_model_state_dict(one, options=options)
     result = dcp.set_model_state_dict(two, dict(state), options=options)
-    assert same_bits(bits(one), bits(two)) and not result.missing_keys and not result.unexpected_keys
+    assert (
+        same_bits(bits(one), bits(two))
+        and not result.missing_keys
+        and not result.unexpected_keys
+    )
     adapters = {key: t + 1 for key, t in state.items() if "lora" in key}
     dcp.set_model_state_dict(two, dict(adapters), options=options)
     assert same_bits(bits(one) | adapters, bits(two))
@@ -342,9 +423,20 @@ def bnb():
 
 
 def theirs(bnb, dtype, kind="nf4", double=True, block=64, storage=torch.uint8):
-    source, made = linear(128, dtype=dtype), bnb.nn.Linear4bit(128, 96)  # its CPU kernel wants whole blocks in a row
-    options = {"quant_type": kind, "compress_statistics": double, "blocksize": block, "quant_storage": storage}
-    made.weight, made.bias = bnb.nn.Params4bit(source.weight.data, **options).to("cpu"), source.bias
+    source, made = (
+        linear(128, dtype=dtype),
+        bnb.nn.Linear4bit(128, 96),
+    )  # its CPU kernel wants whole blocks in a row
+    options = {
+        "quant_type": kind,
+        "compress_statistics": double,
+        "blocksize": block,
+        "quant_storage": storage,
+    }
+    made.weight, made.bias = (
+        bnb.nn.Params4bit(source.weight.data, **options).to("cpu"),
+        source.bias,
+    )
     return made
 
 
@@ -361,7 +453,10 @@ def test_writes_the_file_that_bitsandbytes_writes(bnb, kind, double, block, dtyp
     loaded = LinearNF4(128, 96, device="meta")
     loaded.load_state_dict(safetensors.load(file))
     for layer in (ours, loaded, LinearNF4.from_bnb(expected)):
-        assert list(layer.state_dict()) == list(state) and safetensors.save(layer.state_dict()) == file
+        assert (
+            list(layer.state_dict()) == list(state)
+            and safetensors.save(layer.state_dict()) == file
+        )
         back = bnb.functional.dequantize_4bit(expected.weight, expected.weight.quant_state)
         assert torch.equal(layer.dequantize(), back) and layer.dequantize().dtype == dtype
     x = torch.randn(5, 128, dtype=dtype)
@@ -371,7 +466,9 @@ def test_writes_the_file_that_bitsandbytes_writes(bnb, kind, double, block, dtyp
 
 def test_bitsandbytes_loads_what_it_writes(bnb):
     state = LinearNF4.from_linear(linear()).state_dict()
-    stats = {key.removeprefix("weight."): t for key, t in state.items() if key.startswith("weight.")}
+    stats = {
+        key.removeprefix("weight."): t for key, t in state.items() if key.startswith("weight.")
+    }
     weight = bnb.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
     back = bnb.functional.dequantize_4bit(weight, weight.quant_state)
     assert torch.equal(back, LinearNF4.from_linear(linear()).dequantize())
@@ -382,6 +479,10 @@ def test_refuses_what_bitsandbytes_has_not_quantized_or_has_repacked(bnb):
         LinearNF4.from_bnb(bnb.nn.Linear4bit(64, 96))
     layer = theirs(bnb, torch.float32)
     weight, state = layer.weight, layer.weight.quant_state
-    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(weight.data, state)
-    with pytest.raises(ValueError, match="LinearNF4: linear must be as it was loaded, got one repacked"):
+    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+        weight.data, state
+    )
+    with pytest.raises(
+        ValueError, match="LinearNF4: linear must be as it was loaded, got one repacked"
+    ):
         LinearNF4.from_bnb(layer)

@@ -22,7 +22,10 @@ def saved(double=True, shape=(24, 40), **options):
 
 
 def packed(state):
-    return torch.tensor(list(state if isinstance(state, bytes) else json.dumps(state).encode()), dtype=torch.uint8)
+    return torch.tensor(
+        list(state if isinstance(state, bytes) else json.dumps(state).encode()),
+        dtype=torch.uint8,
+    )
 
 
 def unpacked(tensors):
@@ -38,8 +41,12 @@ def values(tensors):
 def test_the_state_is_bitsandbytes(double, kind):
     bnb = pytest.importorskip("bitsandbytes.functional")
     w = torch.randn(24, 64).half()
-    codes, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=double)
-    theirs = {"weight": codes} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    codes, state = bnb.quantize_4bit(
+        w, blocksize=64, quant_type=kind, compress_statistics=double
+    )
+    theirs = {"weight": codes} | {
+        f"weight.{key}": t for key, t in state.as_dict(packed=True).items()
+    }
     ours = NF4Weight.quantize(w, 64, double, kind).state_dict()
     assert set(ours) == set(theirs)
     for key, t in theirs.items():
@@ -59,7 +66,9 @@ def test_round_trip(double):
 def test_codes_may_be_stored_as_another_type(storage):
     tensors = saved()
     tensors["weight"] = tensors["weight"].flatten().view(storage)[:, None]
-    assert torch.equal(values(tensors), values(tensors | {"weight": tensors["weight"].view(torch.uint8)}))
+    assert torch.equal(
+        values(tensors), values(tensors | {"weight": tensors["weight"].view(torch.uint8)})
+    )
 
 
 def test_memory_that_is_not_aligned():
@@ -83,40 +92,76 @@ def test_a_state_that_was_cast_with_its_model(kind, double, cast):
     narrow = {key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()}
     rounded = {key: t.float() if t.is_floating_point() else t for key, t in narrow.items()}
     rounded["weight.quant_map"] = tensors["weight.quant_map"]
-    assert narrow["weight.quant_map"].dtype is cast and torch.equal(values(narrow), values(rounded))
+    assert narrow["weight.quant_map"].dtype is cast and torch.equal(
+        values(narrow), values(rounded)
+    )
     assert all(t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base)
 
 
 def state_with(**changes):
-    return lambda tensors: {STATE: packed({k: v for k, v in {**unpacked(tensors), **changes}.items() if v != "gone"})}
+    return lambda tensors: {
+        STATE: packed(
+            {k: v for k, v in {**unpacked(tensors), **changes}.items() if v != "gone"}
+        )
+    }
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda t: {"weight": None}, "weight must be a tensor, got none"),
-        (lambda t: {"weight": t["weight"][:-1]}, r"weight must be 480 bytes for \[24, 40\] in .*nf4, got 479"),
-        (lambda t: {"weight.absmax": t["weight.absmax"][:-1]}, r"weight.absmax must be \(15,\), got \(14,\)"),
-        (lambda t: {"weight.absmax": t["weight.absmax"].float()}, "weight.absmax must be torch.uint8"),
-        (lambda t: {"weight.nested_absmax": t["weight.nested_absmax"] * float("nan")}, "nested_absmax must be finite"),
+        (
+            lambda t: {"weight": t["weight"][:-1]},
+            r"weight must be 480 bytes for \[24, 40\] in .*nf4, got 479",
+        ),
+        (
+            lambda t: {"weight.absmax": t["weight.absmax"][:-1]},
+            r"weight.absmax must be \(15,\), got \(14,\)",
+        ),
+        (
+            lambda t: {"weight.absmax": t["weight.absmax"].float()},
+            "weight.absmax must be torch.uint8",
+        ),
+        (
+            lambda t: {"weight.nested_absmax": t["weight.nested_absmax"] * float("nan")},
+            "nested_absmax must be finite",
+        ),
         (lambda t: {"weight.nested_absmax": None}, "weight.nested_absmax must be a tensor"),
-        (lambda t: {"weight.quant_map": t["weight.quant_map"].int()}, "weight.quant_map must be torch.float32"),
-        (lambda t: {"weight.quant_map": t["weight.quant_map"] * 0.99}, "weight.quant_map must be the values of nf4"),
-        (lambda t: {"weight.nested_quant_map": t["weight.quant_map"]}, r"nested_quant_map must be \(256,\)"),
+        (
+            lambda t: {"weight.quant_map": t["weight.quant_map"].int()},
+            "weight.quant_map must be torch.float32",
+        ),
+        (
+            lambda t: {"weight.quant_map": t["weight.quant_map"] * 0.99},
+            "weight.quant_map must be the values of nf4",
+        ),
+        (
+            lambda t: {"weight.nested_quant_map": t["weight.quant_map"]},
+            r"nested_quant_map must be \(256,\)",
+        ),
         (lambda t: {STATE: None}, "there must be one key weight.quant_state.bitsandbytes__nf4"),
         (lambda t: {STATE: packed(b"{")}, "bitsandbytes__nf4 must be JSON"),
         (lambda t: {STATE: packed(b"\xff\xfe")}, "bitsandbytes__nf4 must be JSON"),
         (lambda t: {STATE: packed([])}, "bitsandbytes__nf4 must be a JSON object"),
         (lambda t: {STATE: packed(b"[" * 60000)}, "bitsandbytes__nf4 must be JSON"),
-        (lambda t: {STATE: packed(b"[" * 100000)}, "bitsandbytes__nf4 must be at most 65536 bytes, got 100000"),
+        (
+            lambda t: {STATE: packed(b"[" * 100000)},
+            "bitsandbytes__nf4 must be at most 65536 bytes, got 100000",
+        ),
         (state_with(quant_type="fp4"), "quant_type in .* must be 'nf4'"),
         (state_with(quant_type="int8"), "quant_type in .* got 'int8'"),
         (state_with(blocksize=63), "blocksize in .* must be one of"),
         (state_with(shape=[24, -40]), "shape in .* must be a list of positive whole numbers"),
         (state_with(shape="gone"), "shape in .* got None"),
-        (state_with(shape=[1 << 30, 1 << 30]), "shape in .* must be at most 281474976710656 elements"),
+        (
+            state_with(shape=[1 << 30, 1 << 30]),
+            "shape in .* must be at most 281474976710656 elements",
+        ),
         (state_with(shape=[1] * 5000), "shape in .* must be at most 281474976710656 elements"),
-        (state_with(shape=[10**4000]), "shape in .* must be a list of positive whole numbers, got .{203}$"),
+        (
+            state_with(shape=[10**4000]),
+            "shape in .* must be a list of positive whole numbers, got .{203}$",
+        ),
         (state_with(dtype="int8"), "dtype in .* must be float32 or float16 or bfloat16"),
         (state_with(nested_blocksize=64), "nested_blocksize in .* must be 256"),
         (state_with(nested_offset=float("nan")), "nested_offset in .* must be a finite number"),
@@ -153,7 +198,11 @@ def mutate(tensors, chance):
 @pytest.mark.parametrize("double", [False, True])
 def test_a_thousand_mutations(double):
     """Each is loaded, and then dequantized within bounds, or refused in words that name a key."""
-    chance, tensors, seen = random.Random(7), saved(double, shape=(24, 41)), {"loaded": 0, "refused": 0}
+    chance, tensors, seen = (
+        random.Random(7),
+        saved(double, shape=(24, 41)),
+        {"loaded": 0, "refused": 0},
+    )
     for _ in range(500):
         changed = mutate(tensors, chance)
         try:
@@ -191,9 +240,26 @@ def test_mutations_do_not_read_where_nothing_is(isa):
     sources = [root / "tests/nf4_alone.cpp", root / "csrc/cpu/nf4.cpp"]
     includes = [root / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-march=x86-64-v4"] if isa == "avx512" else []
-    command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-fopenmp", "-fsanitize=address", f"-DISA={isa}"]
-    command += ["-ffp-contract=off", *flags, *(f"-I{folder}" for folder in includes), *map(str, sources)]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-shared",
+        "-fPIC",
+        "-fopenmp",
+        "-fsanitize=address",
+        f"-DISA={isa}",
+    ]
+    command += [
+        "-ffp-contract=off",
+        *flags,
+        *(f"-I{folder}" for folder in includes),
+        *map(str, sources),
+    ]
     read = [*sources, *(root / "csrc/cpu").glob("*.h"), *(root / "csrc").glob("*.h")]
-    library = build.made("alone.so", read, command, lambda target: build.call(*command, "-o", target))
+    library = build.made(
+        "alone.so", read, command, lambda target: build.call(*command, "-o", target)
+    )
     done = sanitized("address", UNDER_ASAN.format(library=str(library)))
     assert done.returncode == 0 and done.stdout == "clean\n", done.stderr[-3000:]

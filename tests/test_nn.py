@@ -40,7 +40,9 @@ def test_is_its_base_until_trained():
     exact = torch.nn.functional.linear(x.double(), base.weight.double(), base.bias.double())
     new = LoRALinear(base, 4, lora_alpha=8)
     assert error(new(x), exact) <= bound(expected, exact)
-    assert new.lora_A["default"].weight.abs().sum() > 0 and not new.lora_B["default"].weight.any()
+    assert (
+        new.lora_A["default"].weight.abs().sum() > 0 and not new.lora_B["default"].weight.any()
+    )
     assert [name for name, p in new.named_parameters() if p.requires_grad] == [
         "lora_A.default.weight",
         "lora_B.default.weight",
@@ -50,7 +52,9 @@ def test_is_its_base_until_trained():
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_drop_in_for_linear(bias, options):
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), layer(base=nn.Linear(16, 24, bias=bias), **options))
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.GELU(), layer(base=nn.Linear(16, 24, bias=bias), **options)
+    )
     lora = model[2]
     assert lora.scaling == 6 / (2 if "use_rslora" in options else 4)
     x = torch.randn(2, 7, 8)
@@ -106,7 +110,9 @@ def test_dropout_is_that_of_the_seed():
 )
 def test_dtypes(dtype, cast, adapter):
     model = layer(dtype, autocast_adapter_dtype=cast, lora_bias=True)
-    assert {p.dtype for p in (*model.lora_A.parameters(), *model.lora_B.parameters())} == {adapter}
+    assert {p.dtype for p in (*model.lora_A.parameters(), *model.lora_B.parameters())} == {
+        adapter
+    }
     wide, narrow = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
     x = torch.randn(70, 16, dtype=dtype)
     exact = trained(wide, x.double(), lambda x: formula(wide, x))
@@ -166,7 +172,9 @@ def test_changing_scaling_recompiles_at_most_once(dynamic):
 
 def test_moves_with_its_model():
     model = layer(lora_dropout=0.1).bfloat16()
-    assert {t.dtype for t in model.state_dict().values()} == {torch.bfloat16} and model.scaling == 1.5
+    assert {t.dtype for t in model.state_dict().values()} == {
+        torch.bfloat16
+    } and model.scaling == 1.5
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     other = layer(lora_dropout=0.1).bfloat16()
     other.load_state_dict(model.state_dict())
@@ -175,13 +183,19 @@ def test_moves_with_its_model():
 
 def test_says_what_it_is():
     text = repr(layer(lora_dropout=0.1))
-    assert text.startswith("LoRALinear(\n  r=4, lora_alpha=6, scaling=1.5\n  (base_layer): Linear(in_features=16")
+    assert text.startswith(
+        "LoRALinear(\n  r=4, lora_alpha=6, scaling=1.5\n  (base_layer): Linear(in_features=16"
+    )
     assert "(lora_dropout): ModuleDict(\n    (default): Dropout(p=0.1" in text
 
 
 ERRORS = [
     (ValueError, "LoRALinear: r must be at least 1, got 0", {"r": 0}),
-    (ValueError, r"LoRALinear: lora_dropout must be in \[0, 1\], got 1.5", {"lora_dropout": 1.5}),
+    (
+        ValueError,
+        r"LoRALinear: lora_dropout must be in \[0, 1\], got 1.5",
+        {"lora_dropout": 1.5},
+    ),
     (
         ValueError,
         "LoRALinear: init_lora_weights must be a bool or 'gaussian', got 'olora'",
@@ -195,7 +209,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("kind, message, change", ERRORS, ids=[message for _, message, _ in ERRORS])
+@pytest.mark.parametrize(
+    "kind, message, change", ERRORS, ids=[message for _, message, _ in ERRORS]
+)
 def test_errors(kind, message, change):
     with pytest.raises(kind, match=message):
         LoRALinear(**{"base_layer": nn.Linear(16, 24), "r": 4, "lora_alpha": 8} | change)
@@ -213,12 +229,20 @@ def theirs(peft, base, cast=True, **config):
     model = nn.Sequential()
     model.add_module("lin", copy.deepcopy(base))
     config = peft.LoraConfig(target_modules=["lin"], **config)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=cast).base_model.model.lin, config
+    return peft.get_peft_model(
+        model, config, autocast_adapter_dtype=cast
+    ).base_model.model.lin, config
 
 
 CONFIGS = [
     {"r": 4, "lora_alpha": 6},
-    {"r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "init_lora_weights": "gaussian"},
+    {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "lora_dropout": 0.1,
+        "init_lora_weights": "gaussian",
+    },
     {"r": 4, "lora_bias": True, "bias": "all", "init_lora_weights": False},
     {"rank_pattern": {"lin": 2}, "alpha_pattern": {r"li.": 5}},
 ]
@@ -237,7 +261,9 @@ def test_from_config_is_pefts_layer(peft, config, conv, dtype, cast):
     ours = LoRALinear.from_config(base, config, "model.lin", autocast_adapter_dtype=cast)
     assert list(ours.state_dict()) == list(expected.state_dict())
     for ours_parameter, parameter in zip(ours.parameters(), expected.parameters(), strict=True):
-        assert ours_parameter.dtype == parameter.dtype and torch.equal(ours_parameter, parameter)
+        assert ours_parameter.dtype == parameter.dtype and torch.equal(
+            ours_parameter, parameter
+        )
         assert ours_parameter.requires_grad == parameter.requires_grad
     assert (ours.scaling, ours.r) == (expected.scaling["default"], expected.r["default"])
     assert repr(ours.lora_dropout) == repr(expected.lora_dropout)
@@ -245,8 +271,12 @@ def test_from_config_is_pefts_layer(peft, config, conv, dtype, cast):
 
 def test_from_config_names_what_it_refuses(peft):
     for option in ({"alora_invocation_tokens": [1]}, {"use_qalora": True}):
-        with pytest.raises(ValueError, match=f"LoRALinear: {next(iter(option))} is not supported"):
-            LoRALinear.from_config(nn.Linear(16, 24), peft.LoraConfig(task_type="CAUSAL_LM", **option))
+        with pytest.raises(
+            ValueError, match=f"LoRALinear: {next(iter(option))} is not supported"
+        ):
+            LoRALinear.from_config(
+                nn.Linear(16, 24), peft.LoraConfig(task_type="CAUSAL_LM", **option)
+            )
     with pytest.raises(ValueError, match="got 'pissa'"):
         LoRALinear.from_config(nn.Linear(16, 24), peft.LoraConfig(init_lora_weights="pissa"))
 
@@ -266,12 +296,18 @@ def test_from_peft_shares_and_equals(peft, options):
 def test_from_peft_names_what_it_refuses(peft):
     stock, _ = theirs(peft, nn.Linear(16, 24), init_lora_weights=False)
     stock.merge()
-    with pytest.raises(ValueError, match=r"LoRALinear: layer must not be merged, got \['default'\]"):
+    with pytest.raises(
+        ValueError, match=r"LoRALinear: layer must not be merged, got \['default'\]"
+    ):
         LoRALinear.from_peft(stock)
     stock.unmerge()
     stock.set_adapter([])
-    with pytest.raises(ValueError, match=r"LoRALinear: layer must have one active adapter, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"LoRALinear: layer must have one active adapter, got \[\]"
+    ):
         LoRALinear.from_peft(stock)
     other, _ = theirs(peft, nn.Linear(16, 24), init_lora_weights="mica")
-    with pytest.raises(ValueError, match="LoRALinear: layer must be LoRA or DoRA, got MiCALinearVariant"):
+    with pytest.raises(
+        ValueError, match="LoRALinear: layer must be LoRA or DoRA, got MiCALinearVariant"
+    ):
         LoRALinear.from_peft(other)

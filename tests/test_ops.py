@@ -33,11 +33,15 @@ def test_law_where_threads_share_the_work(op, shape, dtype):
         assert error <= bound, label
 
 
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # raw ops have no gradient
+@pytest.mark.filterwarnings(
+    "ignore:.*an autograd kernel was not registered"
+)  # raw ops have no gradient
 @pytest.mark.parametrize("op", CONTRACTS)
 def test_opcheck(op):
     for _, args in CASES[op]((5, 16, 24, 4), torch.float32):
-        for arg in args if op != "nf4_quantize" else ():  # whose first output is made of whole numbers
+        for arg in (
+            args if op != "nf4_quantize" else ()
+        ):  # whose first output is made of whole numbers
             if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32:
                 arg.requires_grad_()
         torch.library.opcheck(getattr(torch.ops.peftops, op).default, args)

@@ -128,18 +128,27 @@ def test_a_peer_of_its_own_process(label, tmp_path):
     (tmp_path / label).mkdir()
     code = FAKE.format(parents=sorted(parents - {label, ""})) + textwrap.dedent(FAKES[label])
     (tmp_path / label / "__init__.py").write_text(code)
-    serving, p = label in ("vllm", "sglang", "flashinfer"), 0.1 if label == "lorafusion" else 0.0
-    remote = Remote(label, ONE if serving else Problem(SMALL.shape, SMALL.dtype, CPU, p), tmp_path)
+    serving, p = (
+        label in ("vllm", "sglang", "flashinfer"),
+        0.1 if label == "lorafusion" else 0.0,
+    )
+    remote = Remote(
+        label, ONE if serving else Problem(SMALL.shape, SMALL.dtype, CPU, p), tmp_path
+    )
     try:
         assert remote.error is None if label == "lorafusion" else remote.error < peers.WRONG
         for kind in remote.calls:
             assert remote.prepare(kind, "eager") >= 1 and remote.sample(kind, "eager") > 0
-        assert list(remote.calls) == ["forward"] if serving else ["forward", "forward + backward"]
+        assert (
+            list(remote.calls) == ["forward"] if serving else ["forward", "forward + backward"]
+        )
         with pytest.raises(Absent, match="KeyError"):
             remote.prepare("sideways", "eager")
     finally:
         remote.close()
-    unfit = ONE if label in ("unsloth", "axolotl") else SMALL  # lorafusion's backward needs dropout
+    unfit = (
+        ONE if label in ("unsloth", "axolotl") else SMALL
+    )  # lorafusion's backward needs dropout
     with pytest.raises(Absent, match=r"made for|needs dropout"):
         Remote(label, unfit, tmp_path)
 
@@ -153,7 +162,9 @@ def test_a_process_that_ends_is_absent(tmp_path):
 
 def test_another_tree_is_measured_with_the_benches_of_this_one(tmp_path):
     (tmp_path / "peftops").mkdir()
-    (tmp_path / "peftops" / "__init__.py").write_text("def patch(model): raise RuntimeError('the other tree')")
+    (tmp_path / "peftops" / "__init__.py").write_text(
+        "def patch(model): raise RuntimeError('the other tree')"
+    )
     with pytest.raises(Absent, match="RuntimeError: the other tree"):
         Remote(OURS, SMALL, tmp_path)
 

@@ -27,7 +27,15 @@ CASES = 520
 SLOWEST = 5.0  # seconds of one case; what takes longer has no end that a user waits for
 INDEX = "model.safetensors.index.json"
 LINEAR = [f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down")]
-STATE = ["absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "SCB", "more"]
+STATE = [
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+    "SCB",
+    "more",
+]
 WEIRD = [
     None, True, 0, -1, 1, 3, 7, 10**9, 10**30, 0.5, 1e308, float("nan"), "", "x", "[/red]", "a\nb", "\ud800", "../x",
     [], [1], ["x", None], [[]], {}, {"a": 1}, {"quant_method": "fp8"}, "float16", "LlamaModel", "Trainer",
@@ -36,14 +44,32 @@ DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64,
     torch.float8_e4m3fn, torch.uint16,
 ]  # fmt: skip
-NAMES = ["F64", "F32", "F16", "BF16", "F4", "F6_E2M3", "F8_E8M0", "I8", "U8", "U64", "C64", "X", 3]
+NAMES = [
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "F4",
+    "F6_E2M3",
+    "F8_E8M0",
+    "I8",
+    "U8",
+    "U64",
+    "C64",
+    "X",
+    3,
+]
 
 
 def llama(folder, **sizes):
     sizes = {"vocab_size": 32, "intermediate_size": 64, "num_hidden_layers": 2} | sizes
-    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_attention_heads=2, num_key_value_heads=1, **sizes
+    )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(
+        folder, max_shard_size="20KB"
+    )
     (folder / "tokenizer.json").write_text("{}")
 
 
@@ -55,7 +81,11 @@ def whole(tmp_path_factory):
 
 
 def files(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
 
 
 def edit_json(name, change):
@@ -68,7 +98,9 @@ def edit_json(name, change):
 
 
 def edit_config(config, draw):
-    key = draw.choice([*config, "metadata", "auto_map", "quantization_config", "layer_types", "num_labels"])
+    key = draw.choice(
+        [*config, "metadata", "auto_map", "quantization_config", "layer_types", "num_labels"]
+    )
     config[key] = draw.choice(WEIRD)
     if draw.random() < 0.2:
         del config[draw.choice([*config])]
@@ -76,7 +108,9 @@ def edit_config(config, draw):
 
 def edit_index(index, draw):
     key = draw.choice([*index["weight_map"]]) if draw.random() < 0.8 else "more\x1b[31m"
-    index["weight_map"][key] = draw.choice([*index["weight_map"].values(), *WEIRD, *WEIRD, "x" * 300])
+    index["weight_map"][key] = draw.choice(
+        [*index["weight_map"].values(), *WEIRD, *WEIRD, "x" * 300]
+    )
     if draw.random() < 0.5:
         index[draw.choice(["metadata", "weight_map"])] = draw.choice(WEIRD)
 
@@ -101,7 +135,9 @@ def edit_header(held, draw):
     if member == "dtype":
         header[key]["dtype"] = draw.choice(NAMES)
     elif member in ("shape", "data_offsets"):
-        header[key][member] = draw.choice([[], [32, 32], [0, 2**62], [2**40, 2**40], [-1, 2], "x", None, [0, 64], [0]])
+        header[key][member] = draw.choice(
+            [[], [32, 32], [0, 2**62], [2**40, 2**40], [-1, 2], "x", None, [0, 64], [0]]
+        )
     elif member == "name":
         header[key + draw.choice([".x", "\n", "\x1b[31m", "[/red]", "", "é"])] = header.pop(key)
     elif member == "lost":
@@ -119,22 +155,30 @@ def edit_tensors(held, draw):
     key = draw.choice([*tensors])
     w = tensors[key]
     number = draw.choice([float("nan"), float("inf"), 3e38, 0.0])
-    change = draw.choice(["dtype", "shape", "number", "rename", "twin", "stray", "stray", "many"])
+    change = draw.choice(
+        ["dtype", "shape", "number", "rename", "twin", "stray", "stray", "many"]
+    )
     if change == "dtype":
         tensors[key] = w.to(draw.choice(DTYPES))
     elif change == "shape":
         tensors[key] = (
-            draw.choice([w[:0], w[:1], w[None], w.flatten(), w.mT if w.ndim > 1 else w[1:]]).clone().contiguous()
+            draw.choice([w[:0], w[:1], w[None], w.flatten(), w.mT if w.ndim > 1 else w[1:]])
+            .clone()
+            .contiguous()
         )
     elif change == "number":
         tensors[key] = w.float() if draw.random() < 0.5 else w
         tensors[key].view(-1)[draw.randrange(w.numel())] = number
     elif change == "rename":
-        tensors[draw.choice([key.removeprefix("model."), "0.weight", "a.b", key + "."])] = tensors.pop(key)
+        tensors[draw.choice([key.removeprefix("model."), "0.weight", "a.b", key + "."])] = (
+            tensors.pop(key)
+        )
     elif change == "twin":
         tensors[draw.choice([key.removeprefix("model."), f"model.{key}"])] = torch.zeros_like(w)
     elif change == "stray":
-        tensors[f"{key}.{draw.choice(STATE)}"] = torch.ones(draw.choice([0, 1, 16, 64]), dtype=draw.choice(DTYPES))
+        tensors[f"{key}.{draw.choice(STATE)}"] = torch.ones(
+            draw.choice([0, 1, 16, 64]), dtype=draw.choice(DTYPES)
+        )
     else:
         tensors |= {f"more.{i}": torch.zeros(1) for i in range(100)}
     held[name] = safetensors.save(tensors, metadata={"format": "pt"})
@@ -157,7 +201,9 @@ def flip(held, draw):
 def rename_shard(held, draw):
     """A name that a terminal or a markup would take for more than a name, also in the index."""
     name = shard(held, draw)
-    new = draw.choice(["[red].safetensors", "\x1b[31m.safetensors", "a b.safetensors", "é.safetensors"])
+    new = draw.choice(
+        ["[red].safetensors", "\x1b[31m.safetensors", "a b.safetensors", "é.safetensors"]
+    )
     held[new] = held.pop(name)
     held[INDEX] = held[INDEX].replace(f'"{name}"'.encode(), json.dumps(new).encode())
 
@@ -180,7 +226,12 @@ def mutated(whole, draw):
 
 def loaded(held):
     """{key: tensor} as loading takes it: of two with one name the one in the last file."""
-    return {k: v for n in sorted(held) if n.endswith(".safetensors") for k, v in safetensors.load(held[n]).items()}
+    return {
+        k: v
+        for n in sorted(held)
+        if n.endswith(".safetensors")
+        for k, v in safetensors.load(held[n]).items()
+    }
 
 
 def bits(t):
@@ -198,8 +249,15 @@ def right(source, out, config):
         else:
             wanted[key] = w if out[key].dtype == w.dtype else w.to(dtype)
     skipped = config["quantization_config"]["llm_int8_skip_modules"] or []
-    lost = {key for key in source if is_linear(key, config) and key.removesuffix(".weight") not in skipped} - quantized
-    same = [bits(wanted[key]).equal(bits(out[key])) and wanted[key].dtype == out[key].dtype for key in wanted]
+    lost = {
+        key
+        for key in source
+        if is_linear(key, config) and key.removesuffix(".weight") not in skipped
+    } - quantized
+    same = [
+        bits(wanted[key]).equal(bits(out[key])) and wanted[key].dtype == out[key].dtype
+        for key in wanted
+    ]
     return wanted.keys() == out.keys() and all(same) and not lost and quantized
 
 
@@ -229,7 +287,9 @@ def verdict(held, folder, capsys):
         return "quantized", took
     assert code == 2 and error.startswith("peftops quantize: ") and error[:-1].isprintable()
     assert "Traceback" not in error and "run it again" not in error
-    assert not out or loaded({name: out[name] for name in out if name != "unfinished.json"}), "shards that are whole"
+    assert not out or loaded({name: out[name] for name in out if name != "unfinished.json"}), (
+        "shards that are whole"
+    )
     return "refused", took
 
 
@@ -237,7 +297,9 @@ def no_prompt(*_):
     raise AssertionError("it asked")
 
 
-def test_spoilt_checkpoints_give_right_weights_or_one_sentence(whole, tmp_path, capsys, monkeypatch):
+def test_spoilt_checkpoints_give_right_weights_or_one_sentence(
+    whole, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("builtins.input", no_prompt)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # no power is cut here
     draw, seen = random.Random(14), []
@@ -265,7 +327,9 @@ class Steps:
         from peftops.cli import quantize
         from peftops.integrations.transformers import output, shards
 
-        self.watched = {file.__file__: "quantize" for file in (quantize, shards)} | {output.__file__: "output"}
+        self.watched = {file.__file__: "quantize" for file in (quantize, shards)} | {
+            output.__file__: "output"
+        }
         self.kinds = []  # for each step where it is: "quantize", "output", or "save"
         self.last = last
         self.save = safetensors.save_file
@@ -321,11 +385,16 @@ def killed_at_steps(model, folder):
     draw = random.Random(0)
     seen = [[in_fork(model, folder / "whole", kinds=folder / "kinds")]]
     kinds = json.loads((folder / "kinds").read_text())
-    places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in ("output", "quantize", "save")}
+    places = {
+        kind: [i for i, other in enumerate(kinds) if other == kind]
+        for kind in ("output", "quantize", "save")
+    }
     for i in range(KILLS):
         out = folder / str(i)
         codes = [in_fork(model, out, draw.choice(places[draw.choice([*places])]))]
-        shutil.copytree(out, folder / f"{i} killed") if out.exists() else (folder / f"{i} killed").mkdir()
+        shutil.copytree(out, folder / f"{i} killed") if out.exists() else (
+            folder / f"{i} killed"
+        ).mkdir()
         if i % 4 == 0:
             codes.append(in_fork(model, out, draw.choice(places["output"])))
         seen.append([*codes, in_fork(model, out)])
@@ -353,10 +422,18 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(whole, tmp_path):
     for i, (one, *_, last) in enumerate(codes):
         held = files(tmp_path / f"{i} killed")
         half += "unfinished.files/.tmp7Qx1aB" in held
-        ours = {name: content for name, content in held.items() if name.partition("/")[0] not in HELD}
-        assert one == -signal.SIGKILL and ours.items() <= wanted.items(), "what has its name is whole"
+        ours = {
+            name: content
+            for name, content in held.items()
+            if name.partition("/")[0] not in HELD
+        }
+        assert one == -signal.SIGKILL and ours.items() <= wanted.items(), (
+            "what has its name is whole"
+        )
         assert last in (0, 2), "it went on, or all was there"
-        assert files(tmp_path / str(i)) == wanted and not [p for p in (tmp_path / str(i)).iterdir() if p.is_dir()]
+        assert files(tmp_path / str(i)) == wanted and not [
+            p for p in (tmp_path / str(i)).iterdir() if p.is_dir()
+        ]
     assert half > KILLS // 5, "they died in the middle of a file"
 
 
@@ -365,7 +442,9 @@ def temporary(out):
     found = []
     for folder in ("", "unfinished.files/"):
         with contextlib.suppress(FileNotFoundError):
-            found += [folder + name for name in os.listdir(out / folder) if name.startswith(".tmp")]
+            found += [
+                folder + name for name in os.listdir(out / folder) if name.startswith(".tmp")
+            ]
     return found
 
 
@@ -392,7 +471,9 @@ def test_what_a_killed_save_leaves_is_cleared(tmp_path):
     spawned(killed_in_a_save, tmp_path / "model", tmp_path)
     left, codes = json.loads((tmp_path / "seen").read_text())
     caught = [names for names in left if names]
-    assert caught and all(name.startswith("unfinished.files/.tmp") for names in caught for name in names)
+    assert caught and all(
+        name.startswith("unfinished.files/.tmp") for names in caught for name in names
+    )
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "whole")]) == 0
     for i, code in enumerate(codes):
         assert code == 0 and files(tmp_path / str(i)) == files(tmp_path / "whole")

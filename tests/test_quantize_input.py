@@ -7,7 +7,17 @@ import sys
 
 import pytest
 import torch
-from test_quantize import Q, change_a_tensor, edit_index, files, llama, refused, same, set_config, tensors
+from test_quantize import (
+    Q,
+    change_a_tensor,
+    edit_index,
+    files,
+    llama,
+    refused,
+    same,
+    set_config,
+    tensors,
+)
 
 from peftops import NF4Weight
 from peftops.__main__ import main
@@ -25,7 +35,9 @@ def model(tmp_path):
 def add(folder, tensors):
     """In a shard of their own, which the index names."""
     safetensors.save_file(tensors, folder / "more.safetensors", metadata={"format": "pt"})
-    edit_index(lambda index: index["weight_map"].update(dict.fromkeys(tensors, "more.safetensors")))(folder)
+    edit_index(
+        lambda index: index["weight_map"].update(dict.fromkeys(tensors, "more.safetensors"))
+    )(folder)
 
 
 STATES = [NF4Weight.quantize(torch.ones(64, 64), 64, double, name).state_dict(Q) for double in (0, 1)
@@ -34,7 +46,8 @@ STRAY = sorted({key for state in STATES for key in state} - {Q})
 
 
 @pytest.mark.parametrize(
-    "key", [*STRAY, Q.removeprefix("model.") + ".absmax", Q + ".absmax.0", "lm_head.weight.absmax"]
+    "key",
+    [*STRAY, Q.removeprefix("model.") + ".absmax", Q + ".absmax.0", "lm_head.weight.absmax"],
 )
 @pytest.mark.parametrize("flat", [[], ["--no-double-quant"]], ids=["double", "flat"])
 def test_no_key_of_the_source_takes_the_place_of_ours(model, key, flat, capsys):
@@ -55,7 +68,11 @@ def test_what_is_quantized_already_is_told_so_once(model, flat, capsys):
 
 
 def test_keys_that_are_no_part_of_a_state_are_copied(model):
-    more = {Q + ".absmaximum": torch.ones(3), Q + ".more": torch.ones(2), "more.absmaxima": torch.zeros(1)}
+    more = {
+        Q + ".absmaximum": torch.ones(3),
+        Q + ".more": torch.ones(2),
+        "more.absmaxima": torch.zeros(1),
+    }
     add(model, more)
     assert main(["quantize", str(model), str(model.parent / "out")]) == 0
     made = tensors(model.parent / "out")
@@ -94,13 +111,19 @@ def test_a_weight_that_is_not_finite_is_named_and_counted_once(model, values, fl
     words = f"{Q.removesuffix('.weight')} cannot be quantized: {len(values)} of its 4096 weights are NaN or infinite"
     assert words in error and error.count("NaN") == 1
     held = files(out)
-    assert "unfinished.json" in held and refused(capsys, model, out, *flat) == error and files(out) == held
+    assert (
+        "unfinished.json" in held
+        and refused(capsys, model, out, *flat) == error
+        and files(out) == held
+    )
 
 
 def test_values_that_overflow_in_the_dtype_of_the_model_are_named(model, capsys):
     change_a_tensor(Q, lambda w: w.float().index_fill_(0, torch.tensor([0]), 1e38))(model)
     set_config(model, dtype="float16")
-    assert "64 of its 4096 weights are NaN or infinite in torch.float16" in refused(capsys, model, model.parent / "out")
+    assert "64 of its 4096 weights are NaN or infinite in torch.float16" in refused(
+        capsys, model, model.parent / "out"
+    )
 
 
 def in_one_file(model):
@@ -122,7 +145,9 @@ def test_metadata_may_be_null(model):
     out = model.parent / "out"
     assert main(["quantize", str(model), str(out)]) == 0
     size = sum(t.nbytes for t in tensors(out).values())
-    assert json.loads((out / "model.safetensors.index.json").read_text())["metadata"] == {"total_size": size}
+    assert json.loads((out / "model.safetensors.index.json").read_text())["metadata"] == {
+        "total_size": size
+    }
 
 
 def test_links_and_hidden_files_are_not_copied(model, tmp_path, capsys):
@@ -138,16 +163,24 @@ def test_links_and_hidden_files_are_not_copied(model, tmp_path, capsys):
     assert "4 links were not copied, such as inside.json" in capsys.readouterr().out
     made = files(tmp_path / "out")
     assert not [name for name, content in made.items() if b"secret" in content]
-    assert not {".env", "notes.txt", "inside.json", "nowhere.json"} & made.keys() and "tokenizer.json" in made
+    assert (
+        not {".env", "notes.txt", "inside.json", "nowhere.json"} & made.keys()
+        and "tokenizer.json" in made
+    )
     shutil.rmtree(model / "additional_chat_templates")
     (model / "additional_chat_templates").symlink_to(secret)
     assert main(["quantize", str(model), str(tmp_path / "again")]) == 0
-    assert not [name for name, content in files(tmp_path / "again").items() if b"secret" in content]
+    assert not [
+        name for name, content in files(tmp_path / "again").items() if b"secret" in content
+    ]
 
 
 def test_a_snapshot_of_the_hubs_cache_is_a_model(model, tmp_path):
     """Its files are links to blobs/ of the same repository, and to nothing else."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1f", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "1f",
+        tmp_path / "models--a--b" / "blobs",
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for i, file in enumerate(file for file in sorted(model.iterdir()) if file.is_file()):
@@ -166,7 +199,9 @@ def test_code_of_others_does_not_run(model, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     maps = {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}
-    set_config(model, auto_map=maps, architectures=["Unknown"], attn_implementation="evil/kernel")
+    set_config(
+        model, auto_map=maps, architectures=["Unknown"], attn_implementation="evil/kernel"
+    )
     assert main(["quantize", str(model), str(tmp_path / "out")]) == 0
     assert not (tmp_path / "ran").exists()
 

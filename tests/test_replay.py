@@ -29,7 +29,10 @@ def forget():
 
 
 def copied(args):
-    return [copied(arg) if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+    return [
+        copied(arg) if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg
+        for arg in args
+    ]
 
 
 def other(args):
@@ -45,7 +48,9 @@ def outputs(call, args):
 
 def same(outs, expected):
     return len(outs) == len(expected) and all(
-        a.shape == b.shape and a.dtype is b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+        a.shape == b.shape
+        and a.dtype is b.dtype
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
         for a, b in zip(outs, expected, strict=True)
     )
 
@@ -93,7 +98,10 @@ def unlike():
 
     shifted = lambda t: torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t)  # noqa: E731
     yield "more rows", replaced(0, lambda x: torch.cat([x, x]))
-    yield "another dtype", lambda args: args.__setitem__(slice(0, 2), [args[0].half(), [args[1][0].half()]])
+    yield (
+        "another dtype",
+        lambda args: args.__setitem__(slice(0, 2), [args[0].half(), [args[1][0].half()]]),
+    )
     yield "a bias", replaced(5, lambda _: torch.arange(130.0))
     yield "a gain", replaced(6, lambda _: torch.arange(130.0))
     yield "z is kept", replaced(12, lambda _: True)
@@ -105,7 +113,9 @@ def unlike():
     yield "a scale of one element that is negated", replaced(4, torch._neg_view)
 
 
-@pytest.mark.parametrize("change", [pytest.param(change, id=label) for label, change in unlike()])
+@pytest.mark.parametrize(
+    "change", [pytest.param(change, id=label) for label, change in unlike()]
+)
 def test_what_is_not_alike_has_a_plan_of_its_own(change):
     call, args = op("lora_fwd"), lora_args()
     outputs(call, args), outputs(call, args)
@@ -128,11 +138,15 @@ def test_a_forced_backend_has_plans_of_its_own(ops):
             del ops[:]
             if name:
                 with backend(name):
-                    assert backends.find("lora_fwd", args[0]).__module__.startswith(f"peftops.{name}")
+                    assert backends.find("lora_fwd", args[0]).__module__.startswith(
+                        f"peftops.{name}"
+                    )
                     outputs(call, args)
             else:
                 outputs(call, args)
-        assert call.direct.plans() == 2  # of the CPU, asked for and by itself; the reference has none
+        assert (
+            call.direct.plans() == 2
+        )  # of the CPU, asked for and by itself; the reference has none
     finally:
         _replay.pause(1)
 
@@ -171,16 +185,41 @@ def test_a_kind_is_planned_when_it_comes_again_and_at_most_once():
 
 def test_what_tells_kinds_apart():
     asked, plan = [], _C.Plan([], False, [], None, [], None, None)
-    replay = _C.Replay(lambda wanted, *args: (asked.append(wanted), ((), plan))[1], {}, lambda: None, 99)
+    replay = _C.Replay(
+        lambda wanted, *args: (asked.append(wanted), ((), plan))[1], {}, lambda: None, 99
+    )
     x = torch.empty(4, 4, dtype=torch.bfloat16)
-    kinds = [(x,), (x.half(),), (x.short(),), (x.float(),), (x.view(16),), (x, 1), (x, 1.0), (x, True), (x, None)]
-    kinds += [(x, [x.clone()]), (x, [x.clone(), 1]), (x, x.clone()), (x, "nf4"), (x, 0.5), (x, torch.float32)]
+    kinds = [
+        (x,),
+        (x.half(),),
+        (x.short(),),
+        (x.float(),),
+        (x.view(16),),
+        (x, 1),
+        (x, 1.0),
+        (x, True),
+        (x, None),
+    ]
+    kinds += [
+        (x, [x.clone()]),
+        (x, [x.clone(), 1]),
+        (x, x.clone()),
+        (x, "nf4"),
+        (x, 0.5),
+        (x, torch.float32),
+    ]
     for args in kinds:
         del asked[:]
         for _ in range(3):
             replay(*args)
         assert asked == [False, True], args  # met, planned, played
-    for odd in (torch.empty(17)[1:], torch.empty(4, 4).T, torch._neg_view(torch.empty(4)), x.to("meta"), object()):
+    for odd in (
+        torch.empty(17)[1:],
+        torch.empty(4, 4).T,
+        torch._neg_view(torch.empty(4)),
+        x.to("meta"),
+        object(),
+    ):
         del asked[:]
         for _ in range(3):
             replay(odd)
@@ -231,13 +270,27 @@ def test_arguments_of_a_call_are_made_anew():
     operands = [("slot", 0), ("turned", 0), ("strided", 1, ((2, 2), (4, 1), 4))]
     operands += [("list", [("slot", 0), ("constant", None)]), ("constant", 5)]
     fresh = [(((3, 4), (4, 1)), {"dtype": torch.float32, "device": torch.device("cpu")})]
-    plan = _C.Plan(fresh, True, [], None, [("call", see, operands, ("view", "items", "number"))], None, None)
+    plan = _C.Plan(
+        fresh,
+        True,
+        [],
+        None,
+        [("call", see, operands, ("view", "items", "number"))],
+        None,
+        None,
+    )
     replay = _C.Replay(lambda wanted, x: (None, plan), {}, lambda: None, 8)
     replay(torch.ones(2, 3)), replay(torch.ones(2, 3))
     x = torch.randn(2, 3)
     y = replay(x)
     ((got, turned, view, items, number),) = seen
-    assert got is x and torch.equal(turned, x.T) and items[0] is x and items[1] is None and number == 5
+    assert (
+        got is x
+        and torch.equal(turned, x.T)
+        and items[0] is x
+        and items[1] is None
+        and number == 5
+    )
     assert view.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
     assert torch.equal(y[1:, :2], torch.full((2, 2), 7.0))
 
@@ -282,7 +335,11 @@ def test_a_plan_keeps_no_tensor_alive():
         _, args = next(CASES[name]((37, 96, 130, 5), torch.float32))
         args = copied(args)
         outs = (outputs(op(name), args), outputs(op(name), args))[1]
-        held = [weakref.ref(t) for t in [*_replay.tensors(args), *outs] if t.numel() and t.dim() == 2]
+        held = [
+            weakref.ref(t)
+            for t in [*_replay.tensors(args), *outs]
+            if t.numel() and t.dim() == 2
+        ]
         del args, outs
         assert [r() for r in held if r() is not None] == [], name
 
@@ -291,7 +348,10 @@ def test_outputs_of_two_replays_are_not_one():
     """But for those that nobody reads. Autograd hangs a graph on an output without elements too."""
     for shape in ((37, 96, 130, 5), (37, 96, 0, 5), (37, 96, 130, 0)):
         x, w = torch.randn(*shape[:2]), torch.randn(shape[2], shape[1])
-        a, b = torch.randn(shape[3], shape[1], requires_grad=True), torch.randn(shape[2], shape[3], requires_grad=True)
+        a, b = (
+            torch.randn(shape[3], shape[1], requires_grad=True),
+            torch.randn(shape[2], shape[3], requires_grad=True),
+        )
         ys = [F.lora_linear(x, w, a, b, dropout_p=0.1) for _ in range(4)]
         grads = [torch.autograd.grad(y.sum(), [a, b]) for y in ys]
         every = [*ys, *(g for pair in grads for g in pair)]
@@ -300,7 +360,12 @@ def test_outputs_of_two_replays_are_not_one():
 
 def test_what_inference_mode_began_training_continues():
     """All replays share what has no elements; training saves it for backward."""
-    x, w, a, b = torch.randn(70, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
+    x, w, a, b = (
+        torch.randn(70, 64),
+        torch.randn(48, 64),
+        torch.randn(4, 64),
+        torch.randn(48, 4),
+    )
     with torch.inference_mode():
         F.lora_linear(x, w, a, b), F.lora_linear(x, w, a, b), F.lora_linear(x, w, a, b)
     a.requires_grad_(), b.requires_grad_()
@@ -318,8 +383,14 @@ def notes_of(body, *inputs, out=None):
 
 def test_what_torch_does_unnoted_makes_no_plan():
     x = torch.ones(4)
-    for body in (lambda: x.add_(1), lambda: x.sum().item(), lambda: torch.mm(x[None], x[:, None])):
-        assert notes_of(lambda body=body: (noted(print, "a step"), body()), x).plan(True) is None
+    for body in (
+        lambda: x.add_(1),
+        lambda: x.sum().item(),
+        lambda: torch.mm(x[None], x[:, None]),
+    ):
+        assert (
+            notes_of(lambda body=body: (noted(print, "a step"), body()), x).plan(True) is None
+        )
     assert notes_of(lambda: noted(print, "a step"), x).plan(True) is not None
     assert notes_of(lambda: None, x).plan(True) is None  # nothing to play
     assert _replay.noting() is None
@@ -342,10 +413,14 @@ def test_temporaries_of_calls_are_tensors_and_of_launches_a_scratch():
     def body():
         first, second, third = x.new_empty(100), x.new_empty(3), x.new_empty(2, 2)
         noted(kept.append, second)
-        _replay.noting().launch(None, 1, (1, 1, 1), 32, 0, [("pointer", first), ("pointer", third)], None)
+        _replay.noting().launch(
+            None, 1, (1, 1, 1), 32, 0, [("pointer", first), ("pointer", third)], None
+        )
 
     written = Numbered(notes_of(body, x, out=y))
-    assert [t.numel() for t in written.temporaries] == [3] and [t.numel() for t in written.parts] == [100, 4]
+    assert [t.numel() for t in written.temporaries] == [3] and [
+        t.numel() for t in written.parts
+    ] == [100, 4]
     _, *launch = written.launch(*written.notes.steps[1][1:])
     assert launch[-1] == [(0, 3, 0), (1, 4, 0)]  # after x, y and the tensor of the call
 
@@ -354,7 +429,12 @@ def test_temporaries_of_calls_are_tensors_and_of_launches_a_scratch():
 def test_launchers_of_cuda_are_replayed(name, cuda_on_cpu, monkeypatch):
     """In CUDA C++, emulated on the CPU; a replay asks for the stream of its own time."""
     asked = []
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: asked.append(device) or 0, raising=False)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_getCurrentRawStream",
+        lambda device: asked.append(device) or 0,
+        raising=False,
+    )
     monkeypatch.setattr("peftops.cuda._device.stream", lambda device: _replay.Stream(0))
     call = op(name)
     with backend("cuda"):

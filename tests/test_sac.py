@@ -25,7 +25,9 @@ def block(kind, p):
     torch.manual_seed(0)
     make = LinearNF4.from_linear if kind == "nf4" else lambda linear: linear
     options = {"lora_alpha": 6, "lora_dropout": p, "init_lora_weights": False} | BLOCKS[kind]
-    layers = [LoRALinear(make(nn.Linear(*sizes)), 4, **options) for sizes in ((32, 48), (48, 32))]
+    layers = [
+        LoRALinear(make(nn.Linear(*sizes)), 4, **options) for sizes in ((32, 48), (48, 32))
+    ]
     return nn.Sequential(layers[0], nn.GELU(), layers[1])
 
 
@@ -87,14 +89,22 @@ def test_more_ops_are_kept():
         with Watch():
             step(model, x, partial(again, context_fn=policy))
         counts.append(calls.count(product))
-    assert counts == [3, 2]  # torch makes nothing again after the last tensor that backward wants
+    assert counts == [
+        3,
+        2,
+    ]  # torch makes nothing again after the last tensor that backward wants
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=str)
 def test_a_patched_model(config, ops):
     """Through transformers' own switch."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64))
     lora = {"target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.3}
     model = peftops.patch(peft.get_peft_model(model, peft.LoraConfig(r=4, **lora, **config)))

@@ -17,7 +17,9 @@ OPS += "dora_norm", "dora_drop", "dora_mix"
 def alone(*command):
     """What a process prints in which Triton does not interpret."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=HERE.parent)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, cwd=HERE.parent
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -50,17 +52,31 @@ def test_replays_give_kernels_their_workspace(built):
 
 @pytest.mark.slow
 def test_replays_launch_what_launchers_launch_for_every_op_and_kind_of_shape(built):
-    compare([(256, 512, 384, 16), (200, 264, 520, 40), (1, 512, 384, 16), (8192, 4096, 4096, 16)], OPS)
+    compare(
+        [(256, 512, 384, 16), (200, 264, 520, 40), (1, 512, 384, 16), (8192, 4096, 4096, 16)],
+        OPS,
+    )
 
 
 def test_bench_host(built, tmp_path):
     """LoRA's rows: each says what a layer takes of the host, ours beside PEFT's."""
-    told = alone("-m", "peftops", "bench", "host", "--quick", "--dropout", "0.1", "--out", str(tmp_path))
+    told = alone(
+        "-m", "peftops", "bench", "host", "--quick", "--dropout", "0.1", "--out", str(tmp_path)
+    )
     (file,) = tmp_path.glob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["pass"] for line in lines] == ["forward, with gradient", "backward", "forward + backward", "one token"]
+    assert [line["pass"] for line in lines] == [
+        "forward, with gradient",
+        "backward",
+        "forward + backward",
+        "one token",
+    ]
     for line in lines:
-        assert line["row"] == "host" and set(line["ms"]) == {"PEFT", "PEFT, narrow adapters", "peftops"}
+        assert line["row"] == "host" and set(line["ms"]) == {
+            "PEFT",
+            "PEFT, narrow adapters",
+            "peftops",
+        }
         assert 0 < line["ms"]["peftops"][1] < 10 and f"{line['pass']}: " in told
 
 

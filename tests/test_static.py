@@ -12,7 +12,16 @@ from test_cli import run
 
 ROOT = Path(__file__).parent.parent
 KERNELS = [*(ROOT / "peftops/triton").glob("*.py"), *(ROOT / "csrc/cuda").glob("*.cu")]
-GOOD = {"registers": 64, "shared": 1024, "instructions": 200, "spilled": 0, "mma": 8, "wide": 4, "fma": 0, "waits": 0}
+GOOD = {
+    "registers": 64,
+    "shared": 1024,
+    "instructions": 200,
+    "spilled": 0,
+    "mma": 8,
+    "wide": 4,
+    "fma": 0,
+    "waits": 0,
+}
 
 
 def faults(limits, **changes):
@@ -37,7 +46,11 @@ def bare_kernel(X):
     pass
 """
     inf = float("inf")
-    assert sass.limits(text, "good_kernel", "sm_90") == {"registers": (8, 64), "wide": (4, inf), "fma": (0, 0)}
+    assert sass.limits(text, "good_kernel", "sm_90") == {
+        "registers": (8, 64),
+        "wide": (4, inf),
+        "fma": (0, 0),
+    }
     assert sass.limits(text, "good_kernel", "sm_90", ["GAIN"])["waits"] == (0, 1)
     assert sass.limits(text, "good_kernel", "gfx942")["registers"] == (8, 300)
     assert sass.limits(text, "bare_kernel", "sm_90") is None
@@ -78,12 +91,25 @@ def test_slow_variants_need_only_fit_and_exist():
 
 
 def test_loops_and_their_instructions():
-    lines = ["MOV", "HGMMA", "WARPGROUP.DEPBAR", "@P0 BRA `(x) 0x10", "FFMA", "LDL R1", "@P1 BRA 0x0", "EXIT"]
+    lines = [
+        "MOV",
+        "HGMMA",
+        "WARPGROUP.DEPBAR",
+        "@P0 BRA `(x) 0x10",
+        "FFMA",
+        "LDL R1",
+        "@P1 BRA 0x0",
+        "EXIT",
+    ]
     places = [16 * i for i in range(8)]
     found = sass.measure(40, 128, 8, places, lines)
-    assert found["loop"] == 3 and found["waits"] == 1 and found["mma"] == 1 and found["fma"] == 1
+    assert (
+        found["loop"] == 3 and found["waits"] == 1 and found["mma"] == 1 and found["fma"] == 1
+    )
     assert found["spilled"] == 8 and found["reloads"] == 0  # the outer loop holds another
-    assert sass.measure(40, 0, 8, places[:2], lines[:2])["spilled"] == 0  # a stack that nothing uses
+    assert (
+        sass.measure(40, 0, 8, places[:2], lines[:2])["spilled"] == 0
+    )  # a stack that nothing uses
 
 
 def child(code):
@@ -102,7 +128,9 @@ features = lambda launches: {feature for launch in launches for feature in launc
 assert features(few) == features(every) and len(few) < len(every) / 3
 print(len({launch.kernel.__name__ for launch in few}), len({launch.target for launch in few}))
 """)
-    kernels = {name for path in KERNELS if path.suffix == ".py" for name in names_in(path.read_text())}
+    kernels = {
+        name for path in KERNELS if path.suffix == ".py" for name in names_in(path.read_text())
+    }
     assert out.split() == [str(len(kernels)), "7"]
 
 
@@ -184,7 +212,9 @@ __global__ void __launch_bounds__(1024) greedy_kernel(float* out, const float* i
 template <class T> __global__ void bare_kernel(T* out) { out[threadIdx.x] = out[threadIdx.x + 1] * T(3); }
 template __global__ void bare_kernel<float>(float*);
 """)
-    greedy, bare = sorted(static_cuda.rows(source, "90"), key=lambda row: row["kernel"], reverse=True)
+    greedy, bare = sorted(
+        static_cuda.rows(source, "90"), key=lambda row: row["kernel"], reverse=True
+    )
     assert any("spills, or keeps in local memory" in fault for fault in greedy["faults"])
     assert bare["case"] == "float" and bare["faults"] == ["no limits stand above it"]
     source.write_text("__global__ void broken_kernel( {")
@@ -202,11 +232,23 @@ def test_cuda_kernels_of_the_project(capsys, monkeypatch):
 
 def test_a_fault_fails_the_command(capsys, monkeypatch):
     row = GOOD | dict.fromkeys(("ldsm", "async", "loop", "reloads"), 0)
-    row |= {"compiler": "c", "kernel": "k", "target": "t", "case": "", "tile": "", "faults": ["mma 0, allowed 1-9"]}
+    row |= {
+        "compiler": "c",
+        "kernel": "k",
+        "target": "t",
+        "case": "",
+        "tile": "",
+        "faults": ["mma 0, allowed 1-9"],
+    }
     monkeypatch.setattr(static, "triton_rows", lambda *args: [row])
     monkeypatch.setattr(static, "cuda_tasks", list)
     code, out, _ = run(capsys, "bench", "static", "--jobs", "1")
-    assert code == 1 and "k, t, c: mma 0, allowed 1-9" in out and "1 kernels, 1 beyond" in out and "no nvcc" in out
+    assert (
+        code == 1
+        and "k, t, c: mma 0, allowed 1-9" in out
+        and "1 kernels, 1 beyond" in out
+        and "no nvcc" in out
+    )
 
 
 def test_architectures_are_those_of_the_build():

@@ -16,7 +16,12 @@ from peftops.triton import _gemm, _tile, dora, lora_gemv, lora_product
 from peftops.triton.lora import describe
 from peftops.triton.nf4 import decode
 
-MANY = (290, 40, 40, 3)  # more rows of tiles than are walked together, and a part of such a group
+MANY = (
+    290,
+    40,
+    40,
+    3,
+)  # more rows of tiles than are walked together, and a part of such a group
 
 
 def h200(device):
@@ -44,7 +49,10 @@ def test_path(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", h200)
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
     ways = [_gemm.choose_product(9, 4096, k, half) for k in (128, 456, 454, 512)]
-    assert ways == ["fused", "fused", "cublas", "cublas"] and _gemm.choose_product(9, 64, 454, half) == "fused"
+    assert (
+        ways == ["fused", "fused", "cublas", "cublas"]
+        and _gemm.choose_product(9, 64, 454, half) == "fused"
+    )
     assert (
         _gemm.choose_product(9, 4096, 896, half, passes=2) == "fused"
         and _gemm.choose_product(9, 4096, 4096, single) == "cublas"
@@ -65,12 +73,24 @@ def test_path_of_four_bits(monkeypatch):
         return [describe(op, x, m, 4096, k, 16, "nf4") for m in rows]
 
     assert ways("lora_fwd", half, 4096, 65, 8192) == ["dequantize + cuBLAS"] * 2
-    assert ways("lora_fwd", single, 4096, 65) == ways("lora_fwd", half, 4099, 65) == ["dequantize + cuBLAS"]
+    assert (
+        ways("lora_fwd", single, 4096, 65)
+        == ways("lora_fwd", half, 4099, 65)
+        == ["dequantize + cuBLAS"]
+    )
     assert ways("lora_gemv", half, 4096, 1, 64) == ["two launches"] * 2
     assert describe("lora_gemv", half, 1, 4096, 4096, 0, "nf4") == "one launch"
-    assert ways("lora_gemv", single, 4096, 1) == ways("lora_gemv", half, 4099, 1) == ["dequantize + cuBLAS"]
+    assert (
+        ways("lora_gemv", single, 4096, 1)
+        == ways("lora_gemv", half, 4099, 1)
+        == ["dequantize + cuBLAS"]
+    )
     monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_80", 108))
-    assert ways("lora_fwd", half, 4096, 65, 512, 8192) == ["fused", "fused", "dequantize + cuBLAS"]
+    assert ways("lora_fwd", half, 4096, 65, 512, 8192) == [
+        "fused",
+        "fused",
+        "dequantize + cuBLAS",
+    ]
 
 
 def test_stripes_cover_and_fill(monkeypatch):
@@ -90,12 +110,17 @@ def copy_kernel(OUT, P, ROW, ROWS, COLS, BM: tl.constexpr, BN: tl.constexpr):
 
 
 def test_more_than_two_to_the_31_elements():
-    rows, columns = 2**20 + 16, 2**12  # numpy leaves what is not touched to the operating system
+    rows, columns = (
+        2**20 + 16,
+        2**12,
+    )  # numpy leaves what is not touched to the operating system
     big = torch.from_numpy(numpy.zeros((rows, columns), dtype=numpy.uint8))
     big[2**20 :] = 7
     out = torch.zeros(16, 32, dtype=torch.uint8)
     copy_kernel[(1,)](out.new_zeros(16, columns), big, 2**20, rows, columns, BM=16, BN=32)
-    assert (big[2**20 :, :32] == 8).all() and (big[2**20 :, 32:] == 7).all() and not big[:16].any()
+    assert (
+        (big[2**20 :, :32] == 8).all() and (big[2**20 :, 32:] == 7).all() and not big[:16].any()
+    )
 
 
 @triton.jit
@@ -128,7 +153,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size, block", [(1, 32), (63, 64), (4096, 4096), (8225, 32), (4242, 256), (5000, 1024)])
+@pytest.mark.parametrize(
+    "size, block", [(1, 32), (63, 64), (4096, 4096), (8225, 32), (4242, 256), (5000, 1024)]
+)
 def test_bits_of_quantize(size, block, dtype):
     w = torch.randn(size)
     w[size // 2 :] *= 1e-3
@@ -139,24 +166,34 @@ def test_bits_of_quantize(size, block, dtype):
             args = [w.to(dtype), *bounds(four_bits(kind, w.device)), block]
             codes, absmax = call("nf4_quantize", "triton", args)
             expected, scales = call("nf4_quantize", "reference", args)
-            assert torch.equal(codes, expected) and torch.equal(absmax.nan_to_num(7), scales.nan_to_num(7)), special
+            assert torch.equal(codes, expected) and torch.equal(
+                absmax.nan_to_num(7), scales.nan_to_num(7)
+            ), special
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size, block", [(1, 32), (63, 64), (8225, 32), (16416, 32), (4242, 4096), (12288, 64)])
+@pytest.mark.parametrize(
+    "size, block", [(1, 32), (63, 64), (8225, 32), (16416, 32), (4242, 4096), (12288, 64)]
+)
 def test_bits_of_dequantize(size, block, dtype, nested):
     codes, table, *scales = nf4(size, block, nested, torch.Generator().manual_seed(size))
     args = [codes, table, scales, block, size, dtype]
-    (out,), (expected,) = (call("nf4_dequantize", name, args) for name in ("triton", "reference"))
+    (out,), (expected,) = (
+        call("nf4_dequantize", name, args) for name in ("triton", "reference")
+    )
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("n, k, block", [(40, 72, 32), (33, 133, 64), (9, 1040, 64), (5, 4100, 4096)])
+@pytest.mark.parametrize(
+    "n, k, block", [(40, 72, 32), (33, 133, 64), (9, 1040, 64), (5, 4100, 4096)]
+)
 def test_parts_of_a_weight(n, k, block):
     """Some columns of it, or some rows, whatever they begin with."""
     base = nf4(n * k, block, True, torch.Generator().manual_seed(k))
-    w = call("nf4_dequantize", "reference", [*base[:2], base[2:], block, n * k, torch.bfloat16])[0].view(n, k)
+    w = call(
+        "nf4_dequantize", "reference", [*base[:2], base[2:], block, n * k, torch.bfloat16]
+    )[0].view(n, k)
     for first, columns in ((0, k), (0, 16), (3, 7), (32, 33), (k - 8, 8), (8, 1024)):
         if first + columns <= k:
             out = torch.empty(n, columns, dtype=torch.bfloat16)
@@ -172,7 +209,9 @@ def decoded(monkeypatch):
     """The shapes of what is decoded outside a product."""
     shapes = []
     monkeypatch.setattr(
-        lora_product, "decode", lambda out, *args: shapes.append(tuple(out.shape)) or decode(out, *args)
+        lora_product,
+        "decode",
+        lambda out, *args: shapes.append(tuple(out.shape)) or decode(out, *args),
     )
     return shapes
 
@@ -192,7 +231,9 @@ def test_products_read_the_same_bits(n, k, block, dtype, nested, way, decoded, m
         by_cublas(monkeypatch)
     t = lora(1, k, n, 0, dtype, form="nf4", block=block, nested=nested)
     codes, table, *scales = t["base"]
-    w = call("nf4_dequantize", "reference", [codes, table, scales, block, n * k, dtype])[0].view(n, k)
+    w = call("nf4_dequantize", "reference", [codes, table, scales, block, n * k, dtype])[
+        0
+    ].view(n, k)
     t |= {"x": torch.eye(k, dtype=dtype), "dy": torch.eye(n, dtype=dtype)}
     for op, names in (("lora_fwd", FWD), ("lora_gemv", GEMV)):
         assert torch.equal(call(op, "triton", [t[name] for name in names])[0], w.T)
@@ -202,7 +243,9 @@ def test_products_read_the_same_bits(n, k, block, dtype, nested, way, decoded, m
     assert len(decoded) == (3 if way == "cublas" else 0)
 
 
-@pytest.mark.parametrize("op, names", [("lora_fwd", FWD), ("lora_bwd", BWD), ("lora_gemv", GEMV)])
+@pytest.mark.parametrize(
+    "op, names", [("lora_fwd", FWD), ("lora_bwd", BWD), ("lora_gemv", GEMV)]
+)
 @pytest.mark.parametrize("shape", [(5, 45, 33, 20), (3, 24, 10, 0)], ids=str)
 def test_scratch_of_a_few_rows(op, names, shape, decoded, monkeypatch):
     """In parts the sums stay whole: the law holds, and no more is decoded at a time than there is room for."""
@@ -219,7 +262,10 @@ def test_scratch_of_a_few_rows(op, names, shape, decoded, monkeypatch):
 
 def test_what_the_scratch_holds():
     half = torch.empty(0, dtype=torch.bfloat16)
-    parts = [lora_product.part(count, length, half) for count, length in ((4096, 4096), (14336, 4096), (28672, 8192))]
+    parts = [
+        lora_product.part(count, length, half)
+        for count, length in ((4096, 4096), (14336, 4096), (28672, 8192))
+    ]
     assert parts == [4096, 4096, 2048] and lora_product.part(4096, 14336, half) == 1024
     assert lora_product.part(8, 2**25, half) == 1
 
@@ -229,9 +275,13 @@ def norm(t):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"form": "transposed", "fp32": True}, {"form": "nf4", "nested": True}], ids=str
+    "options",
+    [{}, {"form": "transposed", "fp32": True}, {"form": "nf4", "nested": True}],
+    ids=str,
 )
-@pytest.mark.parametrize("shape", [(0, 264, 40, 20), (0, 520, 72, 40), (0, 250, 72, 33)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 264, 40, 20), (0, 520, 72, 40), (0, 250, 72, 33)], ids=str
+)
 def test_norm_in_parts(shape, options):
     """Stripes of columns, and ranks that are held, or are too many to be: the law, and the same bits each time."""
     t = lora(*shape, torch.bfloat16, **options)
@@ -253,7 +303,11 @@ def test_norm_of_a_row_that_is_not_a_number():
     expected = norm(t)
     t["base"][0][7, 200] = float("nan")
     out = norm(t)
-    assert out[7].isnan() and torch.equal(out[:7], expected[:7]) and torch.equal(out[8:], expected[8:])
+    assert (
+        out[7].isnan()
+        and torch.equal(out[:7], expected[:7])
+        and torch.equal(out[8:], expected[8:])
+    )
 
 
 def test_ranks_that_are_held(monkeypatch):
@@ -261,7 +315,9 @@ def test_ranks_that_are_held(monkeypatch):
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
     for kind, held in (("sm_90", [1, 1, 1, 2, 6, 0]), ("sm_86", [1, 1, 1, 2, 0, 0])):
         monkeypatch.setattr(_gemm, "machine", lambda device, kind=kind: (kind, 132))
-        assert [dora.norm_tile(r, half, True)["HELD"] for r in (0, 16, 64, 128, 384, 385)] == held
+        assert [
+            dora.norm_tile(r, half, True)["HELD"] for r in (0, 16, 64, 128, 384, 385)
+        ] == held
     assert [dora.norm_tile(r, half, False)["HELD"] for r in (8, 32, 33)] == [1, 1, 0]
     assert [dora.norm_tile(r, single, True)["HELD"] for r in (8, 17)] == [1, 0]
 
@@ -271,7 +327,9 @@ def test_scratch_of_the_gradient_of_a_norm(decoded, monkeypatch):
     monkeypatch.setattr(lora_product, "SCRATCH", 2 * 45 * 7)
     t = lora(0, 45, 33, 20, torch.float16, form="nf4", nested=True)
     t |= {"dn": torch.linspace(-1, 1, 33), "n": torch.linspace(1, 2, 33), "need": [True, True]}
-    error, bound = check_case("dora_norm_bwd", "triton", [t[name] for name in ["dn", "n", *NORM, "need"]])
+    error, bound = check_case(
+        "dora_norm_bwd", "triton", [t[name] for name in ["dn", "n", *NORM, "need"]]
+    )
     assert error <= bound and decoded == [(1, 7 * 45)] * 4 + [(1, 5 * 45)]
 
 
@@ -280,4 +338,6 @@ def test_dropout_of_nothing():
     t = lora(5, 40, 1, 1, torch.bfloat16, p=0.5)
     dropped, rest, bits = call("dora_drop", "triton", [t["x"], t["seed"], 0.0])
     assert torch.equal(dropped, t["x"]) and not rest.any() and (bits == 255).all()
-    assert torch.equal(call("dora_mix", "triton", [t["x"], t["x"].flip(0), t["bits"], 0.0])[0], t["x"])
+    assert torch.equal(
+        call("dora_mix", "triton", [t["x"], t["x"].flip(0), t["bits"], 0.0])[0], t["x"]
+    )

@@ -27,14 +27,21 @@ class Kernel:
         def launch(*args, **options):
             self.found_out.append((grid, args, options))
             made = SimpleNamespace(global_scratch_size=self.workspace)
-            return SimpleNamespace(run=self.run, function="function", packed_metadata="metadata", metadata=made)
+            return SimpleNamespace(
+                run=self.run, function="function", packed_metadata="metadata", metadata=made
+            )
 
         return launch
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream of {device}", raising=False)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_getCurrentRawStream",
+        lambda device: f"stream of {device}",
+        raising=False,
+    )
     return Kernel()
 
 
@@ -46,18 +53,35 @@ def call(kernel, *args, grid=(4,), **options):
 
 
 def test_alike_arguments_run_at_once(kernel):
-    launched, (out, x), w = Launched(kernel), torch.zeros(2, 64), (torch.zeros(8), torch.zeros(8, dtype=torch.uint8))
+    launched, (out, x), w = (
+        Launched(kernel),
+        torch.zeros(2, 64),
+        (torch.zeros(8), torch.zeros(8, dtype=torch.uint8)),
+    )
     assert call(launched, out, x, w, 8) and not kernel.at_once
     other = torch.ones(64), None
     assert not call(launched, other[0], x, w, 8, grid=(5, 2))
-    ((*grid, stream, function, metadata, enter, leave, hook), rest) = kernel.at_once[0][:9], kernel.at_once[0][9:]
-    assert grid == [5, 2, 1] and (stream, function, metadata) == ("stream of -1", "function", "metadata")
+    ((*grid, stream, function, metadata, enter, leave, hook), rest) = (
+        kernel.at_once[0][:9],
+        kernel.at_once[0][9:],
+    )
+    assert grid == [5, 2, 1] and (stream, function, metadata) == (
+        "stream of -1",
+        "function",
+        "metadata",
+    )
     assert enter is leave is hook is None
-    assert rest[0] is other[0] and rest[1] is x and rest[2] is w and rest[3:] == (8, 16, True)  # as the kernel has them
+    assert (
+        rest[0] is other[0] and rest[1] is x and rest[2] is w and rest[3:] == (8, 16, True)
+    )  # as the kernel has them
 
 
 def test_what_is_not_alike_is_found_out(kernel):
-    launched, (out, x), w = Launched(kernel), torch.zeros(2, 64), (torch.zeros(8), torch.zeros(8))
+    launched, (out, x), w = (
+        Launched(kernel),
+        torch.zeros(2, 64),
+        (torch.zeros(8), torch.zeros(8)),
+    )
     call(launched, out, x, w, 8)
     for args in (
         (out, x, w, 9),
@@ -68,9 +92,13 @@ def test_what_is_not_alike_is_found_out(kernel):
     ):
         assert call(launched, *args) and not call(launched, *args)
     for options in ({"BM": 32}, {"num_warps": 8}, {"EVEN": False}):
-        assert call(launched, out, x, w, 8, **options) and not call(launched, out, x, w, 8, **options)
+        assert call(launched, out, x, w, 8, **options) and not call(
+            launched, out, x, w, 8, **options
+        )
     odd = torch.zeros(65)[1:]
-    assert call(launched, out, odd, w, 8) and call(launched, out, odd, w, 8)  # Triton compiles another for it
+    assert call(launched, out, odd, w, 8) and call(
+        launched, out, odd, w, 8
+    )  # Triton compiles another for it
 
 
 def test_a_kernel_that_asks_for_a_workspace_gets_one_and_nobody_else_notices(kernel):
@@ -81,7 +109,9 @@ def test_a_kernel_that_asks_for_a_workspace_gets_one_and_nobody_else_notices(ker
         launched, x = Launched(kernel), torch.zeros(4)
         for _ in range(3):
             call(launched, x, x, (x,), 8)
-        assert [(t.numel(), t.dtype, t.device) for t in kernel.given] == [(512, torch.uint8, x.device)] * 2
+        assert [(t.numel(), t.dtype, t.device) for t in kernel.given] == [
+            (512, torch.uint8, x.device)
+        ] * 2
         assert _allocation._allocator.get() is mine
     finally:
         triton.set_allocator(_allocation._NULL_ALLOCATOR)

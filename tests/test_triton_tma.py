@@ -70,12 +70,29 @@ def test_parts_of_a_weight_in_4_bits(op, taken, monkeypatch):
 
     class Counted:
         def __getitem__(self, grid):
-            return lambda *args, **named: launched.append(args[15]) or kernel[grid](*args, **named)
+            return lambda *args, **named: (
+                launched.append(args[15]) or kernel[grid](*args, **named)
+            )
 
     monkeypatch.setattr(lora_tma, "tma_kernel", Counted())
     monkeypatch.setattr(lora_product, "SCRATCH", 2 * 264 * 20)
-    assert_law(op, lora(37, 264, 136, 16, torch.bfloat16, form="nf4", p=0.3, gain=op == "lora_fwd", bias=True))
-    assert launched == (list(range(0, 136, 32)) if op == "lora_fwd" else list(range(0, 264, 64)))
+    assert_law(
+        op,
+        lora(
+            37,
+            264,
+            136,
+            16,
+            torch.bfloat16,
+            form="nf4",
+            p=0.3,
+            gain=op == "lora_fwd",
+            bias=True,
+        ),
+    )
+    assert launched == (
+        list(range(0, 136, 32)) if op == "lora_fwd" else list(range(0, 264, 64))
+    )
 
 
 def test_everything_dropped(taken):
@@ -94,7 +111,12 @@ def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
     assert described(half) == "cuBLAS + epilogue"
     monkeypatch.setitem(_gemm.TMA, "sm_90", 0.05)  # an epilogue costs 367 / 4096, 9 %
     assert described(half) == described(half, form="transposed") == "TMA"
-    assert described(half, k=8192) == described(half, n=4100) == described(single) == "cuBLAS + epilogue"
+    assert (
+        described(half, k=8192)
+        == described(half, n=4100)
+        == described(single)
+        == "cuBLAS + epilogue"
+    )
     assert (
         described(half, form="nf4") == "dequantize + TMA"
         and described(half, k=8192, form="nf4") == "dequantize + cuBLAS"
@@ -104,6 +126,10 @@ def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
 def test_tiles(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_90", 132))
     out = torch.empty(0)
-    for m, n, width, programs in ((8192, 4096, 256, 132), (2048, 2048, 128, 132), (256, 1024, 128, 16)):
+    for m, n, width, programs in (
+        (8192, 4096, 256, 132),
+        (2048, 2048, 128, 132),
+        (256, 1024, 128, 16),
+    ):
         tile, count = lora_tma.pick(m, n, out, True)
         assert (tile["BN"], count) == (width, programs)

@@ -40,12 +40,22 @@ LINES = 60  # of the table at the end
 
 def options(argv):
     parser = Parser("peftops bench gpu", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …, or cpu for a rehearsal")
-    parser.add_argument("--only", metavar="STAGE,…", help=f"of {', '.join(STAGES)}; by default all but tune")
-    parser.add_argument("--tune", action="store_true", help="measure tiles too, and write them as tables")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, cuda:1 …, or cpu for a rehearsal"
+    )
+    parser.add_argument(
+        "--only", metavar="STAGE,…", help=f"of {', '.join(STAGES)}; by default all but tune"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="measure tiles too, and write them as tables"
+    )
     parser.add_argument("--seconds", type=positive, default=540, help="of time, for everything")
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", default=Path("peftops-gpu"), help="where the results are kept"
+        "--out",
+        type=folder,
+        metavar="DIR",
+        default=Path("peftops-gpu"),
+        help="where the results are kept",
     )
     o = parser.parse_args(argv)
     if o.only is None:
@@ -101,7 +111,9 @@ class Runner:
         self.stages[stage] = {"ok": 0, "failed": 0, "absent": 0}
         code, had_events, stopped, errors = self.watch(stage, seconds)
         if stopped:
-            self.event(stage, {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"})
+            self.event(
+                stage, {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"}
+            )
         elif code:
             last = (errors.strip().splitlines() or [f"exit {code}"])[-1]
             self.event(stage, {"what": "process", "ok": False, "said": last[:300]})
@@ -141,12 +153,28 @@ class Runner:
 
     def command(self, stage, seconds):
         if stage == "build":
-            wish = ["PEFTOPS_CUDA=1", f"PEFTOPS_CUDA_ARCHS={arch()}"] if self.o.device.startswith("cuda") else []
-            return ["env", *wish, sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            wish = (
+                ["PEFTOPS_CUDA=1", f"PEFTOPS_CUDA_ARCHS={arch()}"]
+                if self.o.device.startswith("cuda")
+                else []
+            )
+            return [
+                "env",
+                *wish,
+                sys.executable,
+                "setup.py",
+                "--quiet",
+                "build_ext",
+                "--inplace",
+            ]
         if stage == "doctor":
             return [sys.executable, "-m", "peftops", "doctor"]
         args = stage, self.o.device, str(round(seconds)), str(self.o.out.resolve())
-        interpret = ["env", "TRITON_INTERPRET=1"] if stage in ("tma", "tune") and self.o.device == "cpu" else []
+        interpret = (
+            ["env", "TRITON_INTERPRET=1"]
+            if stage in ("tma", "tune") and self.o.device == "cpu"
+            else []
+        )
         return [*interpret, sys.executable, "-c", BOOTSTRAP, *args]
 
     def working_folder(self, stage):
@@ -207,9 +235,17 @@ class Runner:
         """At most LINES lines: stages, what failed, what misses its target, what is absent and why."""
         yield f"{self.about['device']}, commit {self.about['commit']}, {seconds:.0f} s"
         for stage, counts in self.stages.items():
-            states = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "seconds" and count)
+            states = ", ".join(
+                f"{count} {name}"
+                for name, count in counts.items()
+                if name != "seconds" and count
+            )
             yield f"{stage:10} {counts['seconds']:6.1f} s  {states}"
-        sections = {"failed": self.alike(), "misses its target": self.misses, "absent": self.absent}
+        sections = {
+            "failed": self.alike(),
+            "misses its target": self.misses,
+            "absent": self.absent,
+        }
         most = (LINES - len(self.stages) - 8) // len(sections)
         for title, lines in sections.items():
             lines = list(lines)

@@ -28,7 +28,9 @@ def examine(device):
 def layer_of(k, n, p, device):
     torch.manual_seed(0)
     base = nn.Linear(k, n, device=device, dtype=torch.bfloat16)
-    layer = peftops.nn.LoRALinear(base, 8, lora_alpha=16, lora_dropout=p, init_lora_weights=False)
+    layer = peftops.nn.LoRALinear(
+        base, 8, lora_alpha=16, lora_dropout=p, init_lora_weights=False
+    )
     return layer.train()
 
 
@@ -70,7 +72,9 @@ def replayed(layer, x):
     if drops(layer):
         differ = not torch.equal(results[1][0], results[2][0])
         return differ, "" if differ else "every replay draws the same mask"
-    same = all(torch.equal(*pair) for pair in zip(trained(layer, 2 * x), results[1], strict=True))
+    same = all(
+        torch.equal(*pair) for pair in zip(trained(layer, 2 * x), results[1], strict=True)
+    )
     return same, "" if same else "a replay differs from the eager call"
 
 

@@ -36,7 +36,12 @@ def run_all(tasks, device, end):
         except Empty:
             continue
     if left := waiting.qsize():
-        yield {"what": "the rest", "ok": True, "absent": True, "said": f"{left} of {len(tasks)} groups ran out of time"}
+        yield {
+            "what": "the rest",
+            "ok": True,
+            "absent": True,
+            "said": f"{left} of {len(tasks)} groups ran out of time",
+        }
 
 
 def employ(waiting, events, device, end):
@@ -55,7 +60,11 @@ def employ(waiting, events, device, end):
             first = None
             if begun is not None:  # it died there, or could not even start
                 at, label = begun
-                said = worker.last_words() if time.monotonic() < end else "stopped, since time was up"
+                said = (
+                    worker.last_words()
+                    if time.monotonic() < end
+                    else "stopped, since time was up"
+                )
                 what = f"{op} on {name}, {dtype}, {shape}, {label}"
                 events.put({"what": what, "ok": False, "said": f"its process died: {said}"})
                 worker = None
@@ -73,7 +82,11 @@ class Worker:
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [*interpret, sys.executable, "-c", WORKER, str(device)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
         )
 
     def do(self, task, first, take):
@@ -127,7 +140,9 @@ def work(device):
     os.dup2(2, 1)
     for line in sys.stdin:
         op, name, dtype, shape, first = json.loads(line)
-        for i, (label, args) in enumerate(CASES[op](tuple(shape), getattr(torch, dtype), place)):
+        for i, (label, args) in enumerate(
+            CASES[op](tuple(shape), getattr(torch, dtype), place)
+        ):
             if i < first:
                 continue
             event = {"what": f"{op} on {name}, {dtype}, {tuple(shape)}, {label}", "ok": False}

@@ -57,13 +57,24 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def options(argv):
-    parser = argparse.ArgumentParser(prog="python -m peftops.bench.proof.peft_suite", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkout", metavar="PEFT_CHECKOUT", type=Path, help="PEFT's sources, with tests/")
-    parser.add_argument(
-        "tests", nargs="*", default=["tests/test_custom_models.py"], help="files in it, default %(default)s"
+    parser = argparse.ArgumentParser(
+        prog="python -m peftops.bench.proof.peft_suite", description=__doc__
     )
-    parser.add_argument("-k", default="Vanilla and LoRA", help="which tests, as pytest's -k, default %(default)s")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "checkout", metavar="PEFT_CHECKOUT", type=Path, help="PEFT's sources, with tests/"
+    )
+    parser.add_argument(
+        "tests",
+        nargs="*",
+        default=["tests/test_custom_models.py"],
+        help="files in it, default %(default)s",
+    )
+    parser.add_argument(
+        "-k",
+        default="Vanilla and LoRA",
+        help="which tests, as pytest's -k, default %(default)s",
+    )
     found = parser.parse_args(argv)
     for name in found.tests:
         if not (found.checkout / name).exists():
@@ -75,13 +86,27 @@ def outcomes(o, *plugin):
     """{test: one of OUTCOMES} of a run in a process of its own, whose output is shown."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", *o.tests, "-k", o.k, "-q", "--tb=no", "--disable-warnings"]
-        done = subprocess.run([*command, "-o", "addopts=", f"--junitxml={report}", *plugin], cwd=o.checkout)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *o.tests,
+            "-k",
+            o.k,
+            "-q",
+            "--tb=no",
+            "--disable-warnings",
+        ]
+        done = subprocess.run(
+            [*command, "-o", "addopts=", f"--junitxml={report}", *plugin], cwd=o.checkout
+        )
         if not report.exists():
             sys.exit(f"pytest ended with exit code {done.returncode} and without a report")
         cases = list(ElementTree.parse(report).iter("testcase"))
     return {
-        f"{case.get('classname')}::{case.get('name')}": next((c.tag for c in case if c.tag in OUTCOMES), "passed")
+        f"{case.get('classname')}::{case.get('name')}": next(
+            (c.tag for c in case if c.tag in OUTCOMES), "passed"
+        )
         for case in cases
     }
 
@@ -95,7 +120,9 @@ def main(argv=None):
         print(f"{name:10}" + "".join(f"{counts[outcome]:10}" for outcome in OUTCOMES))
     differ = [test for test in {**stock, **fused} if stock.get(test) != fused.get(test)]
     for test in differ:
-        print(f"{test}: {stock.get(test, 'absent')} with PEFT, {fused.get(test, 'absent')} with peftops")
+        print(
+            f"{test}: {stock.get(test, 'absent')} with PEFT, {fused.get(test, 'absent')} with peftops"
+        )
     if "passed" not in stock.values():
         print("no test passed with PEFT, so nothing was compared")
         return 1

@@ -59,7 +59,9 @@ def disassemble(cubin):
     usage = cuobjdump(cubin, "-res-usage")
     functions = {}
     for name, numbers in re.findall(r"Function (\S+):\n\s*(.*)", usage):
-        functions[name] = tuple(int(re.search(rf"{what}:(\d+)", numbers)[1]) for what in ("REG", "STACK"))
+        functions[name] = tuple(
+            int(re.search(rf"{what}:(\d+)", numbers)[1]) for what in ("REG", "STACK")
+        )
     for block in re.split(r"Function : ", text)[1:]:
         name, body = block.split(maxsplit=1)
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)

@@ -66,7 +66,10 @@ class Block(nn.Module):
 class Stack(nn.Module):
     def __init__(self, s, device):
         super().__init__()
-        self.embedded = torch.randn(s.vocabulary, s.width, device=device, dtype=torch.bfloat16) * s.width**-0.5
+        self.embedded = (
+            torch.randn(s.vocabulary, s.width, device=device, dtype=torch.bfloat16)
+            * s.width**-0.5
+        )
         self.blocks = nn.ModuleList(Block(s, device) for _ in range(s.layers))
 
     def forward(self, ids):
@@ -99,7 +102,9 @@ def train(s, device, end, steps=4):
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    weights = sum(math.prod(module.shape) for module in model.modules() if isinstance(module, LinearNF4))
+    weights = sum(
+        math.prod(module.shape) for module in model.modules() if isinstance(module, LinearNF4)
+    )
     ok = losses[-1] < losses[0] and peak <= CAP
     return {
         "ok": ok, "losses": losses, "step_s": min(seconds[1:]), "peak_gb": peak / 1e9,

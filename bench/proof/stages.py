@@ -28,12 +28,20 @@ DTYPES = "bfloat16", "float16", "float32"
 
 
 def say(what, ok, said="", **more):
-    print(json.dumps({"what": what, "ok": bool(ok), "said": said, **more}, ensure_ascii=False), flush=True)
+    print(
+        json.dumps({"what": what, "ok": bool(ok), "said": said, **more}, ensure_ascii=False),
+        flush=True,
+    )
 
 
 def run(stage, device, seconds, out):
     """Runs the function of this module that has the name of the stage."""
-    o = SimpleNamespace(device=torch.device(device), seconds=seconds, out=Path(out), end=time.monotonic() + seconds)
+    o = SimpleNamespace(
+        device=torch.device(device),
+        seconds=seconds,
+        out=Path(out),
+        end=time.monotonic() + seconds,
+    )
     globals()[stage](o)
 
 
@@ -47,7 +55,12 @@ def cells(device):
     from peftops import backends
 
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu", "triton")
-    return [(op, name) for op in CASES for name in names if backends.cell(name, op) and runs(name, device)]
+    return [
+        (op, name)
+        for op in CASES
+        for name in names
+        if backends.cell(name, op) and runs(name, device)
+    ]
 
 
 def runs(name, device):
@@ -61,7 +74,12 @@ def kernels(o):
     """Every case of every cell, dtype and shape."""
     from .matrix import run_all
 
-    tasks = [(op, name, dtype, shape) for shape in shapes(o) for dtype in DTYPES for op, name in cells(o.device)]
+    tasks = [
+        (op, name, dtype, shape)
+        for shape in shapes(o)
+        for dtype in DTYPES
+        for op, name in cells(o.device)
+    ]
     if o.device.type == "cuda" and not any(name == "cuda" for _, name, *_ in tasks):
         say("the CUDA kernels", False, "are not built, or have no code for this GPU")
     for event in run_all(tasks, o.device, o.end - 4):
@@ -85,7 +103,9 @@ def small(device):
 
 def sanitizer(o):
     """compute-sanitizer's memcheck and racecheck over a few cases."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
     if not tool:
         say("compute-sanitizer", True, "is not installed", absent=True)
         return
@@ -94,7 +114,16 @@ def sanitizer(o):
         return
     watched = [sys.executable, "-c", SMALL.format(device=str(o.device))]
     for check in ("memcheck", "racecheck"):
-        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", check, "--error-exitcode", "9", *watched]
+        command = [
+            "env",
+            "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            *watched,
+        ]
         left = max(5, o.end - time.monotonic() - 2)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
@@ -142,7 +171,11 @@ def replays(o):
                 with paused():
                     expected = bits(call(*args))
                 replayed = [bits(call(*args)) for _ in range(4)]
-                if not all(torch.equal(a, b) for outs in replayed for a, b in zip(outs, expected, strict=True)):
+                if not all(
+                    torch.equal(a, b)
+                    for outs in replayed
+                    for a, b in zip(outs, expected, strict=True)
+                ):
                     wrong.append(f"{shape}, {label}")
         say(f"{op}, {call.direct.plans()} plans", not wrong, "; ".join(wrong[:3]))
 
@@ -153,7 +186,12 @@ def host(o):
     from ..progress import Progress
 
     if o.device.type != "cuda":
-        say("host time", True, "needs a GPU; peftops bench host has a stand-in for one", absent=True)
+        say(
+            "host time",
+            True,
+            "needs a GPU; peftops bench host has a stand-in for one",
+            absent=True,
+        )
         return
     about = results.describe(o.device) | {"row": "host", "dtype": "bf16"}
     for line in row.measure(o.device, row.KINDS, (0.0, 0.1), 5, Progress()):
@@ -163,7 +201,9 @@ def host(o):
         took = 1000 * line["ms"][row.OURS][1]
         missed = []
         if ratios.get(row.STOCK, 0) > row.TARGET:
-            missed.append(f"{what}: {ratios[row.STOCK]:.2f} × PEFT's host time, target {row.TARGET}")
+            missed.append(
+                f"{what}: {ratios[row.STOCK]:.2f} × PEFT's host time, target {row.TARGET}"
+            )
         said = ", ".join(filter(None, (f"{took:.0f} µs", results.beside(ratios))))
         say(f"host time of {what}", True, said, misses=missed)
         if time.monotonic() > o.end - 3:
@@ -180,7 +220,9 @@ def bench(o):
     # A CPU may take minutes for peers in 16 bits.
     name = "bf16" if o.device.type == "cuda" else "fp32"
     dtype = torch_dtype(name)
-    if wrong := unlawful(SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), dtype, o.device):
+    if wrong := unlawful(
+        SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), dtype, o.device
+    ):
         say("the law", False, wrong)
         return
     about, lines = results.describe(o.device), []
@@ -222,7 +264,9 @@ def measured(rows, device, dtype):
     jobs.sort(key=lambda job: job[0])
     while jobs:  # what has been measured gives its memory back
         _, row, name, problem = jobs.pop(0)
-        lines = layer(row, name, problem, options, limits) if name else alone(row, device, False)
+        lines = (
+            layer(row, name, problem, options, limits) if name else alone(row, device, False)
+        )
         yield from ((row, line) for line in lines)
 
 
@@ -251,8 +295,17 @@ def models(o):
         said = f"{line['ms'][OURS][1]:.1f} ms, {results.beside(line['ratio'])}; losses {losses}"
         ratio = line["ratio"].get(whole.STOCK, 0)
         most = whole.TARGETS.get(line["layer"], float("inf"))
-        missed = [f"{line['layer']}: {ratio:.2f} × PEFT's step, target {most}"] if ratio > most else []
-        say(f"{line['layer']}, p = {line['dropout']}", whole.agree(line, losses), said, misses=missed)
+        missed = (
+            [f"{line['layer']}: {ratio:.2f} × PEFT's step, target {most}"]
+            if ratio > most
+            else []
+        )
+        say(
+            f"{line['layer']}, p = {line['dropout']}",
+            whole.agree(line, losses),
+            said,
+            misses=missed,
+        )
 
 
 def stack(o):
@@ -287,5 +340,8 @@ def tune(o):
     best = {}
     for name, tile, said in tables(o.device, o.end):
         best[name] = tile
-        replace(o.out / "tiles.json", lambda beside: beside.write_text(json.dumps(best, indent=1) + "\n"))
+        replace(
+            o.out / "tiles.json",
+            lambda beside: beside.write_text(json.dumps(best, indent=1) + "\n"),
+        )
         say(name, True, said)

@@ -29,13 +29,23 @@ COLUMNS = {  # of the table: a number, and what it is called
 def options(argv):
     parser = Parser("peftops bench static", description=__doc__)
     parser.add_argument(
-        "--all", action="store_true", help="every variant, instead of few that meet every flag and tile"
+        "--all",
+        action="store_true",
+        help="every variant, instead of few that meet every flag and tile",
     )
     parser.add_argument(
-        "--triton", action="append", default=[], metavar="VERSION", help="another triton, fetched by pip"
+        "--triton",
+        action="append",
+        default=[],
+        metavar="VERSION",
+        help="another triton, fetched by pip",
     )
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes at once")
-    parser.add_argument("--rows", action="store_true", help="a line for each variant, instead of their ranges")
+    parser.add_argument(
+        "--jobs", type=positive, default=os.cpu_count(), help="processes at once"
+    )
+    parser.add_argument(
+        "--rows", action="store_true", help="a line for each variant, instead of their ranges"
+    )
     return parser.parse_args(argv)
 
 
@@ -46,12 +56,18 @@ def main(argv=None):
     if (static_cuda.ROOT / "setup.py").exists():
         kept = static_cuda.ROOT / "build" / "static"
         kept.mkdir(parents=True, exist_ok=True)
-    versions = [(installed("triton"), None), *((version, fetch(version)) for version in o.triton)]
+    versions = [
+        (installed("triton"), None),
+        *((version, fetch(version)) for version in o.triton),
+    ]
     rows = []
     with ThreadPoolExecutor(o.jobs) as pool, Progress() as progress:
         tasks = []
         for version, folder in versions:
-            tasks += [pool.submit(triton_rows, version, folder, o.all, i, o.jobs, kept) for i in range(o.jobs)]
+            tasks += [
+                pool.submit(triton_rows, version, folder, o.all, i, o.jobs, kept)
+                for i in range(o.jobs)
+            ]
         tasks += [pool.submit(cuda_rows, *task, kept) for task in cuda_tasks()]
         for done in progress.track(as_completed(tasks), len(tasks), "compiling"):
             rows += done.result()
@@ -59,9 +75,17 @@ def main(argv=None):
     print("\n".join(table(rows if o.rows else ranges(rows), o.rows)))
     failed = [row for row in rows if row["faults"]]
     for row in failed:
-        where = ", ".join(filter(None, (row["kernel"], row["target"], row["case"], row["tile"], row["compiler"])))
+        where = ", ".join(
+            filter(
+                None, (row["kernel"], row["target"], row["case"], row["tile"], row["compiler"])
+            )
+        )
         print(f"{where}: {'; '.join(row['faults'])}")
-    absent = "" if cuda_tasks() else "; CUDA C++ was not compiled, since there is no nvcc or no csrc here"
+    absent = (
+        ""
+        if cuda_tasks()
+        else "; CUDA C++ was not compiled, since there is no nvcc or no csrc here"
+    )
     print(f"{len(rows)} kernels, {len(failed)} beyond their limits{absent}")
     return int(bool(failed))
 
@@ -72,10 +96,21 @@ def fetch(version):
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{beside}/triton"]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                f"{beside}/triton",
+            ]
             done = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True)
             if done.returncode:
-                raise BadInput(f"pip cannot fetch triton {version}: {done.stderr.strip().splitlines()[-1]}")
+                raise BadInput(
+                    f"pip cannot fetch triton {version}: {done.stderr.strip().splitlines()[-1]}"
+                )
             os.replace(f"{beside}/triton", folder)
     return str(folder)
 
@@ -84,12 +119,19 @@ def triton_rows(version, folder, everything, share, shares, kept):
     """Rows of a share of all launches, by the triton in the folder, or by the installed one."""
     preferred = f"sys.path.insert(0, {folder!r}); " if folder else ""
     call = f"worker({everything}, {share}, {shares}, {kept and str(kept)!r})"
-    code = f"import sys; {preferred}from peftops.bench.proof.static_triton import worker; {call}"
+    code = (
+        f"import sys; {preferred}from peftops.bench.proof.static_triton import worker; {call}"
+    )
     command = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BadInput(f"compiling with triton {version} failed: {done.stderr.strip().splitlines()[-1]}")
-    return [json.loads(line) | {"compiler": f"triton {version}"} for line in done.stdout.splitlines()]
+        raise BadInput(
+            f"compiling with triton {version} failed: {done.stderr.strip().splitlines()[-1]}"
+        )
+    return [
+        json.loads(line) | {"compiler": f"triton {version}"}
+        for line in done.stdout.splitlines()
+    ]
 
 
 def cuda_tasks():
@@ -107,7 +149,10 @@ def cuda_rows(source, arch, kept):
     file = kept / f"{source.stem}-{digest}.json" if kept else None
     if file and file.exists():
         return json.loads(file.read_text())
-    rows = [row | {"compiler": f"nvcc {static_cuda.version()}"} for row in static_cuda.rows(source, arch)]
+    rows = [
+        row | {"compiler": f"nvcc {static_cuda.version()}"}
+        for row in static_cuda.rows(source, arch)
+    ]
     if file:
         file.write_text(json.dumps(rows))
     return rows
@@ -119,13 +164,33 @@ def ranges(rows):
     for row in rows:
         groups[row["compiler"], row["kernel"], row["target"]].append(row)
     for (compiler, kernel, target), mine in groups.items():
-        ends = {name: (min(row[name] for row in mine), max(row[name] for row in mine)) for name in COLUMNS}
+        ends = {
+            name: (min(row[name] for row in mine), max(row[name] for row in mine))
+            for name in COLUMNS
+        }
         numbers = {name: f"{a}" if a == b else f"{a}–{b}" for name, (a, b) in ends.items()}
-        yield {"compiler": compiler, "kernel": kernel, "target": target, "variants": len(mine)} | numbers
+        yield {
+            "compiler": compiler,
+            "kernel": kernel,
+            "target": target,
+            "variants": len(mine),
+        } | numbers
 
 
 def table(rows, single):
-    names = ["compiler", "kernel", "target", *(["case", "tile"] if single else ["variants"]), *COLUMNS]
-    lines = [[COLUMNS.get(name, name) for name in names], *([str(row[name]) for name in names] for row in rows)]
+    names = [
+        "compiler",
+        "kernel",
+        "target",
+        *(["case", "tile"] if single else ["variants"]),
+        *COLUMNS,
+    ]
+    lines = [
+        [COLUMNS.get(name, name) for name in names],
+        *([str(row[name]) for name in names] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -53,7 +53,9 @@ class Launch(NamedTuple):
 
     @property
     def tile(self):
-        return " ".join(f"{name}{self.arguments[name]}" for name in SIZES if name in self.arguments)
+        return " ".join(
+            f"{name}{self.arguments[name]}" for name in SIZES if name in self.arguments
+        )
 
     def features(self):
         """What a covering list has to meet: kernel and target, each tile, each flag's values."""
@@ -98,7 +100,9 @@ def launches_of(case, target):
         return []
     contract = CONTRACTS[case.op]
     values = tensors(case)
-    args = [values[name] for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]]
+    args = [
+        values[name] for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]
+    ]
     outputs = contract(*args)
     if not isinstance(outputs, tuple):
         outputs = (outputs,)
@@ -109,7 +113,9 @@ def launches_of(case, target):
 
 def launches(everything):
     """Every launch there is, or few that meet every feature of them."""
-    every = [launch for case in CASES for target in TARGETS for launch in launches_of(case, target)]
+    every = [
+        launch for case in CASES for target in TARGETS for launch in launches_of(case, target)
+    ]
     return every if everything else covering(every, Launch.features)
 
 
@@ -140,7 +146,11 @@ def source_of(launch):
             aligned |= {(at, i): ALIGNED for i in range(len(value))}
         elif isinstance(value, torch.Tensor) or divides_by_16(value, param):
             aligned[at,] = ALIGNED
-    options = {name: value for name, value in launch.arguments.items() if name not in launch.kernel.arg_names}
+    options = {
+        name: value
+        for name, value in launch.arguments.items()
+        if name not in launch.kernel.arg_names
+    }
     return ASTSource(launch.kernel, signature, constants, aligned), options
 
 
@@ -150,7 +160,11 @@ def type_of(value, param):
         return tuple(POINTERS[tensor.dtype] for tensor in value)
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
-    if param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
+    if (
+        param.is_constexpr
+        or value is None
+        or (type(value) is int and value == 1 and not param.do_not_specialize)
+    ):
         return "constexpr"
     if type(value) is float:
         return "fp32"
@@ -166,8 +180,13 @@ def numbers(compiled, target):
     shared = compiled.metadata.shared
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.vgpr_{what}: *(\d+)", text)[1]) for what in ("count", "spill_count"))
-        return sass.measure(registers, shared, spilled, [], re.findall(r"^\t([a-z]\w+.*)", text, re.M))
+        registers, spilled = (
+            int(re.search(rf"\.vgpr_{what}: *(\d+)", text)[1])
+            for what in ("count", "spill_count")
+        )
+        return sass.measure(
+            registers, shared, spilled, [], re.findall(r"^\t([a-z]\w+.*)", text, re.M)
+        )
     ((registers, stack, places, lines),) = sass.disassemble(compiled.asm["cubin"]).values()
     return sass.measure(registers, shared, stack, places, lines)
 
@@ -176,10 +195,17 @@ def row(launch, measured):
     """A line of the table: what the launch is, its numbers, and what is wrong with them."""
     kernel, target, case = launch.kernel, launch.target, launch.case
     text = Path(inspect.getsourcefile(kernel.fn)).read_text()
-    absent = [name for name, value in launch.arguments.items() if value is None or value is False]
+    absent = [
+        name for name, value in launch.arguments.items() if value is None or value is False
+    ]
     limits = sass.limits(text, kernel.__name__, target, absent)
     faults = list(sass.faults(measured, limits, _gemm.SHARED[TARGETS[target][0]], case.fast))
-    about = {"kernel": kernel.__name__, "target": target, "case": f"{case.op}, {case.label}", "tile": launch.tile}
+    about = {
+        "kernel": kernel.__name__,
+        "target": target,
+        "case": f"{case.op}, {case.label}",
+        "tile": launch.tile,
+    }
     return about | measured | {"faults": faults}
 
 
@@ -191,7 +217,12 @@ def worker(everything, share, shares, kept):
     seen = set()
     for launch in list(launches(everything)):
         source, options = source_of(launch)
-        words = source.hash(), json.dumps(options, sort_keys=True), launch.target, triton.__version__
+        words = (
+            source.hash(),
+            json.dumps(options, sort_keys=True),
+            launch.target,
+            triton.__version__,
+        )
         digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:24]
         if digest in seen or int(digest, 16) % shares != share:
             continue
@@ -205,7 +236,9 @@ def compiled_row(launch, source, options, file):
     if file and file.exists():
         return row(launch, json.loads(file.read_text()))
     try:
-        measured = numbers(triton.compile(source, TARGETS[launch.target][2], options), launch.target)
+        measured = numbers(
+            triton.compile(source, TARGETS[launch.target][2], options), launch.target
+        )
     except Exception as error:  # what a compiler throws has many names
         nothing = dict.fromkeys([*sass.NUMBERS, "instructions"], 0)
         return row(launch, nothing) | {"faults": [f"does not compile: {error!r}"[:300]]}

@@ -58,12 +58,16 @@ def proved(op, device, options):
         for shape in PROVED if device.type == "cuda" else (REHEARSED,):
             t = tensors(*shape, torch.bfloat16, device, **options)
             pairs.append(check_case(op, "triton", [t[name] for name in NAMES[op]]))
-    return max(pairs, key=lambda pair: float("inf") if math.isnan(pair[0]) else pair[0] / pair[1])
+    return max(
+        pairs, key=lambda pair: float("inf") if math.isnan(pair[0]) else pair[0] / pair[1]
+    )
 
 
 def times(op, device, options):
     """{name: µs}: the op by TMA, and by cuBLAS with an epilogue; then what products() says."""
-    t = tensors(*(WIDE if device.type == "cuda" else REHEARSED), torch.bfloat16, device, **options)
+    t = tensors(
+        *(WIDE if device.type == "cuda" else REHEARSED), torch.bfloat16, device, **options
+    )
     args = [t[name] for name in NAMES[op]]
     call = getattr(torch.ops.peftops, op)
     took = {product: least(product, call, args, device) for product in ("tma", "cublas")}
@@ -75,7 +79,9 @@ def least(product, call, args, device):
     samples, repeats = (5, 3) if device.type == "cuda" else (1, 1)
     with taken(product):
         call(*args)
-        return 1e6 * min(timing.sample(lambda: call(*args), repeats, device) for _ in range(samples))
+        return 1e6 * min(
+            timing.sample(lambda: call(*args), repeats, device) for _ in range(samples)
+        )
 
 
 def products(op, t, device):

@@ -18,9 +18,17 @@ from .. import timing
 WIDE = (8192, 4096, 4096, 16)
 SMALL = (70, 64, 48, 16)
 BLOCKS = (128, 256), (128, 128), (256, 128), (64, 128)  # BM, BN
-PRODUCTS = [gemm(*block, 64, warps, stages) for block in BLOCKS for warps, stages in ((8, 3), (8, 4))]
-PASSES = [tile(w, s, BM=m, BN=n) for m, n, w, s in combinations((64, 128, 256), (64, 128), (4, 8), (3,))]
-ROWS = [tile(w, s, BM=m, BK=k) for m, k, w, s in combinations((32, 64, 128), (64, 128), (4, 8), (3, 4))]
+PRODUCTS = [
+    gemm(*block, 64, warps, stages) for block in BLOCKS for warps, stages in ((8, 3), (8, 4))
+]
+PASSES = [
+    tile(w, s, BM=m, BN=n)
+    for m, n, w, s in combinations((64, 128, 256), (64, 128), (4, 8), (3,))
+]
+ROWS = [
+    tile(w, s, BM=m, BK=k)
+    for m, k, w, s in combinations((32, 64, 128), (64, 128), (4, 8), (3, 4))
+]
 
 
 def tables(device, end):
@@ -30,11 +38,35 @@ def tables(device, end):
     t = tensors(*shape, torch.bfloat16, device)
     few = tensors(1, *shape[1:], torch.bfloat16, device)
     knobs = {
-        "_gemm.TILES": (_gemm.TILES, gpu, PRODUCTS, "lora_fwd", FWD, t, lambda chosen: (chosen,)),
-        "lora_grads.GRADS": (lora_grads.GRADS, gpu, PASSES, "lora_bwd", BWD, t, lambda chosen: chosen),
+        "_gemm.TILES": (
+            _gemm.TILES,
+            gpu,
+            PRODUCTS,
+            "lora_fwd",
+            FWD,
+            t,
+            lambda chosen: (chosen,),
+        ),
+        "lora_grads.GRADS": (
+            lora_grads.GRADS,
+            gpu,
+            PASSES,
+            "lora_bwd",
+            BWD,
+            t,
+            lambda chosen: chosen,
+        ),
         "lora_grads.DA": (lora_grads.DA, gpu, ROWS, "lora_bwd", BWD, t, lambda chosen: chosen),
         "lora.SHRINK": (vars(lora), "SHRINK", ROWS, "lora_fwd", FWD, t, lambda chosen: chosen),
-        "lora_gemv.STAGES": (lora_gemv.STAGES, gpu, (2, 3, 4, 5), "lora_gemv", GEMV, few, lambda chosen: chosen),
+        "lora_gemv.STAGES": (
+            lora_gemv.STAGES,
+            gpu,
+            (2, 3, 4, 5),
+            "lora_gemv",
+            GEMV,
+            few,
+            lambda chosen: chosen,
+        ),
     }
     with taken("fused"):
         for name, knob in knobs.items():

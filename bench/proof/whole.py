@@ -45,11 +45,29 @@ PLANS = [
     Plan("8B", "qdora"),
 ]
 TARGETS = {Plan("1.2B").name: 0.8}  # of PEFT's time
-REHEARSED = [Plan("tiny", method, dropout) for method, dropout in (("lora", 0.1), ("qlora", 0.0), ("dora", 0.0))]
+REHEARSED = [
+    Plan("tiny", method, dropout)
+    for method, dropout in (("lora", 0.1), ("qlora", 0.0), ("dora", 0.0))
+]
 SIZES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "1.2B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "1.2B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
 }
 TOKENS = {"tiny": (2, 16), "1.2B": (4, 1024), "8B": (2, 1024)}
 
@@ -60,7 +78,9 @@ def measure(plans, device, end, rounds=5):
         if time.monotonic() > end:
             return
         torch._dynamo.reset()
-        ids = torch.randint(96, TOKENS[plan.size], generator=torch.Generator().manual_seed(3)).to(device)
+        ids = torch.randint(
+            96, TOKENS[plan.size], generator=torch.Generator().manual_seed(3)
+        ).to(device)
         kinds = {BASE: None} | contenders(plan.method)
         kinds.pop(LORA, None)
         missing = training.absent(kinds.values())
@@ -68,7 +88,9 @@ def measure(plans, device, end, rounds=5):
         calls, losses = {}, {}
         for who in [who for who in kinds if who not in absent]:
             try:
-                calls[who] = step(built(plan, kinds[who], device), ids, who == BASE, plan.compiled)
+                calls[who] = step(
+                    built(plan, kinds[who], device), ids, who == BASE, plan.compiled
+                )
                 losses[who] = calls[who]().item()
             except Exception as error:  # of somebody else's code, which may raise anything
                 if who == OURS:
@@ -101,7 +123,12 @@ def llama(size, device):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     vocabulary, shared = (96, 2) if size == "tiny" else (128256, 8)
-    config = LlamaConfig(**SIZES[size], num_key_value_heads=shared, vocab_size=vocabulary, tie_word_embeddings=True)
+    config = LlamaConfig(
+        **SIZES[size],
+        num_key_value_heads=shared,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -116,7 +143,9 @@ def step(model, ids, frozen, compiled):
         if compiled == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         embedded = embed(ids).detach().requires_grad_(frozen)
-        loss = training.forward_backward(model, ids, torch.bfloat16, inputs_embeds=embedded, use_cache=False)
+        loss = training.forward_backward(
+            model, ids, torch.bfloat16, inputs_embeds=embedded, use_cache=False
+        )
         for parameter in trained:
             parameter.grad = None
         return loss

@@ -71,7 +71,11 @@ def build():
 def compile_into(folder, torch, driver, device):
     libcuda = ["-shared", "-Wl,-soname,libcuda.so.1", driver, "-o", folder / "libcuda.so.1"]
     subprocess.run(["gcc", "-O2", "-fPIC", *libcuda], check=True)
-    includes = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
+    includes = [
+        torch / "include",
+        torch / "include/torch/csrc/api/include",
+        sysconfig.get_path("include"),
+    ]
     defines = [f"-DTORCH_EXTENSION_NAME={MODULE}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
     libraries = [
         f"-L{torch / 'lib'}",
@@ -81,8 +85,18 @@ def compile_into(folder, torch, driver, device):
         "-lc10",
         f"-Wl,-rpath,{torch / 'lib'}",
     ]
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-w", *defines, *(f"-I{path}" for path in includes)]
-    subprocess.run(["g++", *flags, device, "-o", folder / f"{MODULE}.so", *libraries], check=True)
+    flags = [
+        "-O2",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        "-w",
+        *defines,
+        *(f"-I{path}" for path in includes),
+    ]
+    subprocess.run(
+        ["g++", *flags, device, "-o", folder / f"{MODULE}.so", *libraries], check=True
+    )
 
 
 def extension():
@@ -103,8 +117,17 @@ def enter():
     made = __import__(MODULE)
     sys.path.remove(str(folder))
     device = types.ModuleType(f"torch.{NAME}")
-    answers = {"is_available": True, "device_count": 1, "current_device": 0, "_is_in_bad_fork": False}
-    answers |= {"is_initialized": True, "_lazy_init": None, "get_amp_supported_dtype": [torch.bfloat16, torch.float16]}
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "_is_in_bad_fork": False,
+    }
+    answers |= {
+        "is_initialized": True,
+        "_lazy_init": None,
+        "get_amp_supported_dtype": [torch.bfloat16, torch.float16],
+    }
     for name, answer in answers.items():
         setattr(device, name, lambda answer=answer: answer)
     torch.utils.rename_privateuse1_backend(NAME)
@@ -122,8 +145,12 @@ def enter():
 def pretend(torch):
     """What Triton and our launchers ask torch.cuda, answered as an H200 would."""
     major, minor = CAPABILITY
-    properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=PROCESSORS)
-    torch._C._cuda_getCurrentRawStream = operator.index  # 0, for device 0, as quickly as torch's own
+    properties = types.SimpleNamespace(
+        major=major, minor=minor, multi_processor_count=PROCESSORS
+    )
+    torch._C._cuda_getCurrentRawStream = (
+        operator.index
+    )  # 0, for device 0, as quickly as torch's own
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY

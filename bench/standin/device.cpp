@@ -1,6 +1,7 @@
-// A device for torch that computes nothing: the real dispatcher, autograd, autocast and allocation of tensors, so that
-// the host's time can be measured without a GPU. A kernel's launch and a matrix product cost what costs() says, spun on
-// the clock. Values are never read: memory is addresses that mean nothing.
+// A device for torch that computes nothing: the real dispatcher, autograd, autocast and
+// allocation of tensors, so that the host's time can be measured without a GPU. A kernel's
+// launch and a matrix product cost what costs() says, spun on the clock. Values are never read:
+// memory is addresses that mean nothing.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
@@ -55,7 +56,8 @@ void product(const Tensor& a, const Tensor& b, const Tensor& out) {
   if (!holding) return;
   static const auto counted = (unsigned long (*)())dlsym(RTLD_DEFAULT, "standin_launches");
   std::vector<int64_t> note = {(int64_t)counted()};  // how many launches came before
-  for (const Tensor& t : {a, b, out}) note.insert(note.end(), {(int64_t)t.data_ptr(), t.size(0), t.stride(0), t.stride(1)});
+  for (const Tensor& t : {a, b, out})
+    note.insert(note.end(), {(int64_t)t.data_ptr(), t.size(0), t.stride(0), t.stride(1)});
   notes.push_back(note);
 }
 
@@ -104,7 +106,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Device getDevice() const override { return {TYPE, 0}; }
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, {TYPE, 0}); }
+  c10::Stream getStream(c10::Device) const override {
+    return c10::Stream(c10::Stream::DEFAULT, {TYPE, 0});
+  }
   c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
@@ -125,17 +129,19 @@ Tensor fresh(IntArrayRef size, ScalarType type) {
   return at::detail::empty_generic(size, &pool, KEYS, type, std::nullopt);
 }
 
-Tensor empty(IntArrayRef size, optional<ScalarType> type, optional<at::Layout>, optional<at::Device>, optional<bool>,
-             optional<at::MemoryFormat> format) {
+Tensor empty(IntArrayRef size, optional<ScalarType> type, optional<at::Layout>,
+             optional<at::Device>, optional<bool>, optional<at::MemoryFormat> format) {
   return at::detail::empty_generic(size, &pool, KEYS, c10::dtype_or_default(type), format);
 }
 
-Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<ScalarType> type, optional<at::Layout>,
-                     optional<at::Device>, optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &pool, KEYS, c10::dtype_or_default(type));
+Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<ScalarType> type,
+                     optional<at::Layout>, optional<at::Device>, optional<bool>) {
+  return at::detail::empty_strided_generic(size, stride, &pool, KEYS,
+                                           c10::dtype_or_default(type));
 }
 
-Tensor as_strided(const Tensor& a, IntArrayRef size, IntArrayRef stride, optional<int64_t> offset) {
+Tensor as_strided(const Tensor& a, IntArrayRef size, IntArrayRef stride,
+                  optional<int64_t> offset) {
   return at::native::as_strided_tensorimpl(a, size, stride, offset);
 }
 Tensor view(const Tensor& a, IntArrayRef size) { return at::native::view(a, size); }
@@ -149,20 +155,34 @@ Tensor of_product(const Tensor& a, const Tensor& b) {
   const Tensor out = fresh({a.size(0), b.size(1)}, a.scalar_type());
   return product(a, b, out), out;
 }
-Tensor& mm_out(const Tensor& a, const Tensor& b, Tensor& out) { return product(a, b, out), out; }
-Tensor addmm(const Tensor&, const Tensor& a, const Tensor& b, const Scalar&, const Scalar&) { return of_product(a, b); }
-Tensor& addmm_out(const Tensor&, const Tensor& a, const Tensor& b, const Scalar&, const Scalar&, Tensor& out) {
+Tensor& mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
+  return product(a, b, out), out;
+}
+Tensor addmm(const Tensor&, const Tensor& a, const Tensor& b, const Scalar&, const Scalar&) {
+  return of_product(a, b);
+}
+Tensor& addmm_out(const Tensor&, const Tensor& a, const Tensor& b, const Scalar&, const Scalar&,
+                  Tensor& out) {
   return product(a, b, out), out;
 }
 
 Tensor of_two(const Tensor& a, const Tensor& b, ScalarType type) {
   launch();
-  return fresh(a.sizes() == b.sizes() || !b.dim() ? a.sizes() : IntArrayRef(at::infer_size(a.sizes(), b.sizes())), type);
+  return fresh(a.sizes() == b.sizes() || !b.dim()
+                   ? a.sizes()
+                   : IntArrayRef(at::infer_size(a.sizes(), b.sizes())),
+               type);
 }
-Tensor add(const Tensor& a, const Tensor& b, const Scalar&) { return of_two(a, b, at::result_type(a, b)); }
-Tensor& add_out(const Tensor&, const Tensor&, const Scalar&, Tensor& out) { return launch(), out; }
+Tensor add(const Tensor& a, const Tensor& b, const Scalar&) {
+  return of_two(a, b, at::result_type(a, b));
+}
+Tensor& add_out(const Tensor&, const Tensor&, const Scalar&, Tensor& out) {
+  return launch(), out;
+}
 Tensor& add_(Tensor& a, const Tensor&, const Scalar&) { return launch(), a; }
-Tensor multiply(const Tensor& a, const Tensor& b) { return of_two(a, b, at::result_type(a, b)); }
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  return of_two(a, b, at::result_type(a, b));
+}
 Tensor& multiply_out(const Tensor&, const Tensor&, Tensor& out) { return launch(), out; }
 Tensor& multiply_(Tensor& a, const Tensor&) { return launch(), a; }
 Tensor of_one(const Tensor& a) { return launch(), fresh(a.sizes(), a.scalar_type()); }
@@ -170,20 +190,26 @@ Tensor equal(const Tensor& a, const Scalar&) { return launch(), fresh(a.sizes(),
 Tensor masked_fill(const Tensor& a, const Tensor&, const Scalar&) { return of_one(a); }
 Tensor& fill_(Tensor& a, const Scalar&) { return launch(), a; }
 Tensor& zero_(Tensor& a) { return launch(), a; }
-Tensor& random_from(Tensor& a, int64_t, optional<int64_t>, optional<at::Generator>) { return launch(), a; }
+Tensor& random_from(Tensor& a, int64_t, optional<int64_t>, optional<at::Generator>) {
+  return launch(), a;
+}
 Tensor& random_to(Tensor& a, int64_t, optional<at::Generator>) { return launch(), a; }
 Tensor copy_from(const Tensor&, const Tensor& to, bool) { return launch(), to; }
 Tensor copy_from_and_resize(const Tensor&, const Tensor& to) { return launch(), to; }
 std::tuple<Tensor, Tensor> dropout(const Tensor& a, double, optional<bool>) {
   return {of_one(a), fresh(a.sizes(), at::kBool)};
 }
-Tensor dropout_backward(const Tensor& gradient, const Tensor&, double) { return of_one(gradient); }
+Tensor dropout_backward(const Tensor& gradient, const Tensor&, double) {
+  return of_one(gradient);
+}
 Scalar item(const Tensor&) { return 0; }
-Tensor eye(int64_t n, optional<ScalarType> type, optional<at::Layout>, optional<at::Device>, optional<bool>) {
+Tensor eye(int64_t n, optional<ScalarType> type, optional<at::Layout>, optional<at::Device>,
+           optional<bool>) {
   return launch(), fresh({n, n}, c10::dtype_or_default(type));
 }
 
-Tensor of_sum(const Tensor& a, at::OptionalIntArrayRef dims, bool keep, optional<ScalarType> type) {
+Tensor of_sum(const Tensor& a, at::OptionalIntArrayRef dims, bool keep,
+              optional<ScalarType> type) {
   auto size = a.sizes().vec();
   std::vector<bool> summed(size.size(), !dims.has_value() || dims->empty());
   if (dims.has_value())
@@ -194,8 +220,12 @@ Tensor of_sum(const Tensor& a, at::OptionalIntArrayRef dims, bool keep, optional
   launch();
   return fresh(left, type.value_or(a.scalar_type()));
 }
-Tensor& sum_out(const Tensor&, at::OptionalIntArrayRef, bool, optional<ScalarType>, Tensor& out) { return launch(), out; }
-Tensor norm(const Tensor& a, const Scalar&, at::OptionalIntArrayRef dims, bool keep, optional<ScalarType> type) {
+Tensor& sum_out(const Tensor&, at::OptionalIntArrayRef, bool, optional<ScalarType>,
+                Tensor& out) {
+  return launch(), out;
+}
+Tensor norm(const Tensor& a, const Scalar&, at::OptionalIntArrayRef dims, bool keep,
+            optional<ScalarType> type) {
   return of_sum(a, dims, keep, type);
 }
 
@@ -240,7 +270,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 namespace at::autocast {
 
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFallthrough());
+}
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)

@@ -1,4 +1,5 @@
-// DoRA's norm in fp32 arithmetic, for every dtype and instruction set, and the passes of PEFT's dropout.
+// DoRA's norm in fp32 arithmetic, for every dtype and instruction set, and the passes of PEFT's
+// dropout.
 #include "dora.h"
 
 #include "ops.h"
@@ -9,7 +10,8 @@ namespace {
 struct Fma {
   using Item = float;
   using Vector = vec;
-  static constexpr int64_t CHAIN = 8;  // steps of one sum; what Ŵ cancels leaves the errors of longer ones
+  static constexpr int64_t CHAIN =
+      8;  // steps of one sum; what Ŵ cancels leaves the errors of longer ones
 
   static int64_t steps(int64_t r) { return r; }
   static Vector load(const Item* w) { return *(const vec_at*)w; }
@@ -19,13 +21,15 @@ struct Fma {
   template <class T>
   static Operand<Fma> pack(Tensor t, bool transposed, Scratch& scratch) {
     const int64_t r = t.shape[transposed ? 1 : 0], columns = t.shape[transposed ? 0 : 1];
-    const int64_t ld = Operand<Fma>::padded(columns), down = transposed ? 1 : columns, along = transposed ? r : 1;
+    const int64_t ld = Operand<Fma>::padded(columns), down = transposed ? 1 : columns,
+                  along = transposed ? r : 1;
     Item* out = scratch.get<Item>(r * ld);
     with_type(t.dtype, [&](auto e) {
       const auto* from = as<decltype(e)>(t);
 #pragma omp parallel for num_threads(threads_for(8 * r * columns)) schedule(static)
       for (int64_t j = 0; j < r; ++j) {
-        for (int64_t i = 0; i < columns; ++i) out[j * ld + i] = rounded<T>(widen(from[j * down + i * along]));
+        for (int64_t i = 0; i < columns; ++i)
+          out[j * ld + i] = rounded<T>(widen(from[j * down + i * along]));
         for (int64_t i = columns; i < ld; ++i) out[j * ld + i] = 0;
       }
     });
@@ -70,8 +74,10 @@ void mix_row(T* out, const T* u, const T* v, const uint8_t* bits, int64_t k, flo
 
 }  // namespace
 
-void dora_norm(Tensor n, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form, int64_t block) {
-  with_type(x.dtype, [&](auto e) { norm<Fma, decltype(e)>(n, x, base, a, b, scale, form, block); });
+void dora_norm(Tensor n, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form,
+               int64_t block) {
+  with_type(x.dtype,
+            [&](auto e) { norm<Fma, decltype(e)>(n, x, base, a, b, scale, form, block); });
 }
 
 void dora_drop(Tensor dropped, Tensor rest, Tensor bits, Tensor x, Tensor seed, double p) {
@@ -83,7 +89,8 @@ void dora_drop(Tensor dropped, Tensor rest, Tensor bits, Tensor x, Tensor seed, 
     for (int64_t i = 0; i < m; ++i) {
       uint8_t* keep = as<uint8_t>(bits) + i * bytes;
       generator.draw(keep, i, bytes);
-      drop_row(as<T>(dropped) + i * k, as<T>(rest) + i * k, as<T>(x) + i * k, keep, k, inverse(p));
+      drop_row(as<T>(dropped) + i * k, as<T>(rest) + i * k, as<T>(x) + i * k, keep, k,
+               inverse(p));
     }
   });
 }

@@ -1,4 +1,5 @@
-// ‖Ŵ + s·b·a‖ of each row of Ŵ, of tiles of b·a that are never stored. How they are multiplied is an engine's matter.
+// ‖Ŵ + s·b·a‖ of each row of Ŵ, of tiles of b·a that are never stored. How they are multiplied
+// is an engine's matter.
 #pragma once
 #include "nf4.h"
 
@@ -9,25 +10,30 @@ constexpr int NV = VECTORS;
 constexpr int MR = 4;                 // rows of a tile
 constexpr int64_t TILE = NV * LANES;  // columns of a tile
 constexpr int64_t TALL = 32;          // rows that one thread walks along
-constexpr int64_t CHUNK = 512;        // columns for which the operand of columns stays in the nearest cache
-constexpr int64_t SQUARES = 16;       // squares of one fp32 sum; a longer one loses digits
-constexpr int64_t PARTS = 8;          // sums of such sums, for the same reason
-constexpr int64_t COLUMNS = 64;       // columns that one thread walks down
-constexpr int64_t AHEAD = 16;         // rows below that it asks for
+constexpr int64_t CHUNK =
+    512;  // columns for which the operand of columns stays in the nearest cache
+constexpr int64_t SQUARES = 16;  // squares of one fp32 sum; a longer one loses digits
+constexpr int64_t PARTS = 8;     // sums of such sums, for the same reason
+constexpr int64_t COLUMNS = 64;  // columns that one thread walks down
+constexpr int64_t AHEAD = 16;    // rows below that it asks for
 
 thread_local Scratch t_a, t_b;   // of the caller, read by its team
 thread_local Scratch t_decoded;  // of each thread of a team
 
-// a (r, k) or bᵀ (r, n) as an engine wants them: item [step][column], zero beyond the last column
+// a (r, k) or bᵀ (r, n) as an engine wants them: item [step][column], zero beyond the last
+// column
 template <class E>
 struct Operand {
   const typename E::Item* at;
   int64_t ld;
 
-  static int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64 + 16; }  // not all steps in one cache set
+  static int64_t padded(int64_t columns) {
+    return (columns + 63) / 64 * 64 + 16;
+  }  // not all steps in one cache set
 };
 
-// A matrix (rows, columns) as it lies in memory, and the two operands whose product is added to it
+// A matrix (rows, columns) as it lies in memory, and the two operands whose product is added to
+// it
 template <class E, class T>
 struct Sum {
   const T* base;  // null where it is decoded
@@ -38,8 +44,8 @@ struct Sum {
 
   // v = x·w of R rows and TILE columns, of the steps [j, end)
   template <int R>
-  inline __attribute__((always_inline)) void multiply(int64_t i, int64_t c, int64_t j, int64_t end,
-                                                      vec (&v)[R][NV]) const {
+  inline __attribute__((always_inline)) void multiply(int64_t i, int64_t c, int64_t j,
+                                                      int64_t end, vec (&v)[R][NV]) const {
     for (auto& row : v)
       for (auto& part : row) part = vec{};
     for (; j < end; ++j) {
@@ -55,10 +61,11 @@ struct Sum {
     }
   }
 
-  // v = base + s · x·w of R rows and TILE columns, or zero beyond the last; `from` is where they lie
+  // v = base + s · x·w of R rows and TILE columns, or zero beyond the last; `from` is where
+  // they lie
   template <int R, bool WHOLE>
-  inline __attribute__((always_inline)) void tile(int64_t i, int64_t c, const T* from, int64_t ld,
-                                                  vec (&v)[R][NV]) const {
+  inline __attribute__((always_inline)) void tile(int64_t i, int64_t c, const T* from,
+                                                  int64_t ld, vec (&v)[R][NV]) const {
     multiply(i, c, 0, min(steps, E::CHAIN), v);
     for (int64_t j = E::CHAIN; j < steps; j += E::CHAIN) {
       vec more[R][NV];
@@ -70,7 +77,8 @@ struct Sum {
     const int64_t left = columns - c;
     if (!WHOLE) {
       memset((void*)edge, 0, sizeof edge);
-      for (int e = 0; e < R; ++e) memcpy((void*)(edge + e * TILE), from + e * ld, size_t(left) * sizeof(T));
+      for (int e = 0; e < R; ++e)
+        memcpy((void*)(edge + e * TILE), from + e * ld, size_t(left) * sizeof(T));
       from = edge, ld = TILE;
     }
     const vec scale = s - vec{};
@@ -79,17 +87,19 @@ struct Sum {
 #pragma GCC unroll 4
       for (int q = 0; q < NV; ++q) {
         v[e][q] = fma(v[e][q], scale, load(from + e * ld + LANES * q));
-        if (!WHOLE)  // where an operand is infinite, its product with what pads the other is not zero
+        if (!WHOLE)  // where an operand is infinite, its product with what pads the other is
+                     // not zero
           for (int l = 0; l < LANES; ++l) v[e][q][l] = LANES * q + l < left ? v[e][q][l] : 0;
       }
   }
 
   // sum[e] += squares of the row i + e
   template <int R, bool WHOLE>
-  inline __attribute__((always_inline)) void along(int64_t i, int64_t c, const T* from, int64_t ld,
-                                                   vec (&sum)[R]) const {
+  inline __attribute__((always_inline)) void along(int64_t i, int64_t c, const T* from,
+                                                   int64_t ld, vec (&sum)[R]) const {
     for (int e = 0; e < R; ++e)  // the next rows, which no hardware prefetcher follows
-      for (size_t b = 0; b < TILE * sizeof(T); b += 64) __builtin_prefetch((const char*)(from + (R + e) * ld) + b);
+      for (size_t b = 0; b < TILE * sizeof(T); b += 64)
+        __builtin_prefetch((const char*)(from + (R + e) * ld) + b);
     vec v[R][NV];
     tile<R, WHOLE>(i, c, from, ld, v);
 #pragma GCC unroll 4
@@ -100,7 +110,8 @@ struct Sum {
 
   // total[e] += squares of the row i + e, of the columns [c, end)
   template <int R>
-  void along_chunk(int64_t i, int64_t c, int64_t end, const T* from, int64_t ld, vec* total) const {
+  void along_chunk(int64_t i, int64_t c, int64_t end, const T* from, int64_t ld,
+                   vec* total) const {
     vec sum[R];
     for (int e = 0; e < R; ++e) sum[e] = vec{};
     for (; c + TILE <= end; c += TILE, from += TILE) along<R, true>(i, c, from, ld, sum);
@@ -140,11 +151,14 @@ struct Sum {
         if (!base) {
           T* out = t_decoded.get<T>(TALL * (CHUNK + 32));
           from = out, ld = CHUNK + 32;
-          for (int64_t e = 0; e < count; ++e) decode(codes, (first + e) * columns + c, some, out + e * ld);
+          for (int64_t e = 0; e < count; ++e)
+            decode(codes, (first + e) * columns + c, some, out + e * ld);
         }
         int64_t i = 0;
-        for (; i + MR <= count; i += MR) along_chunk<MR>(first + i, c, c + some, from + i * ld, ld, total + i);
-        for (; i < count; ++i) along_chunk<1>(first + i, c, c + some, from + i * ld, ld, total + i);
+        for (; i + MR <= count; i += MR)
+          along_chunk<MR>(first + i, c, c + some, from + i * ld, ld, total + i);
+        for (; i < count; ++i)
+          along_chunk<1>(first + i, c, c + some, from + i * ld, ld, total + i);
       }
       for (int64_t i = 0; i < count; ++i) {
         vec& t = total[i];
@@ -175,13 +189,15 @@ struct Sum {
       for (int64_t half = PARTS / 2; half; half /= 2)
         for (int64_t e = 0; e < half; ++e)
           for (int64_t q = 0; q < COLUMNS / LANES; ++q) total[e][q] += total[e + half][q];
-      for (int64_t c = 0; c < count; ++c) n[first + c] = __builtin_sqrtf(total[0][c / LANES][c % LANES]);
+      for (int64_t c = 0; c < count; ++c)
+        n[first + c] = __builtin_sqrtf(total[0][c / LANES][c % LANES]);
     }
   }
 };
 
 template <class E, class T>
-void norm(Tensor out, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form, int64_t block) {
+void norm(Tensor out, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form,
+          int64_t block) {
   const int64_t n = b.shape[0], k = x.shape[1], steps = E::steps(a.shape[0]);
   const Operand<E> of_a = E::template of_a<T>(a), of_b = E::template of_b<T>(b);
   const NF4 codes(base, form == Form::nf4 ? block : 0);

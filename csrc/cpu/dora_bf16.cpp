@@ -43,7 +43,8 @@ struct Dots {
 
 }  // namespace
 
-void dora_norm_bf16(Tensor n, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form, int64_t block) {
+void dora_norm_bf16(Tensor n, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
+                    Form form, int64_t block) {
   norm<Dots, bf16>(n, x, base, a, b, scale, form, block);
 }
 

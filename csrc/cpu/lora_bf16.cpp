@@ -16,7 +16,8 @@ uint32_t* pack_a(Tensor a) {
   uint32_t* out = t_a.get<uint32_t>((k + 1) / 2 * width);
   with_operand<bf16>(a, [&](auto* from) {
 #pragma omp parallel for num_threads(threads_for(32 * r * k))
-    for (int64_t c = 0; c < k; c += step) pack_columns(from + c, k, r, min(step, k - c), out + c / 2 * width, width);
+    for (int64_t c = 0; c < k; c += step)
+      pack_columns(from + c, k, r, min(step, k - c), out + c / 2 * width, width);
   });
   return out;
 }
@@ -30,21 +31,25 @@ const bf16* dropped(const bf16* x, int64_t k, const uint8_t* bits, int64_t rows)
     for (int64_t c = 0; c < k; c += 32) {
       uint32_t word;
       memcpy(&word, bits + i * bytes + c / 8, 4);
-      _mm512_storeu_si512(to + i * ld + c, _mm512_maskz_loadu_epi16(word & mask32(k - c), x + i * k + c));
+      _mm512_storeu_si512(to + i * ld + c,
+                          _mm512_maskz_loadu_epi16(word & mask32(k - c), x + i * k + c));
     }
   return to;
 }
 
 // h = factor · drop(x)·aᵀ; bits are drawn where there is a generator
-void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator, float factor) {
-  const int64_t m = x.shape[0], k = x.shape[1], r = a.shape[0], padded = pad16(r), bytes = mask_bytes(k);
+void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator,
+            float factor) {
+  const int64_t m = x.shape[0], k = x.shape[1], r = a.shape[0], padded = pad16(r),
+                bytes = mask_bytes(k);
   const uint32_t* ap = pack_a(a);
   const auto rows_from = [&](int64_t block) {
     const int64_t end = min(block + 8, m);
     if (generator)
       for (int64_t i = block; i < end; ++i) generator->draw(bits + i * bytes, i, bytes);
     prefetch(as<bf16>(x) + end * k, k, min(8, m - end), k);
-    const bf16* from = dropped(as<bf16>(x) + block * k, k, bits ? bits + block * bytes : nullptr, end - block);
+    const bf16* from =
+        dropped(as<bf16>(x) + block * k, k, bits ? bits + block * bytes : nullptr, end - block);
     const int64_t ld = bits ? 8 * bytes : k;
     by_ranks(padded, [&](int64_t group, auto vectors) {
       constexpr int NV = decltype(vectors)::value, MR = NV == 4 ? 4 : 8;
@@ -55,7 +60,8 @@ void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator
         for (int t = 0; t < M; ++t)
           for (int v = 0; v < NV; ++v) {
             const int64_t j = 16 * (group + v);
-            const __m256i out = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(acc[t][v], _mm512_set1_ps(factor)));
+            const __m256i out =
+                (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(acc[t][v], _mm512_set1_ps(factor)));
             _mm256_mask_storeu_epi16(as<bf16>(h) + (i + t) * r + j, mask16(r - j), out);
           }
       });
@@ -69,15 +75,17 @@ void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator
 
 }  // namespace
 
-void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
-                   Tensor bias, Tensor gain, Tensor gate, Tensor seed, Form form, int64_t block, double p) {
+void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base, Tensor a,
+                   Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate, Tensor seed,
+                   Form form, int64_t block, double p) {
   const Philox generator(p ? *as<uint64_t>(seed) : 0, p);
   shrink(h, as<uint8_t>(bits), x, a, p ? &generator : nullptr, inverse(p));
   const bf16 *from = as<bf16>(x), *y0 = nullptr, *hg = gated(h, gate, b.shape[1], t_h);
   if (form == Form::given) from = nullptr, y0 = as<bf16>(base.at[0]);
   const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1];
   const float s = *as<float>(scale), *wide_bias = as_float<bf16>(bias, t_bias);
-  const Product t{as<bf16>(y), as<bf16>(z), from, hg, y0, m, n, k, r, s, nullptr, as<float>(gain), wide_bias};
+  const Product t{as<bf16>(y), as<bf16>(z),     from,     hg, y0, m, n, k, r, s,
+                  nullptr,     as<float>(gain), wide_bias};
   product_with(t, form, block, false, base, b, nullptr);
 }
 

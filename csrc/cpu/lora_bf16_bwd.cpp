@@ -1,4 +1,5 @@
-// LoRA's gradients in bf16 on AVX-512 with dot products: the whole backward pass, the base product included.
+// LoRA's gradients in bf16 on AVX-512 with dot products: the whole backward pass, the base
+// product included.
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
@@ -10,9 +11,11 @@ namespace {
 
 thread_local Scratch t_a, t_b, t_h, t_parts, t_grad, t_sum;  // of the caller, read by its team
 
-// v[j][c] += Σ h[i][j] · t[i][c] over the rows [i0, i1) of t and the columns [c, c + 32); h as pairs of rows
-PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const uint8_t* bits, const uint32_t* h,
-                          int64_t padded, int64_t i0, int64_t i1, int64_t c, bool first, bool last) {
+// v[j][c] += Σ h[i][j] · t[i][c] over the rows [i0, i1) of t and the columns [c, c + 32); h as
+// pairs of rows
+PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const uint8_t* bits,
+                          const uint32_t* h, int64_t padded, int64_t i0, int64_t i1, int64_t c,
+                          bool first, bool last) {
   const int64_t bytes = mask_bytes(n);
   const uint32_t inside = mask32(n - c);
   const auto row = [&](int64_t i) {
@@ -28,12 +31,14 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
     float* at = v + j * ldv + c;
     for (int64_t i = i0; i < i1; i += 2) {
       const __m512i u0 = row(i), u1 = i + 1 < i1 ? row(i + 1) : _mm512_setzero_si512();
-      const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(u0, u1), hi = (__m512bh)_mm512_unpackhi_epi16(u0, u1);
+      const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(u0, u1),
+                     hi = (__m512bh)_mm512_unpackhi_epi16(u0, u1);
       const uint32_t* pair_of_h = h + i / 2 * padded + j;
 #pragma GCC unroll 8
       for (int e = 0; e < 8; ++e) {
         const __m512bh t_h = (__m512bh)_mm512_set1_epi32(int(pair_of_h[e]));
-        acc[e][0] = _mm512_dpbf16_ps(acc[e][0], lo, t_h), acc[e][1] = _mm512_dpbf16_ps(acc[e][1], hi, t_h);
+        acc[e][0] = _mm512_dpbf16_ps(acc[e][0], lo, t_h),
+        acc[e][1] = _mm512_dpbf16_ps(acc[e][1], hi, t_h);
       }
     }
     if (!first)
@@ -41,9 +46,12 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
         acc[e][0] = _mm512_add_ps(acc[e][0], _mm512_loadu_ps(at + e * ldv));
         acc[e][1] = _mm512_add_ps(acc[e][1], _mm512_loadu_ps(at + e * ldv + 16));
       }
-    if (last) {  // the unpacks left the columns as 0–3 8–11 16–19 24–27 and 4–7 12–15 20–23 28–31
-      const __m512i lo = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-      const __m512i hi = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    if (last) {  // the unpacks left the columns as 0–3 8–11 16–19 24–27 and 4–7 12–15 20–23
+                 // 28–31
+      const __m512i lo =
+          _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+      const __m512i hi =
+          _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
       for (int e = 0; e < 8; ++e) {
         const __m512 both[2] = {acc[e][0], acc[e][1]};
         acc[e][0] = _mm512_permutex2var_ps(both[0], lo, both[1]);
@@ -55,10 +63,11 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
   }
 }
 
-// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be absent.
-// A column group is one thread's, whatever their number, and groups are added in order: the same bits every time.
-void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, const uint32_t* h, const uint32_t* b,
-            int64_t padded) {
+// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be
+// absent. A column group is one thread's, whatever their number, and groups are added in order:
+// the same bits every time.
+void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, const uint32_t* h,
+            const uint32_t* b, int64_t padded) {
   const int64_t m = t.shape[0], n = t.shape[1], wide = 128, tall = 64;
   const int64_t groups = min(4, ceil_div(n, wide));
   const bf16* from = as<bf16>(t);
@@ -84,14 +93,18 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
               float* at = parts + (group * m + i) * padded + 16 * rank;
               if (c0 > begin)
                 for (int e = 0; e < M; ++e)
-                  for (int q = 0; q < NV; ++q) acc[e][q] = _mm512_loadu_ps(at + e * padded + 16 * q);
-              multiply<M, NV>(from + i * n + c0, n, c1 - c0, b + c0 / 2 * padded + 16 * rank, padded, acc);
+                  for (int q = 0; q < NV; ++q)
+                    acc[e][q] = _mm512_loadu_ps(at + e * padded + 16 * q);
+              multiply<M, NV>(from + i * n + c0, n, c1 - c0, b + c0 / 2 * padded + 16 * rank,
+                              padded, acc);
               for (int e = 0; e < M; ++e)
-                for (int q = 0; q < NV; ++q) _mm512_storeu_ps(at + e * padded + 16 * q, acc[e][q]);
+                for (int q = 0; q < NV; ++q)
+                  _mm512_storeu_ps(at + e * padded + 16 * q, acc[e][q]);
             });
           });
         if (v)
-          for (int64_t c = c0; c < c1; c += 32) outer(v, ldv, from, n, bits, h, padded, i0, i1, c, i0 == 0, i1 == m);
+          for (int64_t c = c0; c < c1; c += 32)
+            outer(v, ldv, from, n, bits, h, padded, i0, i1, c, i0 == 0, i1 == m);
       }
     }
   }
@@ -99,20 +112,24 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < m * padded; i += 16) {
       __m512 sum = _mm512_loadu_ps(parts + i);
-      for (int64_t g = 1; g < groups; ++g) sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + g * m * padded + i));
+      for (int64_t g = 1; g < groups; ++g)
+        sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + g * m * padded + i));
       _mm512_storeu_ps(u + i, sum);
     }
 }
 
 // dh (m, r) in bf16 and dgate from u (m, padded): s · u is the gradient of the gated h
-bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns, int64_t padded, float s) {
+bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns,
+              int64_t padded, float s) {
   const int64_t m = h.shape[0], r = h.shape[1];
   bf16* dh = t_h.get<bf16>(m * r);
   if (!gate.data) {
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < r; j += 16) {
-        const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(u + i * padded + j), _mm512_set1_ps(s));
-        _mm256_mask_storeu_epi16(dh + i * r + j, mask16(r - j), (__m256i)_mm512_cvtneps_pbh(value));
+        const __m512 value =
+            _mm512_mul_ps(_mm512_loadu_ps(u + i * padded + j), _mm512_set1_ps(s));
+        _mm256_mask_storeu_epi16(dh + i * r + j, mask16(r - j),
+                                 (__m256i)_mm512_cvtneps_pbh(value));
       }
     return dh;
   }
@@ -130,25 +147,31 @@ bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colum
       part = 0;
     }
     for (int64_t j = 0; j < r; ++j) narrow(sum[j], dh + i * r + j);
-    if (dgate.data) memcpy(as<float>(dgate) + i * experts, sum + r, size_t(experts) * sizeof(float));
+    if (dgate.data)
+      memcpy(as<float>(dgate) + i * experts, sum + r, size_t(experts) * sizeof(float));
   }
   return dh;
 }
 
 }  // namespace
 
-void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base, Tensor a, Tensor b,
-                   Tensor scale, Tensor h, Tensor bits, Tensor gain, Tensor gate, Form form, int64_t block, double p) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0], columns = b.shape[1];
-  const int64_t padded = pad16(columns), ldv = (n + 31) / 32 * 32, ranks = pad16(r), ldk = (k + 31) / 32 * 32;
+void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x,
+                   Tensors base, Tensor a, Tensor b, Tensor scale, Tensor h, Tensor bits,
+                   Tensor gain, Tensor gate, Form form, int64_t block, double p) {
+  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0],
+                columns = b.shape[1];
+  const int64_t padded = pad16(columns), ldv = (n + 31) / 32 * 32, ranks = pad16(r),
+                ldk = (k + 31) / 32 * 32;
   const float s = *as<float>(scale);
   const float* g = as<float>(gain);
   const bool inner = dx.data || da.data || dgate.data;
-  float *u = inner ? t_sum.get<float>(m * padded) : nullptr, *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
+  float *u = inner ? t_sum.get<float>(m * padded) : nullptr,
+        *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
   uint32_t *bp = nullptr, *hp = nullptr;
   if (u) {
     bp = t_b.get<uint32_t>((n + 1) / 2 * padded);
-    with_operand<bf16>(b, [&](auto* from) { pack_rows(from, columns, n, columns, bp, padded, g); });
+    with_operand<bf16>(
+        b, [&](auto* from) { pack_rows(from, columns, n, columns, bp, padded, g); });
   }
   if (v) {
     hp = t_a.get<uint32_t>((m + 1) / 2 * padded);

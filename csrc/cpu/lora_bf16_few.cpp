@@ -23,32 +23,40 @@ struct Few {
 
   PEFTOPS_INLINE void store(float value, int64_t i, int64_t c) const {
     if (gain) value *= gain[c];
-    if (bias.data) value += bias.dtype == Dtype::f32 ? as<float>(bias)[c] : widen(as<bf16>(bias)[c]);
+    if (bias.data)
+      value += bias.dtype == Dtype::f32 ? as<float>(bias)[c] : widen(as<bf16>(bias)[c]);
     narrow(value, y + i * n + c);
   }
 };
 
 struct Stored {
   const Few& t;
-  PEFTOPS_INLINE void operator()(float value, int64_t i, int64_t c) const { t.store(value, i, c); }
+  PEFTOPS_INLINE void operator()(float value, int64_t i, int64_t c) const {
+    t.store(value, i, c);
+  }
 };
 
 // lane j = the sum of v[j]
 PEFTOPS_INLINE __m512 sums(const __m512 (&v)[16]) {
   __m512 t[8], q[4];
   for (int i = 0; i < 8; ++i)
-    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                         _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
   for (int i = 0; i < 4; ++i) {
     const __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
     q[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
   }
-  const __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
-  const __m512 w = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
+  const __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88),
+                                 _mm512_shuffle_f32x4(q[0], q[1], 0xdd));
+  const __m512 w = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88),
+                                 _mm512_shuffle_f32x4(q[2], q[3], 0xdd));
   return _mm512_add_ps(_mm512_shuffle_f32x4(u, w, 0x88), _mm512_shuffle_f32x4(u, w, 0xdd));
 }
 
 PEFTOPS_INLINE __m512i whole32(const bf16* p) { return _mm512_loadu_si512(p); }
-PEFTOPS_INLINE __m512i whole32(const float* p) { return narrow32(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)); }
+PEFTOPS_INLINE __m512i whole32(const float* p) {
+  return narrow32(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16));
+}
 
 // acc + w · x lane by lane, one weight row as one stream
 template <class T>
@@ -61,7 +69,9 @@ PEFTOPS_INLINE __m512 dot(const T* w, const bf16* x, int64_t k, __m512 acc) {
       _mm_prefetch((const char*)(w + c + 32 * q) + AHEAD, _MM_HINT_T0);
       s[q] = _mm512_dpbf16_ps(s[q], (__m512bh)whole32(w + c + 32 * q), pairs(x + c + 32 * q));
     }
-  for (; c < k; c += 32) s[1] = _mm512_dpbf16_ps(s[1], (__m512bh)load32(w + c, k - c), (__m512bh)load32(x + c, k - c));
+  for (; c < k; c += 32)
+    s[1] =
+        _mm512_dpbf16_ps(s[1], (__m512bh)load32(w + c, k - c), (__m512bh)load32(x + c, k - c));
   return _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
 }
 
@@ -79,12 +89,14 @@ PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]
       const __m512bh t_w = (__m512bh)whole32(w + e * k + c);
       _mm_prefetch((const char*)(w + e * k + c) + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 8
-      for (int i = 0; i < MX; ++i) acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, pairs(x + i * k + c));
+      for (int i = 0; i < MX; ++i)
+        acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, pairs(x + i * k + c));
     }
   if (c < k)
     for (int e = 0; e < NW; ++e)
       for (int i = 0; i < MX; ++i) {
-        const __m512bh t_w = (__m512bh)load32(w + e * k + c, k - c), t_x = (__m512bh)load32(x + i * k + c, k - c);
+        const __m512bh t_w = (__m512bh)load32(w + e * k + c, k - c),
+                       t_x = (__m512bh)load32(x + i * k + c, k - c);
         acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, t_x);
       }
 }
@@ -102,11 +114,11 @@ PEFTOPS_INLINE void delta(const float* h, const B* b, int64_t r, int64_t c, __m5
     }
 }
 
-// y[i][c] for MX rows of x and NW columns from c on, whose weights begin at w, or h for rows of a; the delta enters the
-// sums before the product
+// y[i][c] for MX rows of x and NW columns from c on, whose weights begin at w, or h for rows of
+// a; the delta enters the sums before the product
 template <int MX, int NW, class T, class B, class STORE>
-PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, const B* b, int64_t r, int64_t i0,
-                          int64_t c, STORE store) {
+PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, const B* b,
+                          int64_t r, int64_t i0, int64_t c, STORE store) {
   __m512 acc[16] = {};
   delta<MX, NW>(h + i0 * r, b, r, c, acc);
   dots<MX, NW>(w, x + i0 * k, k, acc);
@@ -116,10 +128,11 @@ PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, 
     for (int i = 0; i < MX; ++i) store(out[MX * e + i], i0 + i, c + e);
 }
 
-// NW columns for all rows, four rows at a time, so that the weights come from memory once; 16 for one row, 8 for two
+// NW columns for all rows, four rows at a time, so that the weights come from memory once; 16
+// for one row, 8 for two
 template <int NW, class T, class B, class STORE>
-PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
-                            int64_t c, STORE store) {
+PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h,
+                            const B* b, int64_t r, int64_t c, STORE store) {
   if constexpr (NW > 4) {
     block<16 / NW, NW>(w, x, k, h, b, r, 0, c, store);
   } else {
@@ -131,18 +144,20 @@ PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, con
   }
 }
 
-// f(c, Count<NW>) for this thread's share of n columns, NW at a time, and one at a time for the last
+// f(c, Count<NW>) for this thread's share of n columns, NW at a time, and one at a time for the
+// last
 template <int NW, class F>
 PEFTOPS_INLINE void share(int64_t n, F f) {
   const int64_t id = omp_get_thread_num(), team = omp_get_num_threads(), runs = n / NW;
-  for (int64_t c = runs * id / team * NW; c < runs * (id + 1) / team * NW; c += NW) f(c, Count<NW>{});
+  for (int64_t c = runs * id / team * NW; c < runs * (id + 1) / team * NW; c += NW)
+    f(c, Count<NW>{});
   if (id + 1 == team)
     for (int64_t c = runs * NW; c < n; ++c) f(c, Count<1>{});
 }
 
 template <int NW, class T, class B, class STORE>
-PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
-                                int64_t n, STORE store) {
+PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h,
+                                const B* b, int64_t r, int64_t n, STORE store) {
   share<NW>(n, [&](int64_t c, auto count) __attribute__((always_inline)) {
     columns<decltype(count)::value>(w + c * k, x, m, k, h, b, r, c, store);
   });
@@ -150,8 +165,8 @@ PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k,
 
 // All columns of a 4-bit weight for MX rows of split x
 template <int MX, int NW, bool NESTED, class B, class STORE>
-void coded_columns(const NF4& w, const bf16* x, int64_t k, const float* h, const B* b, int64_t r, int64_t n,
-                   STORE store) {
+void coded_columns(const NF4& w, const bf16* x, int64_t k, const float* h, const B* b,
+                   int64_t r, int64_t n, STORE store) {
   Scales<NW, NESTED> scale(t_scales.get<float>(Scales<NW, NESTED>::floats(k / 64)));
   share<NW>(n, [&](int64_t c, auto count) {
     constexpr int W = decltype(count)::value;
@@ -174,8 +189,8 @@ void coded_columns(const NF4& w, const bf16* x, int64_t k, const float* h, const
 
 // All columns for up to 16 · L rows, which are lanes: x as lanes() leaves it, h (r, 16 · L)
 template <int L, class B, class STORE>
-void coded_lanes(const NF4& w, const uint32_t* x, int64_t m, int64_t k, const float* h, const B* b, int64_t r,
-                 int64_t n, STORE store) {
+void coded_lanes(const NF4& w, const uint32_t* x, int64_t m, int64_t k, const float* h,
+                 const B* b, int64_t r, int64_t n, STORE store) {
   constexpr int NW = 8;
   bf16* buffer = t_rows.get<bf16>(NW * (RUNS * 64 + 32));
   float* scales = t_scales.get<float>(Scales<NW, false>::floats(k / 64));
@@ -186,7 +201,8 @@ void coded_lanes(const NF4& w, const uint32_t* x, int64_t m, int64_t k, const fl
     for (int64_t j = 0; j < r; ++j)
       for (int e = 0; e < W; ++e) {
         const __m512 t_b = _mm512_set1_ps(rounded<bf16>(widen(b[(c + e) * r + j])));
-        for (int l = 0; l < L; ++l) acc[e][l] = _mm512_fmadd_ps(t_b, _mm512_loadu_ps(h + (j * L + l) * 16), acc[e][l]);
+        for (int l = 0; l < L; ++l)
+          acc[e][l] = _mm512_fmadd_ps(t_b, _mm512_loadu_ps(h + (j * L + l) * 16), acc[e][l]);
       }
     scale.rows(w, c, k / 64);
     lane_dots<L, W>(w, scale, x, k, c, buffer, acc);
@@ -204,7 +220,8 @@ void spread(float* out, const bf16* h, Tensor gate, int64_t m, int64_t ra, int64
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < r; ++j) {
       bf16 value = h[i * ra + j % ra];
-      if (gate.data) narrow(widen(value) * as<float>(gate)[i * experts + j / (r / experts)], &value);
+      if (gate.data)
+        narrow(widen(value) * as<float>(gate)[i * experts + j / (r / experts)], &value);
       out[i * r + j] = s * widen(value);
     }
 }
@@ -293,7 +310,8 @@ template <class A>
 void down(const Few& t, const A* a, int64_t ranks, bf16* h) {
   const auto store = [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ranks + j); };
   by_width(t.m, [&](auto width) {
-    all_columns<decltype(width)::value>(a, t.x, t.m, t.k, nullptr, (const bf16*)nullptr, 0, ranks, store);
+    all_columns<decltype(width)::value>(a, t.x, t.m, t.k, nullptr, (const bf16*)nullptr, 0,
+                                        ranks, store);
   });
 }
 
@@ -301,8 +319,9 @@ void down(const Few& t, const A* a, int64_t ranks, bf16* h) {
 template <class B>
 void up(const Few& t, const Coded* codes, const float* h, const B* b) {
   if (codes) return product(*codes, t, h, b);
-  by_width(t.m,
-           [&](auto width) { all_columns<decltype(width)::value>(t.w, t.x, t.m, t.k, h, b, t.r, t.n, Stored{t}); });
+  by_width(t.m, [&](auto width) {
+    all_columns<decltype(width)::value>(t.w, t.x, t.m, t.k, h, b, t.r, t.n, Stored{t});
+  });
 }
 
 void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
@@ -314,25 +333,29 @@ void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
   Team team;
 #pragma omp parallel num_threads(threads)
   {
-    team.run([&] { with_operand<bf16>(a, [&](const auto* from) { down(t, from, ranks, h); }); });
+    team.run(
+        [&] { with_operand<bf16>(a, [&](const auto* from) { down(t, from, ranks, h); }); });
 #pragma omp barrier
 #pragma omp single
     {
       spread(hs, h, gate, t.m, ranks, t.r, t.s);
-      if (codes && codes->lanes) delta_h = turned(hs, t.m, t.r, t.m > 16 ? 32 : 16, hs + t.m * t.r);
+      if (codes && codes->lanes)
+        delta_h = turned(hs, t.m, t.r, t.m > 16 ? 32 : 16, hs + t.m * t.r);
     }
-    team.run([&] { with_operand<bf16>(b, [&](const auto* from) { up(t, codes, delta_h, from); }); });
+    team.run(
+        [&] { with_operand<bf16>(b, [&](const auto* from) { up(t, codes, delta_h, from); }); });
   }
   team.finish();
 }
 
 }  // namespace
 
-void lora_few_bf16(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain,
-                   Tensor gate, Form form, int64_t block) {
+void lora_few_bf16(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
+                   Tensor bias, Tensor gain, Tensor gate, Form form, int64_t block) {
   const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1], ra = a.shape[0];
   const bf16* w = form == Form::dense ? as<bf16>(base.at[0]) : nullptr;
-  const Few t{as<bf16>(y), as<bf16>(x), w, m, n, k, r, *as<float>(scale), as<float>(gain), bias};
+  const Few t{as<bf16>(y),       as<bf16>(x),     w,   m, n, k, r,
+              *as<float>(scale), as<float>(gain), bias};
   const Coded found = coded(t, base, form == Form::nf4 ? block : 0);
   few(t, a, b, gate, form == Form::nf4 ? &found : nullptr);
 }

@@ -5,8 +5,9 @@
 namespace peftops::ISA {
 namespace {
 
-thread_local Scratch t_tile;                                            // of each thread of a team
-thread_local Scratch t_b, t_h, t_turned, t_parts, t_sum, t_grad, t_dh;  // of the caller, read by its team
+thread_local Scratch t_tile;  // of each thread of a team
+thread_local Scratch t_b, t_h, t_turned, t_parts, t_sum, t_grad,
+    t_dh;  // of the caller, read by its team
 
 constexpr int64_t WIDE = 64;       // columns of a tile
 constexpr int64_t HIGH = 64;       // rows of a tile, which stays in the nearest cache
@@ -37,15 +38,18 @@ struct Turned {
 Turned turned(const float* h, int64_t m, int64_t r) {
   const int64_t ld = pad16(m) + 16;
   float* out = t_turned.get<float>(pad16(r) * ld);
-  for (int64_t i = 0; i < m; i += LANES) transpose_into<float>(h + i * r, r, m - i, r, out + i, ld);
+  for (int64_t i = 0; i < m; i += LANES)
+    transpose_into<float>(h + i * r, r, m - i, r, out + i, ld);
   for (int64_t j = r; j < pad16(r); ++j) memset(out + j * ld, 0, size_t(m) * sizeof(float));
   return {out, ld};
 }
 
-// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be absent.
-// A column group is one thread's, whatever their number, and groups are added in order: the same bits every time.
+// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be
+// absent. A column group is one thread's, whatever their number, and groups are added in order:
+// the same bits every time.
 template <class T>
-void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turned h, const float* b, int64_t padded) {
+void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turned h,
+            const float* b, int64_t padded) {
   const int64_t m = t.shape[0], n = t.shape[1], bytes = mask_bytes(n);
   const int64_t groups = min(u ? 4 : 8, ceil_div(n, WIDE));
   if (v) memset(v, 0, size_t(padded * ldv) * sizeof(float));
@@ -60,12 +64,15 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turn
         const int64_t rows = min(HIGH, m - i0), columns = min(WIDE, end - c0);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t row = i0 + i;
-          widen_row(as<T>(t) + row * n + c0, columns, bits ? bits + row * bytes + c0 / 8 : nullptr, tile + i * LD);
+          widen_row(as<T>(t) + row * n + c0, columns,
+                    bits ? bits + row * bytes + c0 / 8 : nullptr, tile + i * LD);
         }
         if (u)
-          multiply_into(parts + (group * m + i0) * padded, padded, c0 > begin, tile, LD, rows, columns, b + c0 * padded,
-                        padded, padded);
-        if (v) multiply_into(v + c0, ldv, true, h.at + i0, h.ld, padded, rows, tile, LD, pad16(columns));
+          multiply_into(parts + (group * m + i0) * padded, padded, c0 > begin, tile, LD, rows,
+                        columns, b + c0 * padded, padded, padded);
+        if (v)
+          multiply_into(v + c0, ldv, true, h.at + i0, h.ld, padded, rows, tile, LD,
+                        pad16(columns));
       }
   };
   Team team;
@@ -81,7 +88,8 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turn
 
 // dh (m, r), rounded to T, and dgate from u (m, padded): s · u is the gradient of the gated h
 template <class T>
-float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns, int64_t padded, float s) {
+float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns,
+               int64_t padded, float s) {
   const int64_t m = h.shape[0], r = h.shape[1];
   float* dh = t_dh.get<float>(m * r);
   if (!gate.data) {
@@ -109,13 +117,15 @@ float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colu
 }
 
 template <class T>
-void backward(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base, Tensor a, Tensor b,
-              float s, Tensor h, const uint8_t* bits, const float* gain, Tensor gate, Form form, int64_t block,
-              float factor) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0], columns = b.shape[1];
+void backward(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base,
+              Tensor a, Tensor b, float s, Tensor h, const uint8_t* bits, const float* gain,
+              Tensor gate, Form form, int64_t block, float factor) {
+  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0],
+                columns = b.shape[1];
   const int64_t padded = pad16(columns), ranks = pad16(r), ldv = pad16(n), ldk = pad16(k);
   const bool inner = dx.data || da.data || dgate.data;
-  float *u = inner ? t_sum.get<float>(m * padded) : nullptr, *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
+  float *u = inner ? t_sum.get<float>(m * padded) : nullptr,
+        *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
   const Turned hp = v ? turned(gated<T>(h, gate, columns, t_h), m, columns) : Turned{};
   if (u || v) reduce<T>(u, v, ldv, dy, nullptr, hp, u ? pack_b<T>(b, gain) : nullptr, padded);
   if (v) store_gradient<T>(db, v, ldv, true, s, gain);
@@ -156,7 +166,8 @@ void sums(Tensor dbias, Tensor dgain, Tensor dy, Tensor z) {
       for (int64_t i = i0; i < min(m, i0 + tall); ++i) {
         const T *t_dy = as<T>(dy) + i * n + c0, *t_z = as<T>(z) + i * n + c0;
         for (int64_t c = 0; dbias.data && c < some; ++c) part[0][c] += widen(t_dy[c]);
-        for (int64_t c = 0; dgain.data && c < some; ++c) part[1][c] += widen(t_dy[c]) * widen(t_z[c]);
+        for (int64_t c = 0; dgain.data && c < some; ++c)
+          part[1][c] += widen(t_dy[c]) * widen(t_z[c]);
       }
       for (int64_t c = 0; c < WIDE; ++c) total[0][c] += part[0][c], total[1][c] += part[1][c];
     }
@@ -169,11 +180,12 @@ void sums(Tensor dbias, Tensor dgain, Tensor dy, Tensor z) {
 
 }  // namespace
 
-void lora_bwd(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base, Tensor a, Tensor b,
-              Tensor scale, Tensor h, Tensor bits, Tensor gain, Tensor gate, Form form, int64_t block, double p) {
+void lora_bwd(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base,
+              Tensor a, Tensor b, Tensor scale, Tensor h, Tensor bits, Tensor gain, Tensor gate,
+              Form form, int64_t block, double p) {
   with_type(x.dtype, [&](auto e) {
-    backward<decltype(e)>(dx, da, db, dgate, dy, x, base, a, b, *as<float>(scale), h, as<uint8_t>(bits),
-                          as<float>(gain), gate, form, block, inverse(p));
+    backward<decltype(e)>(dx, da, db, dgate, dy, x, base, a, b, *as<float>(scale), h,
+                          as<uint8_t>(bits), as<float>(gain), gate, form, block, inverse(p));
   });
 }
 

@@ -1,4 +1,5 @@
-// LoRA for few rows in fp32 arithmetic, for every dtype and instruction set: the weight is read once, as it is stored.
+// LoRA for few rows in fp32 arithmetic, for every dtype and instruction set: the weight is read
+// once, as it is stored.
 #include "nf4.h"
 #include "ops.h"
 
@@ -12,7 +13,8 @@ constexpr int COLUMNS = 4;  // rows of the weight that are read side by side
 
 // acc[e][i] += w[e] · x[i] lane by lane; w is rounded to T where it is wider
 template <class T, int W, int X, class From>
-PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t ldx, int64_t k, vec (&acc)[W][X]) {
+PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t ldx, int64_t k,
+                             vec (&acc)[W][X]) {
   const auto step = [&](int64_t c, int64_t some) __attribute__((always_inline)) {
     vec t_w[W];
 #pragma GCC unroll 4
@@ -31,7 +33,8 @@ PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t
 
 // The same as sums of sums, each of CHAIN terms a lane
 template <class T, int W, int X, class From>
-PEFTOPS_INLINE void add_product(const From* w, int64_t ldw, const float* x, int64_t k, vec (&acc)[W][X]) {
+PEFTOPS_INLINE void add_product(const From* w, int64_t ldw, const float* x, int64_t k,
+                                vec (&acc)[W][X]) {
   for (int64_t c = 0; c < k; c += CHAIN * LANES) {
     vec part[W][X];
     clear(part);
@@ -66,7 +69,8 @@ struct Few {
       for (int q = 0; q < X; ++q) {
         float value = sum(acc[e][q]);
         if (gain) value *= gain[c + e];
-        with_operand<T>(bias, [&](const auto* added) { value += added ? widen(added[c + e]) : 0; });
+        with_operand<T>(bias,
+                        [&](const auto* added) { value += added ? widen(added[c + e]) : 0; });
         narrow(value, y + (i + q) * n + c + e);
       }
   }
@@ -90,7 +94,8 @@ struct Few {
 
 // hs (m, columns) = s · (gate ⊙ x·aᵀ), rounded to T before s
 template <class T>
-void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t columns, float s, float* h) {
+void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t columns, float s,
+          float* h) {
   const int64_t r = a.shape[0], k = a.shape[1], experts = gate.data ? gate.shape[1] : 1;
   with_operand<T>(a, [&](const auto* from) {
 #pragma omp parallel for num_threads(threads_for(m * r * k)) schedule(static)
@@ -107,15 +112,18 @@ void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t c
     for (int64_t j = 0; j < columns; ++j) {
       const float value = h[i * r + j % r];
       hs[i * columns + j] =
-          s * (gate.data ? rounded<T>(value * as<float>(gate)[i * experts + j / (columns / experts)]) : value);
+          s * (gate.data
+                   ? rounded<T>(value * as<float>(gate)[i * experts + j / (columns / experts)])
+                   : value);
     }
 }
 
 }  // namespace
 
-void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate,
-              Form form, int64_t block) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0], columns = b.shape[1];
+void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias,
+              Tensor gain, Tensor gate, Form form, int64_t block) {
+  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0],
+                columns = b.shape[1];
   const NF4 codes(base, form == Form::nf4 ? block : 0);
   with_type(x.dtype, [&](auto e) {
     using T = decltype(e);

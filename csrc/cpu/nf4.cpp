@@ -8,7 +8,8 @@ namespace {
 
 // The code of x is order[number of bounds below x / absmax]; a block begins with a byte
 template <class T>
-void quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order, int64_t block) {
+void quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order,
+              int64_t block) {
   const int64_t size = w.shape[0] * w.shape[1], blocks = ceil_div(size, block);
   const float* bound = as<float>(bounds);
   const uint8_t* name = as<uint8_t>(order);
@@ -33,7 +34,8 @@ void quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order
       index[i] = below;
     }
     uint8_t* to = as<uint8_t>(codes) + b * block / 2;
-    for (int64_t i = 0; i < count; i += 2) to[i / 2] = uint8_t(name[index[i]] << 4 | name[index[i + 1]]);
+    for (int64_t i = 0; i < count; i += 2)
+      to[i / 2] = uint8_t(name[index[i]] << 4 | name[index[i + 1]]);
   }
 }
 
@@ -41,8 +43,10 @@ constexpr int64_t RUN = 16384;  // elements that one thread decodes at once
 
 }  // namespace
 
-void nf4_quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order, int64_t block) {
-  with_type(w.dtype, [&](auto e) { quantize<decltype(e)>(codes, absmax, w, bounds, order, block); });
+void nf4_quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order,
+                  int64_t block) {
+  with_type(w.dtype,
+            [&](auto e) { quantize<decltype(e)>(codes, absmax, w, bounds, order, block); });
 }
 
 void nf4_dequantize(Tensor out, Tensors base, int64_t block) {
@@ -50,7 +54,8 @@ void nf4_dequantize(Tensor out, Tensors base, int64_t block) {
   const int64_t size = out.shape[0] * out.shape[1];
   with_type(out.dtype, [&](auto e) {
 #pragma omp parallel for num_threads(threads_for(size)) schedule(static)
-    for (int64_t at = 0; at < size; at += RUN) decode(w, at, min(RUN, size - at), as<decltype(e)>(out) + at);
+    for (int64_t at = 0; at < size; at += RUN)
+      decode(w, at, min(RUN, size - at), as<decltype(e)>(out) + at);
   });
 }
 
@@ -60,7 +65,8 @@ void nf4_part(Tensor out, Tensors base, int64_t block, int64_t k, int64_t row, i
   const int64_t rows = out.shape[0], columns = out.shape[1];
   with_type(out.dtype, [&](auto e) {
 #pragma omp parallel for num_threads(threads_for(rows* columns)) schedule(static)
-    for (int64_t i = 0; i < rows; ++i) decode(w, (row + i) * k + column, columns, as<decltype(e)>(out) + i * columns);
+    for (int64_t i = 0; i < rows; ++i)
+      decode(w, (row + i) * k + column, columns, as<decltype(e)>(out) + i * columns);
   });
 }
 

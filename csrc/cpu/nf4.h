@@ -1,4 +1,5 @@
-// 4-bit weights as bitsandbytes stores them: two codes a byte, the first in its high half, and a scale for each block.
+// 4-bit weights as bitsandbytes stores them: two codes a byte, the first in its high half, and
+// a scale for each block.
 #pragma once
 #include "vec.h"
 
@@ -19,15 +20,18 @@ struct NF4 {
     }
     codes = as<uint8_t>(base.at[0]), table = as<float>(base.at[1]);
     const bool twice = base.count == 6;
-    absmax = twice ? nullptr : as<float>(base.at[2]), absmax8 = twice ? as<uint8_t>(base.at[2]) : nullptr;
-    nested = twice ? as<float>(base.at[3]) : nullptr, nested_table = twice ? as<float>(base.at[4]) : nullptr;
+    absmax = twice ? nullptr : as<float>(base.at[2]),
+    absmax8 = twice ? as<uint8_t>(base.at[2]) : nullptr;
+    nested = twice ? as<float>(base.at[3]) : nullptr,
+    nested_table = twice ? as<float>(base.at[4]) : nullptr;
     offset = twice ? *as<float>(base.at[5]) : 0;
     shift = __builtin_ctzll(uint64_t(block));
   }
 
   float scale(int64_t at) const {
     if (absmax) return absmax[at];
-    const float part = nested_table[absmax8[at]] * nested[at >> 8];  // rounded before the sum, as bitsandbytes does
+    const float part = nested_table[absmax8[at]] *
+                       nested[at >> 8];  // rounded before the sum, as bitsandbytes does
     return part + offset;
   }
 
@@ -38,7 +42,8 @@ struct NF4 {
 // Whole bytes of one block
 template <class T>
 inline void decode_bytes(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
-  for (int64_t i = 0; i < bytes; ++i) out[2 * i] = t[codes[i] >> 4], out[2 * i + 1] = t[codes[i] & 15];
+  for (int64_t i = 0; i < bytes; ++i)
+    out[2 * i] = t[codes[i] >> 4], out[2 * i + 1] = t[codes[i] & 15];
 }
 
 template <class T>
@@ -52,7 +57,8 @@ inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], 
   const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)t));
   const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
                 second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-  const auto two = [&](__m256i bytes, __m512i& lo, __m512i& hi) {  // an index has five bits; both halves are the same
+  const auto two = [&](__m256i bytes, __m512i& lo,
+                       __m512i& hi) {  // an index has five bits; both halves are the same
     const __m512i w = _mm512_cvtepu8_epi16(bytes);
     const __m512i e = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), values),
                   o = _mm512_permutexvar_epi16(w, values);
@@ -79,7 +85,8 @@ inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16]
   int64_t i = 0;
   for (; i + 16 <= bytes; i += 16) {
     const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-    const __m512 e = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), values), o = _mm512_permutexvar_ps(w, values);
+    const __m512 e = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), values),
+                 o = _mm512_permutexvar_ps(w, values);
     const __m512i l = (__m512i)_mm512_unpacklo_ps(e, o), h = (__m512i)_mm512_unpackhi_ps(e, o);
     _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi64(l, first, h));
     _mm512_storeu_si512(out + 2 * i + 16, _mm512_permutex2var_epi64(l, second, h));
@@ -90,13 +97,15 @@ inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16]
 // The codes of sixteen bytes in the order of their elements
 inline void split(const uint8_t* codes, __m128i (&out)[2]) {
   const __m128i w = _mm_loadu_si128((const __m128i*)codes), nibble = _mm_set1_epi8(15);
-  const __m128i even = _mm_and_si128(_mm_srli_epi16(w, 4), nibble), odd = _mm_and_si128(w, nibble);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(w, 4), nibble),
+                odd = _mm_and_si128(w, nibble);
   out[0] = _mm_unpacklo_epi8(even, odd), out[1] = _mm_unpackhi_epi8(even, odd);
 }
 // Looked up in a table of the low and in one of the high bytes of the values
 template <class T>
 inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], T* out) {
-  const __m128i first = _mm_loadu_si128((const __m128i*)t), second = _mm_loadu_si128((const __m128i*)(t + 8));
+  const __m128i first = _mm_loadu_si128((const __m128i*)t),
+                second = _mm_loadu_si128((const __m128i*)(t + 8));
   const __m128i byte = _mm_set1_epi16(0xff);
   const __m128i low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
   const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
@@ -107,7 +116,8 @@ inline void decode_words(const uint8_t* codes, int64_t bytes, const T (&t)[16], 
     for (int e = 0; e < 2; ++e) {
       const __m128i l = _mm_shuffle_epi8(low, parts[e]), h = _mm_shuffle_epi8(high, parts[e]);
       __m128i* to = (__m128i*)(out + 2 * i + 16 * e);
-      _mm_storeu_si128(to, _mm_unpacklo_epi8(l, h)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(l, h));
+      _mm_storeu_si128(to, _mm_unpacklo_epi8(l, h)),
+          _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(l, h));
     }
   }
   decode_bytes(codes + i, bytes - i, t, out + 2 * i);
@@ -119,9 +129,12 @@ inline void decode_run(const uint8_t* codes, int64_t bytes, const float (&t)[16]
     __m128i parts[2];
     split(codes + i, parts);
     for (int e = 0; e < 4; ++e) {
-      const __m256i code = _mm256_cvtepu8_epi32(e % 2 ? _mm_srli_si128(parts[e / 2], 8) : parts[e / 2]);
-      const __m256 low = _mm256_permutevar8x32_ps(first, code), high = _mm256_permutevar8x32_ps(second, code);
-      const __m256 which = (__m256)_mm256_slli_epi32(code, 28);  // its sign is the fourth bit of the code
+      const __m256i code =
+          _mm256_cvtepu8_epi32(e % 2 ? _mm_srli_si128(parts[e / 2], 8) : parts[e / 2]);
+      const __m256 low = _mm256_permutevar8x32_ps(first, code),
+                   high = _mm256_permutevar8x32_ps(second, code);
+      const __m256 which =
+          (__m256)_mm256_slli_epi32(code, 28);  // its sign is the fourth bit of the code
       _mm256_storeu_ps(out + 2 * i + 8 * e, _mm256_blendv_ps(low, high, which));
     }
   }

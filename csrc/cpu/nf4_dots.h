@@ -1,4 +1,5 @@
-// Products of few rows of x in bf16 with a 4-bit weight, decoded 128 elements at a time and never stored.
+// Products of few rows of x in bf16 with a 4-bit weight, decoded 128 elements at a time and
+// never stored.
 #pragma once
 #include "nf4_panels.h"
 
@@ -7,18 +8,21 @@ namespace {
 
 inline int64_t pad128(int64_t k) { return (k + 127) / 128 * 128; }
 
-// out (m, pad128(k)): of every four elements 1, 0, 3, 2, the first of each of 32 fours, then the second …, as decode128
-// leaves those of a weight; zero beyond k
+// out (m, pad128(k)): of every four elements 1, 0, 3, 2, the first of each of 32 fours, then
+// the second …, as decode128 leaves those of a weight; zero beyond k
 inline void split(const bf16* x, int64_t m, int64_t k, bf16* out) {
-  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
-                                        22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i even =
+      _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28,
+                       26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
   for (int64_t i = 0; i < m; ++i)
     for (int64_t c = 0; c < k; c += 128, out += 128) {
       __m512i v[4];
       for (int q = 0; q < 4; ++q) v[q] = load32(x + i * k + c + 32 * q, k - c - 32 * q);
-      const __m512i e0 = _mm512_permutex2var_epi16(v[0], even, v[1]), e1 = _mm512_permutex2var_epi16(v[2], even, v[3]);
-      const __m512i o0 = _mm512_permutex2var_epi16(v[0], odd, v[1]), o1 = _mm512_permutex2var_epi16(v[2], odd, v[3]);
+      const __m512i e0 = _mm512_permutex2var_epi16(v[0], even, v[1]),
+                    e1 = _mm512_permutex2var_epi16(v[2], even, v[3]);
+      const __m512i o0 = _mm512_permutex2var_epi16(v[0], odd, v[1]),
+                    o1 = _mm512_permutex2var_epi16(v[2], odd, v[3]);
       _mm512_storeu_si512(out, _mm512_permutex2var_epi16(o0, even, o1));
       _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(e0, even, e1));
       _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi16(o0, odd, o1));
@@ -28,23 +32,28 @@ inline void split(const bf16* x, int64_t m, int64_t k, bf16* out) {
 
 // The values of two blocks in one table: the fifth bit of an index chooses
 PEFTOPS_INLINE __m512i values(__m512 table, float first, float second) {
-  return narrow32(_mm512_mul_ps(table, _mm512_set1_ps(first)), _mm512_mul_ps(table, _mm512_set1_ps(second)));
+  return narrow32(_mm512_mul_ps(table, _mm512_set1_ps(first)),
+                  _mm512_mul_ps(table, _mm512_set1_ps(second)));
 }
 
-// 64 bytes are 32 words of four codes, the first sixteen of them of one run, the rest of the next
+// 64 bytes are 32 words of four codes, the first sixteen of them of one run, the rest of the
+// next
 PEFTOPS_INLINE void decode128(__m512i w, __m512i t, __m512bh (&out)[4]) {
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  asm("" : "+v"(w));                         // else g++ 12 loads the bytes for each of the four uses
+  asm("" : "+v"(w));  // else g++ 12 loads the bytes for each of the four uses
   const auto look_up = [&](__m512i index) {  // (index & 15) | second
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(index, nibble, second, 0xEA), t);
+    return (__m512bh)_mm512_permutexvar_epi16(
+        _mm512_ternarylogic_epi32(index, nibble, second, 0xEA), t);
   };
   out[0] = look_up(w), out[1] = look_up(_mm512_srli_epi16(w, 4));
-  out[2] = look_up(_mm512_mulhi_epu16(w, _mm512_set1_epi16(256)));  // a shift, but not on the port of the permutes
+  out[2] = look_up(_mm512_mulhi_epu16(
+      w, _mm512_set1_epi16(256)));  // a shift, but not on the port of the permutes
   out[3] = look_up(_mm512_mulhi_epu16(w, _mm512_set1_epi16(16)));
 }
 
-// Scales of the runs of NW rows. NESTED: rows do not cross groups of 256 blocks of 64, so a scale is in a table.
+// Scales of the runs of NW rows. NESTED: rows do not cross groups of 256 blocks of 64, so a
+// scale is in a table.
 template <int NW, bool NESTED>
 struct Scales {
   const float* at[NW];
@@ -70,7 +79,8 @@ struct Scales {
         }
         if (group[e] != wanted)
           for (int i = 0; i < 256; i += 16) {
-            const __m512 part = _mm512_mul_ps(_mm512_loadu_ps(w.nested_table + i), _mm512_set1_ps(w.nested[wanted]));
+            const __m512 part = _mm512_mul_ps(_mm512_loadu_ps(w.nested_table + i),
+                                              _mm512_set1_ps(w.nested[wanted]));
             _mm512_storeu_ps(table + i, _mm512_add_ps(part, _mm512_set1_ps(w.offset)));
           }
         group[e] = wanted, at[e] = table;
@@ -83,17 +93,20 @@ struct Scales {
       }
     }
   }
-  PEFTOPS_INLINE float operator()(int e, int64_t run) const { return at[e][NESTED ? index[e][run] : run]; }
+  PEFTOPS_INLINE float operator()(int e, int64_t run) const {
+    return at[e][NESTED ? index[e][run] : run];
+  }
 };
 
 PEFTOPS_INLINE __m512i load_codes(const uint8_t* p, bool both) {
-  return both ? _mm512_loadu_si512(p) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return both ? _mm512_loadu_si512(p)
+              : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
 }
 
 // acc[MX · e + i] += w[c + e] · x[i] lane by lane; x (MX, pad128(k)) is split
 template <int MX, int NW, bool NESTED>
-PEFTOPS_INLINE void dots(const NF4& w, const Scales<NW, NESTED>& scale, const bf16* x, int64_t k, int64_t c,
-                         __m512 (&acc)[16]) {
+PEFTOPS_INLINE void dots(const NF4& w, const Scales<NW, NESTED>& scale, const bf16* x,
+                         int64_t k, int64_t c, __m512 (&acc)[16]) {
   const __m512 table = _mm512_loadu_ps(w.table);
   const int64_t runs = k / 64, ldx = pad128(k), bytes = k / 2;
   const uint8_t* codes = w.codes + c * bytes;
@@ -105,7 +118,8 @@ PEFTOPS_INLINE void dots(const NF4& w, const Scales<NW, NESTED>& scale, const bf
     for (int e = 0; e < NW; ++e) {
       const uint8_t* at = codes + e * bytes + 32 * j;
       _mm_prefetch((const char*)at + NW * bytes, _MM_HINT_T0);
-      decode128(load_codes(at, both), values(table, scale(e, j), both ? scale(e, j + 1) : 0.0f), t_w[e]);
+      decode128(load_codes(at, both), values(table, scale(e, j), both ? scale(e, j + 1) : 0.0f),
+                t_w[e]);
       if constexpr (MX <= 4) {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q)
@@ -124,7 +138,8 @@ PEFTOPS_INLINE void dots(const NF4& w, const Scales<NW, NESTED>& scale, const bf
           __m512bh t_x = pairs(x + i * ldx + 64 * j + 32 * q);
           asm("" : "+v"(t_x));
 #pragma GCC unroll 4
-          for (int e = 0; e < NW; ++e) acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w[e][q], t_x);
+          for (int e = 0; e < NW; ++e)
+            acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w[e][q], t_x);
         }
     }
   };
@@ -143,9 +158,11 @@ void lanes(const bf16* x, int64_t m, int64_t k, uint32_t* out) {
     for (int l = 0; l < L; ++l) {
       __m512i v[16];
       for (int64_t i = 0; i < 16; ++i)
-        v[i] = 16 * l + i < m ? _mm512_loadu_si512(x + (16 * l + i) * ld + c) : _mm512_setzero_si512();
+        v[i] = 16 * l + i < m ? _mm512_loadu_si512(x + (16 * l + i) * ld + c)
+                              : _mm512_setzero_si512();
       transpose(v);
-      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(out + ((c / 2 + i) * L + l) * 16, v[i]);
+      for (int64_t i = 0; i < 16; ++i)
+        _mm512_storeu_si512(out + ((c / 2 + i) * L + l) * 16, v[i]);
     }
 }
 
@@ -153,8 +170,8 @@ constexpr int64_t RUNS = 8;  // of a row that lie decoded in the nearest cache
 
 // acc[e][l], a row of x in each lane: += w[c + e] · x; x as lanes() leaves it
 template <int L, int NW>
-PEFTOPS_INLINE void lane_dots(const NF4& w, const Scales<NW, false>& scale, const uint32_t* x, int64_t k, int64_t c,
-                              bf16* buffer, __m512 (&acc)[NW][L]) {
+PEFTOPS_INLINE void lane_dots(const NF4& w, const Scales<NW, false>& scale, const uint32_t* x,
+                              int64_t k, int64_t c, bf16* buffer, __m512 (&acc)[NW][L]) {
   constexpr int64_t LD = RUNS * 64 + 32;  // rows must not fall into one cache set
   const __m512 table = _mm512_loadu_ps(w.table);
   const int64_t runs = k / 64, bytes = k / 2;
@@ -166,8 +183,10 @@ PEFTOPS_INLINE void lane_dots(const NF4& w, const Scales<NW, false>& scale, cons
         const uint8_t* at = w.codes + (c + e) * bytes + 32 * (j + u);
         _mm_prefetch((const char*)at + NW * bytes, _MM_HINT_T0);
         __m512bh t_w[4];
-        decode128(load_codes(at, both), values(table, scale(e, j + u), both ? scale(e, j + u + 1) : 0.0f), t_w);
-        for (int q = 0; q < 4; ++q) _mm512_storeu_si512(buffer + e * LD + 64 * u + 32 * q, (__m512i)t_w[q]);
+        decode128(load_codes(at, both),
+                  values(table, scale(e, j + u), both ? scale(e, j + u + 1) : 0.0f), t_w);
+        for (int q = 0; q < 4; ++q)
+          _mm512_storeu_si512(buffer + e * LD + 64 * u + 32 * q, (__m512i)t_w[q]);
       }
     const uint32_t* from = x + j * 32 * L * 16;
     for (int64_t p = 0; p < (some + 1) / 2 * 64; ++p) {

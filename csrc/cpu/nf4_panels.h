@@ -12,19 +12,24 @@ thread_local Scratch t_decoded;  // of each thread of a team
 inline bool in_runs(const NF4& w, int64_t k) { return k % 64 == 0 && w.shift >= 6; }
 
 // The even and the odd elements of the run of 64 that begins at `at`
-PEFTOPS_INLINE void decode64(const NF4& w, __m512 table, int64_t at, __m512i& even, __m512i& odd) {
+PEFTOPS_INLINE void decode64(const NF4& w, __m512 table, int64_t at, __m512i& even,
+                             __m512i& odd) {
   const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(w.scale(at >> w.shift)));
   const __m512i t = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled));
-  const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(w.codes + at / 2)));
-  even = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), t);  // an index has five bits; both halves are the same
+  const __m512i codes =
+      _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(w.codes + at / 2)));
+  even = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4),
+                                  t);  // an index has five bits; both halves are the same
   odd = _mm512_permutexvar_epi16(codes, t);
 }
 
-void pack_runs_by_columns(const NF4& w, int64_t rows, int64_t columns, int64_t i, uint32_t* out) {
+void pack_runs_by_columns(const NF4& w, int64_t rows, int64_t columns, int64_t i,
+                          uint32_t* out) {
   const __m512 table = _mm512_loadu_ps(w.table);
   for (int64_t g = 0; g < PANEL; g += 16)
     for (int64_t c = 0; c < columns; c += 64) {
-      __m512i lo[16], hi[16];  // lane l of lo has the pairs 8l … 8l + 3 of a row, of hi the four after them
+      __m512i lo[16],
+          hi[16];  // lane l of lo has the pairs 8l … 8l + 3 of a row, of hi the four after them
       for (int64_t e = 0; e < 16; ++e) {
         lo[e] = hi[e] = _mm512_setzero_si512();
         if (i + g + e >= rows) continue;
@@ -51,10 +56,12 @@ void pack_runs_by_rows(const NF4& w, int64_t rows, int64_t columns, int64_t c, u
     const __m512i el = _mm512_unpacklo_epi16(e0, e1), eh = _mm512_unpackhi_epi16(e0, e1);
     const __m512i ol = _mm512_unpacklo_epi16(o0, o1), oh = _mm512_unpackhi_epi16(o0, o1);
     // lane l of v[q]: the columns 16l + 4q … 16l + 4q + 3
-    const __m512i v[4] = {_mm512_unpacklo_epi32(el, ol), _mm512_unpackhi_epi32(el, ol), _mm512_unpacklo_epi32(eh, oh),
-                          _mm512_unpackhi_epi32(eh, oh)};
-    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(v[0], v[1], 0xee), e = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    const __m512i v[4] = {_mm512_unpacklo_epi32(el, ol), _mm512_unpackhi_epi32(el, ol),
+                          _mm512_unpacklo_epi32(eh, oh), _mm512_unpackhi_epi32(eh, oh)};
+    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44),
+                  b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(v[0], v[1], 0xee),
+                  e = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
     _mm512_storeu_si512(out, _mm512_shuffle_i32x4(a, b, 0x88));
     _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(a, b, 0xdd));
     _mm512_storeu_si512(out + 32, _mm512_shuffle_i32x4(d, e, 0x88));
@@ -64,20 +71,24 @@ void pack_runs_by_rows(const NF4& w, int64_t rows, int64_t columns, int64_t c, u
 
 constexpr int64_t DECODED = 512;  // elements of a row that are decoded before they are packed
 
-// The rows [i, i + rows) and columns [c, c + columns) of a 4-bit weight (., k), where they stay in the nearest cache
-const bf16* decoded(const NF4& w, int64_t k, int64_t i, int64_t rows, int64_t c, int64_t columns, int64_t ld) {
+// The rows [i, i + rows) and columns [c, c + columns) of a 4-bit weight (., k), where they stay
+// in the nearest cache
+const bf16* decoded(const NF4& w, int64_t k, int64_t i, int64_t rows, int64_t c,
+                    int64_t columns, int64_t ld) {
   bf16* out = t_decoded.get<bf16>(rows * ld);
   for (int64_t e = 0; e < rows; ++e) decode(w, (i + e) * k + c, columns, out + e * ld);
   return out;
 }
 
 // The panel of a 4-bit weight (rows, columns) that begins at column c, as pairs along its rows
-void pack_rows(const NF4& w, int64_t rows, int64_t columns, int64_t c, uint32_t* out, const float* gain) {
+void pack_rows(const NF4& w, int64_t rows, int64_t columns, int64_t c, uint32_t* out,
+               const float* gain) {
   if (in_runs(w, columns) && !gain) return pack_runs_by_rows(w, rows, columns, c, out);
   const int64_t count = min(PANEL, columns - c), tall = 32;
   for (int64_t i = 0; i < rows; i += tall) {
     const bf16* part = decoded(w, columns, i, min(tall, rows - i), c, count, PANEL);
-    pack_rows(part, PANEL, min(tall, rows - i), count, out + i / 2 * PANEL, PANEL, gain ? gain + i : nullptr);
+    pack_rows(part, PANEL, min(tall, rows - i), count, out + i / 2 * PANEL, PANEL,
+              gain ? gain + i : nullptr);
   }
 }
 

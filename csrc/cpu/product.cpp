@@ -9,15 +9,17 @@ namespace {
 
 thread_local Scratch t_panel, t_delta, t_wide, t_decoded;  // of each thread of a team
 
-// A panel of `depth` rows lies as parts of WIDTH columns: out[column / WIDTH][row][column % WIDTH]
+// A panel of `depth` rows lies as parts of WIDTH columns: out[column / WIDTH][row][column %
+// WIDTH]
 inline float* in_panel(float* out, int64_t depth, int64_t row, int64_t column) {
   return out + (column / WIDTH * depth + row) * WIDTH + column % WIDTH;
 }
 
-// The rows from `first` on of a panel, from (rows, columns ≤ PANEL) as it lies; gain multiplies rows
+// The rows from `first` on of a panel, from (rows, columns ≤ PANEL) as it lies; gain multiplies
+// rows
 template <class T, class From>
-void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, float* out, int64_t depth, int64_t first,
-               const float* gain) {
+void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, float* out,
+               int64_t depth, int64_t first, const float* gain) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < PANEL; c += LANES) {
       vec v = load_as<T>(from + i * ld + c, columns - c);
@@ -26,16 +28,18 @@ void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, floa
     }
 }
 
-// The same from the transpose, (columns ≤ PANEL, rows), of the columns from `column` on, a multiple of LANES
+// The same from the transpose, (columns ≤ PANEL, rows), of the columns from `column` on, a
+// multiple of LANES
 template <class T, class From>
-void pack_columns(const From* from, int64_t ld, int64_t columns, int64_t rows, float* out, int64_t depth, int64_t first,
-                  int64_t column, const float* gain) {
+void pack_columns(const From* from, int64_t ld, int64_t columns, int64_t rows, float* out,
+                  int64_t depth, int64_t first, int64_t column, const float* gain) {
   transpose_into<T>(from, ld, columns, rows, in_panel(out, depth, first, column), WIDTH, gain);
 }
 
 // The panel of columns from c on of w, (depth, n) as it lies or its transpose
 template <class T>
-void pack_base(Tensor w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out, const float* gain) {
+void pack_base(Tensor w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out,
+               const float* gain) {
   const T* from = as<T>(w);
   const int64_t columns = min(PANEL, n - c);
   if (along_rows) return pack_rows<T>(from + c, n, depth, columns, out, depth, 0, gain);
@@ -45,7 +49,8 @@ void pack_base(Tensor w, bool along_rows, int64_t depth, int64_t n, int64_t c, f
 
 // The same of a 4-bit base, a part at a time that stays in the nearest cache
 template <class T>
-void pack_base(const NF4& w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out, const float* gain) {
+void pack_base(const NF4& w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out,
+               const float* gain) {
   constexpr int64_t tall = 32, run = 256, ld = run + 32;
   const int64_t columns = min(PANEL, n - c);
   T* part = t_decoded.get<T>(max(tall * PANEL, LANES * ld));
@@ -60,7 +65,8 @@ void pack_base(const NF4& w, bool along_rows, int64_t depth, int64_t n, int64_t 
   for (int64_t j = 0; j < PANEL; j += LANES)
     for (int64_t i = 0; i < depth; i += run) {
       const int64_t count = max(0, min(LANES, columns - j)), rows = min(run, depth - i);
-      for (int64_t e = 0; e < count; ++e) decode(w, (c + j + e) * depth + i, rows, part + e * ld);
+      for (int64_t e = 0; e < count; ++e)
+        decode(w, (c + j + e) * depth + i, rows, part + e * ld);
       pack_columns<T>(part, ld, count, rows, out, depth, i, j, gain ? gain + i : nullptr);
     }
 }
@@ -73,27 +79,34 @@ struct Worker {
   int64_t ld;  // of the widened rows, which must not fall into one cache set
   float *w, *b, *wide;
 
-  explicit Worker(const Product& t) : t(t), codes(t.base, t.form == Form::nf4 ? t.block : 0), ld(pad16(t.k) + 16) {
+  explicit Worker(const Product& t)
+      : t(t), codes(t.base, t.form == Form::nf4 ? t.block : 0), ld(pad16(t.k) + 16) {
     w = t_panel.get<float>(t.k * PANEL);
     b = t_delta.get<float>(t.r * PANEL);
     wide = sizeof(T) < sizeof(float) ? t_wide.get<float>(ROWS * ld) : nullptr;
   }
 
-  // w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the other way
+  // w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the
+  // other way
   void pack(const Panel& panel) {
     const bool along_rows = (t.form == Form::transposed) != t.backward;
-    if (t.x.data && t.form == Form::nf4) pack_base<T>(codes, along_rows, t.k, t.n, panel.c, w, t.row_gain);
-    if (t.x.data && t.form != Form::nf4) pack_base<T>(t.base.at[0], along_rows, t.k, t.n, panel.c, w, t.row_gain);
+    if (t.x.data && t.form == Form::nf4)
+      pack_base<T>(codes, along_rows, t.k, t.n, panel.c, w, t.row_gain);
+    if (t.x.data && t.form != Form::nf4)
+      pack_base<T>(t.base.at[0], along_rows, t.k, t.n, panel.c, w, t.row_gain);
     with_operand<T>(t.delta, [&](auto* from) {
       const int64_t columns = min(PANEL, t.n - panel.c);
-      if (t.backward) return pack_rows<T>(from + panel.c, t.n, t.r, columns, b, t.r, 0, nullptr);
+      if (t.backward)
+        return pack_rows<T>(from + panel.c, t.n, t.r, columns, b, t.r, 0, nullptr);
       for (int64_t j = 0; j < PANEL; j += LANES)
-        pack_columns<T>(from + (panel.c + j) * t.r, t.r, columns - j, t.r, b, t.r, 0, j, nullptr);
+        pack_columns<T>(from + (panel.c + j) * t.r, t.r, columns - j, t.r, b, t.r, 0, j,
+                        nullptr);
     });
   }
 
   void rows(const Panel& panel, int64_t begin, int64_t end) {
-    by_rows<ROWS, 4, 2, 1>(begin, end, [&](int64_t i, auto count) { tile<decltype(count)::value>(i, panel.c); });
+    by_rows<ROWS, 4, 2, 1>(
+        begin, end, [&](int64_t i, auto count) { tile<decltype(count)::value>(i, panel.c); });
   }
 
   template <int MR>
@@ -104,28 +117,34 @@ struct Worker {
     if constexpr (sizeof(T) == sizeof(float)) {
       if (t.x.data) x = as<T>(t.x) + i * t.k;
     } else if (t.x.data) {
-      for (int e = 0; e < MR; ++e) widen_row(as<T>(t.x) + (i + e) * t.k, t.k, nullptr, wide + e * ld);
+      for (int e = 0; e < MR; ++e)
+        widen_row(as<T>(t.x) + (i + e) * t.k, t.k, nullptr, wide + e * ld);
       x = wide, ldx = ld;
     }
-    for (int64_t j = 0; j < min(PANEL, t.n - c); j += WIDTH) multiply_part<MR>(x, ldx, i, c, j, sums + j);
+    for (int64_t j = 0; j < min(PANEL, t.n - c); j += WIDTH)
+      multiply_part<MR>(x, ldx, i, c, j, sums + j);
     for (int e = 0; e < MR; ++e) finish(sums + e * PANEL, i + e, c);
   }
 
   // sums (MR, WIDTH) = x·w + s · mask ⊙ (h·b) for the columns from c + j on
   template <int MR>
-  PEFTOPS_INLINE void multiply_part(const float* x, int64_t ldx, int64_t i, int64_t c, int64_t j, float* sums) const {
+  PEFTOPS_INLINE void multiply_part(const float* x, int64_t ldx, int64_t i, int64_t c,
+                                    int64_t j, float* sums) const {
     vec acc[MR][VECTORS];
     const int64_t bytes = mask_bytes(t.n);
-    for (int64_t done = 0; done < max(t.r, 1); done += CHAIN) {  // a sum of nothing is written too
+    for (int64_t done = 0; done < max(t.r, 1);
+         done += CHAIN) {  // a sum of nothing is written too
       clear(acc);
-      multiply(t.h + i * t.r + done, t.r, min(CHAIN, t.r - done), b + j * t.r + done * WIDTH, WIDTH, acc);
+      multiply(t.h + i * t.r + done, t.r, min(CHAIN, t.r - done), b + j * t.r + done * WIDTH,
+               WIDTH, acc);
 #pragma GCC unroll 8
       for (int e = 0; e < MR; ++e)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
           acc[e][v] *= all(t.s);
           const int64_t at = c + j + LANES * v;
-          if (t.bits && at < t.n) acc[e][v] = kept(acc[e][v], bits_at(t.bits + (i + e) * bytes, at));
+          if (t.bits && at < t.n)
+            acc[e][v] = kept(acc[e][v], bits_at(t.bits + (i + e) * bytes, at));
         }
       put(acc, sums, done > 0);
     }
@@ -164,8 +183,9 @@ struct Worker {
 }  // namespace
 
 void product(const Product& t) {
-  with_type(t.out.dtype,
-            [&](auto e) { by_panels(t.m, t.n, t.m * t.n * (t.k + t.r), [&] { return Worker<decltype(e)>(t); }); });
+  with_type(t.out.dtype, [&](auto e) {
+    by_panels(t.m, t.n, t.m * t.n * (t.k + t.r), [&] { return Worker<decltype(e)>(t); });
+  });
 }
 
 }  // namespace peftops::ISA

@@ -1,11 +1,13 @@
-// The product of rows of x with a base, dense or of 4 bits, in fp32 arithmetic whatever is stored: LoRA's sums first.
+// The product of rows of x with a base, dense or of 4 bits, in fp32 arithmetic whatever is
+// stored: LoRA's sums first.
 #pragma once
 #include "vec.h"
 
 namespace peftops::ISA {
 
-// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias, z = what gain multiplies; all but h, w and b may be absent.
-// w (k, n) is the base transposed, or backward the base as it is; b (r, n) is the delta likewise.
+// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias, z = what gain multiplies; all but h, w and
+// b may be absent. w (k, n) is the base transposed, or backward the base as it is; b (r, n) is
+// the delta likewise.
 struct Product {
   Tensor out, z, x, y0;
   const float* h;  // (m, r)

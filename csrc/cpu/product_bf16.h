@@ -1,4 +1,5 @@
-// The product of rows of x with a base, dense or of 4 bits, in bf16: panels of pairs, LoRA's sums first.
+// The product of rows of x with a base, dense or of 4 bits, in bf16: panels of pairs, LoRA's
+// sums first.
 #pragma once
 #include "nf4_panels.h"
 
@@ -7,7 +8,8 @@ namespace {
 
 thread_local Scratch t_panel, t_delta, t_rows;  // of each thread of a team
 
-// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias, z = what gain multiplies; x·w or y0 may be absent
+// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias, z = what gain multiplies; x·w or y0 may be
+// absent
 struct Product {
   bf16 *out, *z;
   const bf16 *x, *h, *y0;
@@ -18,7 +20,8 @@ struct Product {
 };
 
 template <int MR>
-PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t* w, const uint32_t* b) {
+PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t* w,
+                         const uint32_t* b) {
   for (int e = 0; e < MR; ++e)  // asked for now, written after the sums
     for (int v = 0; v < 2; ++v) __builtin_prefetch(t.out + (i + e) * t.n + c + 32 * v, 1);
   __m512 acc[MR][4] = {};
@@ -42,11 +45,13 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
       if (t.z) _mm512_mask_storeu_epi16(t.z + at, mask32(count), narrow32(lo, hi));
       if (t.gain) {
         lo = _mm512_mul_ps(lo, _mm512_maskz_loadu_ps(mask16(count), t.gain + c + 16 * v));
-        hi = _mm512_mul_ps(hi, _mm512_maskz_loadu_ps(mask16(count - 16), t.gain + c + 16 * v + 16));
+        hi = _mm512_mul_ps(hi,
+                           _mm512_maskz_loadu_ps(mask16(count - 16), t.gain + c + 16 * v + 16));
       }
       if (t.bias) {
         lo = _mm512_add_ps(lo, _mm512_maskz_loadu_ps(mask16(count), t.bias + c + 16 * v));
-        hi = _mm512_add_ps(hi, _mm512_maskz_loadu_ps(mask16(count - 16), t.bias + c + 16 * v + 16));
+        hi = _mm512_add_ps(hi,
+                           _mm512_maskz_loadu_ps(mask16(count - 16), t.bias + c + 16 * v + 16));
       }
       if (count >= 32)
         _mm512_storeu_si512(t.out + at, narrow32(lo, hi));
@@ -55,8 +60,8 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
     }
 }
 
-// pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on, hint(c, i, j) asks for the part [i, j) of k of
-// what pack_w will read for c.
+// pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on, hint(c, i, j) asks for
+// the part [i, j) of k of what pack_w will read for c.
 template <class W, class B, class H>
 struct Worker {
   const Product& t;
@@ -65,7 +70,8 @@ struct Worker {
   H hint;
   uint32_t *w, *b;
 
-  Worker(const Product& t, W pack_w, B pack_b, H hint) : t(t), pack_w(pack_w), pack_b(pack_b), hint(hint) {
+  Worker(const Product& t, W pack_w, B pack_b, H hint)
+      : t(t), pack_w(pack_w), pack_b(pack_b), hint(hint) {
     w = t_panel.get<uint32_t>((t.k + 1) / 2 * PANEL);
     b = t_delta.get<uint32_t>((t.r + 1) / 2 * PANEL);
   }
@@ -88,12 +94,14 @@ struct Worker {
 
 template <class W, class B, class H>
 void product(const Product& t, W pack_w, B pack_b, H hint) {
-  by_panels(t.m, t.n, t.m * t.n * (t.k + t.r), [&] { return Worker<W, B, H>(t, pack_w, pack_b, hint); });
+  by_panels(t.m, t.n, t.m * t.n * (t.k + t.r),
+            [&] { return Worker<W, B, H>(t, pack_w, pack_b, hint); });
 }
 
-// Columns of x·wᵀ: w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the other way.
-void product_with(const Product& t, Form form, int64_t block, bool backward, Tensors base, Tensor delta,
-                  const float* gain) {
+// Columns of x·wᵀ: w (n, k) is packed along its columns, transposed w (k, n) along its rows;
+// backward the other way.
+void product_with(const Product& t, Form form, int64_t block, bool backward, Tensors base,
+                  Tensor delta, const float* gain) {
   const bool along_rows = (form == Form::transposed) != backward;
   const Tensor w = base.at[0];
   const NF4 codes(base, form == Form::nf4 ? block : 0);
@@ -119,7 +127,8 @@ void product_with(const Product& t, Form form, int64_t block, bool backward, Ten
       },
       [&](int64_t c, int64_t i, int64_t j) {
         if (form == Form::nf4 && along_rows)
-          for (; i < j; ++i) _mm_prefetch((const char*)(codes.codes + (i * t.n + c) / 2), _MM_HINT_T0);
+          for (; i < j; ++i)
+            _mm_prefetch((const char*)(codes.codes + (i * t.n + c) / 2), _MM_HINT_T0);
         else if (form == Form::nf4)
           for (i = (c * t.k + i * PANEL) / 2, j = (c * t.k + j * PANEL) / 2; i < j; i += 64)
             _mm_prefetch((const char*)(codes.codes + i), _MM_HINT_T0);
@@ -133,11 +142,13 @@ void product_with(const Product& t, Form form, int64_t block, bool backward, Ten
 // (m, columns of b): h, or each expert's columns of h times its gate
 bf16* gated(Tensor h, Tensor gate, int64_t columns, Scratch& scratch) {
   if (!gate.data) return as<bf16>(h);
-  const int64_t m = h.shape[0], r = h.shape[1], experts = gate.shape[1], each = columns / experts;
+  const int64_t m = h.shape[0], r = h.shape[1], experts = gate.shape[1],
+                each = columns / experts;
   bf16* out = scratch.get<bf16>(m * columns);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < columns; ++j)
-      narrow(widen(as<bf16>(h)[i * r + j % r]) * as<float>(gate)[i * experts + j / each], out + i * columns + j);
+      narrow(widen(as<bf16>(h)[i * r + j % r]) * as<float>(gate)[i * experts + j / each],
+             out + i * columns + j);
   return out;
 }
 

@@ -1,5 +1,5 @@
-// Vectors of floats for each instruction set, what makes them of 16-bit values and back, and the micro-kernel that
-// multiplies them.
+// Vectors of floats for each instruction set, what makes them of 16-bit values and back, and
+// the micro-kernel that multiplies them.
 #pragma once
 #include "tile.h"
 #ifdef __AVX2__
@@ -11,8 +11,9 @@ namespace {
 
 #if defined(__AVX512BW__)
 constexpr int LANES = 16;
-constexpr int VECTORS = 4;     // of one row of sums
-constexpr int64_t CHAIN = 64;  // terms of one sum; a longer one loses digits, so there are sums of sums
+constexpr int VECTORS = 4;  // of one row of sums
+constexpr int64_t CHAIN =
+    64;  // terms of one sum; a longer one loses digits, so there are sums of sums
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int VECTORS = 2;
@@ -20,10 +21,12 @@ constexpr int64_t CHAIN = 64;
 #else
 constexpr int LANES = 4;
 constexpr int VECTORS = 2;
-constexpr int64_t CHAIN = 32;  // products are rounded too, where they are not fused with the sum
+constexpr int64_t CHAIN =
+    32;  // products are rounded too, where they are not fused with the sum
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
+typedef float vec_at
+    __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
@@ -47,7 +50,8 @@ PEFTOPS_INLINE vec fma(vec a, vec b, vec c) {
 PEFTOPS_INLINE vec load(const float* p) { return *(const vec_at*)p; }
 PEFTOPS_INLINE vec load(const bf16* p) {
 #if defined(__AVX512BW__)
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)),
+                                16);
 #elif defined(__AVX2__)
   return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
@@ -72,9 +76,11 @@ PEFTOPS_INLINE void store(bf16* p, vec v) {
 }
 PEFTOPS_INLINE void store(fp16* p, vec v) {
 #if defined(__AVX512BW__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(
+      (__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128((__m128i*)p,
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   for (int l = 0; l < LANES; ++l) narrow(v[l], p + l);
 #endif
@@ -139,7 +145,8 @@ PEFTOPS_INLINE float sum(vec v) {
 #if defined(__AVX512BW__)
   return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX2__)
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 four =
+      _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
@@ -147,7 +154,8 @@ PEFTOPS_INLINE float sum(vec v) {
 #endif
 }
 
-// A row as floats, with what has no bit set to zero; what is written beyond its end are zeros up to a whole vector
+// A row as floats, with what has no bit set to zero; what is written beyond its end are zeros
+// up to a whole vector
 template <class T>
 inline void widen_row(const T* from, int64_t count, const uint8_t* bits, float* out) {
   int64_t c = 0;
@@ -164,32 +172,36 @@ PEFTOPS_INLINE void transpose(vec (&v)[LANES]) {
 #pragma GCC unroll 4
   for (int step = 1; step < LANES; step *= 2) {
     words low, high;  // where a lane comes from: of v[i], or LANES further of v[i + step]
-    for (int l = 0; l < LANES; ++l) low[l] = l & step ? LANES + l - step : l, high[l] = l & step ? LANES + l : l + step;
+    for (int l = 0; l < LANES; ++l)
+      low[l] = l & step ? LANES + l - step : l, high[l] = l & step ? LANES + l : l + step;
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i)
       if (!(i & step)) {
         const vec first = v[i], second = v[i + step];
-        v[i] = __builtin_shuffle(first, second, low), v[i + step] = __builtin_shuffle(first, second, high);
+        v[i] = __builtin_shuffle(first, second, low),
+        v[i + step] = __builtin_shuffle(first, second, high);
       }
   }
 }
 
 template <int MR, int NV>
-PEFTOPS_INLINE void clear(vec (&acc)[MR][NV]) {  // written out, since "= {}" also writes the memory that is never read
+PEFTOPS_INLINE void clear(vec (
+    &acc)[MR][NV]) {  // written out, since "= {}" also writes the memory that is never read
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = vec{};
 }
 
-// out[i · ldo + lane] = from[lane · ld + i] for i < count, rounded to T, zero in the lanes from `lanes` on; gain
-// multiplies the i
+// out[i · ldo + lane] = from[lane · ld + i] for i < count, rounded to T, zero in the lanes from
+// `lanes` on; gain multiplies the i
 template <class T, class From>
-void transpose_into(const From* from, int64_t ld, int64_t lanes, int64_t count, float* out, int64_t ldo,
-                    const float* gain = nullptr) {
+void transpose_into(const From* from, int64_t ld, int64_t lanes, int64_t count, float* out,
+                    int64_t ldo, const float* gain = nullptr) {
   for (int64_t i = 0; i < count; i += LANES) {
     vec v[LANES];
-    for (int64_t l = 0; l < LANES; ++l) v[l] = l < lanes ? load_as<T>(from + l * ld + i, count - i) : vec{};
+    for (int64_t l = 0; l < LANES; ++l)
+      v[l] = l < lanes ? load_as<T>(from + l * ld + i, count - i) : vec{};
     for (int64_t l = 0; gain && l < LANES; ++l) v[l] *= load(gain + i, count - i);
     transpose(v);
     for (int64_t e = 0; e < min(LANES, count - i); ++e) store(out + (i + e) * ldo, v[e]);
@@ -198,7 +210,8 @@ void transpose_into(const From* from, int64_t ld, int64_t lanes, int64_t count, 
 
 // acc[i][v] += x[i][0 … k) · w[k][LANES v + lane]
 template <int MR, int NV>
-PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float* w, int64_t ldw, vec (&acc)[MR][NV]) {
+PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float* w,
+                             int64_t ldw, vec (&acc)[MR][NV]) {
   const float* row[MR];
   for (int i = 0; i < MR; ++i) row[i] = x + i * ldx;
   for (int64_t c = 0; c < k; ++c) {
@@ -215,8 +228,8 @@ PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float
 }
 
 // out (rows, width) = or += x (rows, k) · w (k, width), a multiple of sixteen
-inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int64_t ldx, int64_t rows, int64_t k,
-                          const float* w, int64_t ldw, int64_t width) {
+inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int64_t ldx,
+                          int64_t rows, int64_t k, const float* w, int64_t ldw, int64_t width) {
   const auto part = [&](int64_t i, int64_t first, auto count, auto vectors) {
     constexpr int MR = decltype(count)::value, NV = decltype(vectors)::value;
     for (int64_t c = 0; c < max(k, 1); c += CHAIN) {  // a sum of nothing is written too
@@ -233,7 +246,8 @@ inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int
     }
   };
   const auto columns = [&](int64_t first, auto vectors) {
-    by_rows<ROWS, 4, 2, 1>(0, rows, [&](int64_t i, auto count) { part(i, first, count, vectors); });
+    by_rows<ROWS, 4, 2, 1>(0, rows,
+                           [&](int64_t i, auto count) { part(i, first, count, vectors); });
   };
   if constexpr (VECTORS == 4)
     by_rows<4, 2, 1>(0, width / LANES, columns);
@@ -252,13 +266,15 @@ const float* as_float(Tensor t, Scratch& scratch) {
 
 // v (padded, ldv), scaled, as the gradient of a (r, k), or transposed as that of b (n, columns)
 template <class T>
-void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, float s, const float* gain) {
+void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, float s,
+                    const float* gain) {
   const int64_t rows = to.shape[0], columns = to.shape[1];
   with_operand<T>(to, [&](auto* out) {
 #pragma omp parallel for num_threads(threads_for(16 * rows * columns))
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) {
-        const float value = transposed ? v[j * ldv + i] * (gain ? gain[i] : 1.0f) : v[i * ldv + j];
+        const float value =
+            transposed ? v[j * ldv + i] * (gain ? gain[i] : 1.0f) : v[i * ldv + j];
         narrow(s * value, out + i * columns + j);
       }
   });

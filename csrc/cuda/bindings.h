@@ -9,11 +9,13 @@ template <class... Args>
 auto raising(const char* name, int (*launcher)(Args...)) {
   return [name, launcher](Args... args) {
     if (const int code = launcher(std::move(args)...))
-      throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(code) + ", " + device_error(code));
+      throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(code) +
+                               ", " + device_error(code));
   };
 }
 
-#define BIND_CUDA(name) m.def(#name, raising(#name, name))  // a launch returns at once: it keeps the GIL
+#define BIND_CUDA(name) \
+  m.def(#name, raising(#name, name))  // a launch returns at once: it keeps the GIL
 
 inline void bind_cuda(pybind11::module_& m) {
   m.def("driver", device_driver);

@@ -1,4 +1,5 @@
-// What peftops doctor asks of CUDA: which driver and runtime there are, and whether this library runs on a GPU.
+// What peftops doctor asks of CUDA: which driver and runtime there are, and whether this
+// library runs on a GPU.
 #include <cuda_runtime.h>
 
 #include "ops.h"
@@ -23,14 +24,16 @@ extern "C" int device_runtime() {
 
 extern "C" const char* device_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
-// 0 where this library has code for the GPU of this index, otherwise CUDA's error: 209 is no code for it
+// 0 where this library has code for the GPU of this index, otherwise CUDA's error: 209 is no
+// code for it
 extern "C" int device_runs(int index) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(index);
   if (error == cudaSuccess) {
     cudaFuncAttributes attributes;
-    error = cudaFuncGetAttributes(&attributes, device_runs_kernel);  // loads it, as a launch would, but starts nothing
+    error = cudaFuncGetAttributes(
+        &attributes, device_runs_kernel);  // loads it, as a launch would, but starts nothing
     cudaSetDevice(before);
   }
   if (error != cudaSuccess) cudaGetLastError();  // else torch would meet it

@@ -1,4 +1,5 @@
-// DoRA's norm: b·a by tiles on tensor cores, and Ŵ, which is read once, added to each tile where it was made.
+// DoRA's norm: b·a by tiles on tensor cores, and Ŵ, which is read once, added to each tile
+// where it was made.
 #include "dora.cuh"
 #include "ops.h"
 
@@ -7,8 +8,8 @@ namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, STEPS = 4;
 
-// The fragments of b and a, rounded to T, zero past the last row, column and rank. A thread makes 16 bytes.
-// limits: registers 16-64, shared 0
+// The fragments of b and a, rounded to T, zero past the last row, column and rank. A thread
+// makes 16 bytes. limits: registers 16-64, shared 0
 template <class T>
 __global__ void __launch_bounds__(THREADS) dora_pack_kernel(Norm g) {
   allow_launch_behind();
@@ -26,17 +27,19 @@ __global__ void __launch_bounds__(THREADS) dora_pack_kernel(Norm g) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    // registers in the order of PTX: of b rows first, then ranks; of a ranks first, then columns
+    // registers in the order of PTX: of b rows first, then ranks; of a ranks first, then
+    // columns
     const int first = rank + (left ? i / 2 : i % 2) * 8, pair_a = plane % 2 * 2 + i / 2;
     const int row = tile * BAND + quad * 4 + plane * 2 + i % 2;
-    const int column =
-        tile * UNIT + quad % 2 + pair_a * 2 +
-        (g.form == Form::nf4 ? column_of<Form::nf4>(plane / 2, quad / 2) : column_of<Form::dense>(plane / 2, quad / 2));
+    const int column = tile * UNIT + quad % 2 + pair_a * 2 +
+                       (g.form == Form::nf4 ? column_of<Form::nf4>(plane / 2, quad / 2)
+                                            : column_of<Form::dense>(plane / 2, quad / 2));
     float v[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const bool inside = first + e < g.r && (left ? row < g.n : column < g.k);
-      const int64_t at = left ? int64_t(row) * g.r + first + e : int64_t(first + e) * g.k + column;
+      const int64_t at =
+          left ? int64_t(row) * g.r + first + e : int64_t(first + e) * g.k + column;
       v[e] = inside ? element<T>(from, at, wide) : 0.0f;
     }
     words[i] = pair<T>(v[0], v[1]);
@@ -49,12 +52,14 @@ struct Shape {
   static constexpr int STAGES = F == Form::nf4 ? 4 : 2;
   static constexpr int OF_W = Pieces<F>::COUNT * Pieces<F>::BYTES * THREADS;
   static int stage(int steps) { return OF_W + steps * FRAGMENTS_A * 16; }
-  static_assert(STAGES * (OF_W + STEPS * FRAGMENTS_A * 16) + (F == Form::nf4 ? 3 << 10 : 0) <= 99 << 10, "");
+  static_assert(STAGES * (OF_W + STEPS * FRAGMENTS_A * 16) + (F == Form::nf4 ? 3 << 10 : 0) <=
+                    99 << 10,
+                "");
 };
 
-// 64 ranks at most. A warp keeps b of a band, and goes through units of k, which the block's warps share. What a lane
-// needs of Ŵ it copies to shared memory for itself, so that no registers wait for it.
-// limits: registers 64-128, shared 0-3072, mma 64-, async 6-, fma 64-
+// 64 ranks at most. A warp keeps b of a band, and goes through units of k, which the block's
+// warps share. What a lane needs of Ŵ it copies to shared memory for itself, so that no
+// registers wait for it. limits: registers 64-128, shared 0-3072, mma 64-, async 6-, fma 64-
 template <Form F, class T>
 __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
   using S = Shape<F>;
@@ -71,14 +76,16 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
 #pragma unroll
     for (int p = 0; p < P::COUNT; ++p) {
       const void* from = piece<F>(g, row, tile * UNIT, t, p);
-      copy_async<P::BYTES>(stage + (p * THREADS + tid) * P::BYTES, from ? from : g.scale, from ? P::BYTES : 0);
+      copy_async<P::BYTES>(stage + (p * THREADS + tid) * P::BYTES, from ? from : g.scale,
+                           from ? P::BYTES : 0);
     }
   };
   auto start_a = [&](int tile) {
     uint4* stage = reinterpret_cast<uint4*>(s_memory + tile % S::STAGES * size + S::OF_W);
     const uint4* from = g.a + int64_t(tile) * g.steps * FRAGMENTS_A;
 #pragma unroll 1
-    for (int i = tid; i < g.steps * FRAGMENTS_A; i += THREADS) copy_async(stage + i, from + i, 16);
+    for (int i = tid; i < g.steps * FRAGMENTS_A; i += THREADS)
+      copy_async(stage + i, from + i, 16);
   };
   Decoder decoder{};
   Scale scales[4] = {};  // of the next tile
@@ -86,7 +93,8 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
     const int column = tile * UNIT + column_of<F>(0, t);
 #pragma unroll
     for (int q = 0; q < 4; ++q)
-      if (row + q < g.n && column < g.k) scales[q] = load_scale(g.base, int64_t(row + q) * g.k + column);
+      if (row + q < g.n && column < g.k)
+        scales[q] = load_scale(g.base, int64_t(row + q) * g.k + column);
   };
 
 #pragma unroll
@@ -109,7 +117,9 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
   for (int s = 0; s < STEPS; ++s)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      r_b[s][i] = s < g.steps && row < g.n ? g.b[((int64_t(band) * g.steps + s) * 2 + i) * 32 + lane] : uint4{};
+      r_b[s][i] = s < g.steps && row < g.n
+                      ? g.b[((int64_t(band) * g.steps + s) * 2 + i) * 32 + lane]
+                      : uint4{};
 
   float sums[4] = {};
 #pragma unroll 1
@@ -121,7 +131,8 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
     float absmax[4] = {};
     if constexpr (F == Form::nf4) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) absmax[q] = absmax_of(g.base, scales[q], decoder.nested_table, decoder.offset);
+      for (int q = 0; q < 4; ++q)
+        absmax[q] = absmax_of(g.base, scales[q], decoder.nested_table, decoder.offset);
       if (tile + 1 < part.last) fetch_scales(tile + 1);
     }
     const unsigned char* stage = s_memory + tile % S::STAGES * size;
@@ -131,17 +142,21 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
       float acc[2][4][4] = {};
 #pragma unroll
       for (int s = 0; s < STEPS; ++s)
-        if (s < g.steps) multiply<T>(acc, r_b[s], s_a[(s * 4 + eight * 2) * 32], s_a[(s * 4 + eight * 2 + 1) * 32]);
+        if (s < g.steps)
+          multiply<T>(acc, r_b[s], s_a[(s * 4 + eight * 2) * 32],
+                      s_a[(s * 4 + eight * 2 + 1) * 32]);
       uint32_t words[16];
 #pragma unroll
       for (int p = 0; p < P::EIGHT; ++p) {
-        const unsigned char* from = stage + ((p + eight * (P::COUNT - P::EIGHT)) * THREADS + tid) * P::BYTES;
+        const unsigned char* from =
+            stage + ((p + eight * (P::COUNT - P::EIGHT)) * THREADS + tid) * P::BYTES;
         if constexpr (P::BYTES == 16)
           *reinterpret_cast<uint4*>(words + p * 4) = *reinterpret_cast<const uint4*>(from);
         else
           *reinterpret_cast<uint2*>(words + p * 2) = *reinterpret_cast<const uint2*>(from);
       }
-      const bool inside = tile * UNIT + column_of<F>(eight, t) < g.k;  // else an infinite b makes NaN of a's zeros
+      const bool inside = tile * UNIT + column_of<F>(eight, t) <
+                          g.k;  // else an infinite b makes NaN of a's zeros
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         float w[8];
@@ -173,7 +188,8 @@ template <class T>
 int pack(const Norm& g, uintptr_t stream) {
   const int64_t of_b = int64_t((g.n + BAND - 1) / BAND) * g.steps * FRAGMENTS_B;
   const int64_t of_a = int64_t((g.k + UNIT - 1) / UNIT) * g.steps * FRAGMENTS_A;
-  return launch(dora_pack_kernel<T>, dim3((of_a + of_b + THREADS - 1) / THREADS), THREADS, 0, stream, false, g);
+  return launch(dora_pack_kernel<T>, dim3((of_a + of_b + THREADS - 1) / THREADS), THREADS, 0,
+                stream, false, g);
 }
 
 template <Form F, class T>
@@ -189,18 +205,20 @@ int squared(const Norm& g, Dtype dtype, uintptr_t stream) {
     if (const int error = pack<T>(g, stream)) return error;
   if (g.r > STEPS * STEP) return launch_dora_wide(g, dtype, stream);
   if (g.form == Form::nf4) return few<Form::nf4, T>(g, stream);
-  return g.form == Form::dense ? few<Form::dense, T>(g, stream) : few<Form::transposed, T>(g, stream);
+  return g.form == Form::dense ? few<Form::dense, T>(g, stream)
+                               : few<Form::transposed, T>(g, stream);
 }
 
 }  // namespace
 }  // namespace peftops::cuda
 
-// fragments of a (⌈k/64⌉·64, steps·16) and b (⌈n/32⌉·32, steps·16) are scratch, empty where nothing is rounded to 16
-// bits for tensor cores; so is sums (splits, n).
+// fragments of a (⌈k/64⌉·64, steps·16) and b (⌈n/32⌉·32, steps·16) are scratch, empty where
+// nothing is rounded to 16 bits for tensor cores; so is sums (splits, n).
 extern "C" int dora_norm(peftops::Tensor out, peftops::Tensor sums, peftops::Tensor fragments_a,
-                         peftops::Tensor fragments_b, peftops::Tensor x, peftops::Tensor w, peftops::Tensor table,
-                         peftops::Tensor absmax, peftops::Tensor nested, peftops::Tensor nested_table,
-                         peftops::Tensor offset, peftops::Tensor a, peftops::Tensor b, peftops::Tensor scale,
+                         peftops::Tensor fragments_b, peftops::Tensor x, peftops::Tensor w,
+                         peftops::Tensor table, peftops::Tensor absmax, peftops::Tensor nested,
+                         peftops::Tensor nested_table, peftops::Tensor offset,
+                         peftops::Tensor a, peftops::Tensor b, peftops::Tensor scale,
                          peftops::Form form, int64_t block, bool tiled, uintptr_t stream) {
   using namespace peftops::cuda;
   using peftops::Dtype;
@@ -224,6 +242,8 @@ extern "C" int dora_norm(peftops::Tensor out, peftops::Tensor sums, peftops::Ten
   int error = !tiled                  ? launch_dora_plain(g, x.dtype, stream)
               : x.dtype == Dtype::f16 ? squared<__half>(g, x.dtype, stream)
                                       : squared<__nv_bfloat16>(g, x.dtype, stream);
-  if (!error) error = launch(dora_root_kernel, dim3((g.n + THREADS - 1) / THREADS), THREADS, 0, stream, true, g);
+  if (!error)
+    error = launch(dora_root_kernel, dim3((g.n + THREADS - 1) / THREADS), THREADS, 0, stream,
+                   true, g);
   return error;
 }

@@ -1,8 +1,10 @@
-// What the kernels of dora_norm share: their argument, the fragments that b and a become, and how a lane meets Ŵ.
+// What the kernels of dora_norm share: their argument, the fragments that b and a become, and
+// how a lane meets Ŵ.
 //
-// A warp's tile is a band of 32 rows and a unit of 64 columns. Of a sum of squares the order is free, so rows and
-// columns are dealt to the tensor cores' lanes as Ŵ is read best: lane 4g + t has rows 4g to 4g + 3 of the band, and
-// two eights of columns, which lie together where eight are a word of codes.
+// A warp's tile is a band of 32 rows and a unit of 64 columns. Of a sum of squares the order is
+// free, so rows and columns are dealt to the tensor cores' lanes as Ŵ is read best: lane 4g + t
+// has rows 4g to 4g + 3 of the band, and two eights of columns, which lie together where eight
+// are a word of codes.
 #pragma once
 #include "nf4.cuh"
 
@@ -10,7 +12,8 @@ namespace peftops::cuda {
 
 struct Norm {         // out = ‖Ŵ + s·b·a‖ of each row
   float *out, *sums;  // (n,), and squares (splits, n) of each part of k
-  uint4 *a, *b;       // fragments: [unit][step][eight, half][lane] and [band][step][half][lane], a step is 16 ranks
+  uint4 *a, *b;  // fragments: [unit][step][eight, half][lane] and [band][step][half][lane], a
+                 // step is 16 ranks
   const void *w, *from_a, *from_b;
   const float* scale;
   int n, k, r, steps, splits;
@@ -26,8 +29,9 @@ int launch_dora_plain(const Norm& g, Dtype dtype, uintptr_t stream);
 
 namespace {
 
-constexpr int BAND = 32, UNIT = 64, STEP = 16, COPIES = 32;  // of the table of a 4-bit base: one for each lane
-constexpr int FRAGMENTS_A = 4 * 32, FRAGMENTS_B = 2 * 32;    // of a step
+constexpr int BAND = 32, UNIT = 64, STEP = 16,
+              COPIES = 32;  // of the table of a 4-bit base: one for each lane
+constexpr int FRAGMENTS_A = 4 * 32, FRAGMENTS_B = 2 * 32;  // of a step
 
 // Columns of the unit, from which a lane has eight
 template <Form F>
@@ -35,11 +39,15 @@ DEVICE int column_of(int eight, int t) {
   return F == Form::nf4 ? t * 16 + eight * 8 : eight * 32 + t * 8;
 }
 
-// How a lane's part of a band and a unit is read: rows of an eight, columns of four rows, or rows of both eights
+// How a lane's part of a band and a unit is read: rows of an eight, columns of four rows, or
+// rows of both eights
 template <Form F>
 struct Pieces {
-  static constexpr int BYTES = F == Form::dense ? 16 : 8, COUNT = F == Form::dense ? 8 : F == Form::nf4 ? 4 : 16;
-  static constexpr int WORDS = BYTES / 4, EIGHT = F == Form::nf4 ? COUNT : COUNT / 2;  // pieces of an eight
+  static constexpr int BYTES = F == Form::dense ? 16 : 8, COUNT = F == Form::dense ? 8
+                                                                  : F == Form::nf4 ? 4
+                                                                                   : 16;
+  static constexpr int WORDS = BYTES / 4,
+                       EIGHT = F == Form::nf4 ? COUNT : COUNT / 2;  // pieces of an eight
 };
 
 // Where a piece lies, or null past the last row or column
@@ -49,7 +57,8 @@ DEVICE const void* piece(const Norm& g, int row, int column, int t, int p) {
   const int eight = p / EIGHT, i = p % EIGHT;
   column += column_of<F>(eight, t);
   if (column >= g.k || row + (F == Form::transposed ? 0 : i) >= g.n) return nullptr;
-  if (F == Form::transposed) return static_cast<const char*>(g.w) + (int64_t(column + i) * g.n + row) * 2;
+  if (F == Form::transposed)
+    return static_cast<const char*>(g.w) + (int64_t(column + i) * g.n + row) * 2;
   const int64_t at = int64_t(row + i) * g.k + column;
   return F == Form::nf4 ? g.base.codes + at / 2 : static_cast<const uint8_t*>(g.w) + at * 2;
 }
@@ -61,15 +70,17 @@ struct Decoder {
 };
 
 DEVICE Decoder decoder_of(const Nf4& base, float* s_table, float* s_nested) {
-  for (int i = threadIdx.x; i < 16 * COPIES; i += blockDim.x) s_table[i] = base.table[i / COPIES];
-  for (int i = threadIdx.x; base.nested && i < NESTED; i += blockDim.x) s_nested[i] = base.nested_table[i];
+  for (int i = threadIdx.x; i < 16 * COPIES; i += blockDim.x)
+    s_table[i] = base.table[i / COPIES];
+  for (int i = threadIdx.x; base.nested && i < NESTED; i += blockDim.x)
+    s_nested[i] = base.nested_table[i];
   return {s_table + threadIdx.x % COPIES, s_nested, base.nested ? *base.offset : 0.0f};
 }
 
 // Eight elements of a row, of the words of these pieces
 template <Form F, class T>
-DEVICE void row_of(float (&out)[8], const uint32_t (&words)[16], int row, int eight, const Decoder& decoder,
-                   float absmax) {
+DEVICE void row_of(float (&out)[8], const uint32_t (&words)[16], int row, int eight,
+                   const Decoder& decoder, float absmax) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (F == Form::nf4) {
@@ -95,7 +106,8 @@ DEVICE float squares(const float (&w)[8], float scale, const float (&acc)[4][4],
 }
 
 template <class T>
-DEVICE void multiply(float (&acc)[2][4][4], const uint4 (&b)[2], const uint4& a0, const uint4& a1) {
+DEVICE void multiply(float (&acc)[2][4][4], const uint4 (&b)[2], const uint4& a0,
+                     const uint4& a1) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t left[] = {b[i].x, b[i].y, b[i].z, b[i].w};

@@ -1,17 +1,20 @@
-// DoRA's norm of more than 64 ranks: what is multiplied counts as much as what is read of Ŵ, so tiles are large, both
-// fragments stream through shared memory, and Ŵ waits in L2 for the tile to be made.
+// DoRA's norm of more than 64 ranks: what is multiplied counts as much as what is read of Ŵ, so
+// tiles are large, both fragments stream through shared memory, and Ŵ waits in L2 for the tile
+// to be made.
 #include "dora.cuh"
 
 namespace peftops::cuda {
 namespace {
 
 constexpr int THREADS = 256, BN = 128, BK = 256, STEPS = 2, STAGES = 4;  // steps of a stage
-constexpr int OF_A = BK / UNIT * STEPS * FRAGMENTS_A, OF_B = BN / BAND * STEPS * FRAGMENTS_B, STAGE = OF_A + OF_B;
+constexpr int OF_A = BK / UNIT * STEPS * FRAGMENTS_A, OF_B = BN / BAND * STEPS * FRAGMENTS_B,
+              STAGE = OF_A + OF_B;
 constexpr size_t SHARED = STAGES * STAGE * sizeof(uint4);
 static_assert(SHARED + (3 << 10) <= 99 << 10, "");
 
 template <Form F>
-DEVICE void load_pieces(uint32_t (&words)[16], const Norm& g, int row, int column, int t, int eight) {
+DEVICE void load_pieces(uint32_t (&words)[16], const Norm& g, int row, int column, int t,
+                        int eight) {
   using P = Pieces<F>;
 #pragma unroll
   for (int p = 0; p < P::EIGHT; ++p) {
@@ -19,7 +22,8 @@ DEVICE void load_pieces(uint32_t (&words)[16], const Norm& g, int row, int colum
     if constexpr (P::BYTES == 16)
       *reinterpret_cast<uint4*>(words + p * 4) = from ? load_once(from) : uint4{};
     else
-      *reinterpret_cast<uint2*>(words + p * 2) = from ? __ldg(static_cast<const uint2*>(from)) : uint2{};
+      *reinterpret_cast<uint2*>(words + p * 2) =
+          from ? __ldg(static_cast<const uint2*>(from)) : uint2{};
   }
 }
 
@@ -29,9 +33,12 @@ template <Form F, class T>
 __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   uint4* s_stages = reinterpret_cast<uint4*>(s_memory);
-  const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, t = lane % 4, i_n = tid / 32 % 2, i_k = tid / 64;
-  const int split = blockIdx.x % g.splits, n0 = blockIdx.x / g.splits * BN, row = n0 + i_n * 2 * BAND + quad * 4;
-  const int chunks = g.steps / STEPS, units = (g.k + UNIT - 1) / UNIT, bands = (g.n + BAND - 1) / BAND;
+  const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, t = lane % 4,
+            i_n = tid / 32 % 2, i_k = tid / 64;
+  const int split = blockIdx.x % g.splits, n0 = blockIdx.x / g.splits * BN,
+            row = n0 + i_n * 2 * BAND + quad * 4;
+  const int chunks = g.steps / STEPS, units = (g.k + UNIT - 1) / UNIT,
+            bands = (g.n + BAND - 1) / BAND;
   const Part part = part_of(g, split, BK);
   const float scale = *g.scale;
   Decoder decoder{};
@@ -56,7 +63,8 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
       for (int q = 0; q < BN / BAND / 2; ++q) {
         const int band = n0 / BAND + q * 2 + tid / EACH_B;
         const uint4* from = g.b + (int64_t(band) * chunks + chunk_next) * EACH_B + tid % EACH_B;
-        copy_async(stage + OF_A + q * THREADS, band < bands ? from : g.b, band < bands ? 16 : 0);
+        copy_async(stage + OF_A + q * THREADS, band < bands ? from : g.b,
+                   band < bands ? 16 : 0);
       }
       if (++chunk_next == chunks) chunk_next = 0, ++tile_next;
       stage_next = (stage_next + 1) % STAGES;
@@ -75,8 +83,10 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
     const int column = tile * BK + i_k * UNIT;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (const void* from = F == Form::transposed ? piece<F>(g, n0 + i_n * 2 * BAND, column + i * 32 + lane, 0, 0)
-                                                   : piece<F>(g, row + i * BAND + t, column, 0, 0))
+      if (const void* from =
+              F == Form::transposed
+                  ? piece<F>(g, n0 + i_n * 2 * BAND, column + i * 32 + lane, 0, 0)
+                  : piece<F>(g, row + i * BAND + t, column, 0, 0))
         prefetch(from);
     float acc[2][2][2][4][4] = {};  // of each band and eight
 #pragma unroll 1
@@ -91,10 +101,12 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
       for (int s = 0; s < STEPS; ++s) {
         uint4 r_b[2][2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) r_b[i / 2][i % 2] = s_b[(i / 2 * STEPS + s) * FRAGMENTS_B + i % 2 * 32];
+        for (int i = 0; i < 4; ++i)
+          r_b[i / 2][i % 2] = s_b[(i / 2 * STEPS + s) * FRAGMENTS_B + i % 2 * 32];
 #pragma unroll
         for (int eight = 0; eight < 2; ++eight) {
-          const uint4 a0 = s_a[(s * 4 + eight * 2) * 32], a1 = s_a[(s * 4 + eight * 2 + 1) * 32];
+          const uint4 a0 = s_a[(s * 4 + eight * 2) * 32],
+                      a1 = s_a[(s * 4 + eight * 2 + 1) * 32];
 #pragma unroll
           for (int i = 0; i < 2; ++i) multiply<T>(acc[i][eight], r_b[i], a0, a1);
         }
@@ -109,8 +121,8 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
 #pragma unroll
         for (int q = 0; q < 4; ++q)
           if (first + q < g.n && mine < g.k)
-            absmax[q] = absmax_of(g.base, load_scale(g.base, int64_t(first + q) * g.k + mine), decoder.nested_table,
-                                  decoder.offset);
+            absmax[q] = absmax_of(g.base, load_scale(g.base, int64_t(first + q) * g.k + mine),
+                                  decoder.nested_table, decoder.offset);
       }
 #pragma unroll
       for (int eight = 0; eight < 2; ++eight) {

@@ -1,4 +1,5 @@
-// DoRA's norm in fp32, and of a weight whose rows do not start at a multiple of 16 bytes: a tile as a plain product.
+// DoRA's norm in fp32, and of a weight whose rows do not start at a multiple of 16 bytes: a
+// tile as a plain product.
 #include "dora.cuh"
 
 namespace peftops::cuda {
@@ -8,9 +9,11 @@ constexpr int THREADS = 256, BN = 64, RANKS = 16, PITCH = 64 + 4;
 
 template <class T>
 DEVICE float weight(const Norm& g, const Decoder& decoder, int row, int column) {
-  const int64_t at = g.form == Form::transposed ? int64_t(column) * g.n + row : int64_t(row) * g.k + column;
+  const int64_t at =
+      g.form == Form::transposed ? int64_t(column) * g.n + row : int64_t(row) * g.k + column;
   if (g.form != Form::nf4) return widen(static_cast<const T*>(g.w)[at]);
-  const float absmax = absmax_of(g.base, load_scale(g.base, at), decoder.nested_table, decoder.offset);
+  const float absmax =
+      absmax_of(g.base, load_scale(g.base, at), decoder.nested_table, decoder.offset);
   const int code = g.base.codes[at / 2] >> (at & 1 ? 0 : 4) & 15;
   return rounded<T>(__fmul_rn(decoder.table[code * COPIES], absmax));
 }
@@ -40,8 +43,8 @@ __global__ void __launch_bounds__(THREADS, 2) dora_plain_kernel(Norm g) {
     for (int i = 0; i < 4; ++i) {
       const int row = n0 + y + i;
       if (row < g.n && column < g.k && aligned)
-        *reinterpret_cast<float4*>(w[i]) =
-            __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(g.w) + int64_t(row) * g.k + column));
+        *reinterpret_cast<float4*>(w[i]) = __ldg(reinterpret_cast<const float4*>(
+            static_cast<const float*>(g.w) + int64_t(row) * g.k + column));
       else
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -52,19 +55,23 @@ __global__ void __launch_bounds__(THREADS, 2) dora_plain_kernel(Norm g) {
       __syncthreads();
 #pragma unroll
       for (int q = 0; q < RANKS * 64 / THREADS; ++q) {
-        const int o = tid + q * THREADS, of_a = o / 64, c = o % 64, of_b = o % RANKS, r = o / RANKS;
+        const int o = tid + q * THREADS, of_a = o / 64, c = o % 64, of_b = o % RANKS,
+                  r = o / RANKS;
         const int k = tile * UNIT + c, n = n0 + r;
-        s_a[of_a][c] = rank + of_a < g.r && k < g.k
-                           ? rounded<T>(element<T>(g.from_a, int64_t(rank + of_a) * g.k + k, g.wide_a))
-                           : 0.0f;
-        s_b[of_b][r] = rank + of_b < g.r && n < g.n
-                           ? rounded<T>(element<T>(g.from_b, int64_t(n) * g.r + rank + of_b, g.wide_b))
-                           : 0.0f;
+        s_a[of_a][c] =
+            rank + of_a < g.r && k < g.k
+                ? rounded<T>(element<T>(g.from_a, int64_t(rank + of_a) * g.k + k, g.wide_a))
+                : 0.0f;
+        s_b[of_b][r] =
+            rank + of_b < g.r && n < g.n
+                ? rounded<T>(element<T>(g.from_b, int64_t(n) * g.r + rank + of_b, g.wide_b))
+                : 0.0f;
       }
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < RANKS; ++j) {
-        const float4 a = *reinterpret_cast<const float4*>(s_a[j] + x), b = *reinterpret_cast<const float4*>(s_b[j] + y);
+        const float4 a = *reinterpret_cast<const float4*>(s_a[j] + x),
+                     b = *reinterpret_cast<const float4*>(s_b[j] + y);
         const float r_a[] = {a.x, a.y, a.z, a.w}, r_b[] = {b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] += r_b[i / 4] * r_a[i % 4];
@@ -93,8 +100,9 @@ __global__ void __launch_bounds__(THREADS, 2) dora_plain_kernel(Norm g) {
 
 int launch_dora_plain(const Norm& g, Dtype dtype, uintptr_t stream) {
   const dim3 blocks(int64_t((g.n + BN - 1) / BN) * g.splits);
-  return with_type(
-      dtype, [&](auto t) { return launch(dora_plain_kernel<decltype(t)>, blocks, THREADS, 0, stream, false, g); });
+  return with_type(dtype, [&](auto t) {
+    return launch(dora_plain_kernel<decltype(t)>, blocks, THREADS, 0, stream, false, g);
+  });
 }
 
 }  // namespace peftops::cuda

@@ -11,7 +11,7 @@ struct Gemv {  // y = gain ⊙ (x·wᵀ + s · (gate ⊙ h)·bᵀ) + bias
   float* h;  // (m, r), rounded to x's dtype
   int m, k, n, r, rb, experts;
   bool wide_a, wide_b, wide_bias;  // fp32, whatever x is
-  bool inside;                     // h is made by the kernel that adds it, not by the launch before
+  bool inside;  // h is made by the kernel that adds it, not by the launch before
 };
 
 struct GemvNf4 : Gemv {  // w is null

@@ -1,5 +1,5 @@
-// LoRA for five rows and more on tensor cores: tiles of w and x stream through shared memory, each read once by a
-// block.
+// LoRA for five rows and more on tensor cores: tiles of w and x stream through shared memory,
+// each read once by a block.
 #include "lora.cuh"
 
 namespace peftops::cuda {
@@ -11,8 +11,10 @@ constexpr int MOST = 16;  // ranks whose h a block makes itself
 // Eight warps are BN / 16 along the columns of y times WARPS_K along k, within each tile.
 template <int BM, int BN>
 struct Shape {
-  static constexpr int WARPS_N = BN / 16, WARPS_K = THREADS / 32 / WARPS_N, STAGES = BN == 64 ? 4 : 6;
-  static constexpr int ROWS = BN + BM, WIDTH = BN + 4, WIDTH_H = MOST + 4;  // + 4, so that no two lanes meet in a bank
+  static constexpr int WARPS_N = BN / 16, WARPS_K = THREADS / 32 / WARPS_N,
+                       STAGES = BN == 64 ? 4 : 6;
+  static constexpr int ROWS = BN + BM, WIDTH = BN + 4,
+                       WIDTH_H = MOST + 4;  // + 4, so that no two lanes meet in a bank
   static_assert(STAGES * ROWS * BK * 2 >= 4 * (WARPS_K * BM * (WIDTH + WIDTH_H) + BM * MOST),
                 "sums lie where tiles lay");
 
@@ -22,24 +24,31 @@ struct Shape {
 // Where a chunk of eight columns lies: rows that ldmatrix reads at once are in different banks
 DEVICE int chunk_at(int row, int chunk) { return (row * CHUNKS + (chunk ^ (row & 7))) * 8; }
 
-// y (m, n) in tiles of BM rows and BN columns: wᵀ is the left operand, so that columns of y fill its sixteen rows
-// limits: registers 48-176, shared 0, mma 4-, ldsm 4-, async 6-
+// y (m, n) in tiles of BM rows and BN columns: wᵀ is the left operand, so that columns of y
+// fill its sixteen rows limits: registers 48-176, shared 0, mma 4-, ldsm 4-, async 6-
 template <int BM, int BN, class T>
 __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gemv g) {
   using S = Shape<BM, BN>;
   extern __shared__ __align__(128) unsigned char s_memory[];
   T* s_tiles = reinterpret_cast<T*>(s_memory);
-  const int tid = threadIdx.x, lane = tid % 32, i_n = tid / 32 % S::WARPS_N, i_k = tid / 32 / S::WARPS_N;
-  const int groups = (g.m + BM - 1) / BM, m0 = blockIdx.x % groups * BM, n0 = blockIdx.x / groups * BN;
-  const int ranks = g.inside ? MOST : 0, size = (S::ROWS + ranks) * BK, tiles = (g.k + BK - 1) / BK;
-  const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w), *a = static_cast<const T*>(g.a);
-  const int row_a = tid / CHUNKS, chunk_a = tid % CHUNKS;  // of a tile of a, of which every thread has a chunk
+  const int tid = threadIdx.x, lane = tid % 32, i_n = tid / 32 % S::WARPS_N,
+            i_k = tid / 32 / S::WARPS_N;
+  const int groups = (g.m + BM - 1) / BM, m0 = blockIdx.x % groups * BM,
+            n0 = blockIdx.x / groups * BN;
+  const int ranks = g.inside ? MOST : 0, size = (S::ROWS + ranks) * BK,
+            tiles = (g.k + BK - 1) / BK;
+  const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w),
+          *a = static_cast<const T*>(g.a);
+  const int row_a = tid / CHUNKS,
+            chunk_a = tid % CHUNKS;  // of a tile of a, of which every thread has a chunk
   static_assert(THREADS == MOST * CHUNKS, "");
   const bool adds = g.inside && g.r > 0, copies = adds && !g.wide_a, fetches = adds && g.wide_a;
 
-  auto copy = [&](T* tile, int row, int chunk, const T* matrix, int64_t at, bool inside, int k) {
+  auto copy = [&](T* tile, int row, int chunk, const T* matrix, int64_t at, bool inside,
+                  int k) {
     inside &= k + chunk * 8 < g.k;
-    copy_async(tile + chunk_at(row, chunk), inside ? matrix + at * g.k + k + chunk * 8 : matrix, inside ? 16 : 0);
+    copy_async(tile + chunk_at(row, chunk), inside ? matrix + at * g.k + k + chunk * 8 : matrix,
+               inside ? 16 : 0);
   };
   auto start = [&](int t) {
     T* tile = s_tiles + t % S::STAGES * size;
@@ -54,7 +63,8 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
     }
     if (copies) copy(tile, S::ROWS + row_a, chunk_a, a, row_a, row_a < g.r, k);
   };
-  // fp32 rows of a cannot be copied as they are: they wait in registers for the tile before to be computed
+  // fp32 rows of a cannot be copied as they are: they wait in registers for the tile before to
+  // be computed
   float waiting[8];
   auto fetch = [&](int t) {
     const int k = t * BK + chunk_a * 8;
@@ -96,7 +106,8 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
 #pragma unroll
       for (int j = 0; j < BM / 16; ++j) {
         uint32_t r_x[4];
-        load_matrices(r_x, tile + chunk_at(BN + j * 16 + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
+        load_matrices(
+            r_x, tile + chunk_at(BN + j * 16 + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
         multiply<T>(acc[2 * j], r_w, r_x[0], r_x[1]);
         multiply<T>(acc[2 * j + 1], r_w, r_x[2], r_x[3]);
         if (makes_h) {
@@ -112,12 +123,14 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
   wait_copies<0>();
   __syncthreads();
   float* s_y = reinterpret_cast<float*>(s_memory);
-  float *s_parts = s_y + S::WARPS_K * BM * S::WIDTH, *s_h = s_parts + S::WARPS_K * BM * S::WIDTH_H;
+  float *s_parts = s_y + S::WARPS_K * BM * S::WIDTH,
+        *s_h = s_parts + S::WARPS_K * BM * S::WIDTH_H;
 #pragma unroll
   for (int j = 0; j < BM / 8; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int row = i_k * BM + j * 8 + lane % 4 * 2 + e % 2, column = i_n * 16 + lane / 4 + e / 2 * 8;
+      const int row = i_k * BM + j * 8 + lane % 4 * 2 + e % 2,
+                column = i_n * 16 + lane / 4 + e / 2 * 8;
       s_y[row * S::WIDTH + column] = acc[j][e];
       if (makes_h) s_parts[row * S::WIDTH_H + column] = acc_h[j][e];
     }
@@ -125,7 +138,8 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
   auto sum_of = [&](const float* parts, int row, int column, int width) {
     float sum = 0;
 #pragma unroll
-    for (int part = 0; part < S::WARPS_K; ++part) sum += parts[(part * BM + row) * width + column];
+    for (int part = 0; part < S::WARPS_K; ++part)
+      sum += parts[(part * BM + row) * width + column];
     return sum;
   };
   const int rows = min(BM, g.m - m0), columns = min(BN, g.n - n0);
@@ -161,18 +175,20 @@ Choice choose(const Gemv& g, int most) {
 
 }  // namespace
 
-// Columns in tiles of 64 where these give every second multiprocessor one, else of 32; rows in as large tiles as the
-// shared memory of the device lets them be.
+// Columns in tiles of 64 where these give every second multiprocessor one, else of 32; rows in
+// as large tiles as the shared memory of the device lets them be.
 int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream) {
   if (g.inside && g.r > MOST) return cudaErrorInvalidValue;
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   const bool wide = 2 * ((g.n + 63) / 64) > processors;
-  const Choice c = dtype == Dtype::f16 ? wide ? choose<__half, 64>(g, most) : choose<__half, 32>(g, most)
-                   : wide              ? choose<__nv_bfloat16, 64>(g, most)
-                                       : choose<__nv_bfloat16, 32>(g, most);
+  const Choice c = dtype == Dtype::f16
+                       ? wide ? choose<__half, 64>(g, most) : choose<__half, 32>(g, most)
+                   : wide ? choose<__nv_bfloat16, 64>(g, most)
+                          : choose<__nv_bfloat16, 32>(g, most);
   const int64_t blocks = int64_t((g.m + c.bm - 1) / c.bm) * ((g.n + c.bn - 1) / c.bn);
   return launch(c.kernel, dim3(blocks), THREADS, c.shared, stream, !g.inside, g);
 }

@@ -1,23 +1,32 @@
-// LoRA for few rows on a 4-bit base, of which every byte is read once. k is a multiple of 32, so that 16 bytes of codes
-// lie in one row and one block.
+// LoRA for few rows on a 4-bit base, of which every byte is read once. k is a multiple of 32,
+// so that 16 bytes of codes lie in one row and one block.
 #include "lora.cuh"
 
 namespace peftops::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, GROUP = 32;  // columns of k whose codes are 16 bytes
-constexpr int COPIES = 16, LOOKUP = 256 * COPIES * 2;  // two values of each byte of codes, for each lane of half a warp
+constexpr int THREADS = 256, WARPS = THREADS / 32,
+              GROUP = 32;  // columns of k whose codes are 16 bytes
+constexpr int COPIES = 16,
+              LOOKUP = 256 * COPIES *
+                       2;  // two values of each byte of codes, for each lane of half a warp
 
-// Eight warps are BN / (16 · TILES) along the columns of y times WARPS_K along k, within each tile of BK columns of k.
+// Eight warps are BN / (16 · TILES) along the columns of y times WARPS_K along k, within each
+// tile of BK columns of k.
 template <int BM, int BN>
 struct Shape {
-  static constexpr int BK = BM > 8 ? 128 : 16384 / BN, CHUNKS = BK / GROUP, EIGHTS = BK / 8, BITS = CHUNKS / 8 + 2;
-  static constexpr int TILES = BM == 8 || BN == 64 ? 2 : 1, WARPS_N = BN / 16 / TILES, WARPS_K = WARPS / WARPS_N;
+  static constexpr int BK = BM > 8 ? 128 : 16384 / BN, CHUNKS = BK / GROUP, EIGHTS = BK / 8,
+                       BITS = CHUNKS / 8 + 2;
+  static constexpr int TILES = BM == 8 || BN == 64 ? 2 : 1, WARPS_N = BN / 16 / TILES,
+                       WARPS_K = WARPS / WARPS_N;
   static constexpr int STAGES = BM == 64 || BK == 512 ? 3 : 4;
   static constexpr int PITCH = BN + 4, WIDTH = BN + 4;  // so that no two lanes meet in a bank
-  static constexpr int AT_X = BN * BK / 2, AT_SCALES = AT_X + BM * BK * 2, STAGE = AT_SCALES + CHUNKS * PITCH * 4;
+  static constexpr int AT_X = BN * BK / 2, AT_SCALES = AT_X + BM * BK * 2,
+                       STAGE = AT_SCALES + CHUNKS * PITCH * 4;
   static constexpr size_t SHARED = LOOKUP * 4 + STAGES * STAGE;
-  static_assert(CHUNKS == 1 << BITS && CHUNKS % WARPS_K == 0 && STAGE % 16 == 0 && SHARED + NESTED * 4 <= 99 << 10, "");
+  static_assert(CHUNKS == 1 << BITS && CHUNKS % WARPS_K == 0 && STAGE % 16 == 0 &&
+                    SHARED + NESTED * 4 <= 99 << 10,
+                "");
   static_assert(SHARED >= 4 * WARPS_K * BM * WIDTH, "sums lie where tiles lay");
 };
 
@@ -31,48 +40,61 @@ DEVICE int x_at(int row, int eight) {
   return (row * EIGHTS + (eight ^ (row & 1) * 4)) * 16;
 }
 
-// y (m, n) in tiles of BN columns, whose rows of the base are the left operand, m ≤ BM. Within a group of 32 columns of
-// k, lane t of four has columns 8t to 8t + 7: one word of codes, 16 bytes of x. Its values are looked up, a byte at a
-// time, multiplied by absmax in fp32 and rounded once: these are the bits that dequantizing gives.
-// limits: registers 48-160, shared 1024, mma 8-, async 8-, wide 8-, loop 160-400
+// y (m, n) in tiles of BN columns, whose rows of the base are the left operand, m ≤ BM. Within
+// a group of 32 columns of k, lane t of four has columns 8t to 8t + 7: one word of codes, 16
+// bytes of x. Its values are looked up, a byte at a time, multiplied by absmax in fp32 and
+// rounded once: these are the bits that dequantizing gives. limits: registers 48-160, shared
+// 1024, mma 8-, async 8-, wide 8-, loop 160-400
 template <int BM, int BN, class T>
 __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(GemvNf4 g) {
   using S = Shape<BM, BN>;
   extern __shared__ __align__(128) unsigned char s_memory[];
   __shared__ float s_nested[NESTED];
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, i_n = warp % S::WARPS_N, i_k = warp / S::WARPS_N;
-  const int n0 = blockIdx.x * BN, tiles = (g.k + S::BK - 1) / S::BK, quad = lane / 4, t_quad = lane % 4;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, i_n = warp % S::WARPS_N,
+            i_k = warp / S::WARPS_N;
+  const int n0 = blockIdx.x * BN, tiles = (g.k + S::BK - 1) / S::BK, quad = lane / 4,
+            t_quad = lane % 4;
   const Nf4 base = g.base;
   const float offset = base.nested ? *base.offset : 0.0f;
   unsigned char* s_tiles = s_memory + LOOKUP * 4;
 
-  // A thread copies the same chunks of each tile, in row + q · STEP; rows past the last repeat it, and are not stored
-  constexpr int STEP = THREADS / S::CHUNKS, EACH = (BN + STEP - 1) / STEP, STEP_X = THREADS / S::EIGHTS;
-  const int row = tid / S::CHUNKS, chunk = tid % S::CHUNKS, row_x = tid / S::EIGHTS, eight = tid % S::EIGHTS;
-  const int to = codes_at<S::CHUNKS>(row, chunk), to_x = S::AT_X + x_at<S::EIGHTS>(row_x, eight);
+  // A thread copies the same chunks of each tile, in row + q · STEP; rows past the last repeat
+  // it, and are not stored
+  constexpr int STEP = THREADS / S::CHUNKS, EACH = (BN + STEP - 1) / STEP,
+                STEP_X = THREADS / S::EIGHTS;
+  const int row = tid / S::CHUNKS, chunk = tid % S::CHUNKS, row_x = tid / S::EIGHTS,
+            eight = tid % S::EIGHTS;
+  const int to = codes_at<S::CHUNKS>(row, chunk),
+            to_x = S::AT_X + x_at<S::EIGHTS>(row_x, eight);
   const uint8_t* from[EACH];
 #pragma unroll
   for (int q = 0; q < EACH; ++q)
-    from[q] = base.codes + (int64_t(min(n0 + row + q * STEP, g.n - 1)) * g.k + chunk * GROUP) / 2;
+    from[q] =
+        base.codes + (int64_t(min(n0 + row + q * STEP, g.n - 1)) * g.k + chunk * GROUP) / 2;
   const T* from_x = static_cast<const T*>(g.x) + int64_t(row_x) * g.k + eight * 8;
   // It brings scales, too: of pairs of chunks, where a block has both of each
-  const int pairs = base.shift > 5 && g.k % 64 == 0, bits = S::BITS - pairs, step_s = THREADS >> bits;
-  const int row_s = tid >> bits, chunk_s = tid - (row_s << bits), k_s = chunk_s * GROUP << pairs;
+  const int pairs = base.shift > 5 && g.k % 64 == 0, bits = S::BITS - pairs,
+            step_s = THREADS >> bits;
+  const int row_s = tid >> bits, chunk_s = tid - (row_s << bits),
+            k_s = chunk_s * GROUP << pairs;
   uint64_t from_s[EACH];
 #pragma unroll
-  for (int q = 0; q < EACH; ++q) from_s[q] = uint64_t(min(n0 + row_s + q * step_s, g.n - 1)) * g.k + k_s;
-  auto start = [&](int t, Scale(&waiting)[EACH]) {  // scales wait in registers for the tile before to be computed
+  for (int q = 0; q < EACH; ++q)
+    from_s[q] = uint64_t(min(n0 + row_s + q * step_s, g.n - 1)) * g.k + k_s;
+  auto start = [&](int t, Scale(&waiting)[EACH]) {  // scales wait in registers for the tile
+                                                    // before to be computed
     unsigned char* tile = s_tiles + t % S::STAGES * S::STAGE;
     const int k = t * S::BK, left = g.k - k;
 #pragma unroll
     for (int q = 0; q < EACH; ++q)
       if (BN % STEP == 0 || row + q * STEP < BN)
-        copy_async(tile + to + q * STEP * S::CHUNKS * 16, from[q] + k / 2, chunk * GROUP < left ? 16 : 0);
+        copy_async(tile + to + q * STEP * S::CHUNKS * 16, from[q] + k / 2,
+                   chunk * GROUP < left ? 16 : 0);
 #pragma unroll
     for (int q = 0; q < BM / STEP_X; ++q)
       if (row_x + q * STEP_X < g.m)
-        copy_async(tile + to_x + q * STEP_X * S::EIGHTS * 16, from_x + int64_t(q * STEP_X) * g.k + k,
-                   eight * 8 < left ? 16 : 0);
+        copy_async(tile + to_x + q * STEP_X * S::EIGHTS * 16,
+                   from_x + int64_t(q * STEP_X) * g.k + k, eight * 8 < left ? 16 : 0);
 #pragma unroll
     for (int q = 0; q < EACH; ++q) {
       waiting[q] = {0, 0};
@@ -80,7 +102,8 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     }
   };
   auto keep = [&](int t, const Scale(&waiting)[EACH]) {
-    float* s_scales = reinterpret_cast<float*>(s_tiles + t % S::STAGES * S::STAGE + S::AT_SCALES);
+    float* s_scales =
+        reinterpret_cast<float*>(s_tiles + t % S::STAGES * S::STAGE + S::AT_SCALES);
 #pragma unroll
     for (int q = 0; q < EACH; ++q)
       if (const int at = row_s + q * step_s; at < BN)
@@ -126,20 +149,24 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int below = i * 16 + half * 8;  // eight rows on, chunks lie as they do here
-          const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + below * S::CHUNKS * 16);
+          const uint32_t word =
+              *reinterpret_cast<const uint32_t*>(codes + below * S::CHUNKS * 16);
           const float scale = absmax[below];
 #pragma unroll
           for (int byte = 0; byte < 4; ++byte) {
-            const uint32_t at = (byte ? word >> byte * 8 - 7 : word << 7) & 0x7f80 | lane % COPIES * 8;
+            const uint32_t at =
+                (byte ? word >> byte * 8 - 7 : word << 7) & 0x7f80 | lane % COPIES * 8;
             const float2 values = *reinterpret_cast<const float2*>(s_memory + at);
-            r_w[i][byte / 2][byte % 2 * 2 + half] = pair<T>(__fmul_rn(values.x, scale), __fmul_rn(values.y, scale));
+            r_w[i][byte / 2][byte % 2 * 2 + half] =
+                pair<T>(__fmul_rn(values.x, scale), __fmul_rn(values.y, scale));
           }
         }
 #pragma unroll
       for (int j = 0; j < BM / 8; ++j) {
         if (BM > 8 && j * 8 >= g.m) break;
         uint4 r_x{};
-        if (j * 8 + quad < g.m) r_x = *reinterpret_cast<const uint4*>(x + j * 8 * S::EIGHTS * 16);
+        if (j * 8 + quad < g.m)
+          r_x = *reinterpret_cast<const uint4*>(x + j * 8 * S::EIGHTS * 16);
 #pragma unroll
         for (int i = 0; i < S::TILES; ++i) {
           multiply<T>(acc[i][j], r_w[i][0], r_x.x, r_x.y);
@@ -160,7 +187,8 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     for (int j = 0; j < BM / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = i_k * BM + j * 8 + t_quad * 2 + e % 2, column = (i_n * S::TILES + i) * 16 + quad + e / 2 * 8;
+        const int row = i_k * BM + j * 8 + t_quad * 2 + e % 2,
+                  column = (i_n * S::TILES + i) * 16 + quad + e / 2 * 8;
         s_y[row * S::WIDTH + column] = acc[i][j][e];
       }
   __syncthreads();
@@ -200,7 +228,8 @@ __global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1) lora_nf4_few_kernel(G
     for (int q = 0; q < 4; ++q) {
       float r_w[8], r_x[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) r_w[e] = __fmul_rn(s_table[words[q] >> (e ^ 1) * 4 & 15], absmax);
+      for (int e = 0; e < 8; ++e)
+        r_w[e] = __fmul_rn(s_table[words[q] >> (e ^ 1) * 4 & 15], absmax);
 #pragma unroll
       for (int i = 0; i < M; ++i) {
         widen(r_x, load(x + int64_t(min(i, g.m - 1)) * g.k + k + q * 8));
@@ -220,14 +249,17 @@ __global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1) lora_nf4_few_kernel(G
 template <int BM, int BN, class T>
 int start(const GemvNf4& g, uintptr_t stream) {
   const dim3 blocks((g.n + BN - 1) / BN);
-  return launch(lora_nf4_kernel<BM, BN, T>, blocks, THREADS, Shape<BM, BN>::SHARED, stream, !g.inside, g);
+  return launch(lora_nf4_kernel<BM, BN, T>, blocks, THREADS, Shape<BM, BN>::SHARED, stream,
+                !g.inside, g);
 }
 
-// Columns in tiles of 64 where these give every multiprocessor two blocks, or, of many rows, every second one a block
+// Columns in tiles of 64 where these give every multiprocessor two blocks, or, of many rows,
+// every second one a block
 template <class T>
 int choose(const GemvNf4& g, int processors, uintptr_t stream) {
   const int tiles = (g.n + 63) / 64;
-  if (g.m <= 8) return tiles >= 2 * processors ? start<8, 64, T>(g, stream) : start<8, 32, T>(g, stream);
+  if (g.m <= 8)
+    return tiles >= 2 * processors ? start<8, 64, T>(g, stream) : start<8, 32, T>(g, stream);
   const bool wide = 2 * tiles > processors;
   if (g.m <= 32) return wide ? start<32, 64, T>(g, stream) : start<32, 32, T>(g, stream);
   return wide ? start<64, 64, T>(g, stream) : start<64, 32, T>(g, stream);
@@ -241,7 +273,8 @@ int launch_lora_nf4(const GemvNf4& g, Dtype dtype, int processors, uintptr_t str
   if (dtype == Dtype::f16) return choose<__half>(g, processors, stream);
   if (dtype == Dtype::bf16) return choose<__nv_bfloat16>(g, processors, stream);
   const dim3 blocks((g.n + WARPS - 1) / WARPS);
-  return launch(g.m == 1 ? lora_nf4_few_kernel<1> : lora_nf4_few_kernel<4>, blocks, THREADS, 0, stream, !g.inside, g);
+  return launch(g.m == 1 ? lora_nf4_few_kernel<1> : lora_nf4_few_kernel<4>, blocks, THREADS, 0,
+                stream, !g.inside, g);
 }
 
 }  // namespace peftops::cuda

@@ -28,10 +28,12 @@ DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_t
 template <int SIZE = 16>
 DEVICE void copy_async(void* shared, const void* global, int bytes) {
   if (SIZE == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes)
                  : "memory");
 }
 
@@ -54,19 +56,21 @@ DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 // d += a·b with a (16, 16) by rows and b (16, 8) by columns
 template <class T>
 DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define PEFTOPS_MULTIPLY(type, name)                                                            \
-  template <>                                                                                   \
-  DEVICE void multiply<type>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                         \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));               \
+#define PEFTOPS_MULTIPLY(type, name)                                                    \
+  template <>                                                                           \
+  DEVICE void multiply<type>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,        \
+                             uint32_t b1) {                                             \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));       \
   }
 PEFTOPS_MULTIPLY(__nv_bfloat16, "bf16")
 PEFTOPS_MULTIPLY(__half, "f16")
 #undef PEFTOPS_MULTIPLY
 
-// Where the launch behind this one is allowed to overlap it: that may start now; what that one has to wait with
+// Where the launch behind this one is allowed to overlap it: that may start now; what that one
+// has to wait with
 DEVICE void allow_launch_behind() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -60,7 +60,8 @@ template <class T>
 DEVICE Eight<T> load_once(const T* p) {
   Eight<T> v;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 2); ++i) v.words[i] = load_once(static_cast<const void*>(p + i * 16 / sizeof(T)));
+  for (int i = 0; i < int(sizeof(T) / 2); ++i)
+    v.words[i] = load_once(static_cast<const void*>(p + i * 16 / sizeof(T)));
   return v;
 }
 
@@ -68,7 +69,8 @@ template <class T>
 DEVICE Eight<T> load(const T* p) {
   Eight<T> v;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 2); ++i) v.words[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+  for (int i = 0; i < int(sizeof(T) / 2); ++i)
+    v.words[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
   return v;
 }
 
@@ -123,15 +125,18 @@ int with_type(Dtype dtype, F f) {
   return f(__nv_bfloat16());
 }
 
-// 0, or CUDA's error. A launch that overlaps the one before it has to wait_for_launch_before() where it needs it.
+// 0, or CUDA's error. A launch that overlaps the one before it has to wait_for_launch_before()
+// where it needs it.
 template <class Argument>
-int launch(void (*kernel)(Argument), dim3 blocks, int threads, size_t shared, uintptr_t stream, bool overlaps,
-           const Argument& argument) {
+int launch(void (*kernel)(Argument), dim3 blocks, int threads, size_t shared, uintptr_t stream,
+           bool overlaps, const Argument& argument) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess && shared > 48 << 10)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -1,4 +1,5 @@
-// The arguments of an op as a replay sees them: where its tensors start, and a key in which all else is.
+// The arguments of an op as a replay sees them: where its tensors start, and a key in which all
+// else is.
 #pragma once
 #include <cstring>
 
@@ -10,7 +11,8 @@ namespace py = pybind11;
 
 constexpr int32_t ON_CUDA = 2;  // a device's type in DLPack
 
-// What is asked of torch, looked up once; a leak on purpose, since the interpreter may be gone before we are.
+// What is asked of torch, looked up once; a leak on purpose, since the interpreter may be gone
+// before we are.
 struct Torch {
   const Exchange* exchange = Exchange::of_torch();
   py::object module = py::module_::import("torch");
@@ -18,7 +20,8 @@ struct Torch {
   py::object tensor = module.attr("Tensor"), dtype = module.attr("dtype");
   py::object parameter = py::module_::import("torch.nn").attr("Parameter");
   py::object empty = module.attr("empty_strided"), as_strided = module.attr("as_strided");
-  py::str is_neg{"is_neg"}, turned{"T"}, device{"_cuda_getDevice"}, stream{"_cuda_getCurrentRawStream"};
+  py::str is_neg{"is_neg"}, turned{"T"}, device{"_cuda_getDevice"},
+      stream{"_cuda_getCurrentRawStream"};
 
   static const Torch& get() {
     static const Torch& torch = *new Torch;
@@ -52,7 +55,8 @@ struct Arguments {
   int count = 0;
   int32_t device[2] = {-1, -1};
 
-  // Whether these can be replayed: numbers, names, and plain tensors of one device as kernels want them.
+  // Whether these can be replayed: numbers, names, and plain tensors of one device as kernels
+  // want them.
   bool read(PyObject* const* args, Py_ssize_t n) {
     for (Py_ssize_t i = 0; i < n; ++i) {
       if (PyList_CheckExact(args[i])) {
@@ -68,7 +72,17 @@ struct Arguments {
   }
 
  private:
-  enum Tag : uint64_t { NONE = 1, TRUE, FALSE, INT, FLOAT, NAME, DTYPE, LIST = 0x1000, TENSOR = 0x100000 };
+  enum Tag : uint64_t {
+    NONE = 1,
+    TRUE,
+    FALSE,
+    INT,
+    FLOAT,
+    NAME,
+    DTYPE,
+    LIST = 0x1000,
+    TENSOR = 0x100000
+  };
 
   bool read_one(PyObject* value) {
     PyTypeObject* type = Py_TYPE(value);

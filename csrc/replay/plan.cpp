@@ -11,8 +11,9 @@ namespace peftops {
 
 namespace {
 
-using Driver = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
-                       void* stream, void** parameters, void** extra);
+using Driver = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned,
+                       unsigned, unsigned shared, void* stream, void** parameters,
+                       void** extra);
 
 // cuLaunchKernel of the driver that Triton has loaded
 Driver driver() {
@@ -29,13 +30,15 @@ const py::object& stream(const Slots& slots) {
   if (!slots.stream) {
     const Torch& torch = Torch::get();
     const auto function = own(PyObject_GetAttr(torch.inside.ptr(), torch.stream.ptr()));
-    slots.stream = own(PyObject_CallOneArg(function.ptr(), own(PyLong_FromLong(slots.device[1])).ptr()));
+    slots.stream =
+        own(PyObject_CallOneArg(function.ptr(), own(PyLong_FromLong(slots.device[1])).ptr()));
   }
   return slots.stream;
 }
 
 void add(Slots& slots, PyObject* tensor, char* start) {
-  if (slots.count == Slots::MOST) throw std::runtime_error("peftops: a plan of too many tensors");
+  if (slots.count == Slots::MOST)
+    throw std::runtime_error("peftops: a plan of too many tensors");
   slots.tensors[slots.count] = tensor;
   slots.starts[slots.count++] = start;
 }
@@ -43,8 +46,9 @@ void add(Slots& slots, PyObject* tensor, char* start) {
 }  // namespace
 
 Operand::Operand(const py::tuple& told) {
-  static const std::map<std::string, Kind> kinds = {{"constant", CONSTANT}, {"slot", SLOT}, {"turned", TURNED},
-                                                    {"strided", STRIDED},   {"list", LIST}, {"stream", STREAM}};
+  static const std::map<std::string, Kind> kinds = {
+      {"constant", CONSTANT}, {"slot", SLOT}, {"turned", TURNED},
+      {"strided", STRIDED},   {"list", LIST}, {"stream", STREAM}};
   kind = kinds.at(told[0].cast<std::string>());
   if (kind == CONSTANT) constant = told[1];
   if (kind == SLOT || kind == TURNED || kind == STRIDED) slot = told[1].cast<int>();
@@ -62,12 +66,14 @@ py::object Operand::make(const Slots& slots) const {
       return own(PyObject_GetAttr(slots.tensors[slot], torch.turned.ptr()));
     case STRIDED: {
       const auto tuple = constant.ptr();
-      return own(PyObject_CallFunctionObjArgs(torch.as_strided.ptr(), slots.tensors[slot], PyTuple_GET_ITEM(tuple, 0),
-                                              PyTuple_GET_ITEM(tuple, 1), PyTuple_GET_ITEM(tuple, 2), nullptr));
+      return own(PyObject_CallFunctionObjArgs(
+          torch.as_strided.ptr(), slots.tensors[slot], PyTuple_GET_ITEM(tuple, 0),
+          PyTuple_GET_ITEM(tuple, 1), PyTuple_GET_ITEM(tuple, 2), nullptr));
     }
     case LIST: {
       auto list = own(PyList_New(items.size()));
-      for (size_t i = 0; i < items.size(); ++i) PyList_SET_ITEM(list.ptr(), i, items[i].make(slots).release().ptr());
+      for (size_t i = 0; i < items.size(); ++i)
+        PyList_SET_ITEM(list.ptr(), i, items[i].make(slots).release().ptr());
       return list;
     }
     case STREAM:
@@ -101,7 +107,8 @@ Launch::Launch(const py::tuple& told) {
   threads = told[3].cast<unsigned>();
   shared = told[4].cast<unsigned>();
   values = told[5].cast<std::vector<uint64_t>>();
-  if (values.size() > MOST) throw std::runtime_error("peftops: a kernel of too many parameters");
+  if (values.size() > MOST)
+    throw std::runtime_error("peftops: a kernel of too many parameters");
   for (const auto pointer : told[6]) {
     const auto [parameter, slot, offset] = pointer.cast<std::tuple<int, int, int64_t>>();
     pointers.push_back({parameter, slot, offset});
@@ -115,13 +122,17 @@ void Launch::run(const Slots& slots) const {
     held[i] = values[i];
     parameters[i] = held + i;
   }
-  for (const auto& pointer : pointers) held[pointer.parameter] = (uint64_t)slots.starts[pointer.slot] + pointer.offset;
+  for (const auto& pointer : pointers)
+    held[pointer.parameter] = (uint64_t)slots.starts[pointer.slot] + pointer.offset;
   void* handle = PyLong_AsVoidPtr(stream(slots).ptr());
   const auto launch = driver();
   PyThreadState* state = PyEval_SaveThread();  // a full queue makes the driver wait
-  const int code = launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, handle, parameters, nullptr);
+  const int code = launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, handle,
+                          parameters, nullptr);
   PyEval_RestoreThread(state);
-  if (code) throw std::runtime_error("peftops: a launch failed with CUDA error " + std::to_string(code));
+  if (code)
+    throw std::runtime_error("peftops: a launch failed with CUDA error " +
+                             std::to_string(code));
 }
 
 Fresh::Fresh(const py::object& told) {
@@ -135,11 +146,12 @@ Fresh::Fresh(const py::object& told) {
 }
 
 py::object Fresh::make() const {
-  return shared ? shared : own(PyObject_Call(Torch::get().empty.ptr(), place.ptr(), options.ptr()));
+  return shared ? shared
+                : own(PyObject_Call(Torch::get().empty.ptr(), place.ptr(), options.ptr()));
 }
 
-Plan::Plan(py::list outputs, bool single, py::list temporaries, py::object scratch, py::list steps, py::object unless,
-           py::object kept)
+Plan::Plan(py::list outputs, bool single, py::list temporaries, py::object scratch,
+           py::list steps, py::object unless, py::object kept)
     : outputs(outputs.size()), single(single), unless(unless), kept(kept) {
   for (const auto& told : {outputs, temporaries})
     for (const auto one : told) fresh.emplace_back(py::reinterpret_borrow<py::object>(one));
@@ -151,7 +163,8 @@ Plan::Plan(py::list outputs, bool single, py::list temporaries, py::object scrat
   for (const auto one : steps) {
     const auto told = one.cast<py::tuple>();
     const bool call = told[0].cast<std::string>() == "call";
-    this->steps.push_back(call ? std::unique_ptr<Step>(new Call(told)) : std::unique_ptr<Step>(new Launch(told)));
+    this->steps.push_back(call ? std::unique_ptr<Step>(new Call(told))
+                               : std::unique_ptr<Step>(new Launch(told)));
   }
 }
 
@@ -179,7 +192,8 @@ py::object Plan::play(const Arguments& given) const {
   for (const auto& step : steps) step->run(slots);
   if (single) return made[0];
   auto result = own(PyTuple_New(outputs));
-  for (size_t i = 0; i < outputs; ++i) PyTuple_SET_ITEM(result.ptr(), i, made[i].release().ptr());
+  for (size_t i = 0; i < outputs; ++i)
+    PyTuple_SET_ITEM(result.ptr(), i, made[i].release().ptr());
   return result;
 }
 

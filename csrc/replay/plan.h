@@ -7,8 +7,8 @@
 
 namespace peftops {
 
-// Tensors by number: the op's own, its outputs, temporaries that calls need, and parts of a scratch, which have a
-// start alone.
+// Tensors by number: the op's own, its outputs, temporaries that calls need, and parts of a
+// scratch, which have a start alone.
 struct Slots {
   static constexpr int MOST = 128;
   PyObject* tensors[MOST];  // borrowed
@@ -59,7 +59,8 @@ struct Launch : Step {
   void run(const Slots& slots) const override;
 };
 
-// A tensor that torch.empty_strided makes in each replay, or one that all replays share, as it has no elements.
+// A tensor that torch.empty_strided makes in each replay, or one that all replays share, as it
+// has no elements.
 struct Fresh {
   py::object place, options, shared;  // place: (shape, strides)
 
@@ -69,11 +70,12 @@ struct Fresh {
 
 class Plan {
  public:
-  // outputs, temporaries: [((shape, strides), options) or a tensor]; scratch: None, or a temporary and the offsets of its parts.
-  // steps: [("call", function, operands, names) or ("launch", function, grid, threads, shared, values, pointers)].
-  // unless: None, or a function that says whether somebody has to see the launches; kept: what has to stay alive.
-  Plan(py::list outputs, bool single, py::list temporaries, py::object scratch, py::list steps, py::object unless,
-       py::object kept);
+  // outputs, temporaries: [((shape, strides), options) or a tensor]; scratch: None, or a
+  // temporary and the offsets of its parts. steps: [("call", function, operands, names) or
+  // ("launch", function, grid, threads, shared, values, pointers)]. unless: None, or a function
+  // that says whether somebody has to see the launches; kept: what has to stay alive.
+  Plan(py::list outputs, bool single, py::list temporaries, py::object scratch, py::list steps,
+       py::object unless, py::object kept);
   bool allowed() const;
   py::object play(const Arguments& given) const;
 

@@ -1,4 +1,5 @@
-// Replay: an op whose launcher is planned when a kind of arguments comes a second time, and whose plan is played then.
+// Replay: an op whose launcher is planned when a kind of arguments comes a second time, and
+// whose plan is played then.
 #include "replay.h"
 
 #include <structmember.h>
@@ -23,10 +24,10 @@ uint64_t forgotten = 0;  // how often all plans were forgotten
 int paused = 0;          // how many are inside of paused()
 
 struct Replay {
-  PyObject_HEAD
-  vectorcallfunc call;
-  PyObject* first;   // (whether to plan, *args) -> (outputs, Plan or None)
-  PyObject* forced;  // a dict; where it is not empty, state() is part of what arguments are alike by
+  PyObject_HEAD vectorcallfunc call;
+  PyObject* first;  // (whether to plan, *args) -> (outputs, Plan or None)
+  PyObject*
+      forced;  // a dict; where it is not empty, state() is part of what arguments are alike by
   PyObject* state;
   size_t most;
   uint64_t forgotten;
@@ -48,7 +49,8 @@ Kind* find(Replay& replay, const Key& key) {
   const auto [from, to] = replay.kinds->equal_range(key.hash);
   for (auto it = from; it != to; ++it) {
     const auto& words = it->second.words;
-    if (words.size() == (size_t)key.count && !memcmp(words.data(), key.words, 8 * key.count)) return &it->second;
+    if (words.size() == (size_t)key.count && !memcmp(words.data(), key.words, 8 * key.count))
+      return &it->second;
   }
   return nullptr;
 }
@@ -68,7 +70,8 @@ bool here(const Arguments& given) {
 
 // Whether a plan may serve these arguments; what else it depends on goes into their key.
 bool alike(Replay& replay, Arguments& given, PyObject* const* args, Py_ssize_t count) {
-  if (paused || !Torch::get().exchange || !given.read(args, count) || !here(given)) return false;
+  if (paused || !Torch::get().exchange || !given.read(args, count) || !here(given))
+    return false;
   if (PyDict_GET_SIZE(replay.forced)) {
     const py::object state = py::handle(replay.state)();
     given.key.add(PyObject_Hash(state.ptr()));
@@ -90,18 +93,21 @@ py::object call(Replay& replay, PyObject* const* args, Py_ssize_t count) {
   }
   std::vector<PyObject*> all = {plan ? Py_True : Py_False};
   all.insert(all.end(), args, args + count);
-  const auto answer = py::reinterpret_steal<py::tuple>(PyObject_Vectorcall(replay.first, all.data(), all.size(), nullptr));
+  const auto answer = py::reinterpret_steal<py::tuple>(
+      PyObject_Vectorcall(replay.first, all.data(), all.size(), nullptr));
   if (!answer) throw py::error_already_set();
   if (Kind* kind = plan ? find(replay, given.key) : nullptr) {
     kind->tried = true;
-    if (!kind->plan && !answer[1].is_none()) kind->plan = answer[1].cast<std::shared_ptr<Plan>>();
+    if (!kind->plan && !answer[1].is_none())
+      kind->plan = answer[1].cast<std::shared_ptr<Plan>>();
   }
   return answer[0];
 }
 
 PyObject* vectorcall(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
   try {
-    if (names && PyTuple_GET_SIZE(names)) throw py::type_error("an op takes its arguments in order");
+    if (names && PyTuple_GET_SIZE(names))
+      throw py::type_error("an op takes its arguments in order");
     return call(*(Replay*)self, args, PyVectorcall_NARGS(flags)).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
@@ -118,7 +124,8 @@ PyObject* vectorcall(PyObject* self, PyObject* const* args, size_t flags, PyObje
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject *first, *forced, *state;
   Py_ssize_t most;
-  if (!PyArg_ParseTuple(args, "OO!On", &first, &PyDict_Type, &forced, &state, &most)) return nullptr;
+  if (!PyArg_ParseTuple(args, "OO!On", &first, &PyDict_Type, &forced, &state, &most))
+    return nullptr;
   auto* replay = (Replay*)type->tp_alloc(type, 0);
   if (!replay) return nullptr;
   replay->call = vectorcall;
@@ -151,17 +158,23 @@ PyObject* plans(PyObject* self, PyObject*) {
 }
 
 PyMethodDef methods[] = {{"plans", plans, METH_NOARGS, "How many plans it keeps."}, {}};
-PyMemberDef members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Replay, call), READONLY}, {}};
-PyType_Slot slots[] = {{Py_tp_new, (void*)make},         {Py_tp_dealloc, (void*)drop},  {Py_tp_methods, methods},
-                       {Py_tp_members, members},         {Py_tp_call, (void*)PyVectorcall_Call},
-                       {Py_tp_doc, (void*)"Replay(first, forced, state, most)"}, {}};
-PyType_Spec spec = {"peftops._C.Replay", sizeof(Replay), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, slots};
+PyMemberDef members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Replay, call), READONLY},
+                         {}};
+PyType_Slot slots[] = {{Py_tp_new, (void*)make},
+                       {Py_tp_dealloc, (void*)drop},
+                       {Py_tp_methods, methods},
+                       {Py_tp_members, members},
+                       {Py_tp_call, (void*)PyVectorcall_Call},
+                       {Py_tp_doc, (void*)"Replay(first, forced, state, most)"},
+                       {}};
+PyType_Spec spec = {"peftops._C.Replay", sizeof(Replay), 0,
+                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, slots};
 
 }  // namespace
 
 void bind_replay(py::module_& m) {
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
-      .def(py::init<py::list, bool, py::list, py::object, py::list, py::object, py::object>());
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan").def(
+      py::init<py::list, bool, py::list, py::object, py::list, py::object, py::object>());
   m.attr("Replay") = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
   m.def("forget", [] { ++forgotten; });
   m.def("pause", [](int more) { paused += more; });

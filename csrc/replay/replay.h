@@ -1,5 +1,5 @@
-// The types Replay and Plan of the module; forget(), after which no plan of before is played, and pause(±1), while
-// which none is.
+// The types Replay and Plan of the module; forget(), after which no plan of before is played,
+// and pause(±1), while which none is.
 #pragma once
 #include <pybind11/pybind11.h>
 

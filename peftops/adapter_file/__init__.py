@@ -16,8 +16,12 @@ from .header import Stored, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PART = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB])|(B\.bias)|(magnitude_vector)(?:\.weight)?)")
-NAMED = re.compile(r"(.+\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.([^.]+)(\.weight|\.bias|)")
+PART = re.compile(
+    r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB])|(B\.bias)|(magnitude_vector)(?:\.weight)?)"
+)
+NAMED = re.compile(
+    r"(.+\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.([^.]+)(\.weight|\.bias|)"
+)
 EMBEDDING = ".lora_embedding_"
 WRAPPERS = {
     "_orig_mod": "torch.compile",
@@ -25,7 +29,10 @@ WRAPPERS = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "module": "DistributedDataParallel",  # only at the front: a model may have a module of this name
 }
-OPTIONAL = {"magnitude_vector": "use_dora", "B.bias": "lora_bias"}  # tensor -> the flag that asks for it
+OPTIONAL = {
+    "magnitude_vector": "use_dora",
+    "B.bias": "lora_bias",
+}  # tensor -> the flag that asks for it
 FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -131,7 +138,10 @@ class Adapter:
         return self.ranks.get(module, self.config["r"])
 
     def __str__(self):
-        dtypes = " and ".join({stored.dtype: None for stored in self.tensors.values()}) or "no tensors"
+        dtypes = (
+            " and ".join({stored.dtype: None for stored in self.tensors.values()})
+            or "no tensors"
+        )
         method = self.config["peft_type"]
         if self.is_lora:
             method = f"LoRA, rank {self.rank}, {len(self.modules)} modules"
@@ -200,10 +210,16 @@ def faults(adapter: Adapter) -> Iterator[tuple[str, str]]:
     if not adapter.tensors:
         yield "broken", "no tensors are there"
     for wrapper, keys in adapter.wrapped.items():
-        yield "broken", f"{listed(keys)}: {WRAPPERS[wrapper]} put {wrapper} there; strip {wrapper}. from the keys"
+        yield (
+            "broken",
+            f"{listed(keys)}: {WRAPPERS[wrapper]} put {wrapper} there; strip {wrapper}. from the keys",
+        )
     for key, stored in adapter.tensors.items():
         if stored.dtype not in values.BYTES:
-            yield "broken", f"{key} is {stored.dtype}, which is no floating point type of 16 bits or more"
+            yield (
+                "broken",
+                f"{key} is {stored.dtype}, which is no floating point type of 16 bits or more",
+            )
         elif not stored.finite:
             yield "broken", f"{key} holds NaN or infinity"
     if adapter.is_lora:
@@ -218,13 +234,23 @@ def faults_of_modules(adapter):
             is_there = label in tensors
             if bool(adapter.config.get(flag)) != is_there:
                 article = "a" if is_there else "no"
-                yield "broken", f"{module} has {article} lora_{label}, unlike {flag} in {CONFIG}"
+                yield (
+                    "broken",
+                    f"{module} has {article} lora_{label}, unlike {flag} in {CONFIG}",
+                )
     for label in "AB":
-        held = {module: tensors[label] for module, tensors in adapter.modules.items() if label in tensors}
+        held = {
+            module: tensors[label]
+            for module, tensors in adapter.modules.items()
+            if label in tensors
+        }
         zero = [module for module, stored in held.items() if stored.zero]
         if zero:
             share = f"{len(zero)} of {len(adapter.modules)} modules"
-            yield "note", f"lora_{label} is all zero in {share}, {listed(zero)}: untrained, or lost in saving"
+            yield (
+                "note",
+                f"lora_{label} is all zero in {share}, {listed(zero)}: untrained, or lost in saving",
+            )
 
 
 def listed(keys: list[str]) -> str:

@@ -6,7 +6,13 @@ from pathlib import Path
 
 LARGEST = 8 << 20  # bytes; the largest that PEFT writes list the indices of a vocabulary
 DEFAULTS = {"modules_to_save": [], "target_parameters": []}
-LORA_DEFAULTS = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+LORA_DEFAULTS = {
+    "r": 8,
+    "lora_alpha": 8,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+}
 FLAGS = "use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"
 VERSION = 100  # characters
 
@@ -113,7 +119,10 @@ def one_of(*rules):
 
 NAMES = one_of(is_text, list_of(is_text)), "a string or a list of strings"
 LAYERS = one_of(is_index, list_of(is_index)), "an index or a list of indices"
-TOKENS = one_of(list_of(is_index), dict_of(list_of(is_index))), "a list of indices, or one for each module"
+TOKENS = (
+    one_of(list_of(is_index), dict_of(list_of(is_index))),
+    "a list of indices, or one for each module",
+)
 GENERAL = {
     "peft_type": (is_text, "a string"),
     "peft_version": (is_version, f"a string of at most {VERSION} characters"),

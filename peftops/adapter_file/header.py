@@ -41,17 +41,23 @@ def read_header(path: Path, size: int) -> dict[str, Stored]:
         with path.open("rb") as raw:
             data = 8 + int.from_bytes(raw.read(8), "little")
         if LARGEST_HEADER < data <= size:
-            raise ValueError(f"{path} has a header of more than {LARGEST_HEADER >> 20} MiB: it is no adapter's")
+            raise ValueError(
+                f"{path} has a header of more than {LARGEST_HEADER >> 20} MiB: it is no adapter's"
+            )
         tensors = read_entries(path, data)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {sentence(error)}") from None
     end = data + sum(stored.bytes for stored in tensors.values())
     if end != size:
         dtypes = sorted({stored.dtype for stored in tensors.values()})
-        raise ValueError(f"{path} holds numbers of a kind whose size is unknown: {', '.join(dtypes)}")
+        raise ValueError(
+            f"{path} holds numbers of a kind whose size is unknown: {', '.join(dtypes)}"
+        )
     for key in tensors:
         if len(key) > LONGEST:
-            raise ValueError(f"{path}: a key has {len(key)} characters, more than {LONGEST}: {key[:80]}...")
+            raise ValueError(
+                f"{path}: a key has {len(key)} characters, more than {LONGEST}: {key[:80]}..."
+            )
     return tensors
 
 

@@ -33,7 +33,9 @@ def match(question: dict) -> dict:
 def answer_of_script(question):
     command = [sys.executable, "-I", "-S", __file__]
     try:
-        done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(
+            command, input=json.dumps(question), capture_output=True, text=True, timeout=SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise ValueError(f"matching its names takes more than {SECONDS} seconds") from None
     if done.returncode:
@@ -46,7 +48,13 @@ def answer_of_script(question):
 
 def patterns_in(question):
     """Everything in the config that is compared with names."""
-    fields = "target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"
+    fields = (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    )
     for name in (*fields, "modules_to_save", "target_parameters"):
         yield from as_list(question[name])
 
@@ -90,7 +98,9 @@ def answer(question: dict) -> dict:
     targets = [target(module) for module in modules]
     patterns = {}
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns[field] = [compiled(field, key, rf"(.*\.)?({key})$").match for key in question[field]]
+        patterns[field] = [
+            compiled(field, key, rf"(.*\.)?({key})$").match for key in question[field]
+        ]
     saved = [f"{name}." for name in question["modules_to_save"]]
     return {
         "targets": targets,
@@ -99,7 +109,9 @@ def answer(question: dict) -> dict:
         "unmet": {
             "target_modules": unmet_targets(question, modules),
             "layers_to_transform": unmet_layers(question, modules, targets),
-            "modules_to_save": [name[:-1] for name in saved if not any(name in key for key in keys)],
+            "modules_to_save": [
+                name[:-1] for name in saved if not any(name in key for key in keys)
+            ],
         },
     }
 
@@ -113,12 +125,15 @@ def target_rule(question):
     """PEFT's check_target_module_exists, as a function of a name."""
     excluded = name_rule("exclude_modules", question["exclude_modules"])
     saved = [
-        compiled("modules_to_save", name, rf"(^|.*\.){name}($|\..*)").match for name in question["modules_to_save"]
+        compiled("modules_to_save", name, rf"(^|.*\.){name}($|\..*)").match
+        for name in question["modules_to_save"]
     ]
     wanted = question["target_modules"]
     targeted = name_rule("target_modules", wanted)
     owners = tuple(f".{name}".rpartition(".")[0] for name in question["target_parameters"])
-    whole = frozenset(wanted if isinstance(wanted, list) else ())  # for these PEFT ignores the layer
+    whole = frozenset(
+        wanted if isinstance(wanted, list) else ()
+    )  # for these PEFT ignores the layer
     layer = layer_rule(question["layers_pattern"])
     layers = question["layers_to_transform"]
     if isinstance(layers, int):
@@ -158,9 +173,13 @@ def name_rule(field, wanted):
 
 def layer_rule(layers_pattern):
     """A function of a name: the index of its layer, or None."""
-    wholes = {pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in as_list(layers_pattern)}
+    wholes = {
+        pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in as_list(layers_pattern)
+    }
     wholes = wholes or {"": LAYER}
-    rules = [compiled("layers_pattern", pattern, whole).match for pattern, whole in wholes.items()]
+    rules = [
+        compiled("layers_pattern", pattern, whole).match for pattern, whole in wholes.items()
+    ]
 
     def layer(module):
         matched = next(filter(None, (rule(module) for rule in rules)), None)

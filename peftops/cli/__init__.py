@@ -63,13 +63,20 @@ def find_device(name=None):
     except RuntimeError:
         raise BadInput(f"there is no device {name!r}; try cpu or cuda") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"there is no device {name!r} on this machine; torch {torch.__version__} sees no such GPU")
+        raise BadInput(
+            f"there is no device {name!r} on this machine; torch {torch.__version__} sees no such GPU"
+        )
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"device must be cpu or cuda, got {name!r}")
     return device
 
 
-INSTRUCTIONS = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 bf16"}
+INSTRUCTIONS = {
+    "portable": "portable",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_bf16": "AVX-512 bf16",
+}
 
 
 def cpu_kernels():
@@ -94,7 +101,9 @@ def device_name(device):
 def cpu_model():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(": ")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

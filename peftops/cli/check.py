@@ -29,9 +29,14 @@ HEADS = "classifier", "score"  # PEFT adds both to modules_to_save, whichever th
 
 def options(argv):
     parser = Parser("peftops check", description=__doc__)
-    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="a folder with adapter_config.json")
     parser.add_argument(
-        "--for", dest="target", choices=list(TARGETS), help="who shall load it; without it, all of them"
+        "adapter", metavar="ADAPTER", type=Path, help="a folder with adapter_config.json"
+    )
+    parser.add_argument(
+        "--for",
+        dest="target",
+        choices=list(TARGETS),
+        help="who shall load it; without it, all of them",
     )
     return parser.parse_args(argv)
 
@@ -120,14 +125,24 @@ def not_loaded(adapter):
     """The tensors that PEFT would not load: it looks each module and key up by its name."""
     wrapped = {key for keys in adapter.wrapped.values() for key in keys}
     lora = [stored.key for tensors in adapter.modules.values() for stored in tensors.values()]
-    if bare := [key for key in lora if not key.startswith(adapter_file.PREFIX) and key not in wrapped]:
-        yield "dropped", f"{listed(bare)}: the keys that PEFT loads begin with {adapter_file.PREFIX}"
-    if twice := [module for module in adapter.modules if module.startswith(adapter_file.PREFIX)]:
+    if bare := [
+        key for key in lora if not key.startswith(adapter_file.PREFIX) and key not in wrapped
+    ]:
+        yield (
+            "dropped",
+            f"{listed(bare)}: the keys that PEFT loads begin with {adapter_file.PREFIX}",
+        )
+    if twice := [
+        module for module in adapter.modules if module.startswith(adapter_file.PREFIX)
+    ]:
         yield "dropped", f"{listed(twice)}: {adapter_file.PREFIX} is there twice"
     if strangers := [key for key, name in adapter.named.items() if name != "default"]:
         yield "dropped", f"{listed(strangers)}: the name of an adapter is in the keys"
     elif adapter.named:
-        yield "note", f"{listed(list(adapter.named))}: PEFT loads such keys under the name default alone"
+        yield (
+            "note",
+            f"{listed(list(adapter.named))}: PEFT loads such keys under the name default alone",
+        )
     yield from untargeted(adapter)
     yield from unexpected(adapter)
 
@@ -139,29 +154,46 @@ def untargeted(adapter):
         if target not in ("module", "parameter") and not may_be_tied(module, adapter.config):
             left_out.setdefault(target, []).append(module)
     for name, modules in left_out.items():
-        yield "dropped", f"{listed(modules)}: not of the modules that {name} in {adapter_file.CONFIG} asks for"
+        yield (
+            "dropped",
+            f"{listed(modules)}: not of the modules that {name} in {adapter_file.CONFIG} asks for",
+        )
     for name in ("target_modules", "layers_to_transform"):
         if unmet := adapter.unmet[name]:
-            yield "note", f"{name}: no tensor is of {listed(list(map(str, unmet)))}, which the base model may lack"
+            yield (
+                "note",
+                f"{name}: no tensor is of {listed(list(map(str, unmet)))}, which the base model may lack",
+            )
 
 
 def unexpected(adapter):
     """The tensors that PEFT does not save with LoRA layers."""
-    strange = [key for key in adapter.others if key not in adapter.named and not expected(key, adapter)]
+    strange = [
+        key for key in adapter.others if key not in adapter.named and not expected(key, adapter)
+    ]
     if lost := [key for key in strange if not of_base(key)]:
         yield "dropped", f"{listed(lost)}: no part of a LoRA adapter"
     if base := [key for key in strange if of_base(key)]:
-        yield "note", f"{listed(base)}: no part of a LoRA adapter; it replaces the weight of a base model that has it"
+        yield (
+            "note",
+            f"{listed(base)}: no part of a LoRA adapter; it replaces the weight of a base model that has it",
+        )
 
 
 def may_be_tied(module, config):
     """Whether PEFT may have adapted it as tied to another: it is outside of all layers."""
-    return config.get("ensure_weight_tying") and not any(name.isdigit() for name in module.split("."))
+    return config.get("ensure_weight_tying") and not any(
+        name.isdigit() for name in module.split(".")
+    )
 
 
 def of_base(key):
     """Whether a base model may have such a weight."""
-    return key.startswith(adapter_file.PREFIX) and ".lora_" not in key and key.endswith((".weight", ".bias"))
+    return (
+        key.startswith(adapter_file.PREFIX)
+        and ".lora_" not in key
+        and key.endswith((".weight", ".bias"))
+    )
 
 
 def expected(key, adapter):
@@ -185,11 +217,19 @@ def trained_tokens(adapter):
     if not wanted and not deltas:
         return
     if not wanted:
-        yield "dropped", f"{deltas[0].key}: trainable_token_indices is not in {adapter_file.CONFIG}"
+        yield (
+            "dropped",
+            f"{deltas[0].key}: trainable_token_indices is not in {adapter_file.CONFIG}",
+        )
     elif not deltas:
         yield "refused", f"trainable_token_indices: no tensor is a {DELTA[1:]}"
-    elif wrong := [stored for stored in deltas if not stored.shape or stored.shape[0] not in rows]:
-        yield "refused", f"{wrong[0].key} is {wrong[0].shape}: trainable_token_indices has another number of rows"
+    elif wrong := [
+        stored for stored in deltas if not stored.shape or stored.shape[0] not in rows
+    ]:
+        yield (
+            "refused",
+            f"{wrong[0].key} is {wrong[0].shape}: trainable_token_indices has another number of rows",
+        )
 
 
 def modules_to_save(adapter):
@@ -200,7 +240,10 @@ def modules_to_save(adapter):
         return
     heads = HEADS if adapter.config.get("task_type") else ()
     if unsaved := [name for name in missing if name not in heads]:
-        yield "note", f"modules_to_save: no tensor is of {listed(unsaved)}, which the base model may lack"
+        yield (
+            "note",
+            f"modules_to_save: no tensor is of {listed(unsaved)}, which the base model may lack",
+        )
 
 
 TARGETS = {"peft": for_peft, "vllm": for_vllm, "sglang": for_sglang}

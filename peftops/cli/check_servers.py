@@ -4,7 +4,9 @@ import re
 
 from ..adapter_file import listed
 
-MOVES_BASE = re.compile("pissa.*|olora|corda|loftq", re.IGNORECASE)  # inits that change the base
+MOVES_BASE = re.compile(
+    "pissa.*|olora|corda|loftq", re.IGNORECASE
+)  # inits that change the base
 BASE_EMBEDDINGS = ".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight"
 UNREAD = {"arrow_config": "Arrow", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}
 LACKED = {
@@ -31,9 +33,14 @@ def for_vllm(adapter):
     if config["bias"] != "none":
         yield "refused", f"bias {config['bias']!r}: vLLM takes no biases"
     if others := [name for name in config["modules_to_save"] if name not in VLLM_SAVES]:
-        yield "refused", f"modules_to_save: vLLM takes {' and '.join(VLLM_SAVES)} alone, not {listed(others)}"
+        yield (
+            "refused",
+            f"modules_to_save: vLLM takes {' and '.join(VLLM_SAVES)} alone, not {listed(others)}",
+        )
     allowed = tuple(f".{name}.{tensor}" for name in VLLM_SAVES for tensor in ("weight", "bias"))
-    if strange := [key for key in adapter.others if not key.endswith((*BASE_EMBEDDINGS, *allowed))]:
+    if strange := [
+        key for key in adapter.others if not key.endswith((*BASE_EMBEDDINGS, *allowed))
+    ]:
         yield "refused", f"{listed(strange)}: no LoRA weight to vLLM"
     if adapter.rank > VLLM_RANKS[-1]:
         yield "refused", f"rank {adapter.rank}: vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}"
@@ -42,11 +49,20 @@ def for_vllm(adapter):
         yield "note", f"rank {adapter.rank}: needs --max-lora-rank {least}"
     names = {name.rpartition(".")[2] for name in config["target_parameters"]}
     if names - {"gate_up_proj", "down_proj"} or names == {"gate_up_proj"}:
-        yield "refused", "target_parameters: vLLM takes down_proj of experts, with or without gate_up_proj, alone"
+        yield (
+            "refused",
+            "target_parameters: vLLM takes down_proj of experts, with or without gate_up_proj, alone",
+        )
     elif names:
-        yield "note", "target_parameters: served where vLLM's model stacks its experts, and dropped elsewhere"
+        yield (
+            "note",
+            "target_parameters: served where vLLM's model stacks its experts, and dropped elsewhere",
+        )
     if any(".lora_embedding_" in key for key in adapter.tensors):
-        yield "note", "embeddings: served where vLLM's model allows them and has the same vocabulary"
+        yield (
+            "note",
+            "embeddings: served where vLLM's model allows them and has the same vocabulary",
+        )
 
 
 def for_sglang(adapter):
@@ -59,14 +75,20 @@ def for_sglang(adapter):
     if config.get("use_dora"):
         yield "refused", "use_dora: SGLang has no DoRA"
     if config.get("use_rslora"):
-        yield "dropped", "use_rslora: SGLang scales by lora_alpha / r, so that the adapter counts √r times less"
+        yield (
+            "dropped",
+            "use_rslora: SGLang scales by lora_alpha / r, so that the adapter counts √r times less",
+        )
     if any(rank != config["r"] for rank in config["rank_pattern"].values()):
         yield "refused", "rank_pattern: SGLang has one rank for all layers"
     if any(alpha != config["lora_alpha"] for alpha in config["alpha_pattern"].values()):
         yield "dropped", "alpha_pattern: SGLang scales all layers by lora_alpha / r"
     targets = config.get("target_modules")
     if not isinstance(targets, list) and targets not in ("all", "all-linear"):
-        yield "refused", f"target_modules {targets!r}: SGLang takes a list of names or all-linear"
+        yield (
+            "refused",
+            f"target_modules {targets!r}: SGLang takes a list of names or all-linear",
+        )
     if config["target_parameters"]:
         yield "refused", "target_parameters: SGLang has no such layers of experts"
     attention = {}
@@ -74,7 +96,9 @@ def for_sglang(adapter):
         owner, name = module.rpartition(".")[::2]
         if name in ("q_proj", "k_proj", "v_proj"):
             attention.setdefault(owner, set()).add(name)
-    if alone := [owner for owner, names in attention.items() if not names >= {"q_proj", "v_proj"}]:
+    if alone := [
+        owner for owner, names in attention.items() if not names >= {"q_proj", "v_proj"}
+    ]:
         yield "refused", f"{listed(alone)}: SGLang wants q_proj and v_proj together"
     layers = [key for key in adapter.others if re.search(r"\.layers\.\d+\.", key)]
     layers += [key for key in adapter.tensors if key.endswith(".lora_B.bias")]
@@ -83,7 +107,10 @@ def for_sglang(adapter):
     if outside := [key for key in adapter.others if key not in layers]:
         yield "dropped", f"{listed(outside)}: SGLang keeps the base model's"
     if (adapter.folder / "added_tokens.json").exists():
-        yield "note", "added_tokens.json: SGLang refuses tokens that the base model's vocabulary has not"
+        yield (
+            "note",
+            "added_tokens.json: SGLang refuses tokens that the base model's vocabulary has not",
+        )
 
 
 def foreign(config, server, verdict):
@@ -93,4 +120,7 @@ def foreign(config, server, verdict):
             yield verdict if name in LACKED else "dropped", f"{name}: {server} has no {what}"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and MOVES_BASE.fullmatch(init):
-        yield verdict, f"init_lora_weights {init!r}: PEFT changes the base's weights by it, {server} does not"
+        yield (
+            verdict,
+            f"init_lora_weights {init!r}: PEFT changes the base's weights by it, {server} does not",
+        )

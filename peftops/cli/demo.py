@@ -26,20 +26,38 @@ from .progress import Progress
 
 WARM_UP = 2  # rounds that do not count
 CHOICES = "lora", "qlora", "dora", "qdora", "full"
-STEPS = {"bf16": 40, "fp32": 20}  # a step in fp32 takes twice as long; the whole stays under five minutes
+STEPS = {
+    "bf16": 40,
+    "fp32": 20,
+}  # a step in fp32 takes twice as long; the whole stays under five minutes
 
 
 def options(argv):
     parser = Parser("peftops demo", description=__doc__)
-    parser.add_argument("--model", help="a local directory or a hub id; by default SmolLM2-135M-Instruct from PyPI")
-    parser.add_argument("--text", metavar="FILE", help="what to learn; by default the reference of the Python language")
-    parser.add_argument("--method", default="lora", choices=CHOICES, help="what is trained")
-    parser.add_argument("--compare", metavar="METHOD,…", help="several methods side by side, such as lora,dora,full")
     parser.add_argument(
-        "--steps", type=positive, help=f"of training; by default {STEPS['bf16']} in bf16, {STEPS['fp32']} in fp32"
+        "--model",
+        help="a local directory or a hub id; by default SmolLM2-135M-Instruct from PyPI",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="what to learn; by default the reference of the Python language",
+    )
+    parser.add_argument("--method", default="lora", choices=CHOICES, help="what is trained")
+    parser.add_argument(
+        "--compare",
+        metavar="METHOD,…",
+        help="several methods side by side, such as lora,dora,full",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        help=f"of training; by default {STEPS['bf16']} in bf16, {STEPS['fp32']} in fp32",
     )
     parser.add_argument("--rank", type=positive, default=16, help="of the adapters")
-    parser.add_argument("--dropout", type=probability, default=0.0, help="of the adapters' input")
+    parser.add_argument(
+        "--dropout", type=probability, default=0.0, help="of the adapters' input"
+    )
     parser.add_argument(
         "--dtype",
         choices=list(STEPS),
@@ -48,7 +66,11 @@ def options(argv):
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is a GPU")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, batches and dropout")
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", default=Path("peftops-demo"), help="what is made is kept here"
+        "--out",
+        type=folder,
+        metavar="DIR",
+        default=Path("peftops-demo"),
+        help="what is made is kept here",
     )
     return parser.parse_args(argv)
 
@@ -73,12 +95,16 @@ def main(argv=None):
     console.print(chosen, highlight=False, soft_wrap=True)
     console.print(f"{' against '.join(labels)}: {o.steps} steps by turns.")
     with heard(console):
-        result = run(o, labels, {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype], device, console)
+        result = run(
+            o, labels, {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype], device, console
+        )
     console.print(table(result))
     for line in remarks(result):
         console.print(line, highlight=False, soft_wrap=True)
     draw(result, o.out / "loss.png")
-    replace(o.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    replace(
+        o.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n")
+    )
     adapters = [folder for label, folder in ADAPTERS.items() if label in labels]
     console.print(f"In {o.out}: {', '.join([*adapters, 'loss.png', 'result.json'])}")
     return 0
@@ -117,7 +143,10 @@ def heard(console):
     from rich.logging import RichHandler
 
     log = logging.getLogger("peftops")
-    handler, level = RichHandler(console=console, show_time=False, show_path=False, show_level=False), log.level
+    handler, level = (
+        RichHandler(console=console, show_time=False, show_path=False, show_level=False),
+        log.level,
+    )
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -141,18 +170,31 @@ def run(o, labels, dtype, device, console):
         base, tokenizer = t.load_model(o.model, dtype, device)
         loading.advance()
         held, batches = t.split(t.chunks(tokenizer, text, device, least=8), o.steps, o.seed)
-        unrelated = t.chunks(tokenizer, Path(__file__).with_name("unrelated.txt").read_text(), device)
+        unrelated = t.chunks(
+            tokenizer, Path(__file__).with_name("unrelated.txt").read_text(), device
+        )
 
         def losses(model):
             return t.evaluate(model, held, dtype), t.evaluate(model, unrelated, dtype)
 
         at_first = losses(base)
         args = base.config, dtype, device, o.rank, o.dropout
-        peaks = [t.peak_memory(label, *args) for label in progress.track("measure memory", labels)]
-        contenders = [t.build(label, copy.deepcopy(base), o.rank, o.dropout, o.seed) for label in labels]
+        peaks = [
+            t.peak_memory(label, *args) for label in progress.track("measure memory", labels)
+        ]
+        contenders = [
+            t.build(label, copy.deepcopy(base), o.rank, o.dropout, o.seed) for label in labels
+        ]
         before = [losses(c.model) if c.label in t.PACKED else at_first for c in contenders]
         training = progress.stage("train by turns", o.steps)
-        frozen = t.race(contenders, base, batches, dtype, o.seed, lambda loss: training.advance(f"loss {loss:.3f}"))
+        frozen = t.race(
+            contenders,
+            base,
+            batches,
+            dtype,
+            o.seed,
+            lambda loss: training.advance(f"loss {loss:.3f}"),
+        )
         after = [losses(c.model) for c in progress.track("evaluate", contenders)]
     result = {
         "model": o.model or t.DEFAULT, "text": o.text or "pydoc_data.topics", "steps": o.steps, "rank": o.rank,
@@ -163,7 +205,8 @@ def run(o, labels, dtype, device, console):
     }  # fmt: skip
     rows = zip(contenders, peaks, before, after, strict=True)
     result["contenders"] = {
-        c.label: numbers(c, peak, start, end, result, frozen, save(c, o.out, dtype)) for c, peak, start, end in rows
+        c.label: numbers(c, peak, start, end, result, frozen, save(c, o.out, dtype))
+        for c, peak, start, end in rows
     }
     result["of_full"] = of_full(result["contenders"])
     return result
@@ -248,8 +291,15 @@ def remarks(result):
     yield f"The frozen model's forward + backward alone takes {result['frozen_s']:.3f} s (measured in the same rounds)."
     for stock, ours in (pair for pair in METHODS.values() if pair[1:] and pair[1] in runs):
         if stock in runs:
-            most = max(abs(a - b) for a, b in zip(runs[stock]["losses"], runs[ours]["losses"], strict=True))
-            why = "the dropout masks differ" if result["dropout"] else "same arithmetic, other roundings"
+            most = max(
+                abs(a - b)
+                for a, b in zip(runs[stock]["losses"], runs[ours]["losses"], strict=True)
+            )
+            why = (
+                "the dropout masks differ"
+                if result["dropout"]
+                else "same arithmetic, other roundings"
+            )
             doubt = " Too few steps to be sure." if result["steps"] < 10 + WARM_UP else ""
             ratio = runs[ours]["step_s"] / runs[stock]["step_s"]
             yield f"{ours} takes {ratio:.2f} × the time of {stock} for a step.{doubt}"
@@ -260,7 +310,11 @@ def remarks(result):
         yield "4-bit bases are NF4 with double quantization in all linear layers but the head; losses start from there."
     if FULL in runs:
         yield "The checkpoint of full fine-tuning is not written; its size is that of the weights in the model's dtype."
-    how = "growth of resident memory" if result["device_type"] == "cpu" else "memory that torch allocated"
+    how = (
+        "growth of resident memory"
+        if result["device_type"] == "cpu"
+        else "memory that torch allocated"
+    )
     yield f"Peak memory is the {how} in a process of its own, weights included."
     if shares := result["of_full"]:
         before, after = runs[FULL]["held_out"]
@@ -280,7 +334,11 @@ def of_full(runs):
         return None
     before, after = runs[FULL]["held_out"]
     others = {label: c["held_out"][1] for label, c in runs.items() if label != FULL}
-    return {label: (before - loss) / (before - after) for label, loss in others.items() if after < before}
+    return {
+        label: (before - loss) / (before - after)
+        for label, loss in others.items()
+        if after < before
+    }
 
 
 def draw(result, path):
@@ -291,11 +349,19 @@ def draw(result, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for (label, c), style in zip(result["contenders"].items(), cycle(("-", "--", ":", "-.")), strict=False):
+    for (label, c), style in zip(
+        result["contenders"].items(), cycle(("-", "--", ":", "-.")), strict=False
+    ):
         steps = range(1, len(c["losses"]) + 1)
-        (line,) = axes.plot(steps, c["losses"], style, label=f"{label}: {c['step_s']:.3f} s per step")
+        (line,) = axes.plot(
+            steps, c["losses"], style, label=f"{label}: {c['step_s']:.3f} s per step"
+        )
         axes.plot([0, len(steps)], c["held_out"], "o", color=line.get_color())
-    axes.set(xlabel="step (dots: held-out text)", ylabel="loss", title=f"{result['model']}, rank {result['rank']}")
+    axes.set(
+        xlabel="step (dots: held-out text)",
+        ylabel="loss",
+        title=f"{result['model']}, rank {result['rank']}",
+    )
     axes.legend()
     replace(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
     pyplot.close(figure)

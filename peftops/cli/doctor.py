@@ -14,8 +14,15 @@ SHAPE = (37, 96, 130, 5)  # odd on purpose: every edge of a tile is met
 
 def main(argv=None):
     Parser("peftops doctor", description=__doc__).parse_args(argv)
-    print(", ".join(f"{name} {installed(name)}" for name in ("peftops", "torch", "triton", "peft", "transformers")))
-    print(f"python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}")
+    print(
+        ", ".join(
+            f"{name} {installed(name)}"
+            for name in ("peftops", "torch", "triton", "peft", "transformers")
+        )
+    )
+    print(
+        f"python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    )
     if find_spec("torch") is None:
         print("torch is not installed: pip install torch")
         return 1
@@ -23,7 +30,10 @@ def main(argv=None):
 
     problems = []
     extension = find_extension(problems)
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    devices = [
+        torch.device("cpu"),
+        *(torch.device("cuda", i) for i in range(torch.cuda.device_count())),
+    ]
     print(describe_cpu())
     print("\n".join(describe_cuda(extension, devices[1:], problems)))
     if extension or find_spec("peftops._C") is None:
@@ -75,7 +85,9 @@ def describe_cuda(extension, devices, problems):
     yield f"cuda: torch's {torch.version.cuda or 'none'}, peftops' {library}, driver's {driver}"
     for device in devices:
         major, minor = torch.cuda.get_device_capability(device)
-        yield f"{device}: {device_name(device)}, sm_{major}{minor}" + (", too old for peftops" if major < 8 else "")
+        yield f"{device}: {device_name(device)}, sm_{major}{minor}" + (
+            ", too old for peftops" if major < 8 else ""
+        )
         if built and (code := ours.runs(device.index)):
             problems.append(
                 f"The CUDA kernels do not run on {device} (error {code}): in a checkout, PEFTOPS_CUDA=1 "
@@ -107,8 +119,14 @@ def self_test(devices, problems):
             served = cell.__module__.split(".")[1]
             results = []
             compiles = device.type == "cuda"
-            for dtype in (torch.bfloat16,) if compiles else (torch.float32, torch.bfloat16, torch.float16):
-                label, error, bound = worst(islice(check(op, served, SHAPE, dtype, device), 2 if compiles else None))
+            for dtype in (
+                (torch.bfloat16,)
+                if compiles
+                else (torch.float32, torch.bfloat16, torch.float16)
+            ):
+                label, error, bound = worst(
+                    islice(check(op, served, SHAPE, dtype, device), 2 if compiles else None)
+                )
                 results.append(f"{str(dtype).removeprefix('torch.')} {error:.1e} ≤ {bound:.1e}")
                 if not error <= bound:
                     results[-1] = results[-1].replace("≤", ">")

@@ -16,11 +16,21 @@ PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # rich shows n
 
 def options(argv):
     parser = Parser("peftops quantize", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a folder with config.json and safetensors")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one that was interrupted")
-    parser.add_argument("--blocksize", type=int, default=64, help="elements that share a scale: 32, 64 … 4096")
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
-    parser.add_argument("--quant-type", default="nf4", choices=["nf4", "fp4"], help="the table of the 16 codes")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="a folder with config.json and safetensors"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="a new folder, or one that was interrupted"
+    )
+    parser.add_argument(
+        "--blocksize", type=int, default=64, help="elements that share a scale: 32, 64 … 4096"
+    )
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep the scales in fp32"
+    )
+    parser.add_argument(
+        "--quant-type", default="nf4", choices=["nf4", "fp4"], help="the table of the 16 codes"
+    )
     parser.add_argument("--device", default="cpu", help="where to compute")
     return parser.parse_args(argv)
 
@@ -42,7 +52,9 @@ def run(o):
     from ..ops.nf4_state import BLOCKS
 
     if o.blocksize not in BLOCKS:
-        raise BadInput(f"--blocksize must be one of {', '.join(map(str, BLOCKS))}, got {o.blocksize}")
+        raise BadInput(
+            f"--blocksize must be one of {', '.join(map(str, BLOCKS))}, got {o.blocksize}"
+        )
     device = find_device(o.device)
     transformers.utils.logging.set_verbosity_error()
     o.model = o.model.resolve()
@@ -61,7 +73,9 @@ def run(o):
         output.take_back(o.out, model.shards)
         raise
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"stopped: {sentence(error)}; run it again to go on where it stopped") from None
+        raise BadInput(
+            f"stopped: {sentence(error)}; run it again to go on where it stopped"
+        ) from None
     show(o, model, worst_errors(written), links, console)
     return 0
 
@@ -91,7 +105,13 @@ def describe(o, model, device):
 
 def write_shards(o, model, device, console):
     """{name: Shard}, with a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     from ..integrations.transformers.checkpoint import state_endings
     from ..integrations.transformers.shards import ShardWriter
@@ -117,7 +137,9 @@ def quantize_weight(o, model, key, w):
     w = as_linear(model, key, w)
     refuse_infinite(key, w)
     q = NF4Weight.quantize(w, o.blocksize, not o.no_double_quant, o.quant_type)
-    state = {name: t.to("cpu", copy=True) for name, t in q.state_dict(key).items()}  # weights share tables
+    state = {
+        name: t.to("cpu", copy=True) for name, t in q.state_dict(key).items()
+    }  # weights share tables
     try:
         NF4Weight.load(state, key)
     except ValueError as error:  # its scales are too large for fp32
@@ -136,7 +158,9 @@ def refuse_infinite(key, w):
         return
     count = sum(piece.numel() - int(piece.isfinite().sum()) for piece in w.split(256))
     layer = key.removesuffix(".weight")
-    raise BadInput(f"{layer} cannot be quantized: {count} of its {w.numel()} weights are NaN or infinite in {w.dtype}")
+    raise BadInput(
+        f"{layer} cannot be quantized: {count} of its {w.numel()} weights are NaN or infinite in {w.dtype}"
+    )
 
 
 def error_of_weight(model, key, w, state):
@@ -195,16 +219,22 @@ def make_config(o, model):
     )
     config = {**model.config, "quantization_config": settings.to_dict()}
     if not config.get("dtype") and not config.get("torch_dtype"):
-        config["dtype"] = dtype  # else transformers would take that of the scales, which is fp32
+        config["dtype"] = (
+            dtype  # else transformers would take that of the scales, which is fp32
+        )
     return config
 
 
 def show(o, model, worst, links, console):
     console.print(table(worst))
     if model.kept:
-        console.print(f"{len(model.kept)} linear layers stay as they are: loading makes them of several tensors.")
+        console.print(
+            f"{len(model.kept)} linear layers stay as they are: loading makes them of several tensors."
+        )
     if links:
-        console.print(one_line(f"{len(links)} links were not copied, such as {links[0].name}."), **PLAIN)
+        console.print(
+            one_line(f"{len(links)} links were not copied, such as {links[0].name}."), **PLAIN
+        )
     before = sum((o.model / name).stat().st_size for name in model.shards)
     after = sum((o.out / name).stat().st_size for name in model.shards)
     sizes = f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%})"

@@ -30,5 +30,7 @@ def scratch(dtype, rows, columns):
     size = rows * columns
     kept = getattr(_kept, "memory", None)
     if kept is None or kept.nbytes < size * dtype.itemsize:
-        _kept.memory = kept = torch.empty(size * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        _kept.memory = kept = torch.empty(
+            size * dtype.itemsize, dtype=torch.uint8, device="cpu"
+        )
     return kept[: size * dtype.itemsize].view(dtype).view(rows, columns)

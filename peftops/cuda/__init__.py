@@ -9,4 +9,8 @@ def runs(device):
 
     from .._C import cuda
 
-    return device == "cuda" and hasattr(cuda, "runs") and cuda.runs(torch.cuda.current_device()) == 0
+    return (
+        device == "cuda"
+        and hasattr(cuda, "runs")
+        and cuda.runs(torch.cuda.current_device()) == 0
+    )

@@ -26,14 +26,18 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         w = y
     h = x.new_empty(0 if product == "one launch" else (m, r), dtype=torch.float32)
     where = _device.processors(x.device), _device.stream(x.device)
-    noted(_C.lora_gemv, y, h, x, w, *scales, a, b, scale, bias, gain, gate, block, given, *where)
+    noted(
+        _C.lora_gemv, y, h, x, w, *scales, a, b, scale, bias, gain, gate, block, given, *where
+    )
 
 
 def multiply(y, x, base, block):
     """y = x·Ŵᵀ by as many rows of Ŵ as the scratch holds, which torch's allocator hands out again to the next call."""
     k, n = x.shape[1], y.shape[1]
     rows = max(1, SCRATCH // max(1, k * x.element_size()))
-    scratch = x.new_empty(min(n, rows if rows < 8 else rows // 8 * 8), k)  # codes of eight rows are whole words
+    scratch = x.new_empty(
+        min(n, rows if rows < 8 else rows // 8 * 8), k
+    )  # codes of eight rows are whole words
     for first in range(0, n, len(scratch)):
         w = scratch[: n - first]
         dequantize_rows(w, base, block, k, first)
@@ -56,4 +60,8 @@ def describe(op, x, m, n, k, r, form):
         return "two launches" if r else "one launch"
     if form == "transposed" or k % 8 or (m > 4 and fp32):
         return "cuBLAS + epilogue"
-    return "one launch" if 4 * _device.processors(x.device) * r <= n and (m <= 4 or r <= 16) else "two launches"
+    return (
+        "one launch"
+        if 4 * _device.processors(x.device) * r <= n and (m <= 4 or r <= 16)
+        else "two launches"
+    )

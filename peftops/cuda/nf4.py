@@ -7,7 +7,17 @@ from . import _device
 
 def nf4_quantize(codes, absmax, w, bounds, order, block):
     if size := w.numel():
-        noted(_C.nf4_quantize, codes, absmax, w, bounds, order, size, block, _device.stream(w.device))
+        noted(
+            _C.nf4_quantize,
+            codes,
+            absmax,
+            w,
+            bounds,
+            order,
+            size,
+            block,
+            _device.stream(w.device),
+        )
 
 
 def nf4_dequantize(out, codes, table, scales, block, size, dtype):
@@ -19,4 +29,16 @@ def dequantize_rows(out, base, block, k, row=0, column=0):
     (rows, columns), scales = out.shape, [*base[2:], None, None, None]
     if out.numel():
         first, stream = row * k + column, _device.stream(out.device)
-        noted(_C.nf4_dequantize, out, base[0], base[1], *scales[:4], block, k, first, rows, columns, stream)
+        noted(
+            _C.nf4_dequantize,
+            out,
+            base[0],
+            base[1],
+            *scales[:4],
+            block,
+            k,
+            first,
+            rows,
+            columns,
+            stream,
+        )

@@ -15,4 +15,6 @@ class PeftopsPlugin(BasePlugin):
             cfg[name] = False
 
     def add_callbacks_pre_trainer(self, cfg, model):
-        return [PeftopsCallback()]  # not patch(model): for DPO and its like the trainer makes the adapters
+        return [
+            PeftopsCallback()
+        ]  # not patch(model): for DPO and its like the trainer makes the adapters

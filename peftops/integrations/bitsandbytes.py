@@ -66,7 +66,9 @@ def quantize_4bit(A, blocksize, quant_type, quant_storage):
 
 def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
     codes, table = A.contiguous().view(torch.uint8), shared_table(quant_type, A.device)
-    return nf4_dequantize(codes, table, [absmax.float()], blocksize, math.prod(shape), dtype).view(shape)
+    return nf4_dequantize(
+        codes, table, [absmax.float()], blocksize, math.prod(shape), dtype
+    ).view(shape)
 
 
 def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
@@ -75,12 +77,25 @@ def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
 
 @torch.no_grad()  # bitsandbytes has a backward of its own
 def gemm_4bit(
-    A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
+    A,
+    B,
+    shapeB,
+    absmax,
+    blocksize,
+    quant_type,
+    bias=None,
+    absmax_8bit=None,
+    absmax_code=None,
+    absmax_offset=None,
 ):
     scales = [absmax.float()]
     if absmax_8bit is not None:
         scales = [absmax_8bit, *scales, absmax_code.float(), absmax_offset.float().reshape(())]
-    base = Base("nf4", [B.contiguous().view(torch.uint8), shared_table(quant_type, A.device), *scales], blocksize)
+    base = Base(
+        "nf4",
+        [B.contiguous().view(torch.uint8), shared_table(quant_type, A.device), *scales],
+        blocksize,
+    )
     n, k = shapeB
     return lora_linear(A, base, *no_delta(k, n, A.dtype, A.device), bias).to(A.dtype)
 

@@ -8,6 +8,11 @@ def untrained(model):
     heads = {
         id(module.get_output_embeddings())
         for module in model.modules()
-        if getattr(module.forward, "__module__", "").startswith("liger_kernel.") and hasattr(module, "lm_head")
+        if getattr(module.forward, "__module__", "").startswith("liger_kernel.")
+        and hasattr(module, "lm_head")
     }
-    return [name for name, layer in model.named_modules() if id(layer) in heads and isinstance(layer, LoraLayer)]
+    return [
+        name
+        for name, layer in model.named_modules()
+        if id(layer) in heads and isinstance(layer, LoraLayer)
+    ]

@@ -12,7 +12,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ..functional import dora_weight_norm
 from ..ops.dora import no_zeros
@@ -22,7 +25,9 @@ PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
 CHECKING = []  # one entry for each checked_norms() that some thread is inside of
 WIDENED = {}  # by id, references to magnitudes that somebody had cast to 16 bits
-_moves = 0  # steps of optimizers and changes of mode, after either of which no kept norm is trusted
+_moves = (
+    0  # steps of optimizers and changes of mode, after either of which no kept norm is trusted
+)
 
 
 class Magnitude(nn.Module):
@@ -48,7 +53,11 @@ class Normed(nn.Module):
         raise NotImplementedError
 
     def magnitudes(self):
-        return dict(self._modules["lora_magnitude_vector"].items()) if "lora_magnitude_vector" in self._modules else {}
+        return (
+            dict(self._modules["lora_magnitude_vector"].items())
+            if "lora_magnitude_vector" in self._modules
+            else {}
+        )
 
     def keep_gains(self):
         """From now on, gains of all adapters are kept; what has been kept before is refreshed."""
@@ -57,7 +66,9 @@ class Normed(nn.Module):
         self.refresh_gains()
 
     def forget_gains(self):
-        for key in [key for key, hook in self._load_state_dict_post_hooks.items() if hook is loaded]:
+        for key in [
+            key for key, hook in self._load_state_dict_post_hooks.items() if hook is loaded
+        ]:
             del self._load_state_dict_post_hooks[key]
         Normed.drop_gains(self)
 
@@ -76,7 +87,11 @@ class Normed(nn.Module):
             weight, operands = widened(magnitude), self.operands(name)
             magnitude.gain_of = None
             if operands is not None and ready(tensors_of(operands[0]), weight, *operands[1:3]):
-                keep(magnitude, self.computed(type(self), weight, operands), stamp(weight, *operands))
+                keep(
+                    magnitude,
+                    self.computed(type(self), weight, operands),
+                    stamp(weight, *operands),
+                )
 
     def gain(self, kind, name, x, *operands):
         """(n,), differentiable in the magnitude; operands: weight, lora_A, lora_B and scaling of this call.
@@ -84,21 +99,34 @@ class Normed(nn.Module):
         kind: the layer's class when the call began, which another thread may replace before it ends.
         """
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
-        weight = magnitude._parameters["weight"]  # of a module's attributes the one that every token reads
+        weight = magnitude._parameters[
+            "weight"
+        ]  # of a module's attributes the one that every token reads
         if weight.dtype in HALF:
             weight = widened(magnitude)
         _, a, b, _ = operands
-        training = torch.is_grad_enabled() and (weight.requires_grad or a.requires_grad or b.requires_grad)
+        training = torch.is_grad_enabled() and (
+            weight.requires_grad or a.requires_grad or b.requires_grad
+        )
         if training or by_formula():
             return kind.computed(self, kind, weight, operands)
         if torch.compiler.is_compiling():
             return kind.traced_gain(self, kind, magnitude, weight, x, operands)
         now = stamp(weight, *operands)
-        known = now is not None and vars(magnitude).get("gain_of") == now and one_position(x) and not sharded()
-        kept = magnitude._buffers.get("gain") if known else None  # unpatch may have taken it away meanwhile
+        known = (
+            now is not None
+            and vars(magnitude).get("gain_of") == now
+            and one_position(x)
+            and not sharded()
+        )
+        kept = (
+            magnitude._buffers.get("gain") if known else None
+        )  # unpatch may have taken it away meanwhile
         if kept is not None:
             if CHECKING and not same(kept, kind.computed(self, kind, weight, operands)):
-                raise RuntimeError(f"dora: the norm of {name} is of other weights; call peftops.refresh after a change")
+                raise RuntimeError(
+                    f"dora: the norm of {name} is of other weights; call peftops.refresh after a change"
+                )
             return kept
         gain = kind.computed(self, kind, weight, operands)
         keep(magnitude, gain, now)
@@ -145,7 +173,11 @@ def norm_of(weight, a, b, scaling, dtype):
     if dtype is torch.float32:
         a, b = a.float(), b.float()
     kind = a.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with (
+        torch.autocast(kind, enabled=False)
+        if torch.is_autocast_enabled(kind)
+        else nullcontext()
+    ):
         return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
 
 
@@ -156,7 +188,11 @@ def same(a, b):
 def keep(magnitude, gain, of):
     """In place, where graphs read it. No graph of autograd has saved it: a call that trains has a gain of its own."""
     kept = magnitude._buffers.get("gain")
-    if kept is None or (kept.device, kept.dtype, kept.shape) != (gain.device, gain.dtype, gain.shape):
+    if kept is None or (kept.device, kept.dtype, kept.shape) != (
+        gain.device,
+        gain.dtype,
+        gain.shape,
+    ):
         with torch.inference_mode(False):
             kept = torch.empty_like(gain)
         magnitude.register_buffer("gain", kept, persistent=False)
@@ -169,7 +205,11 @@ def stamp(magnitude, weight, a, b, scaling):
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
         return None  # views that somebody has made for this call
     try:
-        return _moves, scaling, [(t.data_ptr(), t._version) for t in (magnitude, a, b, *tensors_of(weight))]
+        return (
+            _moves,
+            scaling,
+            [(t.data_ptr(), t._version) for t in (magnitude, a, b, *tensors_of(weight))],
+        )
     except RuntimeError:
         return None  # tensors of inference_mode count no versions
 
@@ -191,7 +231,10 @@ def ready(weights, *others):
     device = weights[0].device
     if device.type == "meta" or any(t.requires_grad for t in weights):
         return False
-    return all(type(t) in PLAIN and t.device == device and not hasattr(t, "ds_id") for t in (*weights, *others))
+    return all(
+        type(t) in PLAIN and t.device == device and not hasattr(t, "ds_id")
+        for t in (*weights, *others)
+    )
 
 
 def tensors_of(weight):
@@ -220,7 +263,11 @@ def follow(optimizer, args, kwargs):
     for weight in [reference() for reference in WIDENED.values()]:
         state = {} if weight is None else optimizer.state.get(weight, {})
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dtype in HALF and value.shape == weight.shape:
+            if (
+                isinstance(value, torch.Tensor)
+                and value.dtype in HALF
+                and value.shape == weight.shape
+            ):
                 state[key] = value.float()
 
 

@@ -40,7 +40,9 @@ class LinearNF4(PackedNF4, nn.Linear):
     ):  # fmt: skip
         nn.Module.__init__(self)
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"LinearNF4: features must be at least 1, got {in_features} and {out_features}")
+            raise ValueError(
+                f"LinearNF4: features must be at least 1, got {in_features} and {out_features}"
+            )
         expect_quant_type("LinearNF4", quant_type)
         expect_block(blocksize)
         self.in_features, self.out_features = in_features, out_features
@@ -49,10 +51,19 @@ class LinearNF4(PackedNF4, nn.Linear):
         count, wide, narrow = -(-size // blocksize), torch.float32, torch.uint8
         shapes = [(-(-size // 2), narrow), (16, wide), (count, wide)]
         if double_quant:
-            shapes[2:] = [(count, narrow), (-(-count // NESTED), wide), (NESTED, wide), ((), wide)]
+            shapes[2:] = [
+                (count, narrow),
+                (-(-count // NESTED), wide),
+                (NESTED, wide),
+                ((), wide),
+            ]
         base = [torch.empty(shape, dtype=kind, device=device) for shape, kind in shapes]
         self.hold(base, dtype, blocksize, quant_type)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+            if bias
+            else None
+        )
         if not self.weight.is_meta:
             self.reset_parameters()
 
@@ -62,11 +73,18 @@ class LinearNF4(PackedNF4, nn.Linear):
 
     def reset_parameters(self):
         """The initial values of nn.Linear, quantized."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device=self.weight.device)
+        weight = torch.empty(
+            self.out_features,
+            self.in_features,
+            dtype=self.weight_dtype,
+            device=self.weight.device,
+        )
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.quantize(weight)
         if self.bias is not None:
-            nn.init.uniform_(self.bias, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+            nn.init.uniform_(
+                self.bias, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features)
+            )
 
     def quantize(self, weight):
         """Replaces the weight by what bitsandbytes makes of this one (out_features, in_features).
@@ -75,7 +93,9 @@ class LinearNF4(PackedNF4, nn.Linear):
         float16 and bfloat16; the layer stays as it is then.
         """
         if isinstance(weight, torch.Tensor) and weight.shape != self.shape:
-            raise ValueError(f"LinearNF4: weight must be {self.shape}, got {tuple(weight.shape)}")
+            raise ValueError(
+                f"LinearNF4: weight must be {self.shape}, got {tuple(weight.shape)}"
+            )
         q = NF4Weight.quantize(weight, self.blocksize, self.double_quant, self.quant_type)
         self.hold(q.base, q.dtype, q.block, q.quant_type)
 
@@ -83,23 +103,31 @@ class LinearNF4(PackedNF4, nn.Linear):
     def of(cls, q, bias=None, *, compute_dtype=None, quant_storage=torch.uint8):
         """A layer of an NF4Weight (out_features, in_features) and a bias (out_features,), which it shares."""
         if len(q.shape) != 2:
-            raise ValueError(f"LinearNF4: weight must be (out_features, in_features), got {tuple(q.shape)}")
+            raise ValueError(
+                f"LinearNF4: weight must be (out_features, in_features), got {tuple(q.shape)}"
+            )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.out_features, self.in_features = q.shape
         self.compute_dtype, self.quant_storage = compute_dtype, quant_storage
         self.hold(q.base, q.dtype, q.block, q.quant_type)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.bias = (
+            bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        )
         return self
 
     @classmethod
-    def from_linear(cls, linear, blocksize=64, double_quant=True, quant_type="nf4", compute_dtype=None):
+    def from_linear(
+        cls, linear, blocksize=64, double_quant=True, quant_type="nf4", compute_dtype=None
+    ):
         """The layer of an nn.Linear's weight, or of a Conv1D's, quantized; they share the bias."""
         transformers = sys.modules.get("transformers.pytorch_utils")
         columns = transformers and type(linear) is transformers.Conv1D
         if type(linear) is not nn.Linear and not columns:
             got = type(linear).__name__
-            raise TypeError(f"LinearNF4: linear must be nn.Linear or transformers' Conv1D, got {got}")
+            raise TypeError(
+                f"LinearNF4: linear must be nn.Linear or transformers' Conv1D, got {got}"
+            )
         weight = linear.weight.T if columns else linear.weight
         q = NF4Weight.quantize(weight.contiguous(), blocksize, double_quant, quant_type)
         return cls.of(q, linear.bias, compute_dtype=compute_dtype).train(linear.training)
@@ -114,9 +142,13 @@ class LinearNF4(PackedNF4, nn.Linear):
         weight = linear.weight
         state = getattr(weight, "quant_state", None)
         if state is None:
-            raise ValueError("LinearNF4: linear must be quantized, which .to(device) does, got one that is not")
+            raise ValueError(
+                "LinearNF4: linear must be quantized, which .to(device) does, got one that is not"
+            )
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("LinearNF4: linear must be as it was loaded, got one repacked for inference on a CPU")
+            raise ValueError(
+                "LinearNF4: linear must be as it was loaded, got one repacked for inference on a CPU"
+            )
         codes = weight.detach().as_subclass(torch.Tensor).contiguous()
         about = state.shape, state.dtype, state.blocksize, state.quant_type
         q = NF4Weight(codes, table_of(state), scales_of(state), *about)
@@ -130,7 +162,11 @@ class LinearNF4(PackedNF4, nn.Linear):
 
     def computes(self, x):
         """The dtype that x is cast to, autocast aside."""
-        return x.dtype if self.compute_dtype is None or x.dtype is torch.float64 else self.compute_dtype
+        return (
+            x.dtype
+            if self.compute_dtype is None or x.dtype is torch.float64
+            else self.compute_dtype
+        )
 
     def bias_for(self, dtype):
         """The bias as lora_linear takes it, where x is of this dtype."""
@@ -168,12 +204,16 @@ class LinearNF4(PackedNF4, nn.Linear):
         name = f"{prefix}weight"
         codes = self.weight if keep_vars else self.weight.detach()
         stored = self.quant_storage
-        destination[name] = codes if stored is torch.uint8 else codes.flatten().view(stored)[:, None]
+        destination[name] = (
+            codes if stored is torch.uint8 else codes.flatten().view(stored)[:, None]
+        )
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
         if not self.weight.is_meta:
             base = [whole(t) for t in self.base().tensors]
-            tensors = write(name, base, self.shape, self.weight_dtype, self.blocksize, self.quant_type)
+            tensors = write(
+                name, base, self.shape, self.weight_dtype, self.blocksize, self.quant_type
+            )
             destination.update({key: t for key, t in tensors.items() if key != name})
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
@@ -185,23 +225,50 @@ class LinearNF4(PackedNF4, nn.Linear):
             del self._all_keys
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
     ):
         for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         name, assign = f"{prefix}weight", local_metadata.get("assign_to_params_buffers", False)
         own = {name: self.weight, f"{prefix}bias": self.bias}
-        missing = [key for key, t in own.items() if strict and t is not None and key not in state_dict]
-        tensors = {key: t for key, t in state_dict.items() if key == name or key.startswith(f"{name}.")}
-        members = {f"{prefix}{key}" for key, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        missing = [
+            key for key, t in own.items() if strict and t is not None and key not in state_dict
+        ]
+        tensors = {
+            key: t for key, t in state_dict.items() if key == name or key.startswith(f"{name}.")
+        }
+        members = {
+            f"{prefix}{key}"
+            for key, t in (*self._parameters.items(), *self._buffers.items())
+            if t is not None
+        }
         known = members | set(tensors)
-        unexpected = [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
+        unexpected = [
+            key for key in state_dict if strict and key.startswith(prefix) and key not in known
+        ]
         missing_keys += missing
         unexpected_keys += unexpected
         ready, bias_key = None, f"{prefix}bias"
         has_bias = self.bias is not None and bias_key in state_dict
         try:
-            if tensors.get(name, self.weight) is not self.weight:  # torch.distributed.checkpoint adds what is there
+            if (
+                tensors.get(name, self.weight) is not self.weight
+            ):  # torch.distributed.checkpoint adds what is there
                 ready = self.readied(tensors, name, assign)
             if has_bias:
                 expect_bias(bias_key, state_dict[bias_key], self.bias)
@@ -233,14 +300,24 @@ class LinearNF4(PackedNF4, nn.Linear):
     def readied(self, tensors, name, assign):
         """The NF4Weight of a state dict, which fits this layer, and the dtype that its codes are stored as."""
         given = tensors.get(name)
-        if set(tensors) == {name} and isinstance(given, torch.Tensor) and given.is_floating_point():
+        if (
+            set(tensors) == {name}
+            and isinstance(given, torch.Tensor)
+            and given.is_floating_point()
+        ):
             if given.shape != self.shape:
-                raise ValueError(f"LinearNF4: {name} must be {self.shape}, got {tuple(given.shape)}")
+                raise ValueError(
+                    f"LinearNF4: {name} must be {self.shape}, got {tuple(given.shape)}"
+                )
             if given.is_meta and not self.weight.is_meta:
-                raise ValueError(f"LinearNF4: {name} must have data, got a tensor on the meta device")
+                raise ValueError(
+                    f"LinearNF4: {name} must have data, got a tensor on the meta device"
+                )
             dense = given if assign or self.weight.is_meta else given.to(self.weight.device)
             try:
-                q = NF4Weight.quantize(whole(dense), self.blocksize, self.double_quant, self.quant_type)
+                q = NF4Weight.quantize(
+                    whole(dense), self.blocksize, self.double_quant, self.quant_type
+                )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error}, in {name}") from None
             return q, self.quant_storage
@@ -255,7 +332,9 @@ class LinearNF4(PackedNF4, nn.Linear):
         move = not assign and device.type != "meta"
         self.quant_storage = quant_storage
         base, own = q.base, self.base().tensors
-        if move and [(t.shape, t.dtype) for t in base[1:]] == [(t.shape, t.dtype) for t in own[1:]]:
+        if move and [(t.shape, t.dtype) for t in base[1:]] == [
+            (t.shape, t.dtype) for t in own[1:]
+        ]:
             for mine, theirs in zip(own, base, strict=True):
                 fill(mine.detach(), theirs.view(mine.shape))
             self.weight_dtype, self.blocksize, self.quant_type = q.dtype, q.block, q.quant_type
@@ -272,13 +351,17 @@ class LinearNF4(PackedNF4, nn.Linear):
     def _keys(self):
         kinds = SimpleNamespace(**{f"bitsandbytes__{kind}": None for kind in FOUR_BITS})
         parts = "absmax", "quant_map", "nested_absmax", "nested_quant_map"
-        return SimpleNamespace(weight=SimpleNamespace(quant_state=kinds, **dict.fromkeys(parts)))
+        return SimpleNamespace(
+            weight=SimpleNamespace(quant_state=kinds, **dict.fromkeys(parts))
+        )
 
     def extra_repr(self):
-        text = (
-            f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        text = f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        return (
+            text
+            if self.compute_dtype is None
+            else f"{text}, compute_dtype={self.compute_dtype}"
         )
-        return text if self.compute_dtype is None else f"{text}, compute_dtype={self.compute_dtype}"
 
 
 def expect_bias(key, given, own):
@@ -286,11 +369,17 @@ def expect_bias(key, given, own):
     if not isinstance(given, torch.Tensor):
         raise TypeError(f"LinearNF4: {key} must be a tensor, got {type(given).__name__}")
     if given.shape != own.shape:
-        raise ValueError(f"LinearNF4: {key} must be {tuple(own.shape)}, got {tuple(given.shape)}")
+        raise ValueError(
+            f"LinearNF4: {key} must be {tuple(own.shape)}, got {tuple(given.shape)}"
+        )
     if not given.is_floating_point():
-        raise TypeError(f"LinearNF4: {key} must be of a floating point dtype, got {given.dtype}")
+        raise TypeError(
+            f"LinearNF4: {key} must be of a floating point dtype, got {given.dtype}"
+        )
     if given.layout is not torch.strided or (given.is_meta and not own.is_meta):
-        raise ValueError(f"LinearNF4: {key} must be a dense tensor with data, got {given.layout} on {given.device}")
+        raise ValueError(
+            f"LinearNF4: {key} must be a dense tensor with data, got {given.layout} on {given.device}"
+        )
 
 
 def whole(t):
@@ -303,5 +392,7 @@ def fill(t, source):
     if hasattr(t, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
-        source = distribute_tensor(source.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
+        source = distribute_tensor(
+            source.to(t.device), t.device_mesh, t.placements, src_data_rank=None
+        )
     t.copy_(source)

@@ -20,11 +20,23 @@ class PackedNF4(nn.Module):
         nested_absmax, nested_table, offset = nested or (None, None, None)
         self.weight_dtype, self.blocksize, self.quant_type = dtype, blocksize, quant_type
         self.double_quant = bool(nested)
-        for name, t in (("weight", codes.view(-1, 1)), ("absmax", absmax), ("nested_absmax", nested_absmax)):
+        for name, t in (
+            ("weight", codes.view(-1, 1)),
+            ("absmax", absmax),
+            ("nested_absmax", nested_absmax),
+        ):
             whole = t.view(torch.int32) if t is not None and t.dtype is torch.float32 else t
-            self.register_parameter(name, None if t is None else nn.Parameter(whole, requires_grad=False))
-        for name, t in (("quant_map", table), ("nested_quant_map", nested_table), ("nested_offset", offset)):
-            self.register_buffer(name, None if t is None else t.clone())  # the tables of all layers are one tensor
+            self.register_parameter(
+                name, None if t is None else nn.Parameter(whole, requires_grad=False)
+            )
+        for name, t in (
+            ("quant_map", table),
+            ("nested_quant_map", nested_table),
+            ("nested_offset", offset),
+        ):
+            self.register_buffer(
+                name, None if t is None else t.clone()
+            )  # the tables of all layers are one tensor
 
     def base(self, dtype=torch.float32):
         """What lora_linear takes for the weight, where x is of this dtype."""
@@ -32,7 +44,12 @@ class PackedNF4(nn.Module):
         tensors = [parts["weight"], small["quant_map"]]
         if self.double_quant:
             nested = parts["nested_absmax"].view(torch.float32)
-            tensors += [parts["absmax"], nested, small["nested_quant_map"], small["nested_offset"]]
+            tensors += [
+                parts["absmax"],
+                nested,
+                small["nested_quant_map"],
+                small["nested_offset"],
+            ]
         else:
             tensors.append(parts["absmax"].view(torch.float32))
         if dtype is torch.float64:
@@ -43,7 +60,15 @@ class PackedNF4(nn.Module):
     def quantized(self):
         """The weight as an NF4Weight, of the same bytes."""
         codes, table, *scales = self.base().tensors
-        return NF4Weight(codes.detach(), table, scales, self.shape, self.weight_dtype, self.blocksize, self.quant_type)
+        return NF4Weight(
+            codes.detach(),
+            table,
+            scales,
+            self.shape,
+            self.weight_dtype,
+            self.blocksize,
+            self.quant_type,
+        )
 
     def dequantize(self, dtype=None):
         """Ŵ, in the dtype it had before or in another."""

@@ -50,8 +50,16 @@ def wrap_all(layer, packed):
             wrap(kind, name, on_dense(layer))
     for kind in (peft.PeftModel, peft.PeftMixedModel):
         wrap(kind, "get_nb_trainable_parameters", count(packed))
-    wrap(getattr(module("tuners.hira.layer"), "HiraLayer", None), "update_layer", refuse(layer, HIRA))
-    wrap(getattr(module("helpers"), "KappaTuneSelector", None), "_compute_kappas", condition(layer))
+    wrap(
+        getattr(module("tuners.hira.layer"), "HiraLayer", None),
+        "update_layer",
+        refuse(layer, HIRA),
+    )
+    wrap(
+        getattr(module("helpers"), "KappaTuneSelector", None),
+        "_compute_kappas",
+        condition(layer),
+    )
     wrap(module("tuners.lora.corda"), "target_modules", each_dense(layer))
     wrap(module("tuners.lora.corda"), "collect_eigens_for_layer", argument_dense(layer))
     stock = getattr(module("utils.quantization_utils"), "resolve_quantization_backend", None)
@@ -170,7 +178,9 @@ def count(packed):
             held = {id(m.weight): m for m in self.modules() if isinstance(m, packed)}
             for module in held.values():
                 parts = module.weight, module.absmax, module.nested_absmax
-                every += torch.Size(module.shape).numel() - sum(t.numel() for t in parts if t is not None)
+                every += torch.Size(module.shape).numel() - sum(
+                    t.numel() for t in parts if t is not None
+                )
             return trainable, every
 
         return get_nb_trainable_parameters
@@ -215,7 +225,9 @@ class Others:
         self.model, self.layer = model, layer
 
     def named_modules(self):
-        return [(name, m) for name, m in self.model.named_modules() if not isinstance(m, self.layer)]
+        return [
+            (name, m) for name, m in self.model.named_modules() if not isinstance(m, self.layer)
+        ]
 
     def named_parameters(self):
         return self.model.named_parameters()
@@ -233,7 +245,10 @@ def condition(layer):
             finally:
                 self.model = model
             for name, module in [] if done else model.named_modules():
-                if isinstance(module, layer) and max(module.shape) <= self.max_dim_size_to_analyze:
+                if (
+                    isinstance(module, layer)
+                    and max(module.shape) <= self.max_dim_size_to_analyze
+                ):
                     values = torch.linalg.svdvals(module.dequantize(torch.float32))
                     self._condition_numbers[name] = (values[0] / (values[-1] + 1e-8)).item()
 
@@ -250,7 +265,9 @@ def redirect(function, layer):
 
     inner = getattr(function, "__wrapped__", function)
     stock = type(inner)(inner.__code__, inner.__globals__, inner.__name__, inner.__defaults__)
-    inner.__globals__["_peftops_loftq"] = functools.partial(loftq, stock, inner.__globals__, layer)
+    inner.__globals__["_peftops_loftq"] = functools.partial(
+        loftq, stock, inner.__globals__, layer
+    )
     inner.__code__ = forwarded.__code__
 
 

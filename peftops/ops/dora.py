@@ -11,7 +11,9 @@ from .lora_formula import applied, by_formula, differentiable, formula, gradient
 
 
 @op
-def dora_norm(x: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scale: Tensor, form: str, block: int) -> Tensor:
+def dora_norm(
+    x: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scale: Tensor, form: str, block: int
+) -> Tensor:
     """x (any, k), never read · base · a (r, k) · b (n, r)  ->  ‖Ŵ + s·b·a‖ of each row (n,), in scale's dtype
 
     Ŵ, a and b are rounded to x's dtype, as in the product that the norm is for."""
@@ -38,7 +40,10 @@ def dora_norm_bwd(
     expect_delta(x, base, a, b, scale, form, block)
     expect("dora", "dn", dn, b.shape[:1], scale.dtype)
     expect("dora", "n", n, b.shape[:1], scale.dtype)
-    return tuple(torch.empty_like(t) if wanted else x.new_empty(0) for t, wanted in zip((a, b), need, strict=True))
+    return tuple(
+        torch.empty_like(t) if wanted else x.new_empty(0)
+        for t, wanted in zip((a, b), need, strict=True)
+    )
 
 
 @op
@@ -48,7 +53,11 @@ def dora_drop(x: Tensor, seed: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor
     expect("dora", "seed", seed, (1,), torch.int64)
     expect_probability(p)
     m, k = x.shape
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(m, 4 * -(-k // 32), dtype=torch.uint8)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        x.new_empty(m, 4 * -(-k // 32), dtype=torch.uint8),
+    )
 
 
 @op
@@ -83,7 +92,9 @@ class Norm(torch.autograd.Function):
         n, x, a, b, scale, *base = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:2])
         grads = dora_norm_bwd(dn, n, x, base, a, b, scale, *ctx.constants, need)
-        return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *[None] * (4 + len(base))
+        return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *[
+            None
+        ] * (4 + len(base))
 
     @staticmethod
     def backward_again(ctx, dn):
@@ -93,10 +104,19 @@ class Norm(torch.autograd.Function):
         def function(a, b):
             return formula("dora_norm_formula", x, base, a, b, scale, *ctx.constants)
 
-        return *gradients(function, (a, b), ctx.needs_input_grad[:2], dn), *[None] * (4 + len(base))
+        return *gradients(function, (a, b), ctx.needs_input_grad[:2], dn), *[None] * (
+            4 + len(base)
+        )
 
 
-@explained("dora", weight=weight_fault, lora_A=tensor, lora_B=tensor, scaling=number, dtype=dtype_or_none)
+@explained(
+    "dora",
+    weight=weight_fault,
+    lora_A=tensor,
+    lora_B=tensor,
+    scaling=number,
+    dtype=dtype_or_none,
+)
 def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     """n = ‖Ŵ + scaling · B·A‖ of each row (n,) in fp32, differentiable in lora_A and lora_B.
 
@@ -110,11 +130,15 @@ def dora_weight_norm(weight, lora_A, lora_B, *, scaling=1.0, dtype=None):
     if dtype is None:
         plain = isinstance(weight, Base) and weight.form != "nf4"
         dtype = getattr(weight.tensors[0] if plain else weight, "dtype", lora_A.dtype)
-    x, base, scale = prepared(lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype), weight, lora_A, lora_B, scaling)
+    x, base, scale = prepared(
+        lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype), weight, lora_A, lora_B, scaling
+    )
     if base.form not in ("nf4", "given"):
         base = base._replace(tensors=[t.to(x.dtype) for t in base.tensors])
     if by_formula():
-        return formula("dora_norm_formula", x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
+        return formula(
+            "dora_norm_formula", x, base.tensors, lora_A, lora_B, scale, base.form, base.block
+        )
     if differentiable(lora_A, lora_B):
         return applied(Norm, lora_A, lora_B, scale, x, base.form, base.block, *base.tensors)
     return dora_norm(x, base.tensors, lora_A, lora_B, scale, base.form, base.block)
@@ -151,7 +175,11 @@ def dora_linear(
     if norm is None:
         adapter = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
         norm = no_zeros(dora_weight_norm(weight, *adapter, scaling=scaling, dtype=x.dtype))
-    options = {"scaling": scaling, "dropout_p": dropout_p if training else 0.0, "dropout_mode": dropout_mode}
+    options = {
+        "scaling": scaling,
+        "dropout_p": dropout_p if training else 0.0,
+        "dropout_mode": dropout_mode,
+    }
     return linear_of_gain(x, weight, lora_A, lora_B, magnitude / norm, bias, **options)
 
 
@@ -164,7 +192,9 @@ def linear_of_gain(x, weight, a, b, gain, bias, *, scaling, dropout_p, dropout_m
         return linear(x, weight, a, b, bias, scaling, dropout_p, gain)
     x, base, scale = prepared(x, weight, a, b, scaling)
     if base.form == "given":
-        raise ValueError("dora: w must be given itself for dropout_mode peft, got a product of it")
+        raise ValueError(
+            "dora: w must be given itself for dropout_mode peft, got a product of it"
+        )
     seed = torch.randint(2**62, (1,), device=x.device)
     args = x, a, b, bias, gain, scale, seed, (base.form, base.block, dropout_p), *base.tensors
     if by_formula():
@@ -179,9 +209,16 @@ def dropped(ctx, given, a, b, bias, gain, scale, seed, constants, *base):
     x, base, (form, block, p) = rows(given), list(base), constants
     kept, rest, bits = dora_drop(x, seed, p)
     keep_z = ctx is not None and ctx.needs_input_grad[4]
-    y, h, _, z = lora_fwd(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0, keep_z)
+    y, h, _, z = lora_fwd(
+        kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0, keep_z
+    )
     delta = no_delta(x.shape[1], y.shape[1], x.dtype, x.device)
-    y = y + lora_fwd(rest, base, *delta, scale, None, None, None, None, form, block, 0.0, False)[0]  # y may be kept
+    y = (
+        y
+        + lora_fwd(rest, base, *delta, scale, None, None, None, None, form, block, 0.0, False)[
+            0
+        ]
+    )  # y may be kept
     if ctx is not None:
         ctx.save_for_backward(given, a, b, bias, gain, scale, h, bits, z, *base)
         ctx.constants = constants
@@ -196,15 +233,25 @@ class Dropped(torch.autograd.Function):
         if graph_wanted():
             return Dropped.backward_again(ctx, dy)
         given, a, b, bias, gain, scale, h, bits, z, *base = ctx.saved_tensors
-        (form, block, p), x, dy, need = ctx.constants, rows(given), rows(dy), [*ctx.needs_input_grad[:5], False]
+        (form, block, p), x, dy, need = (
+            ctx.constants,
+            rows(given),
+            rows(dy),
+            [*ctx.needs_input_grad[:5], False],
+        )
         none, rest = x.new_empty(x.shape[0], 0, dtype=torch.uint8), (form, block, 0.0)
         kept = dora_mix(x, None, bits, p)  # made again, as x is kept for other layers too
         grads = lora_bwd(dy, kept, base, a, b, scale, h, none, bias, gain, None, z, *rest, need)
         grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)][:5]
         if need[0]:
-            delta, empty = no_delta(x.shape[1], dy.shape[1], x.dtype, x.device), x.new_empty(x.shape[0], 0)
+            delta, empty = (
+                no_delta(x.shape[1], dy.shape[1], x.dtype, x.device),
+                x.new_empty(x.shape[0], 0),
+            )
             only = [True] + [False] * 5
-            other = lora_bwd(dy, x, base, *delta, scale, empty, none, None, None, None, empty, *rest, only)[0]
+            other = lora_bwd(
+                dy, x, base, *delta, scale, empty, none, None, None, None, empty, *rest, only
+            )[0]
             grads[0] = dora_mix(grads[0], other, bits, p).view(given.shape)
         return *grads, *[None] * (len(ctx.needs_input_grad) - 5)
 
@@ -215,7 +262,9 @@ class Dropped(torch.autograd.Function):
         base = ctx.saved_tensors[9:]
 
         def function(given, a, b, bias, gain):
-            y = formula("dora_formula", rows(given), base, a, b, scale, bias, gain, bits, *ctx.constants)
+            y = formula(
+                "dora_formula", rows(given), base, a, b, scale, bias, gain, bits, *ctx.constants
+            )
             return y.to(given.dtype).view(dy.shape)
 
         grads = gradients(function, args, ctx.needs_input_grad[:5], dy)

@@ -47,8 +47,17 @@ def lora_fwd(
     expect_probability(p)
     if p and seed is None:
         raise ValueError(f"lora: p must come with a seed, got {p} and None")
-    bits = x.new_empty(m, 4 * -(-k // 32), dtype=torch.uint8) if p else unwanted(x, m, 0, dtype=torch.uint8)
-    return x.new_empty(m, n), x.new_empty(m, r), bits, x.new_empty(m, n) if keep_z else unwanted(x, m, 0)
+    bits = (
+        x.new_empty(m, 4 * -(-k // 32), dtype=torch.uint8)
+        if p
+        else unwanted(x, m, 0, dtype=torch.uint8)
+    )
+    return (
+        x.new_empty(m, n),
+        x.new_empty(m, r),
+        bits,
+        x.new_empty(m, n) if keep_z else unwanted(x, m, 0),
+    )
 
 
 @op
@@ -123,13 +132,22 @@ def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block, gradient=Fa
     elif base:
         expect("lora", "y0" if form == "given" else "w", base[0], SHAPES[form](m, n, k), dtype)
     expect("lora", "a", a, (a.shape[0], k), dtype, wide)
-    expect("lora", "b", b, (n, a.shape[0] if r == a.shape[0] else experts * a.shape[0]), dtype, wide)
+    expect(
+        "lora",
+        "b",
+        b,
+        (n, a.shape[0] if r == a.shape[0] else experts * a.shape[0]),
+        dtype,
+        wide,
+    )
     expect("lora", "scale", scale, (1,), wide)
     expect("lora", "bias", bias, (n,), dtype, wide)
     expect("lora", "gain", gain, (n,), wide)
     expect("lora", "gate", gate, (m, experts), wide)
     if not experts or r % experts or (gate is not None and not r):
-        raise ValueError(f"lora: b must have as many columns for each of {experts} experts, got {r}")
+        raise ValueError(
+            f"lora: b must have as many columns for each of {experts} experts, got {r}"
+        )
 
 
 def expect_probability(p):
@@ -139,7 +157,13 @@ def expect_probability(p):
         raise ValueError(f"lora: p must be in [0, 1], got {p}")
 
 
-ADAPTER = {"x": tensor, "weight": weight_fault, "lora_A": tensor, "lora_B": tensor, "bias": tensor_or_none}
+ADAPTER = {
+    "x": tensor,
+    "weight": weight_fault,
+    "lora_A": tensor,
+    "lora_B": tensor,
+    "bias": tensor_or_none,
+}
 ADAPTER |= {"scaling": number, "dropout_p": probability}
 
 
@@ -149,10 +173,14 @@ def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
     weight = [rows(t) for t in base] if form == "given" else list(base)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[4]
     h = bits = z = None
-    if not p and not keep_z and x.shape[0] <= FEW:  # a shape that nobody asks for is none that compile guards
+    if (
+        not p and not keep_z and x.shape[0] <= FEW
+    ):  # a shape that nobody asks for is none that compile guards
         y = lora_gemv(x, weight, a, b, scale, bias, gain, gates, form, block)
     else:
-        y, h, bits, z = lora_fwd(x, weight, a, b, scale, bias, gain, gates, seed, form, block, p, keep_z)
+        y, h, bits, z = lora_fwd(
+            x, weight, a, b, scale, bias, gain, gates, seed, form, block, p, keep_z
+        )
     if ctx is not None:
         kept = base if form != "given" or keep_z else ()
         ctx.save_for_backward(given, a, b, bias, gain, gate, scale, h, bits, z, *kept)
@@ -172,7 +200,9 @@ def backward(ctx, dy):
     if ctx.constants[0] == "given":
         base = []
     args = x, base, a, b, scale, h, bits, bias, gain, rows(gate), z, *ctx.constants, need
-    grads = [g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)]
+    grads = [
+        g if wanted else None for g, wanted in zip(lora_bwd(rows(dy), *args), need, strict=True)
+    ]
     for i, like in ((0, given), (5, gate)):
         if need[i] and like.dim() != 2:
             grads[i] = grads[i].view(like.shape)
@@ -187,11 +217,27 @@ def backward_again(ctx, dy):
     *args, scale, _, bits, _ = ctx.saved_tensors[:10]
     (form, block, p), base, y0 = ctx.constants, ctx.saved_tensors[10:], ()
     if form == "given":
-        y0 = base or [torch.zeros_like(dy, requires_grad=True)]  # whose values only a gradient of gain asks for
+        y0 = base or [
+            torch.zeros_like(dy, requires_grad=True)
+        ]  # whose values only a gradient of gain asks for
 
     def function(given, a, b, bias, gain, gate, *y0):
         weight = [rows(t) for t in y0] or base
-        y = formula("lora_formula", rows(given), weight, a, b, scale, bias, gain, rows(gate), bits, form, block, p)[0]
+        y = formula(
+            "lora_formula",
+            rows(given),
+            weight,
+            a,
+            b,
+            scale,
+            bias,
+            gain,
+            rows(gate),
+            bits,
+            form,
+            block,
+            p,
+        )[0]
         return y.to(given.dtype).view(dy.shape)
 
     needs = *ctx.needs_input_grad[:6], *ctx.needs_input_grad[9 : 9 + len(y0)]
@@ -212,8 +258,18 @@ def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
 def down(x, a, scale):
     """x·aᵀ, rounded to x's dtype"""
     a = a.to(x.dtype)
-    if not x.is_cuda:  # whose 16-bit products torch does slowly, and those of compiled code by other sums
-        return lora_gemv(x, [a], *no_delta(*reversed(a.shape), x.dtype, x.device), scale, *[None] * 3, "dense", 0)
+    if (
+        not x.is_cuda
+    ):  # whose 16-bit products torch does slowly, and those of compiled code by other sums
+        return lora_gemv(
+            x,
+            [a],
+            *no_delta(*reversed(a.shape), x.dtype, x.device),
+            scale,
+            *[None] * 3,
+            "dense",
+            0,
+        )
     with torch.autocast("cuda", enabled=False):  # around backward, whatever was around forward
         return torch.mm(x, a.T)
 
@@ -224,7 +280,17 @@ class LoRA(torch.autograd.Function):
 
 @explained("lora", **ADAPTER, gain=tensor_or_none, gate=tensor_or_none)
 def lora_linear(
-    x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, training=True, gain=None, gate=None
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    bias=None,
+    *,
+    scaling=1.0,
+    dropout_p=0.0,
+    training=True,
+    gain=None,
+    gate=None,
 ):
     """y = gain ⊙ (x·Wᵀ + scaling · (gate ⊙ drop(x)·Aᵀ)·Bᵀ) + bias, differentiable in all but weight and scaling.
 
@@ -240,7 +306,9 @@ def lora_linear(
     Raises ValueError for shapes and for a weight or scaling that requires grad, TypeError for dtypes.
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    return linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, gain, gate)
+    return linear(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, gain, gate
+    )
 
 
 def linear(x, weight, a, b, bias, scaling, p, gain=None, gate=None):
@@ -257,7 +325,18 @@ def arguments(x, weight, lora_A, lora_B, bias, scaling, p, gain=None, gate=None)
     """What forward takes, the seed of dropout drawn."""
     x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
     seed = torch.randint(2**62, (1,), device=x.device) if p else None
-    return x, lora_A, lora_B, bias, gain, gate, scale, seed, (base.form, base.block, p), *base.tensors
+    return (
+        x,
+        lora_A,
+        lora_B,
+        bias,
+        gain,
+        gate,
+        scale,
+        seed,
+        (base.form, base.block, p),
+        *base.tensors,
+    )
 
 
 @explained("lora", x=tensor, bias=tensor_or_none)

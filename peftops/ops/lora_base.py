@@ -10,7 +10,11 @@ from .._arguments import tensor
 from .lora_formula import transformed
 from .nf4 import NF4Weight
 
-SHAPES = {"dense": lambda m, n, k: (n, k), "transposed": lambda m, n, k: (k, n), "given": lambda m, n, k: (m, n)}
+SHAPES = {
+    "dense": lambda m, n, k: (n, k),
+    "transposed": lambda m, n, k: (k, n),
+    "given": lambda m, n, k: (m, n),
+}
 FORMS = *SHAPES, "nf4"
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -29,7 +33,9 @@ class Base(NamedTuple):
             return Base("nf4", weight.base, weight.block)
         if isinstance(weight, Base):
             if weight.form not in FORMS:
-                raise ValueError(f"lora: form must be {' or '.join(FORMS)}, got {weight.form!r}")
+                raise ValueError(
+                    f"lora: form must be {' or '.join(FORMS)}, got {weight.form!r}"
+                )
             frozen = () if weight.form == "given" else weight.tensors
         else:
             frozen = (weight,)
@@ -38,17 +44,27 @@ class Base(NamedTuple):
                 raise ValueError("lora: w must be frozen, got one that requires grad")
         if isinstance(weight, Base):
             return weight
-        columns = not weight.is_contiguous() and weight.T.is_contiguous()  # GPT-2's Conv1D: read where it lies
+        columns = (
+            not weight.is_contiguous() and weight.T.is_contiguous()
+        )  # GPT-2's Conv1D: read where it lies
         return Base("transposed", [weight.T]) if columns else Base("dense", [weight])
 
 
 def weight_fault(value):
     """What is wrong with the weight of a call, for @explained"""
     if isinstance(value, Base):
-        good = value.form in FORMS and isinstance(value.tensors, list) and not any(map(tensor, value.tensors))
+        good = (
+            value.form in FORMS
+            and isinstance(value.tensors, list)
+            and not any(map(tensor, value.tensors))
+        )
     else:
         good = isinstance(value, NF4Weight) or tensor(value) is None
-    return None if good else f"a dense tensor, an NF4Weight or a Base of tensors of form {' or '.join(FORMS)}"
+    return (
+        None
+        if good
+        else f"a dense tensor, an NF4Weight or a Base of tensors of form {' or '.join(FORMS)}"
+    )
 
 
 def rows(t):
@@ -60,7 +76,11 @@ def rows(t):
 
 def shaped(y, shape):
     """y (m, n) as (..., n) for an x of this shape: no view of y, so it may be changed in place."""
-    return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, [*shape[:-1], y.shape[1]])
+    return (
+        y
+        if len(shape) == 2
+        else torch.ops.aten._unsafe_view.default(y, [*shape[:-1], y.shape[1]])
+    )
 
 
 def prepared(x, weight, lora_A, lora_B, scaling):
@@ -79,7 +99,13 @@ def prepared(x, weight, lora_A, lora_B, scaling):
         if base.form != "nf4" and any(t.dtype is not wanted for t in base.tensors):
             base = base._replace(tensors=[t.to(wanted) for t in base.tensors])
     if not isinstance(scaling, Tensor):
-        return x, base, scale_of(scaling, torch.float64 if dtype is torch.float64 else torch.float32, device)
+        return (
+            x,
+            base,
+            scale_of(
+                scaling, torch.float64 if dtype is torch.float64 else torch.float32, device
+            ),
+        )
     if scaling.requires_grad:
         raise ValueError("lora: scaling must be a constant, got one that requires grad")
     return x, base, scaling
@@ -99,7 +125,9 @@ def expect_dims(x, lora_A, lora_B):
 def scale_of(scaling, dtype, device):
     """A (1,) tensor, kept between calls where it is safe to: not from a capture, nor from a tracer."""
     if torch.compiler.is_compiling():
-        return torch.ones(1, dtype=dtype, device=device) * scaling  # torch.full would compile anew for every value
+        return (
+            torch.ones(1, dtype=dtype, device=device) * scaling
+        )  # torch.full would compile anew for every value
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or transformed() or torch._C._len_torch_dispatch_stack():
         return torch.full((1,), scaling, dtype=dtype, device=device)
@@ -110,14 +138,18 @@ def no_delta(k, n, dtype, device):
     """lora_A (0, k) and lora_B (n, 0), in what is legal for x of dtype; kept between calls where it is safe to."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
-        return torch.empty(0, k, dtype=wide, device=device), torch.empty(n, 0, dtype=wide, device=device)
+        return torch.empty(0, k, dtype=wide, device=device), torch.empty(
+            n, 0, dtype=wide, device=device
+        )
     return kept_empty(k, n, wide, device)
 
 
 @functools.lru_cache(maxsize=1024)
 def kept_empty(k, n, dtype, device):
     with torch.inference_mode(False):
-        return torch.empty(0, k, dtype=dtype, device=device), torch.empty(n, 0, dtype=dtype, device=device)
+        return torch.empty(0, k, dtype=dtype, device=device), torch.empty(
+            n, 0, dtype=dtype, device=device
+        )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,8 +8,17 @@ from torch.autograd import forward_ad
 
 from .. import backends
 
-NAMES = "lora_formula", "lora_plain", "dora_norm_formula", "dora_formula", "dora_plain", "nf4_plain"
-FORMULAS = {name: backends.cell("reference", name) for name in NAMES}  # looked up here, where no compiler traces it
+NAMES = (
+    "lora_formula",
+    "lora_plain",
+    "dora_norm_formula",
+    "dora_formula",
+    "dora_plain",
+    "nf4_plain",
+)
+FORMULAS = {
+    name: backends.cell("reference", name) for name in NAMES
+}  # looked up here, where no compiler traces it
 
 
 def transformed():
@@ -31,7 +40,9 @@ def applied(function, *args):
 
 def differentiable(*args):
     """Whether autograd has to see what is made of these tensors."""
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args])  # a generator costs more
+    return torch.is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in args]
+    )  # a generator costs more
 
 
 def graph_wanted():
@@ -50,7 +61,9 @@ def gradients(function, args, needs, dy):
     Each argument gets a name of its own, so that no gradient runs through another argument.
     """
     with torch.enable_grad():
-        args = [arg.view_as(arg) if need else arg for arg, need in zip(args, needs, strict=True)]
+        args = [
+            arg.view_as(arg) if need else arg for arg, need in zip(args, needs, strict=True)
+        ]
         y = function(*args)
         wanted = [arg for arg, need in zip(args, needs, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

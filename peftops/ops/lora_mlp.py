@@ -59,14 +59,24 @@ def forward(ctx, given, x, sizes, *args):
     """given: x before autocast, in whose dtype its gradient is summed."""
     gate, up, down = split(args, sizes)
     if ctx is None:
-        return lora.forward(None, silu(lora.forward(None, x, *gate)).mul_(lora.forward(None, x, *up)), *down)
+        return lora.forward(
+            None, silu(lora.forward(None, x, *gate)).mul_(lora.forward(None, x, *up)), *down
+        )
     needs = split(ctx.needs_input_grad[3:], sizes)
     first = ctx.needs_input_grad[0]
-    parts = [Part((first, *needs[0])), Part((first, *needs[1])), Part((first or any(needs[0] + needs[1]), *needs[2]))]
+    parts = [
+        Part((first, *needs[0])),
+        Part((first, *needs[1])),
+        Part((first or any(needs[0] + needs[1]), *needs[2])),
+    ]
     g, u = lora.forward(parts[0], x, *gate), lora.forward(parts[1], x, *up)
     y = lora.forward(parts[2], silu(g).mul_(u), *down)
     saved = [part.give() for part in parts]
-    ctx.parts, ctx.sizes, ctx.dtype = parts, [len(tensors) for tensors in saved[:2]], given.dtype
+    ctx.parts, ctx.sizes, ctx.dtype = (
+        parts,
+        [len(tensors) for tensors in saved[:2]],
+        given.dtype,
+    )
     ctx.save_for_backward(g, u, *saved[0], *saved[1], *saved[2][1:])  # all but the product
     return y
 
@@ -77,7 +87,9 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         if graph_wanted():
-            raise RuntimeError("lora_mlp: create_graph must be False; layers by themselves differentiate again")
+            raise RuntimeError(
+                "lora_mlp: create_graph must be False; layers by themselves differentiate again"
+            )
         g, u, *saved = ctx.saved_tensors
         saved, (gate, up, down) = split(saved, ctx.sizes), ctx.parts
         act = silu(g)
@@ -87,4 +99,11 @@ class MLP(torch.autograd.Function):
         du, dg = act.mul_(ds), torch.ops.aten.silu_backward(ds.mul_(u), g)
         dx, *dgate = gate.backward(dg, *saved[0])
         also, *dup = up.backward(du, *saved[1])
-        return None if dx is None else dx.to(ctx.dtype).add_(also), None, None, *dgate, *dup, *ddown
+        return (
+            None if dx is None else dx.to(ctx.dtype).add_(also),
+            None,
+            None,
+            *dgate,
+            *dup,
+            *ddown,
+        )

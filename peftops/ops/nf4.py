@@ -23,12 +23,19 @@ def nf4_quantize(w: Tensor, bounds: Tensor, order: Tensor, block: int) -> tuple[
 
 @op
 def nf4_dequantize(
-    codes: Tensor, table: Tensor, scales: list[Tensor], block: int, size: int, dtype: torch.dtype
+    codes: Tensor,
+    table: Tensor,
+    scales: list[Tensor],
+    block: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """codes (⌈size/2⌉,) · table (16,) · scales, as expect_base has them  ->  (size,) of dtype"""
     expect_base("nf4", [codes, table, *scales], block, size, table.dtype)
     if dtype not in DTYPES.values():
-        raise TypeError(f"nf4: dtype must be {' or '.join(map(str, DTYPES.values()))}, got {dtype}")
+        raise TypeError(
+            f"nf4: dtype must be {' or '.join(map(str, DTYPES.values()))}, got {dtype}"
+        )
     return codes.new_empty(size, dtype=dtype)
 
 
@@ -39,7 +46,9 @@ def expect_block(block):
 
 def expect_quant_type(row, quant_type):
     if not isinstance(quant_type, str) or quant_type not in FOUR_BITS:
-        raise ValueError(f"{row}: quant_type must be {' or '.join(FOUR_BITS)}, got {quant_type!r}")
+        raise ValueError(
+            f"{row}: quant_type must be {' or '.join(FOUR_BITS)}, got {quant_type!r}"
+        )
 
 
 def expect_weight(w):
@@ -47,7 +56,9 @@ def expect_weight(w):
     if not isinstance(w, Tensor):
         raise TypeError(f"nf4: w must be a tensor, got {type(w).__name__}")
     if w.dtype not in DTYPES.values():
-        raise TypeError(f"nf4: w must be {' or '.join(map(str, DTYPES.values()))}, got {w.dtype}")
+        raise TypeError(
+            f"nf4: w must be {' or '.join(map(str, DTYPES.values()))}, got {w.dtype}"
+        )
     if not w.numel():
         raise ValueError(f"nf4: w must have elements, got {tuple(w.shape)}")
     if w.layout is not torch.strided:
@@ -59,19 +70,25 @@ def expect_weight(w):
     least, largest = values.aminmax()
     if not (largest - least).isfinite() and not (least.isfinite() and largest.isfinite()):
         nans, infs = values.isnan().sum().item(), values.isinf().sum().item()
-        raise ValueError(f"nf4: w must be finite, got {nans} NaN and {infs} infinite of {w.numel()} elements")
+        raise ValueError(
+            f"nf4: w must be finite, got {nans} NaN and {infs} infinite of {w.numel()} elements"
+        )
 
 
 def expect_base(row, base, block, size, wide):
     """[codes, table (16,), absmax], or in place of that [.., absmax8, nested_absmax, nested_table (256,), offset]"""
     if len(base) not in (3, 6):
-        raise ValueError(f"{row}: base must be codes, a table and 1 or 4 scales, got {len(base)} tensors")
+        raise ValueError(
+            f"{row}: base must be codes, a table and 1 or 4 scales, got {len(base)} tensors"
+        )
     codes, table, *scales = base
     count = -(-size // block)
     if codes.dtype is not torch.uint8:
         raise TypeError(f"{row}: codes must be torch.uint8, got {codes.dtype}")
     if codes.numel() != -(-size // 2):
-        raise ValueError(f"{row}: codes must be {-(-size // 2)} bytes for {size} elements, got {codes.numel()}")
+        raise ValueError(
+            f"{row}: codes must be {-(-size // 2)} bytes for {size} elements, got {codes.numel()}"
+        )
     expect(row, "table", table, (16,), wide)
     if len(scales) == 1:
         expect(row, "absmax", scales[0], (count,), wide)
@@ -93,8 +110,15 @@ class NF4Weight:
     """
 
     def __init__(self, codes, table, scales, shape, dtype, block=64, quant_type="nf4"):
-        self.shape, self.dtype, self.block, self.quant_type = torch.Size(shape), dtype, block, quant_type
-        self.codes, self.table, *scales = (aligned(t) for t in (codes.view(torch.uint8).flatten(), table, *scales))
+        self.shape, self.dtype, self.block, self.quant_type = (
+            torch.Size(shape),
+            dtype,
+            block,
+            quant_type,
+        )
+        self.codes, self.table, *scales = (
+            aligned(t) for t in (codes.view(torch.uint8).flatten(), table, *scales)
+        )
         self.scales = tuple(scales)
         expect_base("nf4", self.base, block, self.shape.numel(), torch.float32)
 
@@ -115,7 +139,9 @@ class NF4Weight:
         rounded = torch.float32 if dtype is torch.float64 else dtype
         if torch.compiler.is_exporting():
             return formula("nf4_plain", self.base, self.block, self.shape, rounded).to(dtype)
-        flat = nf4_dequantize(self.codes, self.table, list(self.scales), self.block, size, rounded)
+        flat = nf4_dequantize(
+            self.codes, self.table, list(self.scales), self.block, size, rounded
+        )
         return flat.view(self.shape).to(dtype)
 
     @property
@@ -133,7 +159,9 @@ class NF4Weight:
     def to(self, device):
         """The same weight on another device; it has no other dtype."""
         codes, table, *scales = (t.to(torch.device(device)) for t in self.base)
-        return NF4Weight(codes, table, scales, self.shape, self.dtype, self.block, self.quant_type)
+        return NF4Weight(
+            codes, table, scales, self.shape, self.dtype, self.block, self.quant_type
+        )
 
     def state_dict(self, name="weight"):
         """Under bitsandbytes' keys, in its order; saved by safetensors, the bytes are those bitsandbytes would save."""
@@ -154,7 +182,11 @@ def aligned(t):
     """Kernels read 16 bytes at a time; a tensor of a file starts anywhere. One that is exported has no address."""
     if torch.compiler.is_exporting():
         return t
-    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+    return (
+        t
+        if t.is_contiguous() and t.data_ptr() % 16 == 0
+        else t.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def quantize_scales(absmax):
@@ -163,7 +195,9 @@ def quantize_scales(absmax):
     bitsandbytes takes the exact neighbour on a GPU, and on a CPU that of the nearest of 65,536 numbers; so do we.
     """
     table, offset = eight_bits(absmax.device), absmax.mean()
-    rest = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED)).view(-1, NESTED)
+    rest = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED)).view(
+        -1, NESTED
+    )
     nested = rest.abs().amax(1)
     normal = rest * (1 / nested.clamp_min(1e-38))[:, None]
     if absmax.device.type == "cpu":

@@ -28,8 +28,14 @@ def write(name, base, shape, dtype, block, quant_type):
     if len(scales) == 4:
         _, nested, nested_table, offset = scales
         tensors |= {f"{name}.nested_absmax": nested, f"{name}.nested_quant_map": nested_table}
-        state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset.item()}
-    packed = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=codes.device)
+        state |= {
+            "nested_blocksize": NESTED,
+            "nested_dtype": "float32",
+            "nested_offset": offset.item(),
+        }
+    packed = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8, device=codes.device
+    )
     return tensors | {f"{name}.{STATE}{quant_type}": packed}
 
 
@@ -41,9 +47,13 @@ def read(tensors, name):
     blocks = -(-size // block)
     codes = found(tensors, name)
     if codes.is_complex():
-        raise TypeError(f"nf4: {name} must be bytes in a tensor of uint8 or real numbers, got {codes.dtype}")
+        raise TypeError(
+            f"nf4: {name} must be bytes in a tensor of uint8 or real numbers, got {codes.dtype}"
+        )
     if codes.element_size() * codes.numel() != -(-size // 2):
-        raise ValueError(f"nf4: {name} must be {-(-size // 2)} bytes for {shape} in {key}, got {codes.nbytes}")
+        raise ValueError(
+            f"nf4: {name} must be {-(-size // 2)} bytes for {shape} in {key}, got {codes.nbytes}"
+        )
     codes = codes.contiguous().flatten().view(torch.uint8)
     table = four_bit_table(tensors, f"{name}.quant_map", quant_type)
     if "nested_blocksize" in state:
@@ -51,7 +61,12 @@ def read(tensors, name):
         check(f"{name}.absmax", absmax, blocks, torch.uint8)
         nested = numbers(tensors, f"{name}.nested_absmax", -(-blocks // NESTED))
         nested_table = numbers(tensors, f"{name}.nested_quant_map", NESTED)
-        scales = [absmax, nested, nested_table, torch.tensor(state["nested_offset"], dtype=torch.float32)]
+        scales = [
+            absmax,
+            nested,
+            nested_table,
+            torch.tensor(state["nested_offset"], dtype=torch.float32),
+        ]
     else:
         scales = [numbers(tensors, f"{name}.absmax", blocks)]
     base = [codes, *(t.to(codes.device) for t in (table, *scales))]
@@ -60,9 +75,13 @@ def read(tensors, name):
 
 def read_state(tensors, name):
     """The key of the JSON object, and the object, every member of which is as it has to be."""
-    keys = [key for key in tensors if isinstance(key, str) and key.startswith(f"{name}.{STATE}")]
+    keys = [
+        key for key in tensors if isinstance(key, str) and key.startswith(f"{name}.{STATE}")
+    ]
     if len(keys) != 1:
-        raise ValueError(f"nf4: there must be one key {name}.{STATE}nf4 or {STATE}fp4, got {short(keys or 'none')}")
+        raise ValueError(
+            f"nf4: there must be one key {name}.{STATE}nf4 or {STATE}fp4, got {short(keys or 'none')}"
+        )
     key, packed = keys[0], found(tensors, keys[0])
     kind = key.removeprefix(f"{name}.{STATE}")
     if kind not in FOUR_BITS:
@@ -80,18 +99,28 @@ def read_state(tensors, name):
 
     def expect(member, wanted, right):
         if not right(state.get(member)):
-            raise ValueError(f"nf4: {member} in {key} must be {wanted}, got {short(state.get(member))}")
+            raise ValueError(
+                f"nf4: {member} in {key} must be {wanted}, got {short(state.get(member))}"
+            )
 
     expect("quant_type", repr(kind), lambda v: v == kind)
     expect("blocksize", f"one of {BLOCKS}", lambda v: type(v) is int and v in BLOCKS)
     expect("dtype", " or ".join(DTYPES), lambda v: isinstance(v, str) and v in DTYPES)
-    expect("shape", "a list of positive whole numbers", lambda v: isinstance(v, list) and v and all(map(positive, v)))
+    expect(
+        "shape",
+        "a list of positive whole numbers",
+        lambda v: isinstance(v, list) and v and all(map(positive, v)),
+    )
     expect("shape", f"at most {MOST} elements", few_elements)
     nested = {member for member in state if member.startswith("nested_")}
     if nested or f"{name}.nested_absmax" in tensors or f"{name}.nested_quant_map" in tensors:
         expect("nested_blocksize", NESTED, lambda v: type(v) is int and v == NESTED)
         expect("nested_dtype", "float32", lambda v: v == "float32")
-        expect("nested_offset", "a finite number", lambda v: type(v) in (int, float) and abs(v) < 3e38)
+        expect(
+            "nested_offset",
+            "a finite number",
+            lambda v: type(v) in (int, float) and abs(v) < 3e38,
+        )
     return key, state
 
 
@@ -99,7 +128,12 @@ def scales_of(state):
     """What a QuantState of bitsandbytes has of scales, as a base has them, in float32."""
     if not state.nested:
         return [wide(state.absmax)]
-    return [state.absmax, wide(state.state2.absmax), wide(state.state2.code), wide(state.offset)]
+    return [
+        state.absmax,
+        wide(state.state2.absmax),
+        wide(state.state2.code),
+        wide(state.offset),
+    ]
 
 
 def table_of(state):
@@ -137,7 +171,9 @@ def found(tensors, key):
     """The tensor of a key, which has memory that can be read."""
     t = tensors.get(key)
     if not isinstance(t, Tensor):
-        raise ValueError(f"nf4: {key} must be a tensor, got {'none' if t is None else type(t).__name__}")
+        raise ValueError(
+            f"nf4: {key} must be a tensor, got {'none' if t is None else type(t).__name__}"
+        )
     if t.layout is not torch.strided or t.is_quantized:
         raise ValueError(f"nf4: {key} must be a dense tensor, got {t.layout}")
     if t.is_meta:
@@ -171,5 +207,7 @@ def four_bit_table(tensors, key, quant_type):
     check(key, given, 16, *FLOATS)
     table = four_bits(quant_type, given.device)
     if not torch.equal(given, table.to(given.dtype)):
-        raise ValueError(f"nf4: {key} must be the values of {quant_type}, got {short(given.tolist())}")
+        raise ValueError(
+            f"nf4: {key} must be the values of {quant_type}, got {short(given.tolist())}"
+        )
     return table

@@ -6,7 +6,9 @@ from .lora_dropout import drop, keep, keep_bits
 from .lora_gate import fold, repeat, spread
 
 
-def lora_fwd(y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z):
+def lora_fwd(
+    y, h, bits, z, x, base, a, b, scale, bias, gain, gate, seed, form, block, p, keep_z
+):
     if p:
         bits.copy_(keep_bits(seed, *x.shape, p))
     found = lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p)
@@ -31,7 +33,9 @@ def lora_plain(x, base, a, b, scale, bias, gain, gate, seed, form, block, p):
 
 def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     h, none = x.new_empty(x.shape[0], a.shape[0]), x.new_empty(0)
-    lora_fwd(y, h, none, none, x, base, a, b, scale, bias, gain, gate, None, form, block, 0.0, False)
+    lora_fwd(
+        y, h, none, none, x, base, a, b, scale, bias, gain, gate, None, form, block, 0.0, False
+    )
 
 
 def lora_mask(kept, seed, m, k, p):
@@ -40,7 +44,28 @@ def lora_mask(kept, seed, m, k, p):
 
 @outside_autocast
 def lora_bwd(
-    dx, da, db, dbias, dgain, dgate, dy, x, base, a, b, scale, h, bits, bias, gain, gate, z, form, block, p, need
+    dx,
+    da,
+    db,
+    dbias,
+    dgain,
+    dgate,
+    dy,
+    x,
+    base,
+    a,
+    b,
+    scale,
+    h,
+    bits,
+    bias,
+    gain,
+    gate,
+    z,
+    form,
+    block,
+    p,
+    need,
 ):
     wide, rounded = roundings(x, scale)
     dy, h = wide(dy), wide(h)
@@ -48,7 +73,11 @@ def lora_bwd(
     dhg = scale * (dz @ rounded(b))
     dh = rounded(fold(dhg, gate, a, b))
     if need[0]:
-        w = None if form == "given" else rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+        w = (
+            None
+            if form == "given"
+            else rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+        )
         dx.copy_(product_bwd(dz, w, form) + drop(dh @ rounded(a), bits, p))
     if need[1]:
         da.copy_(dh.T @ drop(wide(x), bits, p))

@@ -7,7 +7,11 @@ def repeat(h, b):
 
 def spread(h, gate, b):
     """(m, e·r): each expert's columns of h times its gate"""
-    return h if gate is None else repeat(h, b) * gate.repeat_interleave(b.shape[1] // gate.shape[1], 1)
+    return (
+        h
+        if gate is None
+        else repeat(h, b) * gate.repeat_interleave(b.shape[1] // gate.shape[1], 1)
+    )
 
 
 def fold(dhg, gate, a, b):

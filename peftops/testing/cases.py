@@ -45,7 +45,9 @@ def lora(
     rb = r * max(1, experts)
     ra = r if shared else rb
     biased = normal(n, dtype=narrow) if bias else None
-    bits = torch.randint(256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device).to(torch.uint8)
+    bits = torch.randint(
+        256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device
+    ).to(torch.uint8)
     x = normal(m, k)
     if form == "nf4":
         base = nf4(n * k, block, nested, generator, wide, device)
@@ -76,12 +78,50 @@ def nf4(size, block, nested, generator, wide=torch.float32, device="cpu"):
         return [codes, table, (random(1000, blocks, wide) + 1) / 1000]
     eight = eight_bits(torch.device(device)).to(wide)
     groups = (random(1000, -(-blocks // 256), wide) + 1) / 1000
-    return [codes, table, random(256, blocks, torch.uint8), groups, eight, torch.tensor(0.7, dtype=wide, device=device)]
+    return [
+        codes,
+        table,
+        random(256, blocks, torch.uint8),
+        groups,
+        eight,
+        torch.tensor(0.7, dtype=wide, device=device),
+    ]
 
 
-FWD = ["x", "base", "a", "b", "scale", "bias", "gain", "gate", "seed", "form", "block", "p", "keep_z"]
+FWD = [
+    "x",
+    "base",
+    "a",
+    "b",
+    "scale",
+    "bias",
+    "gain",
+    "gate",
+    "seed",
+    "form",
+    "block",
+    "p",
+    "keep_z",
+]
 GEMV = ["x", "base", "a", "b", "scale", "bias", "gain", "gate", "form", "block"]
-BWD = ["dy", "x", "base", "a", "b", "scale", "h", "bits", "bias", "gain", "gate", "z", "form", "block", "p", "need"]
+BWD = [
+    "dy",
+    "x",
+    "base",
+    "a",
+    "b",
+    "scale",
+    "h",
+    "bits",
+    "bias",
+    "gain",
+    "gate",
+    "z",
+    "form",
+    "block",
+    "p",
+    "need",
+]
 
 
 NORM = ["x", "base", "a", "b", "scale", "form", "block"]
@@ -100,7 +140,10 @@ def arguments(names, dropout=True):
 
 def mask(shape, dtype, device="cpu"):
     for p in (0.0, 0.1, 1.0):
-        yield f"p={p}", [torch.tensor([0x123456789ABCDEF], device=device), shape[0], shape[1], p]
+        yield (
+            f"p={p}",
+            [torch.tensor([0x123456789ABCDEF], device=device), shape[0], shape[1], p],
+        )
 
 
 def quantize(shape, dtype, device="cpu"):
@@ -118,7 +161,10 @@ def dequantize(shape, dtype, device="cpu"):
     for block, nested in ((64, False), (64, True), (32, False), (4096, True)):
         generator = torch.Generator(device).manual_seed(k + n)
         codes, table, *scales = nf4(n * k, block, nested, generator, device=device)
-        yield f"block={block}{', nested' if nested else ''}", [codes, table, scales, block, n * k, dtype]
+        yield (
+            f"block={block}{', nested' if nested else ''}",
+            [codes, table, scales, block, n * k, dtype],
+        )
 
 
 # Variants that a norm can tell from each other.

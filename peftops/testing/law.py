@@ -24,7 +24,9 @@ def check_case(op, backend, args):
     exact = call(op, "reference", double(args))
     same = call(op, "reference", args)
     outs = call(op, backend, args)
-    errors = [(error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)]
+    errors = [
+        (error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)
+    ]
     wrong = [pair for pair in errors if not pair[0] <= pair[1]]  # NaN is wrong too
     return (wrong or [max(errors)])[0]
 
@@ -57,9 +59,15 @@ def error(out, exact):
         return float("inf")
     if not exact.is_floating_point():
         return float((out != exact).sum())
-    return ((out.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item() if exact.numel() else 0.0
+    return (
+        ((out.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+        if exact.numel()
+        else 0.0
+    )
 
 
 def bound(out, same, exact):
     """The largest error that the law allows; same: the reference's output in the dtype of `out`."""
-    return 2 * error(same, exact) + (torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0)
+    return 2 * error(same, exact) + (
+        torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0
+    )

@@ -8,7 +8,13 @@ import triton
 from ._launch import cdiv, power_of_2
 
 INTERPRET = triton.knobs.runtime.interpret
-KINDS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (11, 0): "sm_100"}
+KINDS = {
+    (8, 0): "sm_80",
+    (9, 0): "sm_90",
+    (10, 0): "sm_100",
+    (10, 3): "sm_100",
+    (11, 0): "sm_100",
+}
 SHARED = {  # bytes a program may use
     "sm_80": 166912,
     "sm_86": 101376,
@@ -28,7 +34,11 @@ def gemm(bm, bn, bk, warps, stages):
 
 TILES = {  # of 16-bit products, the largest that gives every multiprocessor a program is taken
     "sm_80": (gemm(128, 128, 64, 8, 4), gemm(64, 128, 64, 4, 4), gemm(64, 64, 64, 4, 4)),
-    "sm_86": (gemm(128, 128, 64, 8, 3), gemm(64, 128, 64, 4, 3), gemm(64, 64, 64, 4, 3)),  # 8.6, 8.9, 12.0
+    "sm_86": (
+        gemm(128, 128, 64, 8, 3),
+        gemm(64, 128, 64, 4, 3),
+        gemm(64, 64, 64, 4, 3),
+    ),  # 8.6, 8.9, 12.0
     "sm_90": (gemm(128, 256, 64, 8, 3), gemm(128, 128, 64, 8, 3), gemm(64, 128, 64, 4, 4)),
     "sm_100": (gemm(128, 128, 64, 8, 4), gemm(64, 128, 64, 4, 4)),
     "gfx942": (gemm(128, 128, 64, 8, 2), gemm(64, 128, 64, 4, 2), gemm(64, 64, 64, 4, 2)),
@@ -42,8 +52,13 @@ NF4_TILES = {  # of products with 4-bit weights: decoding costs as many instruct
     "gfx942": (gemm(128, 128, 64, 8, 2), gemm(128, 64, 64, 8, 2), gemm(64, 64, 64, 4, 2)),
     "interpret": (gemm(32, 32, 32, 4, 1),),
 }
-EPILOGUE = {2: gemm(64, 128, 64, 4, 1), 4: gemm(32, 64, 32, 4, 1)}  # of passes over y or dx, by bytes an element
-TINY = 1 << 21  # m·n·k: one launch is faster than two, and cuBLAS adds to what is rounded already
+EPILOGUE = {
+    2: gemm(64, 128, 64, 4, 1),
+    4: gemm(32, 64, 32, 4, 1),
+}  # of passes over y or dx, by bytes an element
+TINY = (
+    1 << 21
+)  # m·n·k: one launch is faster than two, and cuBLAS adds to what is rounded already
 SLOWER = {  # ops a byte of the machine; how much slower than cuBLAS our product, and that which decodes 4 bits, is
     "sm_80": (350, 0.05, 0.5),  # taken to be, all but sm_90, which is an H200's
     "sm_86": (160, 0.03, 0.35),
@@ -60,7 +75,11 @@ def machine(device):
     if INTERPRET:
         return "interpret", 4
     properties = torch.cuda.get_device_properties(device)
-    kind = "gfx942" if torch.version.hip else KINDS.get((properties.major, properties.minor), "sm_86")
+    kind = (
+        "gfx942"
+        if torch.version.hip
+        else KINDS.get((properties.major, properties.minor), "sm_86")
+    )
     return kind, properties.multi_processor_count
 
 
@@ -83,7 +102,10 @@ def choose_product(m, n, k, x, form="dense", passes=1):
     budget, slower, decoding = SLOWER[kind]
     four_bits = form == "nf4"
     decoded = 0.63 * budget / max(1, m) if four_bits else 0.0
-    costs = {"fused": decoding if four_bits else slower, "cublas": decoded + budget * passes / max(1, k)}
+    costs = {
+        "fused": decoding if four_bits else slower,
+        "cublas": decoded + budget * passes / max(1, k),
+    }
     if kind in TMA:
         costs["tma"] = decoded + TMA[kind]
     return min(costs, key=costs.get)

@@ -59,7 +59,17 @@ class Launched:
             compiled, rest, works = found
             stream = torch._C._cuda_getCurrentRawStream(device)
             run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            values = *(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *rest
+            values = (
+                *(*grid, 1, 1)[:3],
+                stream,
+                function,
+                metadata,
+                None,
+                None,
+                None,
+                *args,
+                *rest,
+            )
             if works:
                 _, workspace = given(args, lambda: run(*values))
             else:
@@ -71,7 +81,11 @@ class Launched:
             if len(self.kept) >= MOST:
                 self.kept.clear()
             rest = [options[name] for name in self.kernel.arg_names[len(args) :]]
-            self.kept[key] = compiled, rest, getattr(compiled.metadata, "global_scratch_size", 0) > 0
+            self.kept[key] = (
+                compiled,
+                rest,
+                getattr(compiled.metadata, "global_scratch_size", 0) > 0,
+            )
         if notes is not None:
             note(notes, compiled, self.kernel, grid, args, workspace)
 
@@ -98,16 +112,31 @@ def given(args, launch):
 def note(notes, compiled, kernel, grid, args, workspace):
     """Notes a launch as CUDA's driver takes it, where it is of the plain kind."""
     made = compiled.metadata
-    special = ("num_ctas", 1), ("launch_pdl", False), ("launch_cooperative_grid", False), ("cluster_dims", (1, 1, 1))
+    special = (
+        ("num_ctas", 1),
+        ("launch_pdl", False),
+        ("launch_cooperative_grid", False),
+        ("cluster_dims", (1, 1, 1)),
+    )
     special += (("profile_scratch_size", 0),)
     if any(getattr(made, name, plain) not in (plain, None) for name, plain in special):
         notes.why_not = "a launch of a special kind"
         return
     parameters = [
-        pair for name, arg in zip(kernel.arg_names, args, strict=False) for pair in typed(compiled, name, arg)
+        pair
+        for name, arg in zip(kernel.arg_names, args, strict=False)
+        for pair in typed(compiled, name, arg)
     ]
     parameters += [("pointer", workspace), ("pointer", None)]  # the second is a profiler's
-    notes.launch(watched, compiled.function, (*grid, 1, 1)[:3], 32 * made.num_warps, made.shared, parameters, compiled)
+    notes.launch(
+        watched,
+        compiled.function,
+        (*grid, 1, 1)[:3],
+        32 * made.num_warps,
+        made.shared,
+        parameters,
+        compiled,
+    )
 
 
 def typed(compiled, name, arg):
@@ -116,7 +145,10 @@ def typed(compiled, name, arg):
     pairs = zip(types, arg, strict=True) if isinstance(types, tuple) else [(types, arg)]
     for kind, value in pairs:
         if kind != "constexpr":
-            yield "pointer" if kind.startswith("*") else "float" if kind == "fp32" else "int", value
+            yield (
+                "pointer" if kind.startswith("*") else "float" if kind == "fp32" else "int",
+                value,
+            )
 
 
 def launched(kernel):

@@ -6,7 +6,17 @@ import triton.language as tl
 from . import _gemm
 from ._gemm import tile
 from ._launch import cdiv, launched
-from ._tile import cast, dot, inverse, keep_bytes, load_keep, load_tile, rounded, store_tile, unpack
+from ._tile import (
+    cast,
+    dot,
+    inverse,
+    keep_bytes,
+    load_keep,
+    load_tile,
+    rounded,
+    store_tile,
+    unpack,
+)
 from .dora_grads import dora_norm_bwd
 from .lora_product import operand
 from .lora_rank import base_tile
@@ -39,11 +49,15 @@ def norm_kernel(
     i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_n, o_r, scale = i_n * BN + tl.arange(0, BN), tl.arange(0, BR), tl.load(SCALE)
     t_n = tl.zeros((BN,), tl.float32)
-    for k in tl.range(i_s * KS, min(i_s * KS + KS, K), BK, num_stages=STAGES):  # which has Ŵ loaded ahead too
+    for k in tl.range(
+        i_s * KS, min(i_s * KS + KS, K), BK, num_stages=STAGES
+    ):  # which has Ŵ loaded ahead too
         o_k, acc = k + tl.arange(0, BK), tl.zeros((BN, BK), tl.float32)
         t_w = tl.trans(base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, DTYPE))
         if FORM == "nf4":
-            t_w = tl.where((o_k < K)[None, :], t_w, 0.0)  # it decodes what is beyond, for products with zeros
+            t_w = tl.where(
+                (o_k < K)[None, :], t_w, 0.0
+            )  # it decodes what is beyond, for products with zeros
         if HELD:
             for i in tl.static_range(HELD):
                 acc = add_ranks(acc, A, B, o_n, i * BR + o_r, o_k, N, K, R, DTYPE)
@@ -79,7 +93,11 @@ def drop_kernel(
     if EVEN:
         K = K // 8 * 8
     i_m, i_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_m, o_k, o_q = i_m * BM + tl.arange(0, BM), i_k * BK + tl.arange(0, BK), i_k * (BK // 8) + tl.arange(0, BK // 8)
+    o_m, o_k, o_q = (
+        i_m * BM + tl.arange(0, BM),
+        i_k * BK + tl.arange(0, BK),
+        i_k * (BK // 8) + tl.arange(0, BK // 8),
+    )
     row = (K + 31) // 32 * 4
     at = o_m[:, None] * row + o_q[None, :]
     byte = keep_bytes(tl.load(SEED), at, threshold)
@@ -93,7 +111,9 @@ def drop_kernel(
 # limits: registers 16-96, spilled 0, reloads 0, wide 1-
 @launched
 @triton.jit
-def mix_kernel(OUT, U, V, BITS, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+def mix_kernel(
+    OUT, U, V, BITS, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):
     """out = factor · keep ⊙ u + v - factor · keep ⊙ v"""
     if EVEN:
         K = K // 8 * 8
@@ -122,7 +142,13 @@ ELEMENTS = tile(4, 1, BM=16, BK=128)
 
 def norm_tile(r, x, even):
     """The tile, of BR ranks a product and HELD products of which b is held; with none of them b is read every time"""
-    tiles = NORM_FP32 if x.element_size() == 4 else NORM[_gemm.machine(x.device)[0]] if even else NORM_ODD
+    tiles = (
+        NORM_FP32
+        if x.element_size() == 4
+        else NORM[_gemm.machine(x.device)[0]]
+        if even
+        else NORM_ODD
+    )
     most = min((ranks for ranks in tiles if r <= ranks), default=0)
     sizes, br = tiles[most or min(tiles)], _gemm.rank(r, min(64, max(tiles)))
     held = max(1, cdiv(r, br)) if most else 0
@@ -136,7 +162,9 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     if r > sizes["BR"]:  # every tile reads all of them: rounded once
         a, b = rounded(x.dtype, a, b)
     blocks = max(1, cdiv(rows, sizes["BN"]))
-    resident = _gemm.machine(x.device)[1] * (2 if r <= 64 else 1)  # programs at once, by their registers
+    resident = _gemm.machine(x.device)[1] * (
+        2 if r <= 64 else 1
+    )  # programs at once, by their registers
     count, span = _gemm.stripes(k, sizes["BK"], blocks, x, most=max(1, resident // blocks))
     parts = n if count == 1 else n.new_empty(count, rows)
     w, told = operand(base, form, block, k, sizes["BK"])
@@ -144,20 +172,34 @@ def dora_norm(n, x, base, a, b, scale, form, block):
         parts, x, w, a, b, scale, rows, k, r, span, EVEN=even, ROOT=count == 1, **(sizes | told)
     )
     if count > 1:
-        root_kernel[(cdiv(rows, 256),)](n, parts, count, rows, BP=16, BN=256, enable_fp_fusion=True)
+        root_kernel[(cdiv(rows, 256),)](
+            n, parts, count, rows, BP=16, BN=256, enable_fp_fusion=True
+        )
 
 
 def dora_drop(dropped, rest, bits, x, seed, p):
     m, k = x.shape
     drop_kernel[elements(m, k)](
-        dropped, rest, bits, x, seed, round(p * 65536), inverse(p), m, k, EVEN=k % 8 == 0, **ELEMENTS
+        dropped,
+        rest,
+        bits,
+        x,
+        seed,
+        round(p * 65536),
+        inverse(p),
+        m,
+        k,
+        EVEN=k % 8 == 0,
+        **ELEMENTS,
     )
 
 
 def dora_mix(out, u, v, bits, p):
     m, k = u.shape
     if p:
-        mix_kernel[elements(m, k)](out, u, v, bits, inverse(p), m, k, EVEN=k % 8 == 0, **ELEMENTS)
+        mix_kernel[elements(m, k)](
+            out, u, v, bits, inverse(p), m, k, EVEN=k % 8 == 0, **ELEMENTS
+        )
     else:
         out.copy_(u)
 

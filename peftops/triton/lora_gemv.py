@@ -25,15 +25,23 @@ def gemv_kernel(
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, acc = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.zeros((BM, BN), tl.float32)
+    o_m, o_n, acc = (
+        i_m * BM + tl.arange(0, BM),
+        i_n * BN + tl.arange(0, BN),
+        tl.zeros((BM, BN), tl.float32),
+    )
     if BR > 0:
         o_r, t_h = tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
         t_x = load_tile(X, o_m, o_k, M, K)
-        acc = dot(t_x, base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty), acc)
+        acc = dot(
+            t_x, base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty), acc
+        )
         if BR > 0:
-            t_h = dot(t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h)
+            t_h = dot(
+                t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h
+            )
     if BR > 0:
         t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
         for first in range(0, RB, R):
@@ -53,7 +61,9 @@ def product(
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(first, last, BK):
         t_w = base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty)
-        acc = dot(load_tile(X, o_m, k + tl.arange(0, BK), M, K), cast(t_w, X.dtype.element_ty), acc)
+        acc = dot(
+            load_tile(X, o_m, k + tl.arange(0, BK), M, K), cast(t_w, X.dtype.element_ty), acc
+        )
     return acc
 
 
@@ -69,7 +79,11 @@ def parts_kernel(
     """Over a stripe of KS columns: x·aᵀ by the first programs, x·Ŵᵀ by the rest"""
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
-    i_n, i_s, i_m = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_n, i_s, i_m = (
+        tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2).to(tl.int64),
+    )
     o_m, first, ranks = i_m * BM + tl.arange(0, BM), tl.program_id(1) * KS, tl.cdiv(R, BN)
     last = min(first + KS, K)
     if i_n < ranks:
@@ -94,12 +108,18 @@ def finish_kernel(
     if EVEN:
         N = N // 8 * 8
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, acc = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.zeros((BM, BN), tl.float32)
+    o_m, o_n, acc = (
+        i_m * BM + tl.arange(0, BM),
+        i_n * BN + tl.arange(0, BN),
+        tl.zeros((BM, BN), tl.float32),
+    )
     for r in tl.range(0, RB, BR, num_stages=1):
         o_r, t_h = r + tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
         inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
         for p in tl.static_range(HPARTS):
-            t_h += tl.load(HP + (p * M + o_m[:, None]) * R + (o_r % R)[None, :], mask=inside, other=0.0)
+            t_h += tl.load(
+                HP + (p * M + o_m[:, None]) * R + (o_r % R)[None, :], mask=inside, other=0.0
+            )
         t_h = gate_columns(cast(t_h, Y.dtype.element_ty), GATE, o_m, o_r, M, RB, E)
         acc = dot(t_h, tl.trans(cast(load_tile(B, o_n, o_r, N, RB), Y.dtype.element_ty)), acc)
     acc *= tl.load(SCALE)
@@ -150,7 +170,11 @@ def choose_launches(m, n, k, r, form, x):
         return "given"
     if x.dtype is torch.float32 or (kind != "interpret" and (n % 8 or k % 8)):
         return "cublas"
-    return "one launch" if 4 * processors * r <= n and r <= (0 if form == "nf4" else 32) else "two launches"
+    return (
+        "one launch"
+        if 4 * processors * r <= n and r <= (0 if form == "nf4" else 32)
+        else "two launches"
+    )
 
 
 def one_launch(n, bm, x, form):
@@ -158,7 +182,9 @@ def one_launch(n, bm, x, form):
     if kind == "interpret":
         return SMALL
     bn = min(max(32, power_of_2(n // processors + 1) // 2), 128)
-    return tile(4 if bm < 64 and form != "nf4" else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64)
+    return tile(
+        4 if bm < 64 and form != "nf4" else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64
+    )
 
 
 def two_launches(x, base, a, n, form, block, even, bm):

@@ -7,7 +7,17 @@ import triton.language as tl
 from . import _gemm, lora_tma
 from ._gemm import tile
 from ._launch import cdiv, launched
-from ._tile import add_parts, cast, dot, inverse, load_keep, load_tile, parts_of, store_tile, tile_of
+from ._tile import (
+    add_parts,
+    cast,
+    dot,
+    inverse,
+    load_keep,
+    load_tile,
+    parts_of,
+    store_tile,
+    tile_of,
+)
 from .lora_product import adds, multiply, operand, parts_bwd
 from .lora_rank import base_tile, gate_columns, gated
 from .nf4 import nf4_tile
@@ -34,14 +44,29 @@ def grads_kernel(
         t_dy = load_tile(DY, o_m, o_n, M, N)
         mine = o_n < tl.where(i_r == 0, N, 0)
         if DBIAS is not None:
-            tl.store(DBIAS + i_m * N + o_n, cast(tl.sum(t_dy.to(tl.float32), 0), DBIAS.dtype.element_ty), mask=mine)
+            tl.store(
+                DBIAS + i_m * N + o_n,
+                cast(tl.sum(t_dy.to(tl.float32), 0), DBIAS.dtype.element_ty),
+                mask=mine,
+            )
         if DGAIN is not None:
             t_z = load_tile(Z, o_m, o_n, M, N)
-            tl.store(DGAIN + i_m * N + o_n, tl.sum(t_dy.to(tl.float32) * t_z.to(tl.float32), 0), mask=mine)
+            tl.store(
+                DGAIN + i_m * N + o_n,
+                tl.sum(t_dy.to(tl.float32) * t_z.to(tl.float32), 0),
+                mask=mine,
+            )
         if GAIN is not None:
-            t_dy = cast(t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :], DY.dtype.element_ty)
+            t_dy = cast(
+                t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :],
+                DY.dtype.element_ty,
+            )
         if DZ is not None:
-            tl.store(DZ + o_m[:, None] * N + o_n[None, :], t_dy, mask=(o_m[:, None] < M) & mine[None, :])
+            tl.store(
+                DZ + o_m[:, None] * N + o_n[None, :],
+                t_dy,
+                mask=(o_m[:, None] < M) & mine[None, :],
+            )
         if DHG is not None:
             t_b = cast(load_tile(B, o_n, o_r, N, RB), DY.dtype.element_ty)
             acc = dot(t_dy, t_b, acc)
@@ -76,7 +101,9 @@ def gates_kernel(
             total = tl.zeros((BM,), tl.float32)
             for r in range(0, own, BR):
                 o_r = r + tl.arange(0, BR)
-                t_h = load_columns(H, o_m, 0 if SHARED else e * own, o_r, own, M, R).to(tl.float32)
+                t_h = load_columns(H, o_m, 0 if SHARED else e * own, o_r, own, M, R).to(
+                    tl.float32
+                )
                 total += tl.sum(t_h * load_columns(DHG, o_m, e * own, o_r, own, M, RB), 1)
             tl.store(DGATE + o_m * E + e, total, mask=o_m < M)
 
@@ -145,10 +172,16 @@ def dgrad_kernel(
             o_n = n + tl.arange(0, BK)
             t_dy = load_tile(DY, o_m, o_n, M, N)
             if GAIN is not None:
-                t_dy = cast(t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :], DY.dtype.element_ty)
+                t_dy = cast(
+                    t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :],
+                    DY.dtype.element_ty,
+                )
             if FORM == "nf4":
                 first = i_k * BN
-                t_w = cast(nf4_tile(W, first, o_n, N, K - first, K, BLOCK, GROUP, BN), DY.dtype.element_ty)
+                t_w = cast(
+                    nf4_tile(W, first, o_n, N, K - first, K, BLOCK, GROUP, BN),
+                    DY.dtype.element_ty,
+                )
             else:
                 t_w = base_tile(W, o_k, n, K, N, TURNED, None, None, BK, DY.dtype.element_ty)
             acc = dot(t_dy, t_w, acc)
@@ -163,7 +196,9 @@ GRADS = {  # of the pass over dy: tall, as a block of rows leaves (n, r) partial
     "gfx942": tile(8, 2, BM=128, BN=64),
     "interpret": tile(4, 1, BM=32, BN=32),
 }
-GRADS_DZ = {"sm_90": tile(8, 3, BM=128, BN=64)}  # where dz is made too, for ranks of more than 32: taller would spill
+GRADS_DZ = {
+    "sm_90": tile(8, 3, BM=128, BN=64)
+}  # where dz is made too, for ranks of more than 32: taller would spill
 GRADS_ODD = tile(8, 1, BM=128, BN=32)  # rows that do not start at multiples of 16 bytes
 GRADS_FP32 = tile(4, 1, BM=32, BN=32)  # without tensor cores tiles live in registers
 DA = {
@@ -175,7 +210,28 @@ DA_FP32 = DA["interpret"]
 
 
 def lora_bwd(
-    dx, da, db, dbias, dgain, dgate, dy, x, base, a, b, scale, h, bits, bias, gain, gate, z, form, block, p, need
+    dx,
+    da,
+    db,
+    dbias,
+    dgain,
+    dgate,
+    dy,
+    x,
+    base,
+    a,
+    b,
+    scale,
+    h,
+    bits,
+    bias,
+    gain,
+    gate,
+    z,
+    form,
+    block,
+    p,
+    need,
 ):
     if x.shape[0] == 0:
         for sums in (da, db, dbias, dgain):
@@ -184,7 +240,9 @@ def lora_bwd(
     ranked = need[0] or need[1] or need[5]
     dhg, dz = None, dy
     if ranked:
-        dhg = b.new_empty(x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32)
+        dhg = b.new_empty(
+            x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32
+        )
     k = x.shape[1]
     product = choose_product(dx, dy, form, gain) if need[0] and form != "given" else "fused"
     if product != "fused" and gain is not None:
@@ -200,7 +258,10 @@ def lora_bwd(
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
     if product == "tma" and lora_tma.fits(dx, dz, dh, a):
-        keep, weight = bits if p > 0 else None, parts_bwd(base, form, block, k, dz, lora_tma.STEP)
+        keep, weight = (
+            bits if p > 0 else None,
+            parts_bwd(base, form, block, k, dz, lora_tma.STEP),
+        )
         lora_tma.product(dx, dz, weight, dh, a, True, bits=keep, factor=factor)
     elif product != "fused":
         delta = a.numel() > 0
@@ -208,22 +269,40 @@ def lora_bwd(
         if not first:
             multiply(dx, dz, parts_bwd(base, form, block, k, dz))
         if delta:
-            dgrad(dx, dz, [] if first else [dx], dh, a, bits, None, factor, "given", block, p > 0)
+            dgrad(
+                dx, dz, [] if first else [dx], dh, a, bits, None, factor, "given", block, p > 0
+            )
         if first:
             multiply(dx, dz, parts_bwd(base, form, block, k, dz), True)
     elif need[0]:
-        dgrad(dx, dy, [] if form == "given" else base, dh, a, bits, gain, factor, form, block, p > 0)
+        dgrad(
+            dx,
+            dy,
+            [] if form == "given" else base,
+            dh,
+            a,
+            bits,
+            gain,
+            factor,
+            form,
+            block,
+            p > 0,
+        )
 
 
 def choose_product(dx, dy, form, gain):
     """Of dx = dz·Ŵ: "fused", or "cublas", which takes dz as a tensor of its own."""
-    return _gemm.choose_product(*dx.shape, dy.shape[1], dx, form, passes=1 if gain is None else 2)
+    return _gemm.choose_product(
+        *dx.shape, dy.shape[1], dx, form, passes=1 if gain is None else 2
+    )
 
 
 def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
     """What a read of dy gives, in blocks of rows and stripes of columns whose parts are added in order."""
     (m, n), (rb, r) = dy.shape, (b.shape[1], h.shape[1])
-    outputs = [None if out is None or not out.numel() else out for out in (dhg, db, dbias, dgain)]
+    outputs = [
+        None if out is None or not out.numel() else out for out in (dhg, db, dbias, dgain)
+    ]
     if dz is None and all(out is None for out in outputs):
         return
     br = _gemm.rank(rb)
@@ -237,7 +316,10 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
         sizes = GRADS_FP32
     blocks, ranks = cdiv(m, sizes["BM"]), max(1, cdiv(rb, br))
     count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
-    parts = [None if out is None else parts_of(out, count if at == 0 else blocks) for at, out in enumerate(outputs)]
+    parts = [
+        None if out is None else parts_of(out, count if at == 0 else blocks)
+        for at, out in enumerate(outputs)
+    ]
     grads_kernel[(blocks, count, ranks)](
         *parts, dz, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
         EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
@@ -248,7 +330,9 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
 def gates_pass(dh, dgate, dhg, h, gate):
     (m, r), rb = h.shape, dhg.shape[1]
     sizes = _gemm.tile(4, 1, BM=32, BR=_gemm.rank(rb // gate.shape[1], 32))
-    gates_kernel[(cdiv(m, 32),)](dh, dgate, dhg, h, gate, m, r, rb, gate.shape[1], SHARED=rb != r, **sizes)
+    gates_kernel[(cdiv(m, 32),)](
+        dh, dgate, dhg, h, gate, m, r, rb, gate.shape[1], SHARED=rb != r, **sizes
+    )
 
 
 def x_pass(da, x, dh, bits, factor, drop):

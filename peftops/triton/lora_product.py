@@ -7,13 +7,20 @@ import torch
 from .._replay import noted
 from .nf4 import EXACT, decode
 
-SCRATCH = 32 << 20  # bytes of decoded weights at a time; torch's allocator has them ready for the next call
+SCRATCH = (
+    32 << 20
+)  # bytes of decoded weights at a time; torch's allocator has them ready for the next call
 
 
 def operand(base, form, block, k, width):
     """W of a kernel, and what it has to know of it: GROUP columns of a tile, `width` wide, share a scale."""
     if form == "nf4":
-        return tuple(base), {"FORM": form, "BLOCK": block, "GROUP": math.gcd(k, block, width), **EXACT}
+        return tuple(base), {
+            "FORM": form,
+            "BLOCK": block,
+            "GROUP": math.gcd(k, block, width),
+            **EXACT,
+        }
     return base[0] if base else None, {"FORM": form, "BLOCK": None, "GROUP": None}
 
 

@@ -16,7 +16,9 @@ def base_tile(
     o_k = tl.arange(0, BK)
     if FORM == "nf4":
         t_w = tl.trans(cast(nf4_tile(W, k, o_n, N, K - k, K, BLOCK, GROUP, BK), DTYPE))
-    elif FORM == "transposed":  # the row moves the pointer, so that no product is left for each element
+    elif (
+        FORM == "transposed"
+    ):  # the row moves the pointer, so that no product is left for each element
         t_w = load_tile(W + tl.full((), k, tl.int64) * N, o_k, o_n, K - k, N)
     else:
         t_w = tl.trans(load_tile(W, o_n, k + o_k, N, K))
@@ -36,7 +38,11 @@ def gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED: tl.constexpr):
 def gate_columns(t_h, GATE, o_m, o_r, M, RB, E):
     if GATE is not None:
         inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
-        t_g = tl.load(GATE + o_m[:, None].to(tl.int64) * E + (o_r // (RB // E))[None, :], mask=inside, other=0.0)
+        t_g = tl.load(
+            GATE + o_m[:, None].to(tl.int64) * E + (o_r // (RB // E))[None, :],
+            mask=inside,
+            other=0.0,
+        )
         t_h = cast(t_h * t_g, t_h.dtype)
     return t_h
 

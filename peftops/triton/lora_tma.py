@@ -54,11 +54,18 @@ def tma_kernel(
 
     w has but the N columns from FIRST on of the WHOLE that everything else has.
     """
-    N, K, R = N // 8 * 8, K // 8 * 8, R // 8 * 8  # as TMA has it: rows start at multiples of 16 bytes
+    N, K, R = (
+        N // 8 * 8,
+        K // 8 * 8,
+        R // 8 * 8,
+    )  # as TMA has it: rows start at multiples of 16 bytes
     FIRST, WHOLE = FIRST // 8 * 8, WHOLE // 8 * 8
     lefts, weights = described(LEFT, M, K, False, BM, BK), described(W, N, K, W_TURNED, BN, BK)
     if H is not None:
-        hidden, ranks = described(H, M, R, False, BM, BR), described(B, WHOLE, R, B_TURNED, BN, BR)
+        hidden, ranks = (
+            described(H, M, R, False, BM, BR),
+            described(B, WHOLE, R, B_TURNED, BN, BR),
+        )
         if SCALE is not None:
             factor *= tl.load(SCALE)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
@@ -69,10 +76,14 @@ def tma_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         if H is not None:  # in one stage: more would take the shared memory of the loop below
             for r in tl.range(0, R, BR, num_stages=1):
-                acc = dot(hidden.load([row, r]), load_turned(ranks, FIRST + column, r, B_TURNED), acc)
+                acc = dot(
+                    hidden.load([row, r]), load_turned(ranks, FIRST + column, r, B_TURNED), acc
+                )
             acc *= factor
             if BITS is not None:
-                acc = tl.where(load_keep(BITS, o_m, FIRST + i_n * BN, M, WHOLE, BM, BN), acc, 0.0)
+                acc = tl.where(
+                    load_keep(BITS, o_m, FIRST + i_n * BN, M, WHOLE, BM, BN), acc, 0.0
+                )
         for k in range(0, K, BK):
             acc = dot(lefts.load([row, k]), load_turned(weights, column, k, W_TURNED), acc)
         inside = (o_m[:, None] < M) & (o_n[None, :] < FIRST + N)
@@ -88,7 +99,21 @@ def fits(*tensors):
     return not any(t.shape[1] % 8 for t in tensors)
 
 
-def product(out, left, parts, h, b, b_turned, *, z=None, scale=None, bits=None, gain=None, bias=None, factor=1.0):
+def product(
+    out,
+    left,
+    parts,
+    h,
+    b,
+    b_turned,
+    *,
+    z=None,
+    scale=None,
+    bits=None,
+    gain=None,
+    bias=None,
+    factor=1.0,
+):
     """out (m, n) = gain ⊙ z + bias, z = left·ŵᵀ + keep ⊙ factor · s · (h·bᵀ), of lora_product's `parts` of ŵ."""
     (m, n), k, r = out.shape, left.shape[1], h.shape[1]
     if r == 0:

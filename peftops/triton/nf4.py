@@ -28,19 +28,27 @@ def nf4_tile(
         o_k = tl.arange(0, WIDTH)[None, :]
         inside = (o_m[:, None] < M) & (o_k < left)
         t_byte = tl.load(W[0] + (row + o_k) // 2, mask=inside, other=0).to(tl.int32)
-        t_w = look_up(t_table, tl.where((row + o_k) % 2 == 0, t_byte >> 4, t_byte & 15), BM, WIDTH)
+        t_w = look_up(
+            t_table, tl.where((row + o_k) % 2 == 0, t_byte >> 4, t_byte & 15), BM, WIDTH
+        )
     else:
         HALF: tl.constexpr = WIDTH // 2
         o_h = tl.arange(0, HALF)[None, :]
         # in whole groups, which tells the compiler how many bytes it may load at once
         inside = (o_m[:, None] < M) & (o_h < left // GROUP * (GROUP // 2))
-        at = o_m[:, None].to(tl.int64) * (PITCH // GROUP * (GROUP // 2)) + first // GROUP * (GROUP // 2)
+        at = o_m[:, None].to(tl.int64) * (PITCH // GROUP * (GROUP // 2)) + first // GROUP * (
+            GROUP // 2
+        )
         t_byte = tl.load(W[0] + at + o_h, mask=inside, other=0).to(tl.int32)
-        t_w = tl.join(look_up(t_table, t_byte >> 4, BM, HALF), look_up(t_table, t_byte & 15, BM, HALF))
+        t_w = tl.join(
+            look_up(t_table, t_byte >> 4, BM, HALF), look_up(t_table, t_byte & 15, BM, HALF)
+        )
     o_g = tl.arange(0, WIDTH // GROUP)[None, :] * GROUP
     inside = (o_m[:, None] < M) & (o_g < left)
     t_scale = absmax_of(W, (row + o_g) // BLOCK, inside)
-    return tl.reshape(tl.reshape(t_w, (BM, WIDTH // GROUP, GROUP)) * t_scale[:, :, None], (BM, WIDTH))
+    return tl.reshape(
+        tl.reshape(t_w, (BM, WIDTH // GROUP, GROUP)) * t_scale[:, :, None], (BM, WIDTH)
+    )
 
 
 @triton.jit
@@ -62,7 +70,9 @@ def absmax_of(W, o_q, inside):
 # limits: registers 12-160, spilled 0, reloads 0, fma 0
 @launched
 @triton.jit
-def nf4_dequantize_kernel(OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr):
+def nf4_dequantize_kernel(
+    OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr
+):
     """out (rows, COLS) = the elements first + row · PITCH + column of the flattened weight"""
     pieces = (tl.full((), BK - 1, tl.int64) + COLS) // BK
     i_m, k = tl.program_id(0) // pieces, tl.program_id(0) % pieces * BK
@@ -75,21 +85,29 @@ def nf4_dequantize_kernel(OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP
 # limits: registers 24-192, spilled 0, reloads 0, wide 1-, fma 5-  (of a division that rounds correctly)
 @launched
 @triton.jit
-def nf4_quantize_kernel(CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BLOCK: tl.constexpr, BM: tl.constexpr):
+def nf4_quantize_kernel(
+    CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BLOCK: tl.constexpr, BM: tl.constexpr
+):
     """absmax = max |x| of each block; a code counts the bounds below x · (1 / absmax), which may be reordered"""
     o_m, o_k = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BLOCK)
     at = o_m[:, None] * BLOCK + o_k[None, :]
     t_x = tl.load(X + at, mask=at < SIZE, other=0.0).to(tl.float32)
     # as integers magnitudes are in the same order, and NaN above all
-    magnitude = tl.max(t_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    magnitude = tl.max(t_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(
+        tl.float32, bitcast=True
+    )
     tl.store(ABSMAX + o_m, magnitude, mask=o_m < BLOCKS)
     least = tl.full((BM,), 1e-38, tl.float32)
-    t_x *= tl.div_rn(tl.full((BM,), 1.0, tl.float32), tl.where(magnitude < least, least, magnitude))[:, None]
+    t_x *= tl.div_rn(
+        tl.full((BM,), 1.0, tl.float32), tl.where(magnitude < least, least, magnitude)
+    )[:, None]
     t_x = tl.where(at < SIZE, t_x, 0.0)
     count = tl.zeros((BM, BLOCK), tl.int32)
     for i in tl.static_range(15):
         count += tl.where(t_x <= tl.load(BOUNDS + i), 0, 1)
-    order = tl.sum(tl.load(ORDER + tl.arange(0, 16)).to(tl.int64) << tl.arange(0, 16).to(tl.int64) * 4, 0)
+    order = tl.sum(
+        tl.load(ORDER + tl.arange(0, 16)).to(tl.int64) << tl.arange(0, 16).to(tl.int64) * 4, 0
+    )
     code = (order >> count.to(tl.int64) * 4 & 15).to(tl.uint8)
     high, low = tl.split(tl.reshape(code, (BM, BLOCK // 2, 2)))
     o_b = o_m[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
@@ -100,7 +118,17 @@ def nf4_quantize(codes, absmax, w, bounds, order, block):
     if size := w.numel():
         bm = max(1, 2048 // block)
         nf4_quantize_kernel[(cdiv(absmax.numel(), bm),)](
-            codes, absmax, w, bounds, order, size, codes.numel(), absmax.numel(), BLOCK=block, BM=bm, **EXACT
+            codes,
+            absmax,
+            w,
+            bounds,
+            order,
+            size,
+            codes.numel(),
+            absmax.numel(),
+            BLOCK=block,
+            BM=bm,
+            **EXACT,
         )
 
 

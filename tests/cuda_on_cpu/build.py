@@ -14,8 +14,15 @@ from .translate import translate
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
-CALLS = ["--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0"]  # a tenth of the compile time
-SANITIZERS = {"": [], "address": ["-fsanitize=address", *CALLS], "thread": ["-fsanitize=thread"]}
+CALLS = [
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "--param=asan-stack=0",
+]  # a tenth of the compile time
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address", *CALLS],
+    "thread": ["-fsanitize=thread"],
+}
 ARCH = "90a"  # its PTX is the same but for what older GPUs lack: launches that overlap, and Hopper's instructions
 
 
@@ -42,9 +49,19 @@ def opened(library):
 
 def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS):
     sources = sorted(include.glob("*.cu")) if sources is None else sources
-    headers = sorted([*include.glob("*.*h"), *(ROOT / "csrc").glob("*.h"), *HERE.glob("*.*h"), HERE / "translate.py"])
+    headers = sorted(
+        [
+            *include.glob("*.*h"),
+            *(ROOT / "csrc").glob("*.h"),
+            *HERE.glob("*.*h"),
+            HERE / "translate.py",
+        ]
+    )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tasks = [pool.submit(kernel, source, headers, SANITIZERS[sanitizer], include) for source in sources]
+        tasks = [
+            pool.submit(kernel, source, headers, SANITIZERS[sanitizer], include)
+            for source in sources
+        ]
         for source in (HERE / "machine.cpp", HERE / "hopper.cpp", HERE / "runtime.cpp", module):
             tasks.append(pool.submit(support, source, headers, include))
         objects = [path for task in tasks for path in task.result()]
@@ -58,7 +75,15 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
 def kernel(source, headers, sanitize, include):
     """The launchers as nvcc compiles them, and the kernels from the PTX that it leaves on the way."""
     target = f"arch=compute_{ARCH},code=compute_{ARCH}"
-    nvcc = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-gencode", target, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    nvcc = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        "-gencode",
+        target,
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+    ]
 
     def host(target):
         kept = target.with_suffix(".kept")
@@ -77,13 +102,24 @@ def kernel(source, headers, sanitize, include):
 
 def support(source, headers, include):
     command = [*cxx(include), "-O2", "-c", source]
-    return [made(f"{source.stem}.support.o", [source, *headers], [], lambda target: call(*command, "-o", target))]
+    return [
+        made(
+            f"{source.stem}.support.o",
+            [source, *headers],
+            [],
+            lambda target: call(*command, "-o", target),
+        )
+    ]
 
 
 def cxx(include):
     import pybind11
 
-    systems = Path(nvcc_home(), "include"), pybind11.get_include(), sysconfig.get_path("include")
+    systems = (
+        Path(nvcc_home(), "include"),
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    )
     command = [
         "g++",
         "-std=c++20",
@@ -99,7 +135,9 @@ def cxx(include):
 
 def made(name, sources, words, make):
     """The file `name` in a folder of its own for these sources and words; make(target) makes it where it is missing."""
-    digest = hashlib.sha256("\0".join([*(path.read_text() for path in sources), *words]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        "\0".join([*(path.read_text() for path in sources), *words]).encode()
+    ).hexdigest()[:16]
     target = ROOT / "build" / "cuda_on_cpu" / digest / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
@@ -112,12 +150,16 @@ def made(name, sources, words, make):
 
 
 def nvcc_home():
-    dry = subprocess.run(["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    dry = subprocess.run(
+        ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    ).stderr
     return next(line.partition("TOP=")[2] for line in dry.splitlines() if "TOP=" in line)
 
 
 def call(*command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = [line[:300] for line in (done.stdout + done.stderr).splitlines() if "error" in line][:10]
+        said = [
+            line[:300] for line in (done.stdout + done.stderr).splitlines() if "error" in line
+        ][:10]
         raise RuntimeError("\n".join([" ".join(map(str, command)), *said]))

@@ -1,11 +1,14 @@
-// A product whose every layout is NVIDIA's: CuTe's tensor-core tiles, ldmatrix, cp.async and swizzle know nothing of ours.
+// A product whose every layout is NVIDIA's: CuTe's tensor-core tiles, ldmatrix, cp.async and
+// swizzle know nothing of ours.
 #include <cute/tensor.hpp>
 
 using namespace cute;
 
 // c (64, 32) = a (64, 64) · b (32, 64)ᵀ by four warps
-static __global__ void __launch_bounds__(128) product_kernel(const bfloat16_t* a, const bfloat16_t* b, float* c) {
-  using Rows = decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{}));
+static __global__ void __launch_bounds__(128)
+    product_kernel(const bfloat16_t* a, const bfloat16_t* b, float* c) {
+  using Rows =
+      decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{}));
   __shared__ alignas(128) bfloat16_t s_a[64 * 64], s_b[32 * 64];
   Tensor sa = make_tensor(make_smem_ptr(s_a), tile_to_shape(Rows{}, Shape<_64, _64>{}));
   Tensor sb = make_tensor(make_smem_ptr(s_b), tile_to_shape(Rows{}, Shape<_32, _64>{}));
@@ -13,14 +16,16 @@ static __global__ void __launch_bounds__(128) product_kernel(const bfloat16_t* a
   Tensor gb = make_tensor(make_gmem_ptr(b), make_layout(Shape<_32, _64>{}, Stride<_64, _1>{}));
   Tensor gc = make_tensor(make_gmem_ptr(c), make_layout(Shape<_64, _32>{}, Stride<_32, _1>{}));
   using Async = Copy_Atom<SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>, bfloat16_t>;
-  auto in = make_tiled_copy(Async{}, Layout<Shape<_16, _8>, Stride<_8, _1>>{}, Layout<Shape<_1, _8>>{});
+  auto in = make_tiled_copy(Async{}, Layout<Shape<_16, _8>, Stride<_8, _1>>{},
+                            Layout<Shape<_1, _8>>{});
   auto mine = in.get_slice(threadIdx.x);
   copy(in, mine.partition_S(ga), mine.partition_D(sa));
   copy(in, mine.partition_S(gb), mine.partition_D(sb));
   cp_async_fence();
   cp_async_wait<0>();
   __syncthreads();
-  auto mma = make_tiled_mma(SM80_16x8x16_F32BF16BF16F32_TN{}, Layout<Shape<_2, _2>>{}, Tile<_32, _32, _16>{});
+  auto mma = make_tiled_mma(SM80_16x8x16_F32BF16BF16F32_TN{}, Layout<Shape<_2, _2>>{},
+                            Tile<_32, _32, _16>{});
   auto part = mma.get_slice(threadIdx.x);
   Tensor ra = part.partition_fragment_A(sa);
   Tensor rb = part.partition_fragment_B(sb);
@@ -38,7 +43,8 @@ static __global__ void __launch_bounds__(128) product_kernel(const bfloat16_t* a
 }
 
 extern "C" int ask(const char*, uintptr_t c, uintptr_t a, uintptr_t b, int, int, int) {
-  product_kernel<<<1, 128>>>(reinterpret_cast<const bfloat16_t*>(a), reinterpret_cast<const bfloat16_t*>(b),
+  product_kernel<<<1, 128>>>(reinterpret_cast<const bfloat16_t*>(a),
+                             reinterpret_cast<const bfloat16_t*>(b),
                              reinterpret_cast<float*>(c));
   return cudaGetLastError();
 }

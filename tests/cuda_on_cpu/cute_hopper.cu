@@ -1,13 +1,17 @@
-// Hopper's product whose every layout is NVIDIA's: CuTe's swizzles, descriptors and sums know nothing of ours.
+// Hopper's product whose every layout is NVIDIA's: CuTe's swizzles, descriptors and sums know
+// nothing of ours.
 #include <cute/tensor.hpp>
 
 using namespace cute;
 
-// c (64, 128) = a (64, 64) · b (128, 64)ᵀ by a warpgroup; b's tile has rows of k, or its columns are rows
+// c (64, 128) = a (64, 64) · b (128, 64)ᵀ by a warpgroup; b's tile has rows of k, or its
+// columns are rows
 template <GMMA::Major MAJOR, class Tile>
-static __global__ void __launch_bounds__(128) product_kernel(const bfloat16_t* a, const bfloat16_t* b, float* c) {
+static __global__ void __launch_bounds__(128)
+    product_kernel(const bfloat16_t* a, const bfloat16_t* b, float* c) {
   __shared__ alignas(1024) bfloat16_t s_a[64 * 64], s_b[128 * 64];
-  using TileA = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<bfloat16_t>{}, Shape<_64, _64>{}));
+  using TileA =
+      decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<bfloat16_t>{}, Shape<_64, _64>{}));
   Tensor sa = make_tensor(make_smem_ptr(s_a), TileA{});
   Tensor sb = make_tensor(make_smem_ptr(s_b), Tile{});
   for (int i = threadIdx.x; i < 64 * 64; i += 128) sa(i / 64, i % 64) = a[i];
@@ -18,7 +22,8 @@ static __global__ void __launch_bounds__(128) product_kernel(const bfloat16_t* a
   auto part = mma.get_slice(threadIdx.x);
   Tensor ra = part.make_fragment_A(part.partition_A(sa));
   Tensor rb = part.make_fragment_B(part.partition_B(sb));
-  Tensor gc = make_tensor(make_gmem_ptr(c), make_layout(Shape<_64, _128>{}, Stride<_128, _1>{}));
+  Tensor gc =
+      make_tensor(make_gmem_ptr(c), make_layout(Shape<_64, _128>{}, Stride<_128, _1>{}));
   Tensor rc = part.partition_fragment_C(gc);
   clear(rc);
   warpgroup_fence_operand(rc);
@@ -31,10 +36,13 @@ static __global__ void __launch_bounds__(128) product_kernel(const bfloat16_t* a
 }
 
 extern "C" int ask(const char*, uintptr_t c, uintptr_t a, uintptr_t b, int turned, int, int) {
-  using Rows = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<bfloat16_t>{}, Shape<_128, _64>{}));
-  using Columns = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<bfloat16_t>{}, Shape<_128, _64>{}));
-  const auto kernel = turned ? product_kernel<GMMA::Major::MN, Columns> : product_kernel<GMMA::Major::K, Rows>;
-  kernel<<<1, 128>>>(reinterpret_cast<const bfloat16_t*>(a), reinterpret_cast<const bfloat16_t*>(b),
-                     reinterpret_cast<float*>(c));
+  using Rows =
+      decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<bfloat16_t>{}, Shape<_128, _64>{}));
+  using Columns =
+      decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<bfloat16_t>{}, Shape<_128, _64>{}));
+  const auto kernel =
+      turned ? product_kernel<GMMA::Major::MN, Columns> : product_kernel<GMMA::Major::K, Rows>;
+  kernel<<<1, 128>>>(reinterpret_cast<const bfloat16_t*>(a),
+                     reinterpret_cast<const bfloat16_t*>(b), reinterpret_cast<float*>(c));
   return cudaGetLastError();
 }

@@ -1,7 +1,9 @@
-// A launch as machine.cpp and hopper.cpp see it: threads as fibers, where they meet, and what orders them.
+// A launch as machine.cpp and hopper.cpp see it: threads as fibers, where they meet, and what
+// orders them.
 //
-// Private to these two, which are compiled without sanitizers; their hooks are weak symbols here. ThreadSanitizer is
-// told of each fiber, and that only barriers order them, so one run finds every race, whatever the order it took.
+// Private to these two, which are compiled without sanitizers; their hooks are weak symbols
+// here. ThreadSanitizer is told of each fiber, and that only barriers order them, so one run
+// finds every race, whatever the order it took.
 #pragma once
 #include <random>
 
@@ -22,7 +24,8 @@ WEAK(void __asan_unpoison_memory_region(const volatile void*, size_t));
 
 namespace emulator {
 
-// What ThreadSanitizer takes for a lock, once for accesses as usual and once for those of the asynchronous proxy
+// What ThreadSanitizer takes for a lock, once for accesses as usual and once for those of the
+// asynchronous proxy
 struct Order {
   char usual, asynchronous;
 };
@@ -34,7 +37,8 @@ struct Meeting {
   Order order;
 };
 struct Barrier : Meeting {  // an mbarrier; the parity of its phase is that of its generation
-  Order phases[2];          // for each parity, else an arrival too many would order what it comes too late for
+  Order phases[2];  // for each parity, else an arrival too many would order what it comes too
+                    // late for
   u32 expected = 0, pending = 0;
   s64 bytes = 0;  // that have to come, or, below zero, that came before they were expected
 };
@@ -59,7 +63,8 @@ struct Warp : Meeting {          // the generation counts products that all lane
 };
 
 struct Fiber : Thread {
-  void *pointer = nullptr, *tsan = nullptr, *asynchronous = nullptr;  // what this thread's asynchronous proxy has seen
+  void *pointer = nullptr, *tsan = nullptr,
+       *asynchronous = nullptr;  // what this thread's asynchronous proxy has seen
   char* stack = nullptr;
   bool done = false, polls = false;  // at an mbarrier
   const Meeting* waits = nullptr;    // until its generation is another
@@ -102,10 +107,11 @@ extern Engine* engine;
 constexpr u64 STACK = 64 << 10;
 
 Fiber* me();
-void yield();                                             // to the next that can run, or to the host where none can
+void yield();  // to the next that can run, or to the host where none can
 void wait_for(const Meeting& meeting, const char* site);  // its next generation
-void waver();                                             // in a random schedule: others may run
-// True for the last of `expected` to come, who then has to part() the others; false for these, once they may go on.
+void waver();  // in a random schedule: others may run
+// True for the last of `expected` to come, who then has to part() the others; false for these,
+// once they may go on.
 bool meet(Meeting& meeting, int expected, const char* site);
 void part(Meeting& meeting);
 void acquire(char& lock);

@@ -1,4 +1,5 @@
-// Which tile and which product is due, and who waits for it; see hopper.h. Compiled without sanitizers.
+// Which tile and which product is due, and who waits for it; see hopper.h. Compiled without
+// sanitizers.
 #include "engine.h"
 
 namespace emulator {
@@ -15,16 +16,20 @@ bool products_are_late() { return schedule.lazy && schedule.order != "random"; }
 
 Barrier& barrier_at(u64 address, const char* site) {
   const auto found = engine->mbarriers.find(checked(Space::shared, address, 8, site));
-  if (found == engine->mbarriers.end()) fail(std::string("an mbarrier that nobody made at ") + site);
+  if (found == engine->mbarriers.end())
+    fail(std::string("an mbarrier that nobody made at ") + site);
   return found->second;
 }
 
-bool over(const Barrier& barrier, Any parity) { return (barrier.generation & 1) != (parity.bits & 1); }
+bool over(const Barrier& barrier, Any parity) {
+  return (barrier.generation & 1) != (parity.bits & 1);
+}
 
 void settle(Barrier& b, const char* site) {
   engine->refused = 0;
   if (b.pending) return;
-  if (b.bytes < 0) fail(std::string("more bytes come to an mbarrier than it expects at ") + site);
+  if (b.bytes < 0)
+    fail(std::string("more bytes come to an mbarrier than it expects at ") + site);
   if (b.bytes == 0) b.pending = b.expected, ++b.generation;
 }
 
@@ -33,7 +38,9 @@ Tile tile_of(u64 map, Place place, u64 at, const char* site) {
   memcpy(&tile.map, reinterpret_cast<const void*>(map), sizeof tile.map);
   if (tile.map.magic != MAP) fail(std::string("a tensor map that nobody encoded at ") + site);
   const u32 aligned = tile.map.swizzled ? 1024 : 128;
-  if (at % aligned) fail("a tile that does not start at a multiple of " + std::to_string(aligned) + " at " + site);
+  if (at % aligned)
+    fail("a tile that does not start at a multiple of " + std::to_string(aligned) + " at " +
+         site);
   checked(Space::shared, at, 16, site);
   checked(Space::shared, at + tile.map.width * tile.map.height - 16, 16, site);
   return tile;
@@ -70,7 +77,8 @@ const Product* begin_product(Quarter& quarter) {
 }
 
 void check_descriptor(u64 descriptor, const char* site) {
-  if (descriptor >> 62 != 1) fail(std::string("a descriptor of another swizzle than 128 bytes at ") + site);
+  if (descriptor >> 62 != 1)
+    fail(std::string("a descriptor of another swizzle than 128 bytes at ") + site);
   if (descriptor >> 49 & 7 || tile_address(descriptor) & 0x380)
     fail(std::string("a tile that does not start at a multiple of 1024 at ") + site);
 }
@@ -78,13 +86,15 @@ void check_descriptor(u64 descriptor, const char* site) {
 // The first lane of a warp says what the others and the other warps have to say too
 Quarter& begin_quarter(const Product& product, u32 index) {
   Warp& warp = engine->warps[self->warp];
-  if (warp.started - warp.performed == PRODUCTS) fail(std::string("too many products under way at ") + product.site);
+  if (warp.started - warp.performed == PRODUCTS)
+    fail(std::string("too many products under way at ") + product.site);
   if (!product.held) check_descriptor(product.a, product.site);
   check_descriptor(product.b, product.site);
   for (Warp* other = warpgroup(); other < warpgroup() + 4; ++other)
-    if (other->started > index && other->started < index + PRODUCTS && quarter(*other, index) != product)
-      fail("warps of a warpgroup multiply differently at " + std::string(quarter(*other, index).site) + " and " +
-           product.site);
+    if (other->started > index && other->started < index + PRODUCTS &&
+        quarter(*other, index) != product)
+      fail("warps of a warpgroup multiply differently at " +
+           std::string(quarter(*other, index).site) + " and " + product.site);
   ++warp.started;
   Quarter& mine = quarter(warp, index);
   static_cast<Product&>(mine) = product;
@@ -92,8 +102,9 @@ Quarter& begin_quarter(const Product& product, u32 index) {
   return mine;
 }
 
-// PTX ISA, wgmma.m64nNk16: with g = lane / 4 and t = lane % 4, a warp's registers of A hold columns 2t, 2t + 1 of its
-// rows g and g + 8, and then of those 8 further; its sums, of every eight columns, 2t and 2t + 1 of these rows.
+// PTX ISA, wgmma.m64nNk16: with g = lane / 4 and t = lane % 4, a warp's registers of A hold
+// columns 2t, 2t + 1 of its rows g and g + 8, and then of those 8 further; its sums, of every
+// eight columns, 2t and 2t + 1 of these rows.
 void take_registers(const Quarter& q, int lane, const char* stack) {
   for (int i = 0; i < 8; ++i) {
     const u32 pair = *reinterpret_cast<const u32*>(stack + q.factor[i / 2]);
@@ -104,7 +115,8 @@ void take_registers(const Quarter& q, int lane, const char* stack) {
 
 void add_sums(const Quarter& q, int lane, char* stack) {
   for (u32 i = 0; i < q.columns / 2; ++i) {
-    const float *a = factor_a[lane / 4 + i / 2 % 2 * 8], *b = factor_b[i / 4 * 8 + lane % 4 * 2 + i % 2];
+    const float *a = factor_a[lane / 4 + i / 2 % 2 * 8],
+                *b = factor_b[i / 4 * 8 + lane % 4 * 2 + i % 2];
     float sum = 0;
     for (int k = 0; k < 16; ++k) sum += a[k] * b[k];
     float* d = reinterpret_cast<float*>(stack + q.sums[i]);
@@ -120,7 +132,8 @@ void begin_asynchronous() {
   e.host.asynchronous = e.host.tsan;
   e.fetcher = HOOK(__tsan_create_fiber, 0);
   e.fetches.reserve(TILES);  // else a sanitizer would say that a fiber allocates
-  for (Fiber& f : e.fibers) f.asynchronous = HOOK(__tsan_create_fiber, 0), f.tiles.reserve(TILES);
+  for (Fiber& f : e.fibers)
+    f.asynchronous = HOOK(__tsan_create_fiber, 0), f.tiles.reserve(TILES);
   for (Warp& w : e.warps) w.tsan = HOOK(__tsan_create_fiber, 0), w.products.resize(PRODUCTS);
 }
 
@@ -175,21 +188,26 @@ std::string lacking(const Fiber& fiber) {
 }
 
 std::string left_over() {
-  for (const Fetch& f : engine->fetches) return std::string("a tile that nobody waits for, fetched at ") + f.site;
+  for (const Fetch& f : engine->fetches)
+    return std::string("a tile that nobody waits for, fetched at ") + f.site;
   for (Warp& w : engine->warps)
     if (w.performed < w.started)
-      return std::string("a product that nobody waits for, issued at ") + quarter(w, w.performed).site;
+      return std::string("a product that nobody waits for, issued at ") +
+             quarter(w, w.performed).site;
   for (const Fiber& f : engine->fibers)
     if (f.next_tile < f.tiles.size())
-      return std::string("a store that nobody waits for, issued at ") + f.tiles[f.next_tile].first.site;
+      return std::string("a store that nobody waits for, issued at ") +
+             f.tiles[f.next_tile].first.site;
   return "";
 }
 
 void barrier_init(u64 address, Any count, const char* site) {
   const u32 expected = as<u32>(count);
-  const auto [found, made] = engine->mbarriers.try_emplace(checked(Space::shared, address, 8, site));
+  const auto [found, made] =
+      engine->mbarriers.try_emplace(checked(Space::shared, address, 8, site));
   if (!made) fail(std::string("an mbarrier made twice at ") + site);
-  if (!expected || expected >= 1 << 20) fail(std::string("an mbarrier of no or too many arrivals at ") + site);
+  if (!expected || expected >= 1 << 20)
+    fail(std::string("an mbarrier of no or too many arrivals at ") + site);
   found->second.expected = found->second.pending = expected;
 }
 
@@ -204,7 +222,8 @@ void barrier_inval(u64 address, const char* site) {
 
 u64 barrier_arrive(u64 address, Any bytes, Any count, const char* site) {
   Barrier& b = barrier_at(address, site);
-  if (as<u32>(count) > b.pending) fail(std::string("more arrive at an mbarrier than it expects at ") + site);
+  if (as<u32>(count) > b.pending)
+    fail(std::string("more arrive at an mbarrier than it expects at ") + site);
   const u32 phase = b.generation;
   release(b.phases[phase & 1]);
   b.bytes += as<u32>(bytes), b.pending -= as<u32>(count);
@@ -264,7 +283,8 @@ void fetched() {
   release(order.usual), release(order.asynchronous);
   become(me()->tsan);
   if (f.barrier->generation != f.generation)
-    fail(std::string("a tile comes when the phase of its mbarrier is over, fetched at ") + f.site);
+    fail(std::string("a tile comes when the phase of its mbarrier is over, fetched at ") +
+         f.site);
   f.barrier->bytes -= f.map.width * f.map.height;
   settle(*f.barrier, f.site);
 }
@@ -278,7 +298,8 @@ const Tile* postpone_store(u64 map, Place place, u64 from, const char* site) {
 
 const Tile* due_store(u32 groups_left) {
   Fiber& f = *me();
-  if (f.next_tile < f.tiles.size() && f.tiles[f.next_tile].second + groups_left < f.tile_group) return begin_store(f);
+  if (f.next_tile < f.tiles.size() && f.tiles[f.next_tile].second + groups_left < f.tile_group)
+    return begin_store(f);
   if (f.next_tile == f.tiles.size()) f.tiles.clear(), f.next_tile = 0;
   acquire(f.sent);
   return nullptr;
@@ -301,8 +322,10 @@ const Product* issue(const Product& product, u32* const* sums, u32* const* held)
   const bool first = f.products == warp.started;
   Quarter& mine = first ? begin_quarter(product, f.products) : quarter(warp, f.products);
   if (mine != product)
-    fail(std::string("lanes of a warp multiply differently at ") + mine.site + " and " + product.site);
-  // Threads run the same function on stacks of their own, so that a register lies at the same place of each.
+    fail(std::string("lanes of a warp multiply differently at ") + mine.site + " and " +
+         product.site);
+  // Threads run the same function on stacks of their own, so that a register lies at the same
+  // place of each.
   auto place = [&](const u32* at) { return u32(reinterpret_cast<const char*>(at) - f.stack); };
   for (u32 i = 0; i < product.columns / 2; ++i) mine.sums[i] = place(sums[i]);
   for (u32 i = 0; i < 4 * product.held; ++i) mine.factor[i] = place(held[i]);
@@ -314,14 +337,18 @@ const Product* issue(const Product& product, u32* const* sums, u32* const* held)
   return products_are_late() ? nullptr : begin_product(mine);
 }
 
-// A product is one of four warps: the first of them to wait for it waits until all have issued it.
+// A product is one of four warps: the first of them to wait for it waits until all have issued
+// it.
 const Product* due_product(u32 groups_left, const char* site) {
   Fiber& f = *me();
   if (groups_left >= PRODUCTS) fail(std::string("too many groups of products at ") + site);
-  const u32 until = f.product_group > groups_left ? f.ends[(f.product_group - groups_left - 1) % PRODUCTS] : 0;
+  const u32 until = f.product_group > groups_left
+                        ? f.ends[(f.product_group - groups_left - 1) % PRODUCTS]
+                        : 0;
   for (Warp* warp = warpgroup(); until && warp < warpgroup() + 4; ++warp)
     while (warp->performed < until) {
-      if (warp->performed < warp->generation) return begin_product(quarter(*warp, warp->performed));
+      if (warp->performed < warp->generation)
+        return begin_product(quarter(*warp, warp->performed));
       wait_for(*warp, site);
     }
   for (Warp* warp = warpgroup(); until > f.waited && warp < warpgroup() + 4; ++warp) {
@@ -342,8 +369,8 @@ u64 tile_address(u64 descriptor) {  // of which it holds the low 18 bits
 }
 
 void hold(bool of_a, u32 i, u32 k, u16 element) {
-  (of_a ? factor_a : factor_b)[i][k] =
-      due->brain ? std::bit_cast<float>(u32(element) << 16) : float(std::bit_cast<f16>(element));
+  (of_a ? factor_a : factor_b)[i][k] = due->brain ? std::bit_cast<float>(u32(element) << 16)
+                                                  : float(std::bit_cast<f16>(element));
 }
 
 void multiplied() {

@@ -1,21 +1,25 @@
 // Hopper's instructions: mbarriers, tiles that tensor maps name, and products of a warpgroup.
 //
-// Part of machine.h. hopper.cpp says which tile or product is due; the loops here touch its memory, inlined into the
-// kernel, where sanitizers see them. ThreadSanitizer takes them for accesses of others than the thread: a fetch is made
-// by the launch's fetcher after all that its thread has seen; a product is read, a quarter at a time, by its warp's
-// reader after what the warp's *asynchronous proxies* have seen, and these see the thread's own stores only at
-// fence.proxy.async. Hence no local variable here may have an address: the stack is the thread's own.
-// A product is complete for all four warps once one thread has waited for it, since one of them may give back what all
-// have multiplied; ThreadSanitizer takes that wait for a barrier between the four.
+// Part of machine.h. hopper.cpp says which tile or product is due; the loops here touch its
+// memory, inlined into the kernel, where sanitizers see them. ThreadSanitizer takes them for
+// accesses of others than the thread: a fetch is made by the launch's fetcher after all that
+// its thread has seen; a product is read, a quarter at a time, by its warp's reader after what
+// the warp's *asynchronous proxies* have seen, and these see the thread's own stores only at
+// fence.proxy.async. Hence no local variable here may have an address: the stack is the
+// thread's own. A product is complete for all four warps once one thread has waited for it,
+// since one of them may give back what all have multiplied; ThreadSanitizer takes that wait for
+// a barrier between the four.
 #pragma once
 
-#define INLINED inline __attribute__((always_inline))  // so that a report names the kernel's line
+#define INLINED \
+  inline __attribute__((always_inline))  // so that a report names the kernel's line
 
 // mbarriers
 
 void barrier_init(u64 address, Any count, const char* site);
 void barrier_inval(u64 address, const char* site);
-u64 barrier_arrive(u64 address, Any bytes, Any count, const char* site);  // and expect so many bytes
+u64 barrier_arrive(u64 address, Any bytes, Any count,
+                   const char* site);  // and expect so many bytes
 void barrier_expect(u64 address, Any bytes, const char* site);
 bool barrier_over(u64 address, Any parity, const char* site);
 void fence_asynchronous();
@@ -49,7 +53,8 @@ inline u64 word_at(const Tile& t, u32 row, u32 byte) {
 }
 inline unsigned char* byte_at(const Tile& t, u32 row, u32 byte) {  // in global memory, or null
   const s64 r = t.row + s64(row), b = s64(t.column) * t.map.size + byte;
-  const bool inside = r >= 0 && u64(r) < t.map.rows && b >= 0 && u64(b) < t.map.columns * t.map.size;
+  const bool inside =
+      r >= 0 && u64(r) < t.map.rows && b >= 0 && u64(b) < t.map.columns * t.map.size;
   return inside ? t.map.base + r * t.map.pitch + b : nullptr;
 }
 inline void bring(const Tile& t) {
@@ -70,14 +75,16 @@ inline void send(const Tile& t) {
     }
 }
 
-const Tile* fetch(u64 to, u64 map, Place place, u64 barrier, const char* site);  // which is due at once, or null
-const Tile* due_fetch(u64 barrier, Any parity, const char* site);                // before this barrier may be asked
+const Tile* fetch(u64 to, u64 map, Place place, u64 barrier,
+                  const char* site);  // which is due at once, or null
+const Tile* due_fetch(u64 barrier, Any parity,
+                      const char* site);  // before this barrier may be asked
 void fetched();
 INLINED void fetch_tile(u64 to, u64 map, Place place, u64 barrier, const char* site) {
   if (const Tile* tile = fetch(to, map, place, barrier, site)) bring(*tile), fetched();
 }
-// The phase of this parity is over. The thread waits until it is, or is told that it is not where nothing else can
-// happen.
+// The phase of this parity is over. The thread waits until it is, or is told that it is not
+// where nothing else can happen.
 INLINED bool barrier_passed(u64 address, Any parity, const char* site) {
   while (const Tile* tile = due_fetch(address, parity, site)) bring(*tile), fetched();
   return barrier_over(address, parity, site);
@@ -97,13 +104,15 @@ INLINED void wait_tiles(u32 groups_left) {
 // Products of a warpgroup
 
 struct Product {
-  u64 a, b;                                   // descriptors
-  u32 columns;                                // of b, and of the sums
-  bool add, brain, held, turned_a, turned_b;  // held: a lies in registers; turned: rows of the tile are k
+  u64 a, b;     // descriptors
+  u32 columns;  // of b, and of the sums
+  bool add, brain, held, turned_a,
+      turned_b;  // held: a lies in registers; turned: rows of the tile are k
   const char* site;
   bool operator==(const Product&) const = default;
 };
-const Product* issue(const Product& product, u32* const* sums, u32* const* held);  // which is due at once, or null
+const Product* issue(const Product& product, u32* const* sums,
+                     u32* const* held);  // which is due at once, or null
 const Product* due_product(u32 groups_left, const char* site);
 u32 first_row();  // of the quarter that is due
 u64 tile_address(u64 descriptor);
@@ -111,16 +120,21 @@ void hold(bool of_a, u32 i, u32 k, u16 element);  // what is read for the produc
 void multiplied();
 void commit_products();
 
-// Where element k of row i lies under a descriptor of 128-byte swizzled rows; or, turned, element i of row k
+// Where element k of row i lies under a descriptor of 128-byte swizzled rows; or, turned,
+// element i of row k
 inline u64 element_at(u64 descriptor, bool turned, u32 i, u32 k) {
-  const u64 leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  return swizzled(tile_address(descriptor) + (turned ? i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2
-                                                     : i / 8 * stride + i % 8 * 128 + k * 2));
+  const u64 leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff)
+                                                                 << 4;
+  return swizzled(tile_address(descriptor) +
+                  (turned ? i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2
+                          : i / 8 * stride + i % 8 * 128 + k * 2));
 }
-inline void read_factor(bool of_a, u64 descriptor, bool turned, u32 first, u32 rows, const char* site) {
+inline void read_factor(bool of_a, u64 descriptor, bool turned, u32 first, u32 rows,
+                        const char* site) {
   for (u32 i = 0; i < rows; ++i)
     for (u32 k = 0; k < 16; ++k) {
-      const u64 address = checked(Space::shared, element_at(descriptor, turned, first + i, k), 2, site);
+      const u64 address =
+          checked(Space::shared, element_at(descriptor, turned, first + i, k), 2, site);
       hold(of_a, i, k, *reinterpret_cast<const u16*>(address));
     }
 }

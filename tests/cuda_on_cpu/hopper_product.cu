@@ -1,4 +1,5 @@
-// A product in Hopper's way: a warp fetches tiles through two stages, two warpgroups multiply them.
+// A product in Hopper's way: a warp fetches tiles through two stages, two warpgroups multiply
+// them.
 #include "hopper_ptx.cuh"
 
 namespace peftops::cuda {
@@ -46,8 +47,9 @@ DEVICE void multiply_stage(float (&d)[36], Stage& s, int half, bool add, int mis
   fence_registers();
 #pragma unroll
   for (int i = 0; i < DEPTH / 16; ++i)
-    multiply<__nv_bfloat16, false, TURNED>(d, descriptor(s.a + half * 64 * 128 + 32 * i, 16, mistake == 5 ? 512 : 1024),
-                                           descriptor(s.b + (TURNED ? 2048 : 32) * i, DEPTH * 128, 1024), add || i);
+    multiply<__nv_bfloat16, false, TURNED>(
+        d, descriptor(s.a + half * 64 * 128 + 32 * i, 16, mistake == 5 ? 512 : 1024),
+        descriptor(s.b + (TURNED ? 2048 : 32) * i, DEPTH * 128, 1024), add || i);
   commit_products();
 }
 
@@ -72,7 +74,8 @@ DEVICE void consume(Pipeline& p, float* c, int mistake) {
     }
     if (mistake) wait_products<0>();
     if (leader) arrive(p.empty[held]);
-    const int row = tile / TILES_N * ROWS + half * 64 + warp * 16 + lane / 4, column = tile % TILES_N * COLUMNS;
+    const int row = tile / TILES_N * ROWS + half * 64 + warp * 16 + lane / 4,
+              column = tile % TILES_N * COLUMNS;
 #pragma unroll
     for (int i = 0; i < 36; ++i) {
       const int r = row + i / 2 % 2 * 8, j = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -81,13 +84,16 @@ DEVICE void consume(Pipeline& p, float* c, int mistake) {
   }
 }
 
-// mistake: 0 forgets the last wait for products, 2 gives a stage back while it is read, 3 expects too few bytes, 4 too
-// many arrivals, 5 has another stride, 6 does not wait for tiles, 7 not for a stage to be given back
+// mistake: 0 forgets the last wait for products, 2 gives a stage back while it is read, 3
+// expects too few bytes, 4 too many arrivals, 5 has another stride, 6 does not wait for tiles,
+// 7 not for a stage to be given back
 template <bool TURNED>
 __global__ void __launch_bounds__(THREADS)
-    product(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, float* c, int mistake) {
+    product(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+            float* c, int mistake) {
   extern __shared__ unsigned char memory[];
-  Pipeline& p = *reinterpret_cast<Pipeline*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  Pipeline& p =
+      *reinterpret_cast<Pipeline*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) init(p.full[s], 1), init(p.empty[s], mistake == 4 ? 3 : 2);
     fence_init();
@@ -103,12 +109,14 @@ __global__ void __launch_bounds__(THREADS)
 
 }  // namespace
 
-int hopper_product(float* c, const void* a, const void* b, bool turned, int mistake, int blocks) {
+int hopper_product(float* c, const void* a, const void* b, bool turned, int mistake,
+                   int blocks) {
   constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   constexpr int BYTES = sizeof(Pipeline) + 1024;
   CUtensorMap map_a, map_b;
   if (encode(map_a, a, {TYPE, M, K, K * 2, ROWS, DEPTH})) return cudaErrorInvalidValue;
-  if (turned ? encode(map_b, b, {TYPE, K, N, N * 2, DEPTH, 64}) : encode(map_b, b, {TYPE, N, K, K * 2, COLUMNS, DEPTH}))
+  if (turned ? encode(map_b, b, {TYPE, K, N, N * 2, DEPTH, 64})
+             : encode(map_b, b, {TYPE, N, K, K * 2, COLUMNS, DEPTH}))
     return cudaErrorInvalidValue;
   const auto kernel = turned ? product<true> : product<false>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);

@@ -1,4 +1,5 @@
-// A block's threads as fibers of one CPU thread, which switch where they wait: at barriers and within warps.
+// A block's threads as fibers of one CPU thread, which switch where they wait: at barriers and
+// within warps.
 #include <sys/mman.h>
 
 #include <numeric>
@@ -30,11 +31,13 @@ namespace {
 
 constexpr u64 ARENA = 2 << 20, GAP = 64, SHIFT = 1ull << 60;
 
-unsigned char* const arena = static_cast<unsigned char*>(
-    mmap(nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0));
+unsigned char* const arena = static_cast<unsigned char*>(mmap(
+    nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0));
 size_t used;  // of the arena; a launch within a launch takes what is behind
 
-std::string text(Dim d) { return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z); }
+std::string text(Dim d) {
+  return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
+}
 
 void switch_to(Fiber& to) {
   Fiber* from = me();
@@ -58,10 +61,14 @@ void begin() {
 }
 
 // The last lane of the mask to come does `act` on what all of them bring.
-template <class T, class F> void together(Any mask, const char* site, T& brought, F act) {
-  const u32 lanes = as<u32>(mask), there = std::min<size_t>(32, engine->fibers.size() - self->warp * 32);
-  if (!(lanes >> self->lane & 1)) fail(std::string("a lane outside of its own mask at ") + site);
-  if (there < 32 && lanes >> there) fail(std::string("a mask of lanes that do not exist at ") + site);
+template <class T, class F>
+void together(Any mask, const char* site, T& brought, F act) {
+  const u32 lanes = as<u32>(mask),
+            there = std::min<size_t>(32, engine->fibers.size() - self->warp * 32);
+  if (!(lanes >> self->lane & 1))
+    fail(std::string("a lane outside of its own mask at ") + site);
+  if (there < 32 && lanes >> there)
+    fail(std::string("a mask of lanes that do not exist at ") + site);
   Meeting* found = nullptr;
   for (Meeting& m : engine->warps[self->warp].masks)
     if (m.arrived ? m.mask == lanes : !found) found = &m;
@@ -79,7 +86,8 @@ Meeting& barrier_of(Any barrier, Any threads, const char* site) {
   if (id > 15 || count % 32 || count > all) fail(std::string("no such barrier at ") + site);
   Meeting& meeting = engine->barriers[id];
   if (meeting.arrived && meeting.mask != (count ? count : all))
-    fail(std::string("threads count those who meet differently: ") + meeting.site + " and " + site);
+    fail(std::string("threads count those who meet differently: ") + meeting.site + " and " +
+         site);
   meeting.mask = count ? count : all;
   if (id) meeting.site = site;  // at which warpgroups may meet in different places
   return meeting;
@@ -92,7 +100,8 @@ void run_block() {
     f.copies.clear();
     HOOK(__asan_unpoison_memory_region, f.stack, STACK);
     void** top = reinterpret_cast<void**>(f.stack + STACK) - 2;
-    top[0] = reinterpret_cast<void*>(&begin), top[1] = nullptr;  // begin() finds the stack aligned as after a call
+    top[0] = reinterpret_cast<void*>(&begin),
+    top[1] = nullptr;  // begin() finds the stack aligned as after a call
     f.pointer = top - 6;
   }
   e.barriers.fill({});
@@ -107,11 +116,13 @@ void run_block() {
   for (Fiber& f : e.fibers)
     if (!f.done && f.waits && places.find(f.site) == std::string::npos)
       places += " thread " + text(f.tid) + " at " + f.site + lacking(f);
-  if (e.error.empty() && !places.empty()) e.error = "some threads wait for others that do not come:" + places;
+  if (e.error.empty() && !places.empty())
+    e.error = "some threads wait for others that do not come:" + places;
   if (e.error.empty()) e.error = left_over();
 }
 
-u64 place(size_t align, size_t size) {  // of shared memory, between gaps that AddressSanitizer guards
+u64 place(size_t align,
+          size_t size) {  // of shared memory, between gaps that AddressSanitizer guards
   used = (used + GAP + align - 1) / align * align;
   unsigned char* const at = arena + std::exchange(used, used + size);
   HOOK(__asan_unpoison_memory_region, at, size);
@@ -141,7 +152,8 @@ void yield() {
   for (size_t i = 0; i < engine->order.size(); ++i) {
     engine->at = (engine->at + 1) % engine->order.size();
     Fiber& next = engine->fibers[engine->order[engine->at]];
-    if (!next.done && !(next.waits && next.waits->generation == next.generation)) return switch_to(next);
+    if (!next.done && !(next.waits && next.waits->generation == next.generation))
+      return switch_to(next);
   }
   Fiber* const polling = who_polls();
   switch_to(polling ? *polling : engine->host);
@@ -213,7 +225,10 @@ void wait_for_launch_before() {
 }
 
 std::array<u64, 32> gather(Any mask, u64 value, const char* site) {
-  struct Brought { u64 value; std::array<u64, 32> all; } mine{value, {}};
+  struct Brought {
+    u64 value;
+    std::array<u64, 32> all;
+  } mine{value, {}};
   together(mask, site, mine, [](Brought** lanes, u32 mask) {
     for (int i = 0; i < 32; ++i)
       for (int j = 0; j < 32 && mask >> i & 1; ++j)
@@ -222,20 +237,29 @@ std::array<u64, 32> gather(Any mask, u64 value, const char* site) {
   return mine.all;
 }
 
-std::array<u64, 2> shuffle(char kind, Any value, Any lane, Any clamp, Any mask, const char* site) {
-  const int l = self->lane, b = as<s32>(lane), c = as<u32>(clamp) & 31, segment = as<u32>(clamp) >> 8 & 31;
-  const int most = (l & segment) | (c & ~segment), in_segment = (l & segment) | (b & ~segment & 31);
+std::array<u64, 2> shuffle(char kind, Any value, Any lane, Any clamp, Any mask,
+                           const char* site) {
+  const int l = self->lane, b = as<s32>(lane), c = as<u32>(clamp) & 31,
+            segment = as<u32>(clamp) >> 8 & 31;
+  const int most = (l & segment) | (c & ~segment),
+            in_segment = (l & segment) | (b & ~segment & 31);
   const int from = kind == 'u' ? l - b : kind == 'd' ? l + b : kind == 'b' ? l ^ b : in_segment;
   const bool inside = kind == 'u' ? from >= most : from <= most;
   const auto values = gather(mask, value.bits, site);
-  if (inside && !(mask.bits >> from & 1)) fail(std::string("a shuffle reads a lane outside of the mask at ") + site);
+  if (inside && !(mask.bits >> from & 1))
+    fail(std::string("a shuffle reads a lane outside of the mask at ") + site);
   return {values[inside ? from : l], inside};
 }
 
-// PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, A holds rows g and g + 8 of columns 2t, 2t + 1 and then of
-// those 8 further, B the same rows of its column g, and D columns 2t, 2t + 1 of rows g and g + 8.
-std::array<f32, 4> multiply(bool brain, const Any (&a)[4], const Any (&b)[2], const Any (&c)[4], const char* site) {
-  struct Brought { const Any (&a)[4], (&b)[2]; std::array<f32, 4> d; } mine{a, b, {}};
+// PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, A holds rows g and g + 8 of
+// columns 2t, 2t + 1 and then of those 8 further, B the same rows of its column g, and D
+// columns 2t, 2t + 1 of rows g and g + 8.
+std::array<f32, 4> multiply(bool brain, const Any (&a)[4], const Any (&b)[2], const Any (&c)[4],
+                            const char* site) {
+  struct Brought {
+    const Any (&a)[4], (&b)[2];
+    std::array<f32, 4> d;
+  } mine{a, b, {}};
   for (int q = 0; q < 4; ++q) mine.d[q] = as<f32>(c[q]);
   together(~0u, site, mine, [brain](Brought** lanes, u32) {
     ++counts.mma;
@@ -243,7 +267,8 @@ std::array<f32, 4> multiply(bool brain, const Any (&a)[4], const Any (&b)[2], co
     auto half = [&](u64 bits) { return brain ? float(as<bf16>(bits)) : float(as<f16>(bits)); };
     for (int i = 0; i < 64; ++i) {
       const int l = i / 2, g = l / 4, t = l % 4 * 2 + i % 2;
-      for (int q = 0; q < 4; ++q) wa[g + q % 2 * 8][t + q / 2 * 8] = half(lanes[l]->a[q].bits >> i % 2 * 16);
+      for (int q = 0; q < 4; ++q)
+        wa[g + q % 2 * 8][t + q / 2 * 8] = half(lanes[l]->a[q].bits >> i % 2 * 16);
       for (int q = 0; q < 2; ++q) wb[t + q * 8][g] = half(lanes[l]->b[q].bits >> i % 2 * 16);
     }
     for (int i = 0; i < 128; ++i) {
@@ -256,17 +281,27 @@ std::array<f32, 4> multiply(bool brain, const Any (&a)[4], const Any (&b)[2], co
   return mine.d;
 }
 
-// PTX ISA, ldmatrix: lane 8m + i names row i of matrix m, and lane l gets columns l % 4 * 2 and the next of row l / 4.
-void transpose_matrices(int count, bool turned, u64 address, const u16* row, u32* out, const char* site) {
-  struct Brought { u64 address; const u16* row; u32* out; } mine{address, row, out};
+// PTX ISA, ldmatrix: lane 8m + i names row i of matrix m, and lane l gets columns l % 4 * 2 and
+// the next of row l / 4.
+void transpose_matrices(int count, bool turned, u64 address, const u16* row, u32* out,
+                        const char* site) {
+  struct Brought {
+    u64 address;
+    const u16* row;
+    u32* out;
+  } mine{address, row, out};
   together(~0u, site, mine, [=](Brought** lanes, u32) {
     for (int m = 0; m < count; ++m) {
       int hits[8] = {}, worst = 0;
-      for (int i = 0; i < 8; ++i) worst = std::max(worst, ++hits[lanes[8 * m + i]->address / 16 % 8]);
+      for (int i = 0; i < 8; ++i)
+        worst = std::max(worst, ++hits[lanes[8 * m + i]->address / 16 % 8]);
       counts.conflicts += worst - 1;
       ++counts.matrices;
-      auto at = [&](int i, int j) { return u32(turned ? lanes[8 * m + j]->row[i] : lanes[8 * m + i]->row[j]); };
-      for (int l = 0; l < 32; ++l) lanes[l]->out[m] = at(l / 4, l % 4 * 2) | at(l / 4, l % 4 * 2 + 1) << 16;
+      auto at = [&](int i, int j) {
+        return u32(turned ? lanes[8 * m + j]->row[i] : lanes[8 * m + i]->row[j]);
+      };
+      for (int l = 0; l < 32; ++l)
+        lanes[l]->out[m] = at(l / 4, l % 4 * 2) | at(l / 4, l % 4 * 2 + 1) << 16;
     }
   });
 }
@@ -277,7 +312,8 @@ u64 checked(Space space, u64 address, u32 size, const char* site) {
   if (space == Space::generic && address >= SHIFT) space = Space::shared, address -= SHIFT;
   const bool in_arena = address - u64(arena) < ARENA;
   if (address % size)
-    fail("address " + std::to_string(address) + " is no multiple of " + std::to_string(size) + " at " + site);
+    fail("address " + std::to_string(address) + " is no multiple of " + std::to_string(size) +
+         " at " + site);
   if (address < 4096 || in_arena != (space == Space::shared))
     fail(std::string("an address of another space, or of none, at ") + site);
   return address;
@@ -290,15 +326,19 @@ bool postponed(Copy copy) {
 void commit_copies() { ++me()->group; }
 bool due_copy(u32 groups_left, Copy& copy) {
   Fiber& f = *me();
-  if (f.next == f.copies.size() || f.copies[f.next].second + groups_left >= f.group) return false;
+  if (f.next == f.copies.size() || f.copies[f.next].second + groups_left >= f.group)
+    return false;
   copy = f.copies[f.next++].first;
   return true;
 }
 
 std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
-                const std::vector<unsigned char>& parameters, std::function<std::string()> before) {
-  const u64 count = u64(threads.x) * threads.y * threads.z, total = u64(blocks.x) * blocks.y * blocks.z;
-  if (!count || count > 1024 || !total || blocks.y > 65535 || blocks.z > 65535) return "no such grid";
+                const std::vector<unsigned char>& parameters,
+                std::function<std::string()> before) {
+  const u64 count = u64(threads.x) * threads.y * threads.z,
+            total = u64(blocks.x) * blocks.y * blocks.z;
+  if (!count || count > 1024 || !total || blocks.y > 65535 || blocks.z > 65535)
+    return "no such grid";
   Engine mine;
   Engine* const outer = std::exchange(engine, &mine);
   Thread* const caller = std::exchange(self, &mine.host);
@@ -312,17 +352,19 @@ std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
     shared.push_back({* variable.at = place(variable.align, variable.size), variable.size});
   shared.push_back({dynamic_shared = place(128, dynamic), dynamic});
 
-  char* const stacks = static_cast<char*>(
-      mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  mine.host.stack =
-      outer ? static_cast<Fiber*>(caller)->stack : static_cast<char*>(__builtin_frame_address(0)) - STACK / 2;
+  char* const stacks =
+      static_cast<char*>(mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  mine.host.stack = outer ? static_cast<Fiber*>(caller)->stack
+                          : static_cast<char*>(__builtin_frame_address(0)) - STACK / 2;
   mine.host.tsan = HOOK(__tsan_get_current_fiber);
   mine.warps.resize((count + 31) / 32);
   mine.fibers = std::vector<Fiber>(count);
   for (u32 i = 0; i < count; ++i) {
     Fiber& f = mine.fibers[i];
     f.tid = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
-    f.lane = i % 32, f.warp = i / 32, f.stack = stacks + i * STACK, f.tsan = HOOK(__tsan_create_fiber, 0);
+    f.lane = i % 32, f.warp = i / 32, f.stack = stacks + i * STACK,
+    f.tsan = HOOK(__tsan_create_fiber, 0);
     f.copies.reserve(256);  // else a sanitizer would say that a fiber allocates
     mine.order.push_back(i);
   }
@@ -330,16 +372,20 @@ std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
   std::vector<u64> order(total);
   std::iota(order.begin(), order.end(), 0);
   if (schedule.order == "reverse")
-    std::reverse(order.begin(), order.end()), std::reverse(mine.order.begin(), mine.order.end());
+    std::reverse(order.begin(), order.end()),
+        std::reverse(mine.order.begin(), mine.order.end());
   if (schedule.order == "random") std::shuffle(order.begin(), order.end(), mine.random);
   ++counts.launches;
   for (u64 i : order) {
     if (!mine.error.empty()) break;
     ++counts.blocks;
-    launch = {blocks, threads, {u32(i % blocks.x), u32(i / blocks.x % blocks.y), u32(i / blocks.x / blocks.y)}};
+    launch = {blocks,
+              threads,
+              {u32(i % blocks.x), u32(i / blocks.x % blocks.y), u32(i / blocks.x / blocks.y)}};
     for (auto [at, size] : shared)  // NaN, without memset, which sanitizers watch
       for (size_t q = 0; q < size; ++q) reinterpret_cast<volatile unsigned char*>(at)[q] = 0xff;
-    if (schedule.order == "random") std::shuffle(mine.order.begin(), mine.order.end(), mine.random);
+    if (schedule.order == "random")
+      std::shuffle(mine.order.begin(), mine.order.end(), mine.random);
     run_block();
   }
   if (mine.error.empty() && mine.before) mine.error = mine.before();

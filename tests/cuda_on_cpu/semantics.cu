@@ -48,7 +48,8 @@ __global__ void roundings(Question q) {
   const float v = q.in[t];
   q.out[t] = __half2float(__float2half_rn(v));
   q.out[32 + t] = __bfloat162float(__float2bfloat16_rn(v));
-  const __half2 h = __hfma2(__floats2half2_rn(v, 1), __floats2half2_rn(2, 3), __floats2half2_rn(0.5f, v));
+  const __half2 h =
+      __hfma2(__floats2half2_rn(v, 1), __floats2half2_rn(2, 3), __floats2half2_rn(0.5f, v));
   q.out[64 + t] = __low2float(h);
   q.out[96 + t] = __high2float(h);
   q.out[128 + t] = rintf(v) + floorf(v) + int(v);
@@ -93,7 +94,8 @@ __global__ void copies(Question q) {
 }
 
 // Lane t gets whatever the tensor core's layout gives it of A (16, 16), B (16, 8) and C (16, 8)
-template <class T> __device__ void product(Question q) {
+template <class T>
+__device__ void product(Question q) {
   const int t = threadIdx.x;
   uint32_t a[4], b[2];
   float d[4];
@@ -121,8 +123,12 @@ __global__ void divergent(Question q) {
   if (threadIdx.x < 16) __syncthreads();
   q.out[threadIdx.x] = 0;
 }
-__global__ void half_a_mask(Question q) { q.out[threadIdx.x] = __shfl_xor_sync(0xffffu, q.in[threadIdx.x], 1); }
-__global__ void misaligned(Question q) { q.out[0] = __ldg(reinterpret_cast<const float4*>(q.in + 1)).x; }
+__global__ void half_a_mask(Question q) {
+  q.out[threadIdx.x] = __shfl_xor_sync(0xffffu, q.in[threadIdx.x], 1);
+}
+__global__ void misaligned(Question q) {
+  q.out[0] = __ldg(reinterpret_cast<const float4*>(q.in + 1)).x;
+}
 __global__ void nowhere(Question q) { q.out[0] = *reinterpret_cast<float*>(uint64_t(q.n)); }
 __global__ void past_the_end(Question q) {
   __shared__ float s[32];
@@ -147,8 +153,8 @@ __global__ void behind(Question q) {
 #define ASK(kernel) \
   if (name == #kernel) kernel<<<blocks, threads>>>(q)
 
-extern "C" int ask(const char* kernel_name, uintptr_t out, uintptr_t in, uintptr_t bits_, int n, int blocks,
-                   int threads) {
+extern "C" int ask(const char* kernel_name, uintptr_t out, uintptr_t in, uintptr_t bits_, int n,
+                   int blocks, int threads) {
   using namespace peftops::cuda;
   const Question q{reinterpret_cast<float*>(out), reinterpret_cast<const float*>(in),
                    reinterpret_cast<const uint32_t*>(bits_), n};

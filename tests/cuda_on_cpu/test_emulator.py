@@ -15,7 +15,9 @@ from .translate import Unknown, translate
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 HERE = Path(__file__).parent
-SCHEDULES = [(order, lazy) for order in ("forward", "reverse", "random") for lazy in (True, False)]
+SCHEDULES = [
+    (order, lazy) for order in ("forward", "reverse", "random") for lazy in (True, False)
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def ask(module):
         out = torch.full((size,), float("nan")) if out is None else out
         values = torch.as_tensor(values, dtype=torch.float32)
         words = torch.from_numpy(numpy.asarray(bits, dtype=numpy.uint32).view(numpy.int32))
-        module.ask(kernel, out.data_ptr(), values.data_ptr(), words.data_ptr(), n, blocks, threads)
+        module.ask(
+            kernel, out.data_ptr(), values.data_ptr(), words.data_ptr(), n, blocks, threads
+        )
         module.finish()
         return out
 
@@ -85,9 +89,13 @@ def test_roundings(ask):
     values = torch.randn(32) * 100
     values[0] = 65519.99  # the largest that is not infinite in half precision
     out = ask("roundings", values).view(8, 32)
-    assert torch.equal(out[0], values.half().float()) and torch.equal(out[1], values.bfloat16().float())
+    assert torch.equal(out[0], values.half().float()) and torch.equal(
+        out[1], values.bfloat16().float()
+    )
     half = values.half().double()
-    assert torch.equal(out[2], (half * 2 + 0.5).half().float()) and torch.equal(out[3], (half + 3).half().float())
+    assert torch.equal(out[2], (half * 2 + 0.5).half().float()) and torch.equal(
+        out[3], (half + 3).half().float()
+    )
     assert torch.equal(out[4], values.round() + values.floor() + values.trunc())
     wide = values.double()
     exact = wide.abs().sqrt() + wide.clamp_min(0) + (wide.abs() + 1).rsqrt() + 1 / wide
@@ -100,7 +108,11 @@ def test_a_missing_barrier_shows_in_some_order(module, ask, kernel, threads):
     for schedule in SCHEDULES:
         module.schedule(*schedule)
         for n in right:
-            right[n].append(torch.equal(ask(kernel, values, n=n, size=threads, threads=threads), values.flip(0)))
+            right[n].append(
+                torch.equal(
+                    ask(kernel, values, n=n, size=threads, threads=threads), values.flip(0)
+                )
+            )
     assert all(right[1]) and not any(right[0])
 
 
@@ -120,7 +132,11 @@ def test_copies_arrive_at_the_wait(module, ask):
         module.schedule("forward", lazy)
         assert torch.equal(ask("copies", values, n=1, size=128).view(32, 4), expected.flip(0))
         forgotten = ask("copies", values, n=0, size=128)
-        assert forgotten.isnan().all() if lazy else torch.equal(forgotten.view(32, 4), expected.flip(0))
+        assert (
+            forgotten.isnan().all()
+            if lazy
+            else torch.equal(forgotten.view(32, 4), expected.flip(0))
+        )
 
 
 def test_overlapping_launches(module, ask):
@@ -141,7 +157,10 @@ def layout(kind):
                 row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
                 column = inside * 2 + (i & 1) if i < 4 else inside * 2 + (i & 1) + 8
             elif kind == "b":
-                row, column = (inside * 2 + (i & 1) if i < 2 else inside * 2 + (i & 1) + 8), group
+                row, column = (
+                    (inside * 2 + (i & 1) if i < 2 else inside * 2 + (i & 1) + 8),
+                    group,
+                )
             else:
                 row, column = (group if i < 2 else group + 8), inside * 2 + (i & 1)
             places[lane, i] = row, column
@@ -158,8 +177,12 @@ def test_tensor_core_layout_is_the_manuals(ask, dtype):
     held = torch.empty(32, 4)
     for (lane, i), place in layout("c").items():
         held[lane, i] = c[place]
-    bits = numpy.concatenate([halves["a"].view(numpy.uint32).ravel(), halves["b"].view(numpy.uint32).ravel()])
-    out = ask(f"product_{'bf16' if dtype is torch.bfloat16 else 'f16'}", held, bits, size=128).view(32, 4)
+    bits = numpy.concatenate(
+        [halves["a"].view(numpy.uint32).ravel(), halves["b"].view(numpy.uint32).ravel()]
+    )
+    out = ask(
+        f"product_{'bf16' if dtype is torch.bfloat16 else 'f16'}", held, bits, size=128
+    ).view(32, 4)
     exact = a.double() @ b.double() + c.double()
     for (lane, i), place in layout("c").items():
         assert abs(out[lane, i].item() - exact[place].item()) < 1e-5
@@ -167,7 +190,9 @@ def test_tensor_core_layout_is_the_manuals(ask, dtype):
 
 def test_layouts_agree_with_cute():
     """NVIDIA's own layouts through the emulator, bit for bit; it needs `pip install --no-deps nvidia-cutlass`."""
-    cutlass = Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+    cutlass = (
+        Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+    )
     cute = build.load([HERE / "cute.cu"], module=HERE / "semantics.cpp", include=cutlass)
     a, b = (torch.randint(-8, 8, shape).bfloat16() for shape in ((64, 64), (32, 64)))
     out = torch.full((64, 32), float("nan"))
@@ -240,11 +265,22 @@ def test_an_unknown_instruction_stops_with_its_text(statement):
 def sanitized(sanitizer, code):
     """A process of its own, in which the sanitizer's runtime comes first."""
     runtime = {"address": "libasan.so", "thread": "libtsan.so", "": ""}[sanitizer]
-    found = runtime and subprocess.check_output(["g++", f"-print-file-name={runtime}"], text=True).strip()
-    environment = {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    found = (
+        runtime
+        and subprocess.check_output(["g++", f"-print-file-name={runtime}"], text=True).strip()
+    )
+    environment = {
+        "LD_PRELOAD": found,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
     code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r})\n" + code
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
@@ -272,8 +308,12 @@ print("ran")
 )
 def test_sanitizers(sanitizer, kernel, n, threads, report):
     library = str(build.link([HERE / "semantics.cu"], sanitizer, HERE / "semantics.cpp"))
-    done = sanitized(sanitizer, ASK.format(library=library, kernel=kernel, n=n, threads=threads))
+    done = sanitized(
+        sanitizer, ASK.format(library=library, kernel=kernel, n=n, threads=threads)
+    )
     if report:
         assert report in done.stderr and "semantics.cu" in done.stderr, done.stderr[-3000:]
     else:
-        assert done.returncode == 0 and done.stdout == "ran\n" and "Sanitizer" not in done.stderr, done.stderr[-3000:]
+        assert (
+            done.returncode == 0 and done.stdout == "ran\n" and "Sanitizer" not in done.stderr
+        ), done.stderr[-3000:]

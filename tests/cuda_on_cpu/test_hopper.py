@@ -27,7 +27,14 @@ def ask(module):
 
     def run(kernel, a=None, b=None, n=1, size=(32,), threads=32, blocks=1):
         out = torch.full(size, float("nan"))
-        module.ask(kernel, out.data_ptr(), *(0 if t is None else t.data_ptr() for t in (a, b)), n, blocks, threads)
+        module.ask(
+            kernel,
+            out.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (a, b)),
+            n,
+            blocks,
+            threads,
+        )
         module.finish()
         return out
 
@@ -58,7 +65,12 @@ def judge(module):
 
 @pytest.mark.parametrize(
     "n, expected",
-    [(1, [RIGHT]), (0, [WRONG, "lacks 32 arrivals"]), (2, [WRONG]), (3, ["lacks 1 arrivals and 0 bytes"])],
+    [
+        (1, [RIGHT]),
+        (0, [WRONG, "lacks 32 arrivals"]),
+        (2, [WRONG]),
+        (3, ["lacks 1 arrivals and 0 bytes"]),
+    ],
 )
 def test_an_mbarrier_has_phases(judge, ask, n, expected):
     values = torch.randn(32)
@@ -76,7 +88,9 @@ def test_an_mbarrier_is_asked_and_made_anew(ask):
         ask("tries", n=0, threads=1)
 
 
-@pytest.mark.parametrize("n, expected", [(1, RIGHT), (0, WRONG), (2, WRONG), (3, "count those who meet differently")])
+@pytest.mark.parametrize(
+    "n, expected", [(1, RIGHT), (0, WRONG), (2, WRONG), (3, "count those who meet differently")]
+)
 def test_a_part_of_a_block_meets(judge, ask, n, expected):
     values = torch.randn(64)
     swapped = torch.cat([values.flip(0), values[:32] + values[32:]])
@@ -137,13 +151,28 @@ def test_tiles_leave_and_stay_inside(module, ask, schedule):
     module.schedule(*schedule)
     rows = torch.randn(8, 32)
     out = ask("stores", rows, size=(8, 36))
-    assert torch.equal(out[2:, 6:], rows[:6, :30]) and out[:2].isnan().all() and out[:, :6].isnan().all()
+    assert (
+        torch.equal(out[2:, 6:], rows[:6, :30])
+        and out[:2].isnan().all()
+        and out[:, :6].isnan().all()
+    )
     if schedule[1]:
-        with pytest.raises(RuntimeError, match="a store that nobody waits for, issued at hopper_"):
+        with pytest.raises(
+            RuntimeError, match="a store that nobody waits for, issued at hopper_"
+        ):
             ask("stores", rows, n=0, size=(8, 36))
 
 
-MAP = {"rows": 20, "columns": 72, "pitch": 144, "height": 16, "width": 64, "swizzle": 3, "rank": 2, "base": 0}
+MAP = {
+    "rows": 20,
+    "columns": 72,
+    "pitch": 144,
+    "height": 16,
+    "width": 64,
+    "swizzle": 3,
+    "rank": 2,
+    "base": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +224,11 @@ def test_products_of_a_warpgroup(module, judge, ask, kernel):
     a, b = factors(kernel)
     exact = of_threads(a.float() @ b.float().T)  # of small whole numbers
     module.counts()
-    judge(lambda: ask(kernel, a, b, size=(128, 36), threads=128), lambda out: torch.equal(out, exact), RIGHT)
+    judge(
+        lambda: ask(kernel, a, b, size=(128, 36), threads=128),
+        lambda out: torch.equal(out, exact),
+        RIGHT,
+    )
     assert module.counts()["wgmma"] == 4 * len(SCHEDULES)
 
 
@@ -226,7 +259,9 @@ def test_mistakes_with_products(judge, ask, n, threads, expected):
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_agree_with_cute(turned):
     """NVIDIA's own swizzles and descriptors, bit for bit; it needs `pip install --no-deps nvidia-cutlass`."""
-    cutlass = Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+    cutlass = (
+        Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+    )
     cute = build.load([HERE / "cute_hopper.cu"], module=HERE / "semantics.cpp", include=cutlass)
     a, b = (torch.randint(-8, 8, shape).bfloat16() for shape in ((64, 64), (128, 64)))
     out = torch.full((64, 128), float("nan"))
@@ -258,7 +293,12 @@ def test_a_pipeline(judge, ask, kernel, n, expected):
     def run():
         return ask(kernel, a, given, n=n, size=(150, 136), blocks=2)
 
-    judge(run, lambda out: error(out, exact) <= bound(same, exact), *expected, somewhere=n in (0, 2, 6, 7))
+    judge(
+        run,
+        lambda out: error(out, exact) <= bound(same, exact),
+        *expected,
+        somewhere=n in (0, 2, 6, 7),
+    )
 
 
 RUNS = """
@@ -276,20 +316,27 @@ for kernel, n, threads, blocks, schedule in {cases!r}:
 print("ran")
 """
 SHAPES = {"phases": (64, 1), "named": (96, 1), "tiles": (32, 1), "stores": (32, 1)}
-SHAPES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(("pipeline", "pipeline_turned"), (288, 2))
+SHAPES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(
+    ("pipeline", "pipeline_turned"), (288, 2)
+)
 
 
 def reports(sanitizer, schedules, *cases):
     """What a process says that runs these kernels."""
     library = str(build.link(SOURCES, sanitizer, HERE / "semantics.cpp"))
-    cases = [(kernel, n, *SHAPES[kernel], schedule) for kernel, n in cases for schedule in schedules]
+    cases = [
+        (kernel, n, *SHAPES[kernel], schedule) for kernel, n in cases for schedule in schedules
+    ]
     done = sanitized(sanitizer, RUNS.format(library=library, cases=cases))
     return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
-    assert reports(sanitizer, SCHEDULES, ("product_bf16", 10), *((kernel, 1) for kernel in SHAPES)) == "ran\n"
+    assert (
+        reports(sanitizer, SCHEDULES, ("product_bf16", 10), *((kernel, 1) for kernel in SHAPES))
+        == "ran\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from . import build
 from .test_emulator import SCHEDULES, sanitized
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-DTYPES = [torch.float32, torch.bfloat16]  # what runs in float16 is the same code; test_ops.py holds it to the law
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+]  # what runs in float16 is the same code; test_ops.py holds it to the law
 WAYS = {  # what each shape takes on a GPU of four multiprocessors; the rows of one of them are several tiles
     (1, 72, 200, 5): "one launch",
     (3, 1072, 40, 12): "two launches",
@@ -43,7 +46,9 @@ NORM_SHAPES = [  # of which b is kept, streams or is not for tensor cores; some 
 def cases(shape, dtype, form="nf4"):
     """Those of 4-bit bases, or of any other."""
     found = CASES["lora_gemv"](shape, dtype)
-    return [(label, args) for label, args in found if label.startswith("nf4") == (form == "nf4")]
+    return [
+        (label, args) for label, args in found if label.startswith("nf4") == (form == "nf4")
+    ]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -84,7 +89,11 @@ def test_ways(cuda_on_cpu):
 
 
 def test_many_of_the_few_rows_run_on_tensor_cores(cuda_on_cpu):
-    for m, dtype, wanted in ((4, torch.bfloat16, False), (5, torch.bfloat16, True), (5, torch.float32, False)):
+    for m, dtype, wanted in (
+        (4, torch.bfloat16, False),
+        (5, torch.bfloat16, True),
+        (5, torch.float32, False),
+    ):
         _, args = next(CASES["lora_gemv"]((m, 264, 100, 2), dtype))
         cuda_on_cpu.counts()
         call("lora_gemv", "cuda", args)
@@ -93,7 +102,11 @@ def test_many_of_the_few_rows_run_on_tensor_cores(cuda_on_cpu):
 
 
 def test_4_bit_bases_meet_16_bits_on_tensor_cores(cuda_on_cpu):
-    for m, dtype, wanted in ((1, torch.bfloat16, True), (33, torch.float16, True), (4, torch.float32, False)):
+    for m, dtype, wanted in (
+        (1, torch.bfloat16, True),
+        (33, torch.float16, True),
+        (4, torch.float32, False),
+    ):
         for _, args in cases((m, 288, 72, 2), dtype):
             cuda_on_cpu.counts()
             call("lora_gemv", "cuda", args)
@@ -116,7 +129,9 @@ def test_a_base_larger_than_the_scratch_is_decoded_in_parts(cuda_on_cpu, monkeyp
 def test_4_bits_are_the_reference_s_bit_for_bit(cuda_on_cpu, size, dtype):
     for op in ("nf4_quantize", "nf4_dequantize"):
         for label, args in CASES[op]((0, size, 1, 0), dtype):
-            for ours, wanted in zip(call(op, "cuda", args), call(op, "reference", args), strict=True):
+            for ours, wanted in zip(
+                call(op, "cuda", args), call(op, "reference", args), strict=True
+            ):
                 assert torch.equal(ours, wanted), (op, label)
 
 
@@ -125,15 +140,29 @@ def test_blocks_of_every_size_are_quantized(cuda_on_cpu):
     w = torch.randn(9001) * torch.randn(9001).exp()
     w[5000], w[7000] = torch.inf, torch.nan
     for block in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        ours, wanted = (call("nf4_quantize", name, [w, bounds, order, block]) for name in ("cuda", "reference"))
-        assert torch.equal(ours[0], wanted[0]) and torch.equal(ours[1].nan_to_num(-1), wanted[1].nan_to_num(-1)), block
+        ours, wanted = (
+            call("nf4_quantize", name, [w, bounds, order, block])
+            for name in ("cuda", "reference")
+        )
+        assert torch.equal(ours[0], wanted[0]) and torch.equal(
+            ours[1].nan_to_num(-1), wanted[1].nan_to_num(-1)
+        ), block
 
 
 def test_any_part_of_a_weight_is_dequantized(cuda_on_cpu):
     for k in (40, 33):
-        for label, (codes, table, scales, block, size, dtype) in CASES["nf4_dequantize"]((0, k, 50, 0), torch.bfloat16):
-            (whole,) = call("nf4_dequantize", "reference", [codes, table, scales, block, size, dtype])
-            for row, rows, column, columns in ((0, 50, 0, k), (7, 20, 0, k), (8, 9, 16, 16), (3, 5, 11, 13)):
+        for label, (codes, table, scales, block, size, dtype) in CASES["nf4_dequantize"](
+            (0, k, 50, 0), torch.bfloat16
+        ):
+            (whole,) = call(
+                "nf4_dequantize", "reference", [codes, table, scales, block, size, dtype]
+            )
+            for row, rows, column, columns in (
+                (0, 50, 0, k),
+                (7, 20, 0, k),
+                (8, 9, 16, 16),
+                (3, 5, 11, 13),
+            ):
                 part = torch.empty(rows, columns, dtype=dtype)
                 nf4.dequantize_rows(part, [codes, table, *scales], block, k, row, column)
                 wanted = whole.view(50, k)[row : row + rows, column : column + columns]
@@ -143,7 +172,10 @@ def test_any_part_of_a_weight_is_dequantized(cuda_on_cpu):
 def test_law_in_little_shared_memory(cuda_on_cpu):
     shapes = ((33, 136, 72, 24), (33, 264, 300, 16))
     blocks = []
-    for limit in (227 << 10, 99 << 10):  # of Hopper and of Ada, in whose 99 KiB no tile of 64 rows fits
+    for limit in (
+        227 << 10,
+        99 << 10,
+    ):  # of Hopper and of Ada, in whose 99 KiB no tile of 64 rows fits
         before = cuda_on_cpu.limit_shared(limit)
         cuda_on_cpu.counts()
         try:
@@ -168,7 +200,12 @@ def test_4_bit_bases_need_no_more_shared_memory_than_there_is(cuda_on_cpu):
 
 
 def test_launches(cuda_on_cpu):
-    for shape, wanted in (((1, 72, 200, 5), 1), ((3, 1072, 40, 12), 2), ((5, 264, 100, 2), 1), ((33, 136, 72, 24), 2)):
+    for shape, wanted in (
+        ((1, 72, 200, 5), 1),
+        ((3, 1072, 40, 12), 2),
+        ((5, 264, 100, 2), 1),
+        ((33, 136, 72, 24), 2),
+    ):
         _, args = next(CASES["lora_gemv"](shape, torch.bfloat16))
         cuda_on_cpu.counts()
         call("lora_gemv", "cuda", args)
@@ -177,7 +214,9 @@ def test_launches(cuda_on_cpu):
 
 def test_is_deterministic_whatever_the_order(cuda_on_cpu):
     for shape in (*WAYS, *NF4_WAYS):
-        for label, args in cases(shape, torch.bfloat16, "nf4" if shape in NF4_WAYS else "dense"):
+        for label, args in cases(
+            shape, torch.bfloat16, "nf4" if shape in NF4_WAYS else "dense"
+        ):
             results = []
             for schedule in (SCHEDULES[0], SCHEDULES[-1]):
                 cuda_on_cpu.schedule(*schedule)
@@ -195,7 +234,12 @@ def test_law_of_norms_under_every_schedule(cuda_on_cpu, schedule):
 
 
 def test_norms_meet_tensor_cores_where_16_bits_are_read_by_whole_pieces(cuda_on_cpu):
-    launches = {(1, 1040, 260, 20): 3, (1, 528, 132, 140): 3, (1, 133, 70, 20): 2, (1, 144, 36, 0): 2}
+    launches = {
+        (1, 1040, 260, 20): 3,
+        (1, 528, 132, 140): 3,
+        (1, 133, 70, 20): 2,
+        (1, 144, 36, 0): 2,
+    }
     for shape in NORM_SHAPES:
         for dtype in DTYPES:
             for label, args in CASES["dora_norm"](shape, dtype):
@@ -204,7 +248,9 @@ def test_norms_meet_tensor_cores_where_16_bits_are_read_by_whole_pieces(cuda_on_
                 counts = cuda_on_cpu.counts()
                 tiled = dtype is torch.bfloat16 and shape[1] % 16 == 0 and shape[3] > 0
                 assert (counts["mma"] > 0) == tiled, (shape, dtype, label)
-                assert counts["launches"] == (launches[shape] if dtype is torch.bfloat16 else 2), (shape, dtype, label)
+                assert counts["launches"] == (
+                    launches[shape] if dtype is torch.bfloat16 else 2
+                ), (shape, dtype, label)
 
 
 def test_norms_where_the_delta_cancels_the_weight(cuda_on_cpu):
@@ -222,7 +268,9 @@ def test_what_is_not_finite_stays_in_its_row(cuda_on_cpu):
             _, args = next(CASES["dora_norm"](shape, torch.bfloat16))
             args[1][0][5, 70], args[3][9, 1] = bad, bad
             ours, wanted = (call("dora_norm", name, args)[0] for name in ("cuda", "reference"))
-            assert torch.equal(ours.isnan(), wanted.isnan()) and torch.equal(ours.isinf(), wanted.isinf())
+            assert torch.equal(ours.isnan(), wanted.isnan()) and torch.equal(
+                ours.isinf(), wanted.isinf()
+            )
             assert (~ours.isfinite()).nonzero().flatten().tolist() == [5, 9]
 
 
@@ -256,9 +304,13 @@ def test_norms_are_deterministic_whatever_the_order(cuda_on_cpu):
 
 
 def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
-    monkeypatch.setattr(lora, "path", lambda *args: "one launch")  # h in 99999 ranks fits no shared memory
+    monkeypatch.setattr(
+        lora, "path", lambda *args: "one launch"
+    )  # h in 99999 ranks fits no shared memory
     _, args = next(CASES["lora_gemv"]((1, 8, 8, 99999), torch.float32))
-    with pytest.raises(RuntimeError, match="lora_gemv: CUDA error 1, more shared memory than allowed"):
+    with pytest.raises(
+        RuntimeError, match="lora_gemv: CUDA error 1, more shared memory than allowed"
+    ):
         call("lora_gemv", "cuda", args)
 
 
@@ -293,7 +345,13 @@ print("lawful")
 """
 
 
-@pytest.mark.parametrize("sanitizer, dtypes", [("address", DTYPES), ("thread", DTYPES[1:])])  # races know no dtype
+@pytest.mark.parametrize(
+    "sanitizer, dtypes", [("address", DTYPES), ("thread", DTYPES[1:])]
+)  # races know no dtype
 def test_sanitizers_find_nothing(sanitizer, dtypes):
-    done = sanitized(sanitizer, LAW.format(library=str(build.link(sanitizer=sanitizer)), dtypes=dtypes))
-    assert done.returncode == 0 and done.stdout == "lawful\n" and "Sanitizer" not in done.stderr, done.stderr[-3000:]
+    done = sanitized(
+        sanitizer, LAW.format(library=str(build.link(sanitizer=sanitizer)), dtypes=dtypes)
+    )
+    assert (
+        done.returncode == 0 and done.stdout == "lawful\n" and "Sanitizer" not in done.stderr
+    ), done.stderr[-3000:]

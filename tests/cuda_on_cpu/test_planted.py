@@ -25,7 +25,12 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "  if (tid >= rows) return;",
         "plain",
     ),
-    "barrier missing after h": ("lora_mma.cu", "S::WIDTH_H));\n    __syncthreads();", "S::WIDTH_H));", "thread"),
+    "barrier missing after h": (
+        "lora_mma.cu",
+        "S::WIDTH_H));\n    __syncthreads();",
+        "S::WIDTH_H));",
+        "thread",
+    ),
     "barrier missing in the loop over tiles": (
         "lora_mma.cu",
         "wait_copies<S::STAGES - 2>();\n    __syncthreads();",
@@ -50,7 +55,12 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "  if (threadIdx.x > 200) return;\n  allow_launch_behind();",
         "plain",
     ),
-    "copies that nobody waits for": ("lora_mma.cu", "    wait_copies<S::STAGES - 2>();\n", "", "plain"),
+    "copies that nobody waits for": (
+        "lora_mma.cu",
+        "    wait_copies<S::STAGES - 2>();\n",
+        "",
+        "plain",
+    ),
     "copies waited for one too late": (
         "lora_mma.cu",
         "wait_copies<S::STAGES - 2>()",
@@ -65,14 +75,24 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "rows of w past the last": ("lora_mma.cu", "n0 + row < g.n, k", "true, k", "address"),
     "rows of x past the last": ("lora.cu", "min(i, rows - 1) * k)", "i * k)", "address"),
-    "columns past the last": ("lora_mma.cu", "    if (c < columns) store", "    store", "address"),
+    "columns past the last": (
+        "lora_mma.cu",
+        "    if (c < columns) store",
+        "    store",
+        "address",
+    ),
     "too little shared memory": (
         "lora_mma.cu",
         "size_t(STAGES) * (ROWS + ranks) * BK * 2",
         "size_t(STAGES) * (ROWS + ranks) * BK * 2 - 16",
         "address",
     ),
-    "columns of k past the last": ("lora_mma.cu", "    inside &= k + chunk * 8 < g.k;\n", "", "plain"),
+    "columns of k past the last": (
+        "lora_mma.cu",
+        "    inside &= k + chunk * 8 < g.k;\n",
+        "",
+        "plain",
+    ),
     "fragments swapped": (
         "lora_mma.cu",
         "multiply<T>(acc[2 * j], r_w, r_x[0], r_x[1]);",
@@ -93,7 +113,12 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "half of a warp": ("tile.cuh", "__shfl_xor_sync(~0u", "__shfl_xor_sync(0xffffu", "plain"),
     "operands swapped in PTX": ("ptx.cuh", "{%4, %5, %6, %7}", "{%5, %4, %6, %7}", "plain"),
-    "registers swapped in PTX": ("ptx.cuh", "b16 {%0, %1, %2, %3}, [%4];", "b16 {%1, %0, %2, %3}, [%4];", "plain"),
+    "registers swapped in PTX": (
+        "ptx.cuh",
+        "b16 {%0, %1, %2, %3}, [%4];",
+        "b16 {%1, %0, %2, %3}, [%4];",
+        "plain",
+    ),
     "a misaligned copy": (
         "lora_mma.cu",
         "copy_async(tile + chunk_at(row, chunk), inside",
@@ -113,7 +138,12 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "wait_copies<S::STAGES - 2>();",
         "plain",
     ),
-    "codes that nobody waits for": ("lora_nf4.cu", "    wait_copies<S::STAGES - 2>();\n", "", "plain"),
+    "codes that nobody waits for": (
+        "lora_nf4.cu",
+        "    wait_copies<S::STAGES - 2>();\n",
+        "",
+        "plain",
+    ),
     "h read before it is made": (
         "lora_nf4.cu",
         "  __syncthreads();\n  if (!g.inside) wait_for_launch_before();",
@@ -126,23 +156,48 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "{__ldg(base.table + i / COPIES % 16), __ldg(base.table + i / COPIES / 16)}",
         "plain",
     ),
-    "the scale of another row": ("lora_nf4.cu", "scale = absmax[below]", "scale = absmax[0]", "plain"),
-    "the scale of another pair": ("lora_nf4.cu", "base.shift > 5 && g.k % 64 == 0", "base.shift > 4", "plain"),
+    "the scale of another row": (
+        "lora_nf4.cu",
+        "scale = absmax[below]",
+        "scale = absmax[0]",
+        "plain",
+    ),
+    "the scale of another pair": (
+        "lora_nf4.cu",
+        "base.shift > 5 && g.k % 64 == 0",
+        "base.shift > 4",
+        "plain",
+    ),
     "rows of codes past the last": (
         "lora_nf4.cu",
         "min(n0 + row + q * STEP, g.n - 1)",
         "(n0 + row + q * STEP)",
         "address",
     ),
-    "columns of codes past the last": ("lora_nf4.cu", "chunk * GROUP < left ? 16 : 0", "16", "address"),
-    "columns of y past the last": ("lora_nf4.cu", "    if (n0 + c >= g.n) continue;\n", "", "address"),
+    "columns of codes past the last": (
+        "lora_nf4.cu",
+        "chunk * GROUP < left ? 16 : 0",
+        "16",
+        "address",
+    ),
+    "columns of y past the last": (
+        "lora_nf4.cu",
+        "    if (n0 + c >= g.n) continue;\n",
+        "",
+        "address",
+    ),
     "one rounding of a scale": (
         "nf4.cuh",
         "__fadd_rn(__fmul_rn(nested_table[scale.code], scale.value), offset)",
         "fmaf(nested_table[scale.code], scale.value, offset)",
         "plain",
     ),
-    "fragments and pieces that nobody waits for": ("dora.cu", "    wait_copies<S::STAGES - 2>();\n", "", "plain"),
+    "fragments and pieces that nobody waits for": (
+        "dora.cu",
+        "    wait_copies<S::STAGES - 2>();\n",
+        "",
+        "plain",
+    ),
     "barrier missing in the loop over fragments": (
         "dora_mma.cu",
         "wait_copies<STAGES - 2>();\n      __syncthreads();",
@@ -173,8 +228,18 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "  allow_launch_behind();",
         "plain",
     ),
-    "ranks and rows of a fragment swapped": ("dora.cu", "(left ? i / 2 : i % 2) * 8", "i % 2 * 8", "plain"),
-    "the scales of the tile before": ("dora.cu", "fetch_scales(tile + 1)", "fetch_scales(tile)", "plain"),
+    "ranks and rows of a fragment swapped": (
+        "dora.cu",
+        "(left ? i / 2 : i % 2) * 8",
+        "i % 2 * 8",
+        "plain",
+    ),
+    "the scales of the tile before": (
+        "dora.cu",
+        "fetch_scales(tile + 1)",
+        "fetch_scales(tile)",
+        "plain",
+    ),
     "rows of pieces past the last": (
         "dora.cuh",
         "column >= g.k || row + (F == Form::transposed ? 0 : i) >= g.n",
@@ -182,7 +247,12 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
         "address",
     ),
     "the approximate reciprocal": ("nf4.cu", "__frcp_rn(", "__fdividef(1.001f, ", "plain"),
-    "elements past the last quantized": ("nf4.cu", "if (at + 8 <= size) return", "return", "address"),
+    "elements past the last quantized": (
+        "nf4.cu",
+        "if (at + 8 <= size) return",
+        "return",
+        "address",
+    ),
 }
 
 LAW = """
@@ -221,7 +291,12 @@ for schedule in SCHEDULES if kind == "plain" else SCHEDULES[:1]:
 if emulator.counts()["conflicts"]:
     sys.exit("conflicts")
 """
-NOTICED = {"plain": "", "conflicts": "conflicts", "address": "AddressSanitizer", "thread": "ThreadSanitizer: data race"}
+NOTICED = {
+    "plain": "",
+    "conflicts": "conflicts",
+    "address": "AddressSanitizer",
+    "thread": "ThreadSanitizer: data race",
+}
 
 
 def run(folder, kind, *forms):

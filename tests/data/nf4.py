@@ -40,11 +40,19 @@ def main():
     found = []
     for shape, block, kind, double, dtype in CASES:
         w = weight(shape, dtype)
-        codes, state = bnb.quantize_4bit(w, blocksize=block, quant_type=kind, compress_statistics=double)
+        codes, state = bnb.quantize_4bit(
+            w, blocksize=block, quant_type=kind, compress_statistics=double
+        )
         scales = [state.absmax]
         if double:
             scales += [state.state2.absmax, state.offset]
-        found.append([text(codes), [text(t.flatten()) for t in scales], digest(bnb.dequantize_4bit(codes, state))])
+        found.append(
+            [
+                text(codes),
+                [text(t.flatten()) for t in scales],
+                digest(bnb.dequantize_4bit(codes, state)),
+            ]
+        )
     Path(__file__).with_suffix(".json").write_text(json.dumps(found) + "\n")
 
 

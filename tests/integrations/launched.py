@@ -16,7 +16,9 @@ import peftops
 def start(method):
     """A sharded model and its optimizer; the plugin reads what the launcher made of its configuration."""
     plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2 and "transformer" in plugin.auto_wrap_policy.__name__, plugin
+    assert plugin.fsdp_version == 2 and "transformer" in plugin.auto_wrap_policy.__name__, (
+        plugin
+    )
     model = by_accelerate(peftops.patch(pair(method, lora_dropout=0.3)[1]), plugin)
     return model, adam(model)
 

@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from accelerate.utils.fsdp_utils import (
     fsdp2_prepare_model,
     load_fsdp_model,
@@ -31,7 +36,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import peftops
 from peftops.integrations.peft import lora_layers, mlp
@@ -79,9 +88,13 @@ def adam(model):
 
 def by_accelerate(model, plugin=None):
     """As accelerate wraps for FSDP2, which on a CPU its Accelerator refuses to."""
-    plugin = plugin or FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin = plugin or FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+    )
     state = SimpleNamespace(fsdp_plugin=plugin)
-    return fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model)
+    return fsdp2_prepare_model(
+        SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model
+    )
 
 
 def by_blocks(model, **options):
@@ -101,7 +114,11 @@ def by_parts(model):
 
 def ranked():
     """What a launcher tells accelerate."""
-    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
+    os.environ |= {
+        "RANK": str(dist.get_rank()),
+        "LOCAL_RANK": str(dist.get_rank()),
+        "WORLD_SIZE": "2",
+    }
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
 
 
@@ -137,8 +154,15 @@ def assert_trains_alike(method, wrap, **config):
     one = peftops.patch(one)
     two = wrap(peftops.patch(two))
     expected, losses = steps(one, adam(one)), steps(two, adam(two))
-    assert torch.equal(torch.stack(losses), torch.stack(expected)), (method, wrap, losses, expected)
-    assert all(torch.equal(whole(p), q) for p, q in zip(trained(two), trained(one), strict=True)), (method, wrap)
+    assert torch.equal(torch.stack(losses), torch.stack(expected)), (
+        method,
+        wrap,
+        losses,
+        expected,
+    )
+    assert all(
+        torch.equal(whole(p), q) for p, q in zip(trained(two), trained(one), strict=True)
+    ), (method, wrap)
 
 
 def each(wrap, orders=(True, False)):
@@ -193,14 +217,22 @@ def saved(rank):
     for method in METHODS:
         _, one = pair(method)
         two, later = copy.deepcopy(one), copy.deepcopy(one)
-        one, two, later = peftops.patch(one), *(by_accelerate(peftops.patch(model)) for model in (two, later))
+        one, two, later = (
+            peftops.patch(one),
+            *(by_accelerate(peftops.patch(model)) for model in (two, later)),
+        )
         optimizer, other = adam(two), adam(later)
         steps(one, adam(one)), steps(two, optimizer)
-        state = get_model_state_dict(two, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state = get_model_state_dict(
+            two, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if rank == 0:
             one.save_pretrained(folder / "one")
             two.save_pretrained(folder / "two", state_dict=state)
-            files = [(folder / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+            files = [
+                (folder / name / "adapter_model.safetensors").read_bytes()
+                for name in ("one", "two")
+            ]
             assert files[0] == files[1], method
         save(two, optimizer, folder / method)
         load(later, other, folder / method)
@@ -208,7 +240,9 @@ def saved(rank):
 
 
 def save(model, optimizer, folder):
-    dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
+    dcp.save(
+        dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder
+    )
 
 
 def load(model, optimizer, folder):
@@ -221,7 +255,9 @@ def as_launched(**options):
     """As under `accelerate launch`; on a CPU an Accelerator's state knows no FSDP, though its code works there."""
     ranked()
     accelerator = Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options
+    )
     accelerator.state.fsdp_plugin = plugin
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     return accelerator, plugin
@@ -230,12 +266,17 @@ def as_launched(**options):
 def checkpoints(rank):
     """What Trainer calls for its checkpoints, which are of adapters alone, and for an adapter to keep."""
     losses = {}
-    for form, whole, methods in (("sharded_state_dict", False, METHODS), ("full_state_dict", True, ("lora", "dora"))):
+    for form, whole, methods in (
+        ("sharded_state_dict", False, METHODS),
+        ("full_state_dict", True, ("lora", "dora")),
+    ):
         accelerator, plugin = as_launched(state_dict_type=form, cpu_ram_efficient_loading=whole)
         for method in methods:
             folder = Path(sys.argv[2]) / f"{form} {method}"
             models = [peftops.patch(pair(method)[1]) for _ in range(2)]
-            (one, first), (two, second) = (accelerator.prepare(model, adam(model)) for model in models)
+            (one, first), (two, second) = (
+                accelerator.prepare(model, adam(model)) for model in models
+            )
             found = steps(one, first)
             assert losses.setdefault(method, found) == found
             save_fsdp_model(plugin, accelerator, one, folder, adapter_only=True)
@@ -243,16 +284,27 @@ def checkpoints(rank):
             load_fsdp_model(plugin, accelerator, two, folder, adapter_only=True)
             load_fsdp_optimizer(plugin, accelerator, second, two, folder, adapter_only=True)
             assert steps(two, second) == steps(one, first), (form, method)
-            kept = [get_peft_model_state_dict(model, accelerator.get_state_dict(model)) for model in (one, two)]
-            assert kept[0].keys() == kept[1].keys() and all(map(torch.equal, *(state.values() for state in kept)))
+            kept = [
+                get_peft_model_state_dict(model, accelerator.get_state_dict(model))
+                for model in (one, two)
+            ]
+            assert kept[0].keys() == kept[1].keys() and all(
+                map(torch.equal, *(state.values() for state in kept))
+            )
             accelerator.free_memory()
 
 
 LAYERS = "base_model.model.model.layers.*.mlp"
 GATHERED = ColwiseParallel(output_layouts=Replicate())
 PLANS = {  # what is split over ranks, and what calls count as
-    "the base": ({f"{LAYERS}.up_proj.base_layer": GATHERED}, {"fused": 12, "fused, base's own product": 2}),
-    "an adapter": ({f"{LAYERS}.up_proj.lora_B.default": GATHERED}, {"fused": 12, "hooks on a part": 2}),
+    "the base": (
+        {f"{LAYERS}.up_proj.base_layer": GATHERED},
+        {"fused": 12, "fused, base's own product": 2},
+    ),
+    "an adapter": (
+        {f"{LAYERS}.up_proj.lora_B.default": GATHERED},
+        {"fused": 12, "hooks on a part": 2},
+    ),
     "both": (
         {
             f"{LAYERS}.{name}": style()
@@ -274,12 +326,17 @@ def fallbacks(rank):
         assert_law(method, by_parts, True, True, calls="adapter layer is not nn.Linear")
     model = peftops.patch(pair("lora")[1])
     fully_shard(model.base_model.model.model.layers[1].mlp.up_proj)
-    with pytest.raises(ValueError, match=r"unpatch: .*1.mlp.up_proj has been made a FSDPFusedLinear since patch"):
+    with pytest.raises(
+        ValueError,
+        match=r"unpatch: .*1.mlp.up_proj has been made a FSDPFusedLinear since patch",
+    ):
         peftops.unpatch(model)
     assert peftops.report(model).fused == 14
     model = mlp.fuse(peftops.patch(pair("lora")[1]))
     fully_shard(model.base_model.model.model.layers[1].mlp)
-    with pytest.raises(ValueError, match=r"unpatch: .*1.mlp has been made a FSDPFusedLlamaMLP since patch"):
+    with pytest.raises(
+        ValueError, match=r"unpatch: .*1.mlp has been made a FSDPFusedLlamaMLP since patch"
+    ):
         peftops.unpatch(model)
     for name, (plan, calls) in PLANS.items():
         for first in (True, False):

@@ -48,27 +48,58 @@ MODELS = {  # model class: config class, its options
     "Gemma3ForCausalLM": ("Gemma3TextConfig", SLIDING),
     "Gemma4ForCausalLM": (
         "Gemma4TextConfig",
-        SLIDING | {"global_head_dim": 16, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
+        SLIDING
+        | {
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+        },
     ),
     "MistralForCausalLM": ("MistralConfig", GROUPED),
     "Phi3ForCausalLM": ("Phi3Config", GROUPED),
-    "GptOssForCausalLM": ("GptOssConfig", HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "GptOssForCausalLM": (
+        "GptOssConfig",
+        HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "DeepseekV3ForCausalLM": ("DeepseekV3Config", SMALL | MOE | LATENT),
     "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
     "GPT2LMHeadModel": (
         "GPT2Config",
-        {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "vocab_size": 64,
+            "resid_pdrop": 0,
+            "embd_pdrop": 0,
+            "attn_pdrop": 0,
+        },
     ),
     "T5ForConditionalGeneration": (
         "T5Config",
-        {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "dropout_rate": 0.0}
+        {
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 2,
+            "vocab_size": 64,
+            "dropout_rate": 0.0,
+        }
         | {"decoder_start_token_id": 0},
     ),
     "BertForSequenceClassification": ("BertConfig", SMALL | UNDROPPED),
     "ViTForImageClassification": ("ViTConfig", SMALL | UNDROPPED | IMAGE),
-    "LlavaForConditionalGeneration": ("LlavaConfig", {"image_token_index": 63, "image_seq_length": 4}),
+    "LlavaForConditionalGeneration": (
+        "LlavaConfig",
+        {"image_token_index": 63, "image_seq_length": 4},
+    ),
 }
-EXPERTS = {"Qwen3NextForCausalLM", "DeepseekV3ForCausalLM", "MixtralForCausalLM"}  # whose adapters PEFT makes too
+EXPERTS = {
+    "Qwen3NextForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "MixtralForCausalLM",
+}  # whose adapters PEFT makes too
 
 
 def options_of(name, options):
@@ -92,14 +123,23 @@ def build(name):
     base = getattr(transformers, name)(config)
     base.set_experts_implementation("eager")  # the others know no float64
     model = adapted(base, target_modules="all-linear")
-    for key, p in model.named_parameters():  # no near-zero gradients, of which only noise would be compared
+    for (
+        key,
+        p,
+    ) in (
+        model.named_parameters()
+    ):  # no near-zero gradients, of which only noise would be compared
         if "norm" not in key and "ln_" not in key:
             torch.nn.init.normal_(p, std=1.0 if "embed" in key or "wte" in key else 0.1)
     return model
 
 
 def inputs_of(name):
-    pixels, tokens, labels = torch.randn(2, 3, 16, 16), TOKENS.clamp(3, 62), torch.tensor([0, 1])
+    pixels, tokens, labels = (
+        torch.randn(2, 3, 16, 16),
+        TOKENS.clamp(3, 62),
+        torch.tensor([0, 1]),
+    )
     if name.startswith("ViT"):
         return {"pixel_values": pixels, "labels": labels}
     if name.startswith("Bert"):
@@ -117,7 +157,9 @@ def step(model, inputs):
     inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
     loss = model(**inputs).loss
     loss.backward()
-    return {"loss": loss.detach()} | {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {
+        key: p.grad for key, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -125,9 +167,15 @@ def test_every_layer_is_fused_and_a_step_is_stock(name):
     """But those of experts and of their routers, whose weights are in no nn.Linear."""
     model, inputs = build(name), inputs_of(name)
     patched = peftops.patch(copy.deepcopy(model))
-    exact, same, out = step(exactly(model), inputs), orders(lambda: step(model, inputs)), step(patched, inputs)
+    exact, same, out = (
+        step(exactly(model), inputs),
+        orders(lambda: step(model, inputs)),
+        step(patched, inputs),
+    )
     assert list(out) == list(same[0]) and sum("lora_" in key for key in out) >= 8
-    assert error(out.values(), exact.values()) <= chain_bound([draw.values() for draw in same], exact.values())
+    assert error(out.values(), exact.values()) <= chain_bound(
+        [draw.values() for draw in same], exact.values()
+    )
     kinds = Counter(type(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
     experts, report = kinds.pop(ParamWrapper, 0), peftops.report(patched)
     assert (report.fused, set(report.calls)) == (kinds.pop(Linear), {"fused"}) and not kinds

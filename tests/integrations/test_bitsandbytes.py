@@ -9,7 +9,12 @@ bnb = pytest.importorskip("bitsandbytes")
 from peftops.integrations import bitsandbytes as integration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FORMATS = [(kind, double, block) for kind in ("nf4", "fp4") for double in (True, False) for block in (64, 128)]
+FORMATS = [
+    (kind, double, block)
+    for kind in ("nf4", "fp4")
+    for double in (True, False)
+    for block in (64, 128)
+]
 
 
 @pytest.fixture
@@ -37,7 +42,9 @@ def bodies(monkeypatch):
 
 
 def quantized(w, kind, double, block):
-    return bnb.functional.quantize_4bit(w, quant_type=kind, compress_statistics=double, blocksize=block)
+    return bnb.functional.quantize_4bit(
+        w, quant_type=kind, compress_statistics=double, blocksize=block
+    )
 
 
 def bits(codes, state):
@@ -54,14 +61,20 @@ def test_quantizes_and_dequantizes_the_same_bits(kind, double, block, dtype, bod
     try:
         codes, state = quantized(w, kind, double, block)
         out = bits(codes, state)
-        assert list(out) == list(expected) and all(torch.equal(out[key], expected[key]) for key in out)
+        assert list(out) == list(expected) and all(
+            torch.equal(out[key], expected[key]) for key in out
+        )
         assert torch.equal(bnb.functional.dequantize_4bit(codes, state), back)
         given = torch.empty_like(back)
         bnb.functional.dequantize_4bit(codes, state, out=given)
         assert torch.equal(given, back)
     finally:
         integration.disable()
-    assert bodies["quantize_4bit"] == 1 and bodies["dequantize_4bit"] >= 1 and bodies["dequantize_4bit.out"] == 1
+    assert (
+        bodies["quantize_4bit"] == 1
+        and bodies["dequantize_4bit"] >= 1
+        and bodies["dequantize_4bit.out"] == 1
+    )
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
@@ -78,7 +91,9 @@ def layer(dtype, double=True):
     torch.manual_seed(0)
     linear = torch.nn.Linear(128, 96, dtype=dtype)
     made = bnb.nn.Linear4bit(128, 96, compute_dtype=dtype)
-    made.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", compress_statistics=double).to("cpu")
+    made.weight = bnb.nn.Params4bit(
+        linear.weight.data, quant_type="nf4", compress_statistics=double
+    ).to("cpu")
     made.bias = linear.bias
     return made
 
@@ -98,7 +113,9 @@ def test_linear4bit_trains(dtype, double, rows, bodies):
     module, x = layer(dtype, double), torch.randn(rows, 128, dtype=dtype)
     same = trained(module, x)
     wide = torch.nn.Linear(128, 96, dtype=torch.float64)
-    wide.weight.data = bnb.functional.dequantize_4bit(module.weight, module.weight.quant_state).double()
+    wide.weight.data = bnb.functional.dequantize_4bit(
+        module.weight, module.weight.quant_state
+    ).double()
     wide.bias.data = module.bias.data.double()
     exact = trained(wide, x.double())
     integration.enable()
@@ -145,7 +162,9 @@ def test_the_ops_stand_their_checks(enabled):
     codes, absmax = torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8)
     checks = "test_schema", "test_faketensor"
     ops = torch.ops.bitsandbytes
-    torch.library.opcheck(ops.quantize_4bit.default, (w, 64, "nf4", torch.uint8), test_utils=checks)
+    torch.library.opcheck(
+        ops.quantize_4bit.default, (w, 64, "nf4", torch.uint8), test_utils=checks
+    )
     args = codes, absmax, 64, "nf4", [32, 64], torch.float32
     torch.library.opcheck(ops.dequantize_4bit.default, args, test_utils=checks)
     args = torch.randn(3, 64), codes, [32, 64], absmax, 64, "nf4"

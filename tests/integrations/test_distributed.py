@@ -26,14 +26,24 @@ def test_on_two_ranks(case, tmp_path):
 
 def launch(folder, *args):
     """Two ranks under accelerate's launcher, with README's configuration, on the machine's best kernels."""
-    (config,) = re.findall(r"^```yaml\n(# fsdp2.yaml\n.*?)^```$", README.read_text(), re.M | re.S)
+    (config,) = re.findall(
+        r"^```yaml\n(# fsdp2.yaml\n.*?)^```$", README.read_text(), re.M | re.S
+    )
     (folder / "fsdp2.yaml").write_text(config)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp2.yaml")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(folder / "fsdp2.yaml"),
+    ]
     script = [str(Path(__file__).with_name("launched.py")), str(folder), *args]
     port = "29" + str(os.getpid() % 1000).zfill(3)
     options = ["--num_processes", "2", "--main_process_port", port]
     env = os.environ | {"PYTHONPATH": ranks.python_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, *options, *script], capture_output=True, text=True, timeout=200, env=env)
+    return subprocess.run(
+        [*launcher, *options, *script], capture_output=True, text=True, timeout=200, env=env
+    )
 
 
 def test_a_rank_that_is_killed_ends_the_other_and_training_goes_on(tmp_path):

@@ -25,7 +25,10 @@ from peftops.integrations.peft import OWN, Fused
 from peftops.integrations.peft import plan as planning
 from peftops.integrations.peft.layer import HOMES, WIDENING
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 K, N = 16, 24
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 QUANTIZERS = {
@@ -46,7 +49,9 @@ class Quantized(nn.Module):
         self.computes = computes
 
     def forward(self, x):
-        with torch.autocast("cpu", BF16, enabled=torch.is_autocast_enabled("cpu") and self.computes is None):
+        with torch.autocast(
+            "cpu", BF16, enabled=torch.is_autocast_enabled("cpu") and self.computes is None
+        ):
             x = x.to(self.computes or x.dtype)
             return nn.functional.linear(x, self.qweight.to(x.dtype) / 512)
 
@@ -88,7 +93,9 @@ def stock_class(name, monkeypatch):
 def lora(kind, base, dtype=FP32, **config):
     """A model of one layer of PEFT's class `kind`."""
     config = peft.LoraConfig(init_lora_weights=False, **config)
-    return Net(kind(base.requires_grad_(False), "default", config=config, r=4, lora_alpha=6).to(dtype))
+    return Net(
+        kind(base.requires_grad_(False), "default", config=config, r=4, lora_alpha=6).to(dtype)
+    )
 
 
 def base_of(name, computes=None):
@@ -150,25 +157,36 @@ def test_is_stock_peft(name, case, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Linear", "AqlmLoraLinear", "AwqLoraLinear", "Linear8bitLt"])
 def test_a_bias_of_the_adapter(name, monkeypatch):
-    assert_law(lora(stock_class(name, monkeypatch), Quantized(), lora_bias=True), torch.randn(70, K))
+    assert_law(
+        lora(stock_class(name, monkeypatch), Quantized(), lora_bias=True), torch.randn(70, K)
+    )
 
 
 @pytest.mark.parametrize("name", ["Linear", *HOMES])
 def test_dtype_where_a_gpu_runs_autocast(name, monkeypatch):
     """Asked without a device, as some of PEFT's layers ask, torch tells of CUDA's autocast."""
     asks = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asks(*(device or ["cpu"])))
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda *device: asks(*(device or ["cpu"]))
+    )
     model, x = lora(stock_class(name, monkeypatch), base_of(name, FP16)), torch.randn(70, K)
     if name == "TorchaoLoraLinear":
         model.lin.base_layer = Quantized(FP16)
     assert_law(model, x, BF16)
-    assert pass_of(peftops.patch(model), x, BF16)[0].dtype is (FP32 if name in WIDENING else FP16)
+    assert pass_of(peftops.patch(model), x, BF16)[0].dtype is (
+        FP32 if name in WIDENING else FP16
+    )
 
 
 def int8(dtype):
     bnb = pytest.importorskip("bitsandbytes")
-    linear, layer = nn.Linear(K, N, dtype=dtype), bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
-    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False).to("cpu")
+    linear, layer = (
+        nn.Linear(K, N, dtype=dtype),
+        bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False),
+    )
+    layer.weight = bnb.nn.Int8Params(
+        linear.weight.data, requires_grad=False, has_fp16_weights=False
+    ).to("cpu")
     layer.bias = linear.bias
     return layer
 
@@ -183,7 +201,9 @@ def torchao_int8(dtype):
 def hqq(dtype):
     core = pytest.importorskip("hqq.core.quantize")
     config = core.BaseQuantizeConfig(nbits=4, group_size=8)
-    return core.HQQLinear(nn.Linear(K, N).requires_grad_(False), config, compute_dtype=dtype, device="cpu")
+    return core.HQQLinear(
+        nn.Linear(K, N).requires_grad_(False), config, compute_dtype=dtype, device="cpu"
+    )
 
 
 INSTALLED = {"Linear8bitLt": int8, "TorchaoLoraLinear": torchao_int8, "HqqLoraLinear": hqq}
@@ -281,7 +301,9 @@ def test_copies_pickles_and_undoes(name, monkeypatch):
     assert isinstance(model.lin, Fused) and type(peftops.unpatch(model).lin) is kind
 
 
-@pytest.mark.parametrize("name", ["EetqLoraLinear", "GPTQLoraLinear", "IncLoraLinear", "TeLinear"])
+@pytest.mark.parametrize(
+    "name", ["EetqLoraLinear", "GPTQLoraLinear", "IncLoraLinear", "TeLinear"]
+)
 def test_merging_is_pefts_own(name, monkeypatch):
     model, refusals = lora(stock_class(name, monkeypatch), Quantized()), []
     for each in (model, peftops.patch(copy.deepcopy(model))):

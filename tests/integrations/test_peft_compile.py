@@ -26,7 +26,12 @@ def fresh():
 
 
 def ops_of(graphs):
-    return [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    return [
+        node.target
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+    ]
 
 
 def captured(model, *args):
@@ -47,8 +52,14 @@ def captured(model, *args):
 def test_no_more_graph_breaks_than_stock(kind):
     stock = tiny(kind, lora_dropout=0.1, lora_bias=True)
     patched = peftops.patch(copy.deepcopy(stock))
-    before, after = (torch._dynamo.explain(model)(input_ids=TOKENS, labels=TOKENS) for model in (stock, patched))
-    assert (after.graph_count, after.graph_break_count) == (before.graph_count, before.graph_break_count)
+    before, after = (
+        torch._dynamo.explain(model)(input_ids=TOKENS, labels=TOKENS)
+        for model in (stock, patched)
+    )
+    assert (after.graph_count, after.graph_break_count) == (
+        before.graph_count,
+        before.graph_break_count,
+    )
 
 
 def test_the_compiled_graph_holds_the_fused_ops():
@@ -87,7 +98,11 @@ def test_changing_scaling_recompiles_at_most_once():
         ):
             assert error(ours, truth) <= chain_bound(draws, truth)
     assert counter.frame_count <= 2, counter.frame_count
-    assert all(isinstance(layer, FusedLinear) for name, layer in patched.named_modules() if name.endswith("_proj"))
+    assert all(
+        isinstance(layer, FusedLinear)
+        for name, layer in patched.named_modules()
+        if name.endswith("_proj")
+    )
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -95,14 +110,19 @@ def test_changing_scaling_recompiles_at_most_once():
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_exported_equals_stock(use_dora, nf4, strict):
     """For any number of rows, in ATen's operations; strictly too, where dynamo cannot follow PEFT's own DoRA."""
-    stock, sizes = single(use_dora=use_dora).eval(), ({0: torch.export.Dim("m", min=2, max=4096)},)
+    stock, sizes = (
+        single(use_dora=use_dora).eval(),
+        ({0: torch.export.Dim("m", min=2, max=4096)},),
+    )
     patched = copy.deepcopy(stock)
     if nf4:
         layers = [model.base_model.model.lin for model in (stock, patched)]
         layers[1].base_layer = LinearNF4.from_linear(layers[1].base_layer)
         layers[0].base_layer.weight.data = layers[1].base_layer.dequantize()
     net = peftops.patch(patched).base_model.model
-    program = torch.export.export(net, (torch.randn(6, 16),), dynamic_shapes=sizes, strict=strict)
+    program = torch.export.export(
+        net, (torch.randn(6, 16),), dynamic_shapes=sizes, strict=strict
+    )
     assert {op.namespace for op in ops_of([program])} == {"aten"}
     assert program.graph_signature.buffers_to_mutate == {}
     for m in (2, 64, 65):

@@ -16,7 +16,10 @@ from tiny import METHODS, exactly, install_our_mask, pair
 import peftops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MANY, FEW = (3, 6, 3), (2,)  # sizes of a batch, times 24 tokens; of 1 torch itself makes a graph of its own
+MANY, FEW = (
+    (3, 6, 3),
+    (2,),
+)  # sizes of a batch, times 24 tokens; of 1 torch itself makes a graph of its own
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,11 @@ def step(block, x):
     torch.manual_seed(1)
     y = block(x)
     y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad.clone() for p in block.parameters() if p.grad is not None),
+    ]
 
 
 @pytest.mark.parametrize("method, p", [*zip(METHODS, (0.3, 0.0, 0.3, 0.0), strict=True)])
@@ -58,7 +65,9 @@ def test_one_graph_for_all_batch_sizes(method, p, monkeypatch):
     for size in MANY + FEW if p else MANY:  # few rows are another op where nothing is dropped
         x = torch.randn(size, 24, 32)
         out, right = step(compiled, x), step(exact, x.double())
-        for ours, truth, *draws in zip(out, right, *orders(partial(step, stock, x)), strict=True):
+        for ours, truth, *draws in zip(
+            out, right, *orders(partial(step, stock, x)), strict=True
+        ):
             assert error(ours, truth) <= chain_bound(draws, truth)
     assert counter.frame_count == 1 and peftops.report(model).calls == {}
 
@@ -78,5 +87,10 @@ def graphs(model):
 @pytest.mark.parametrize("method", ["lora", "qdora"])
 def test_adapters_that_take_turns_compile_no_more_than_stock(method):
     """Stock of LoRA, since stock of DoRA is many graphs."""
-    expected, found = graphs(pair("lora")[0]), graphs(peftops.patch(pair(method)[1], strict=True))
-    assert all(a <= b for a, b in zip(found, expected, strict=True)) and found[-1] == found[2], (found, expected)
+    expected, found = (
+        graphs(pair("lora")[0]),
+        graphs(peftops.patch(pair(method)[1], strict=True)),
+    )
+    assert (
+        all(a <= b for a, b in zip(found, expected, strict=True)) and found[-1] == found[2]
+    ), (found, expected)

@@ -31,7 +31,11 @@ def dora(kind="llama", dtype=torch.float32, **options):
 
 
 def gains(model):
-    return {name: module.gain for name, module in model.named_modules() if "gain" in vars(module).get("_buffers", {})}
+    return {
+        name: module.gain
+        for name, module in model.named_modules()
+        if "gain" in vars(module).get("_buffers", {})
+    }
 
 
 def assert_law(model, **options):
@@ -71,7 +75,9 @@ def net(kind):
             base[i].load_state_dict(old.state_dict())
         base = base.to("cpu")
     model = adapted(base, target_modules=["0", "2"], use_dora=True)
-    if kind == "LinearNF4":  # stock PEFT knows no such layer when it makes its own, only to read its weight
+    if (
+        kind == "LinearNF4"
+    ):  # stock PEFT knows no such layer when it makes its own, only to read its weight
         for i in ("0", "2"):
             layer = model.base_model.model[int(i)]
             layer.base_layer = LinearNF4.from_linear(layer.base_layer)
@@ -83,7 +89,10 @@ def net(kind):
 def twenty(model, dtype):
     """Losses, and parameters after twenty steps of Adam"""
     generator = torch.Generator().manual_seed(1)
-    x, target = torch.randn(70, 64, generator=generator), torch.randn(70, 32, generator=generator)
+    x, target = (
+        torch.randn(70, 64, generator=generator),
+        torch.randn(70, 32, generator=generator),
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.SGD(parameters, 0.05), []
     torch.manual_seed(2)
@@ -121,7 +130,10 @@ def in_double(model):
         if type(base) is not nn.Linear:
             weight = peft.utils.integrations.dequantize_module_weight(base)
             layer.base_layer = nn.Linear(base.in_features, base.out_features)
-            layer.base_layer.weight.data, layer.base_layer.bias.data = weight.float(), base.bias.data.float()
+            layer.base_layer.weight.data, layer.base_layer.bias.data = (
+                weight.float(),
+                base.bias.data.float(),
+            )
             layer.base_layer.requires_grad_(False)
     return model.double()
 
@@ -155,7 +167,9 @@ def test_a_trained_base_is_pefts_own():
         assert torch.equal(model(x), stock(x))
         model(x).sum().backward()
         optimizer.step()
-        assert base.weight.grad.any() and set(peftops.report(model).calls) == {"base weight is trained"}
+        assert base.weight.grad.any() and set(peftops.report(model).calls) == {
+            "base weight is trained"
+        }
         base.requires_grad_(False)
         peftops.refresh(model)
         with checked_norms():
@@ -165,18 +179,25 @@ def test_a_trained_base_is_pefts_own():
 
 def test_unpatch_leaves_nothing():
     model = dora()
-    before = {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
+    before = {
+        name: (type(module), dict(vars(module))) for name, module in model.named_modules()
+    }
     buffers = [name for name, _ in model.named_buffers()]
     assert gains(peftops.patch(model, strict=True))
     peftops.unpatch(model)
-    assert {name: (type(module), dict(vars(module))) for name, module in model.named_modules()} == before
+    assert {
+        name: (type(module), dict(vars(module))) for name, module in model.named_modules()
+    } == before
     assert [name for name, _ in model.named_buffers()] == buffers
 
 
 def test_another_adapter_after_patch():
     """Each has its norm."""
     model, x, found = peftops.patch(net("dense")), torch.randn(70, 64), []
-    model.add_adapter("other", peft.LoraConfig(r=3, use_dora=True, target_modules=["0", "2"], init_lora_weights=False))
+    model.add_adapter(
+        "other",
+        peft.LoraConfig(r=3, use_dora=True, target_modules=["0", "2"], init_lora_weights=False),
+    )
     stock = peftops.unpatch(copy.deepcopy(model))
     for name in ("other", "default", "other"):
         model.set_adapter(name)
@@ -214,14 +235,21 @@ def test_embeddings_and_convolutions_are_pefts_own():
     base = nn.Sequential()
     base.add_module("emb", nn.Embedding(20, 16))
     base.add_module("lin", nn.Linear(16, 24))
-    convolution = adapted(nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv2d(1, 2, 1)), target_modules=["0"], use_dora=True)
+    convolution = adapted(
+        nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv2d(1, 2, 1)),
+        target_modules=["0"],
+        use_dora=True,
+    )
     model = adapted(base, target_modules=["emb", "lin"], use_dora=True)
     x = torch.arange(12).view(2, 6)
     expected, image = model(x), torch.randn(2, 4, 9)
     got = peftops.patch(model)(x)
     exact = exactly(peftops.unpatch(copy.deepcopy(model)))(x)
     assert error(got, exact) <= bound(expected, exact)
-    assert str(peftops.report(model)).startswith("1/2 LoRA layers fused") and peftops.report(model).reasons
+    assert (
+        str(peftops.report(model)).startswith("1/2 LoRA layers fused")
+        and peftops.report(model).reasons
+    )
     first = convolution.base_model.model[0]
     same = first(image)
     peftops.patch(convolution)
@@ -252,11 +280,18 @@ def test_a_magnitude_that_a_trainer_casts():
 
 
 def test_from_config_and_from_peft():
-    config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=0.1, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_dora=True, lora_dropout=0.1, init_lora_weights=False
+    )
     torch.manual_seed(5)
     base = nn.Linear(64, 48)
     torch.manual_seed(7)
-    theirs = adapted(nn.Sequential(copy.deepcopy(base)), target_modules=["0"], use_dora=True, lora_dropout=0.1)
+    theirs = adapted(
+        nn.Sequential(copy.deepcopy(base)),
+        target_modules=["0"],
+        use_dora=True,
+        lora_dropout=0.1,
+    )
     theirs = theirs.base_model.model[0]
     torch.manual_seed(7)
     ours = LoRALinear.from_config(copy.deepcopy(base), config)

@@ -44,7 +44,9 @@ def part(model, name):
 
 def several(model):
     torch.manual_seed(0)
-    model.add_adapter("other", peft.LoraConfig(r=3, init_lora_weights=False, target_modules=["lin"]))
+    model.add_adapter(
+        "other", peft.LoraConfig(r=3, init_lora_weights=False, target_modules=["lin"])
+    )
     model.base_model.set_adapter(["default", "other"])
 
 
@@ -103,7 +105,9 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
     "several active adapters": (several, plain),
     "no active adapter": (lambda model: lin(model).set_adapter([]), plain),
     "DoRA with a bias or hooks of its own": (
-        lambda model: part(model, "lora_magnitude_vector").register_forward_hook(lambda *args: None),
+        lambda model: part(model, "lora_magnitude_vector").register_forward_hook(
+            lambda *args: None
+        ),
         plain,
         {"use_dora": True},
     ),
@@ -113,7 +117,10 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
         plain,
         {"use_dora": True},
     ),
-    "adapter layer is not nn.Linear": (lambda model: turn_into(part(model, "lora_B"), Sub), plain),
+    "adapter layer is not nn.Linear": (
+        lambda model: turn_into(part(model, "lora_B"), Sub),
+        plain,
+    ),
     "dropout is AlphaDropout(p=0.3, inplace=False)": (
         lambda model: turn_into(part(model, "lora_dropout"), nn.AlphaDropout),
         plain,
@@ -126,18 +133,38 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
     ),
     "torch.func, forward-mode AD, tracing or export": (None, mapped),
     "base weight is trained": (lambda model: lin(model).base_layer.requires_grad_(), plain),
-    "dtype of x or of the base weight": (lambda model: model.double(), lambda model, x: model(x.double())),
+    "dtype of x or of the base weight": (
+        lambda model: model.double(),
+        lambda model, x: model(x.double()),
+    ),
     "x is not of the base weight's dtype": (None, lambda model, x: model(x.bfloat16())),
-    "dtype of the adapter": (lambda model: lin(model).lora_A.bfloat16() and lin(model).lora_B.bfloat16(), plain),
-    planning.FP16: (lambda model: lin(model).base_layer.half(), lambda model, x: model(x.half())),
+    "dtype of the adapter": (
+        lambda model: lin(model).lora_A.bfloat16() and lin(model).lora_B.bfloat16(),
+        plain,
+    ),
+    planning.FP16: (
+        lambda model: lin(model).base_layer.half(),
+        lambda model, x: model(x.half()),
+    ),
     "dtype of a bias": (
-        lambda model: setattr(lin(model).base_layer, "bias", nn.Parameter(torch.ones(24).half(), False)),
+        lambda model: setattr(
+            lin(model).base_layer, "bias", nn.Parameter(torch.ones(24).half(), False)
+        ),
         half_autocast,
     ),
-    "input casting disabled": (lambda model: lin(model).base_layer.bfloat16(), lambda m, x: uncast(m, x.bfloat16())),
-    "scaling is not a number": (lambda model: lin(model).scaling.update(default=torch.tensor(0.5)), plain),
+    "input casting disabled": (
+        lambda model: lin(model).base_layer.bfloat16(),
+        lambda m, x: uncast(m, x.bfloat16()),
+    ),
+    "scaling is not a number": (
+        lambda model: lin(model).scaling.update(default=torch.tensor(0.5)),
+        plain,
+    ),
     "ZeRO-3": (lambda model: setattr(part(model, "lora_A").weight, "ds_id", 0), plain),
-    "no kernels for meta": (lambda model: model.to("meta"), lambda model, x: model(x.to("meta"))),
+    "no kernels for meta": (
+        lambda model: model.to("meta"),
+        lambda model, x: model(x.to("meta")),
+    ),
     "tensors on different devices": (lambda model: lin(model).base_layer.to("meta"), plain),
 }
 RAISES = {
@@ -153,9 +180,15 @@ PARTS = {
 }
 HOOKS = {
     "forward hook": lambda module: module.register_forward_hook(double_output),
-    "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
-    "backward hook": lambda module: module.register_full_backward_hook(lambda m, gi, go: tuple(2 * g for g in gi)),
-    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda m, go: (2 * go[0],)),
+    "forward pre-hook": lambda module: module.register_forward_pre_hook(
+        lambda module, args: (2 * args[0],)
+    ),
+    "backward hook": lambda module: module.register_full_backward_hook(
+        lambda m, gi, go: tuple(2 * g for g in gi)
+    ),
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(
+        lambda m, go: (2 * go[0],)
+    ),
     "own forward": shadow_forward,
 }
 
@@ -207,7 +240,9 @@ def test_reason(reason):
 def test_hooks_on_a_part(name, hook):
     model = single(lora_dropout=0.3)
     plainly = outcome(copy.deepcopy(model), plain)
-    expected = assert_falls_back(model, lambda model: HOOKS[hook](PARTS[name](model)), plain, "hooks on a part")
+    expected = assert_falls_back(
+        model, lambda model: HOOKS[hook](PARTS[name](model)), plain, "hooks on a part"
+    )
     assert not all(map(same, plainly, expected))  # a hook that nobody calls would prove nothing
 
 
@@ -241,8 +276,12 @@ def test_forward_mode_ad_is_stock():
     for model in (stock, patched):
         with forward_ad.dual_level():
             found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))))
-    assert torch.equal(found[0].primal, found[1].primal) and torch.equal(found[0].tangent, found[1].tangent)
-    assert set(peftops.report(patched).calls) == {"torch.func, forward-mode AD, tracing or export"}
+    assert torch.equal(found[0].primal, found[1].primal) and torch.equal(
+        found[0].tangent, found[1].tangent
+    )
+    assert set(peftops.report(patched).calls) == {
+        "torch.func, forward-mode AD, tracing or export"
+    }
 
 
 def test_what_is_too_large_for_fp16_between_the_adapters():
@@ -264,7 +303,9 @@ def test_a_bias_that_is_a_buffer():
     base.register_buffer("bias", bias)
     patched, x = peftops.patch(copy.deepcopy(stock)), torch.randn(7, 16)
     exact = copy.deepcopy(stock).double()(x.double())
-    assert error(patched(x), exact) <= bound(stock(x), exact) and peftops.report(patched).calls == {"fused": 1}
+    assert error(patched(x), exact) <= bound(stock(x), exact) and peftops.report(
+        patched
+    ).calls == {"fused": 1}
 
 
 class Counting(ModelHook):
@@ -288,7 +329,11 @@ def test_hooks_of_accelerate_on_the_layer_itself(late):
     assert torch.equal(model(x), peftops.patch(copy.deepcopy(stock))(x)) and hook.calls == 1
     assert peftops.report(model).calls == {"fused": 1}
     peftops.unpatch(model)
-    assert torch.equal(model(x), stock(x)) and hook.calls == 2 and type(lin(model)) is type(lin(stock))
+    assert (
+        torch.equal(model(x), stock(x))
+        and hook.calls == 2
+        and type(lin(model)) is type(lin(stock))
+    )
 
 
 def test_a_forward_of_its_own_is_called_and_named():
@@ -306,7 +351,9 @@ def test_a_forward_of_its_own_is_called_and_named():
     assert peftops.report(patched).reasons == {"its forward was replaced": 1}
     patched(x)
     assert peftops.report(patched).fused == 1  # since it calls ours
-    with pytest.raises(ValueError, match=r"unpatch: .*lin has been given a forward of its own since patch"):
+    with pytest.raises(
+        ValueError, match=r"unpatch: .*lin has been given a forward of its own since patch"
+    ):
         peftops.unpatch(patched)
 
 
@@ -315,7 +362,9 @@ def test_every_reason_has_a_case():
     parts = planning.plan, planning.only_one, planning.dora_misfit
     parts += planning.parts_misfit, planning.misfit, planning.dtype_misfit
     source = "".join(map(inspect.getsource, parts))
-    constants = set(re.findall(r'return (?:Fallback\()?"([^"]+)"', source)) | {"extra arguments"}
+    constants = set(re.findall(r'return (?:Fallback\()?"([^"]+)"', source)) | {
+        "extra arguments"
+    }
     assert constants - set(CASES) == {
         "hooks on a part",
         "a tensor is not plain",
@@ -327,11 +376,15 @@ def test_every_reason_has_a_case():
 
 def test_dropout_that_is_not_active_is_fused():
     model = peftops.patch(single(lora_dropout=0.3)).eval()
-    assert model(torch.randn(3, 16)).isfinite().all() and peftops.report(model).calls == {"fused": 1}
+    assert model(torch.randn(3, 16)).isfinite().all() and peftops.report(model).calls == {
+        "fused": 1
+    }
 
 
 def test_warns_and_names_what_is_not_fused(caplog):
-    model = adapted(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), target_modules=["0", "1", "2"])
+    model = adapted(
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), target_modules=["0", "1", "2"]
+    )
     model.base_model.model[1].base_layer.weight.requires_grad_()
     peftops.patch(model)
     (record,) = (record for record in caplog.records if record.name == "peftops")

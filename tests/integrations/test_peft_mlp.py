@@ -31,13 +31,20 @@ class Gated(nn.Module):
 
     def __init__(self, k=K, n=N, kind=nn.Linear, act=nn.SiLU, **options):
         super().__init__()
-        self.w1, self.w2, self.w3, self.act = kind(n, k, **options), kind(k, n, **options), kind(k, n, **options), act()
+        self.w1, self.w2, self.w3, self.act = (
+            kind(n, k, **options),
+            kind(k, n, **options),
+            kind(k, n, **options),
+            act(),
+        )
 
     def forward(self, x):
         return self.w1(self.act(self.w3(x)) * self.w2(x))
 
 
-def gated(block=Gated, autocast_adapter_dtype=True, targets=("w1", "w2", "w3"), config=None, **options):
+def gated(
+    block=Gated, autocast_adapter_dtype=True, targets=("w1", "w2", "w3"), config=None, **options
+):
     """A LoRA model of one block under the name lin."""
     torch.manual_seed(0)
     net = Net(block(**options))
@@ -56,7 +63,9 @@ def assert_same_bits(model, x, autocast=None, mlps=None):
     """The model with its MLPs fused against the same by layers."""
     by_layers, whole = peftops.patch(copy.deepcopy(model)), fused(model)
     expected, out = pass_of(by_layers, x, autocast), pass_of(whole, x, autocast)
-    assert all(map(torch.equal, out, expected)) and [t.dtype for t in out] == [t.dtype for t in expected]
+    assert all(map(torch.equal, out, expected)) and [t.dtype for t in out] == [
+        t.dtype for t in expected
+    ]
     assert mlp.calls(whole) == (mlps or {FUSED: 1})
     assert peftops.report(whole).calls == peftops.report(by_layers).calls
 
@@ -103,14 +112,21 @@ def test_bases_and_rows(kind, autocast, rows):
 
 
 def test_what_needs_no_gradient_gets_none():
-    frozen = {"none": (), "up and down": ("w3",), "all but down": ("w1",), "all but gate": ("w2", "w3")}
+    frozen = {
+        "none": (),
+        "up and down": ("w3",),
+        "all but down": ("w1",),
+        "all but gate": ("w2", "w3"),
+    }
     for trained in frozen.values():
         by_layers, whole = peftops.patch(gated()), fused(gated())
         for x in (torch.randn(3, K), torch.randn(3, K, requires_grad=True)):
             grads = []
             for model in (by_layers, whole):
                 for name, parameter in model.named_parameters():
-                    parameter.requires_grad_("lora" in name and any(f".{w}." in name for w in trained))
+                    parameter.requires_grad_(
+                        "lora" in name and any(f".{w}." in name for w in trained)
+                    )
                     parameter.grad = None
                 x.grad, y = None, model(x)
                 assert y.requires_grad == (bool(trained) or x.requires_grad)
@@ -125,8 +141,12 @@ def test_what_needs_no_gradient_gets_none():
 def test_keeps_half_of_what_lies_between_the_layers(p):
     model, x = gated(config={"lora_dropout": p}), torch.randn(100, K)
     by_layers, whole = peftops.patch(copy.deepcopy(model)), fused(model)
-    before, after = (saved(each, lambda each=each: each(x).sum().backward()) for each in (by_layers, whole))
-    assert before - after == 2 * 100 * N * 4 and after >= 2 * 100 * N * 4  # silu and product; gate and up
+    before, after = (
+        saved(each, lambda each=each: each(x).sum().backward()) for each in (by_layers, whole)
+    )
+    assert (
+        before - after == 2 * 100 * N * 4 and after >= 2 * 100 * N * 4
+    )  # silu and product; gate and up
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -134,7 +154,9 @@ def test_checkpointing(reentrant):
     model = fused(tiny(lora_dropout=0.3))
     expected = step(model)
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
     out = step(model)
     assert torch.equal(out[0], expected[0]) and all(map(torch.equal, out[1], expected[1]))
     assert mlp.calls(model) == {FUSED: 6}
@@ -143,9 +165,14 @@ def test_checkpointing(reentrant):
 def test_backward_twice_and_nothing_kept_after():
     model = fused(gated())
     y = model(torch.randn(70, K)).sum()
-    grads = [torch.autograd.grad(y, list(mlp_of(model).w1.lora_A.parameters()), retain_graph=keep) for keep in (1, 0)]
+    grads = [
+        torch.autograd.grad(y, list(mlp_of(model).w1.lora_A.parameters()), retain_graph=keep)
+        for keep in (1, 0)
+    ]
     assert torch.equal(grads[0][0], grads[1][0])
-    assert not any("saved_tensors" in vars(part) for part in y.grad_fn.next_functions[0][0].parts)
+    assert not any(
+        "saved_tensors" in vars(part) for part in y.grad_fn.next_functions[0][0].parts
+    )
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.backward()
 
@@ -154,15 +181,23 @@ FALLBACKS = {
     "DoRA": lambda model: None,
     "merged": lambda model: mlp_of(model).w2.merge(),
     "adapters disabled": lambda model: mlp_of(model).w1.enable_adapters(False),
-    "hooks on a part": lambda model: mlp_of(model).w3.register_forward_hook(lambda module, args, y: 2 * y),
-    "hooks on a part ": lambda model: mlp_of(model).act.register_forward_hook(lambda module, args, y: 2 * y),
+    "hooks on a part": lambda model: mlp_of(model).w3.register_forward_hook(
+        lambda module, args, y: 2 * y
+    ),
+    "hooks on a part ": lambda model: mlp_of(model).act.register_forward_hook(
+        lambda module, args, y: 2 * y
+    ),
     "its parts have changed": lambda model: setattr(mlp_of(model), "act", nn.Tanh()),
     "a layer is not patched": lambda model: peftops.unpatch(mlp_of(model).w2),
     "several active adapters": lambda model: (
-        model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["w1"])),
+        model.add_adapter(
+            "other", peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["w1"])
+        ),
         model.base_model.set_adapter(["default", "other"]),
     ),
-    "a base's own product": lambda model: mlp_of(model).w1.base_layer.register_forward_hook(lambda *args: None),
+    "a base's own product": lambda model: mlp_of(model).w1.base_layer.register_forward_hook(
+        lambda *args: None
+    ),
     "base weight is trained": lambda model: mlp_of(model).w3.base_layer.weight.requires_grad_(),
 }
 
@@ -207,7 +242,9 @@ class Clamped(Gated):
 
 class Dropping(Gated):
     def forward(self, x):
-        return self.w1(functional.dropout(self.act(self.w3(x)) * self.w2(x), 0.1, self.training))
+        return self.w1(
+            functional.dropout(self.act(self.w3(x)) * self.w2(x), 0.1, self.training)
+        )
 
 
 class Narrow(Gated):
@@ -226,7 +263,10 @@ class Weighted(Gated):
         self.weight = nn.Parameter(torch.ones(1))
 
 
-OTHERS = {block.__name__: {"block": block} for block in (Residual, Clamped, Dropping, Narrow, Pair, Weighted)} | {
+OTHERS = {
+    block.__name__: {"block": block}
+    for block in (Residual, Clamped, Dropping, Narrow, Pair, Weighted)
+} | {
     "another activation": {"act": nn.GELU},
     "fewer layers": {"targets": ("w1", "w2")},
 }
@@ -236,7 +276,10 @@ OTHERS = {block.__name__: {"block": block} for block in (Residual, Clamped, Drop
 def test_what_computes_something_else_stays(options, caplog):
     model, caught = gated(**options), torch.get_rng_state()
     kind = type(mlp_of(model))
-    with pytest.raises(ValueError, match=r"^fuse: no module computes down\(silu\(gate\(x\)\) \* up\(x\)\) of three"):
+    with pytest.raises(
+        ValueError,
+        match=r"^fuse: no module computes down\(silu\(gate\(x\)\) \* up\(x\)\) of three",
+    ):
         fused(copy.deepcopy(model), strict=True)
     caplog.set_level(logging.INFO, "peftops")
     assert type(mlp_of(fused(model))) is kind
@@ -256,7 +299,9 @@ def test_gate_up_and_down_are_known_by_what_they_do(n):
 def test_strict_names_the_module_and_changes_nothing():
     model = peftops.patch(gated(config={"use_dora": True}))
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=re.escape("fuse: base_model.model.lin cannot be fused: DoRA")):
+    with pytest.raises(
+        ValueError, match=re.escape("fuse: base_model.model.lin cannot be fused: DoRA")
+    ):
         fused(model, strict=True)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -285,7 +330,8 @@ def test_unpatch_and_merging_give_back_what_was():
     step(model)
     merged = copy.deepcopy(model).merge_and_unload()
     assert {
-        name: (type(module), set(vars(module))) for name, module in peftops.unpatch(model).named_modules()
+        name: (type(module), set(vars(module)))
+        for name, module in peftops.unpatch(model).named_modules()
     } == before
     assert torch.equal(logits(merged), logits(model.merge_and_unload()))
     assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(merged).modules())

@@ -26,14 +26,25 @@ K, N = 64, 96
 
 def ours(dtype=torch.float32, compute_dtype=None, **options):
     torch.manual_seed(0)
-    return LinearNF4.from_linear(nn.Linear(K, N, dtype=dtype), compute_dtype=compute_dtype, **options)
+    return LinearNF4.from_linear(
+        nn.Linear(K, N, dtype=dtype), compute_dtype=compute_dtype, **options
+    )
 
 
-def theirs(dtype=torch.float32, compute_dtype=None, quant_type="nf4", double_quant=True, blocksize=64):
+def theirs(
+    dtype=torch.float32, compute_dtype=None, quant_type="nf4", double_quant=True, blocksize=64
+):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    linear, layer = nn.Linear(K, N, dtype=dtype), bnb.nn.Linear4bit(K, N, compute_dtype=compute_dtype)
-    options = {"quant_type": quant_type, "compress_statistics": double_quant, "blocksize": blocksize}
+    linear, layer = (
+        nn.Linear(K, N, dtype=dtype),
+        bnb.nn.Linear4bit(K, N, compute_dtype=compute_dtype),
+    )
+    options = {
+        "quant_type": quant_type,
+        "compress_statistics": double_quant,
+        "blocksize": blocksize,
+    }
     layer.weight = bnb.nn.Params4bit(linear.weight.data, **options).to("cpu")
     layer.bias = linear.bias
     return layer
@@ -58,7 +69,10 @@ def exactly(model, x, **config):
     base, wide = layer_of(model).base_layer, copy.deepcopy(model)
     q = base.quantized if isinstance(base, LinearNF4) else LinearNF4.from_bnb(base).quantized
     linear = nn.Linear(K, N, dtype=torch.float64).requires_grad_(False)
-    linear.weight.data, linear.bias = q.dequantize(torch.float64), wide.base_model.model.lin.base_layer.bias
+    linear.weight.data, linear.bias = (
+        q.dequantize(torch.float64),
+        wide.base_model.model.lin.base_layer.bias,
+    )
     net = lora(nn.Linear(K, N), **config)
     state = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     net.load_state_dict(state, strict=False)
@@ -91,10 +105,14 @@ def test_is_stock_peft(make, case, monkeypatch):
     assert [t.dtype for t in out] == [t.dtype for t in same]
     assert error(out, exact) <= bound(same, exact)
     assert peftops.report(patched).calls == {"fused": 1} and peftops.report(patched).fused == 1
-    assert "quant_state" not in repr(peftops.unpatch(patched)) and not isinstance(layer_of(patched), Fused)
+    assert "quant_state" not in repr(peftops.unpatch(patched)) and not isinstance(
+        layer_of(patched), Fused
+    )
 
 
-@pytest.mark.parametrize("options", [{"quant_type": "fp4"}, {"double_quant": False}, {"blocksize": 128}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"quant_type": "fp4"}, {"double_quant": False}, {"blocksize": 128}], ids=str
+)
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_formats(make, options):
     model, x = lora(make(**options)), torch.randn(5, K)
@@ -144,8 +162,14 @@ def test_nested_scales_that_were_cast_with_their_model():
     """bitsandbytes on a CPU reads memory of another dtype there, so the formula is the witness."""
     layer = theirs()
     state = layer.weight.quant_state
-    state.state2.absmax, state.state2.code = state.state2.absmax.bfloat16(), state.state2.code.half()
-    absmax = state.state2.code.float()[state.absmax.long()] * state.state2.absmax.float() + state.offset
+    state.state2.absmax, state.state2.code = (
+        state.state2.absmax.bfloat16(),
+        state.state2.code.half(),
+    )
+    absmax = (
+        state.state2.code.float()[state.absmax.long()] * state.state2.absmax.float()
+        + state.offset
+    )
     codes = layer.weight.data.flatten().long()
     values = state.code[torch.stack([codes >> 4, codes & 15], 1).flatten()]
     expected = (values * absmax.repeat_interleave(64)).view(N, K)
@@ -198,7 +222,9 @@ def test_what_linear4bit_computes_itself(reason):
 def test_what_linear4bit_keeps_for_peft(reason):
     model = lora(theirs())
     REASONS[reason](layer_of(model))
-    with pytest.raises(ValueError, match=f"patch: base_model.model.lin cannot be fused: {reason}"):
+    with pytest.raises(
+        ValueError, match=f"patch: base_model.model.lin cannot be fused: {reason}"
+    ):
         peftops.patch(model, strict=True)
     assert peftops.report(peftops.patch(model)).reasons == {reason: 1}
 
@@ -222,14 +248,20 @@ def test_merges_once_rounded_and_unmerges_every_bit(config):
     with pytest.warns(UserWarning, match="merge: a merged weight in 4 bits is rounded again"):
         layer.merge(safe_merge=True)
     if not config:
-        assert torch.equal(base.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize())
+        assert torch.equal(
+            base.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize()
+        )
     assert layer.merged and error(model(x), expected.double()) < 0.2
     assert peftops.report(model).reasons == {"merged": 1}
-    with pytest.raises(ValueError, match=r"unpatch: base_model.model.lin must be unmerged first"):
+    with pytest.raises(
+        ValueError, match=r"unpatch: base_model.model.lin must be unmerged first"
+    ):
         peftops.unpatch(model)
     with model.disable_adapter():  # unmerges
         model(x)
-    assert not layer.merged and all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
+    assert not layer.merged and all(
+        torch.equal(t, before[k]) for k, t in base.state_dict().items()
+    )
     assert torch.equal(model(x), expected)
 
 
@@ -241,12 +273,20 @@ def linear_of(weight):
 
 def test_merges_several_adapters_from_the_first_weight():
     model = lora(ours())
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False))
+    model.add_adapter(
+        "other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    )
     layer = layer_of(peftops.patch(model))
-    weight = layer.base_layer.dequantize() + layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    weight = (
+        layer.base_layer.dequantize()
+        + layer.get_delta_weight("default")
+        + layer.get_delta_weight("other")
+    )
     layer.merge(adapter_names=["default"])
     layer.merge(adapter_names=["other"])
-    assert torch.equal(layer.base_layer.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize())
+    assert torch.equal(
+        layer.base_layer.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize()
+    )
     merged = model.merge_and_unload()
     assert type(merged.lin) is LinearNF4
 
@@ -257,7 +297,10 @@ def test_a_broken_adapter_is_not_merged_safely():
     before = layer_of(model).base_layer.dequantize()
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         layer_of(model).merge(safe_merge=True)
-    assert torch.equal(layer_of(model).base_layer.dequantize(), before) and not layer_of(model).merged
+    assert (
+        torch.equal(layer_of(model).base_layer.dequantize(), before)
+        and not layer_of(model).merged
+    )
 
 
 def test_merge_over_linear4bit_is_pefts():
@@ -279,13 +322,17 @@ def test_initialisations(init):
     models = []
     for lin in (linear, LinearNF4.from_linear(linear)):
         torch.manual_seed(3)
-        models.append(layer_of(adapted(Net(lin), target_modules=["lin"], init_lora_weights=init)))
+        models.append(
+            layer_of(adapted(Net(lin), target_modules=["lin"], init_lora_weights=init))
+        )
     for part in ("lora_A", "lora_B"):
         assert torch.equal(*(getattr(model, part)["default"].weight for model in models))
 
 
 def test_dora_starts_at_the_norm_of_the_weight():
-    layer = layer_of(adapted(Net(ours()), target_modules=["lin"], use_dora=True, init_lora_weights=True))
+    layer = layer_of(
+        adapted(Net(ours()), target_modules=["lin"], use_dora=True, init_lora_weights=True)
+    )
     norm = layer.base_layer.dequantize().norm(dim=1)
     assert torch.equal(layer.lora_magnitude_vector["default"].weight, norm)
 
@@ -301,7 +348,9 @@ def test_residuals_are_quantized_after_pefts_decomposition(init):
     model = peftops.patch(Net(layer), strict=True)
     plain = LinearNF4.from_linear(linear_of(before), double_quant=True)
     whole = layer.base_layer.dequantize() + layer.get_delta_weight("default")
-    assert (whole - before).norm() < (plain.dequantize() - before).norm()  # which PiSSA promises
+    assert (whole - before).norm() < (
+        plain.dequantize() - before
+    ).norm()  # which PiSSA promises
     assert isinstance(model.lin, FusedLinear) and torch.isfinite(model(x)).all()
 
 
@@ -309,7 +358,9 @@ def test_loftq_over_what_is_quantized():
     """LoftQ for a weight that is quantized already is one decomposition of what quantization lost."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
-    layer = layer_of(adapted(Net(LinearNF4.from_linear(linear)), target_modules=["lin"], r=8, lora_alpha=8))
+    layer = layer_of(
+        adapted(Net(LinearNF4.from_linear(linear)), target_modules=["lin"], r=8, lora_alpha=8)
+    )
     lost = linear.weight - peft.utils.integrations.dequantize_module_weight(layer.base_layer)
     u, s, v = torch.linalg.svd(lost, full_matrices=False)
     layer.lora_A["default"].weight.data = s[:8].sqrt()[:, None] * v[:8]

@@ -16,21 +16,30 @@ from tiny import TOKENS, exactly, step, tiny
 import peftops
 from peftops.integrations.peft import FUSED, OWN
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 TARGETS = {"target_modules": ["0", "1"]}
 OTHERS = {  # layers of another kind, which wrap what they adapt
     "LoHa": peft.LoHaConfig(r=2, alpha=3, init_weights=False, **TARGETS),
     "LoKr": peft.LoKrConfig(r=2, alpha=3, init_weights=False, **TARGETS),
-    "OFT": peft.OFTConfig(oft_block_size=4, init_weights=False, use_cayley_neumann=False, **TARGETS),
+    "OFT": peft.OFTConfig(
+        oft_block_size=4, init_weights=False, use_cayley_neumann=False, **TARGETS
+    ),
 }
 LORA = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **TARGETS)
 STACKED = {  # methods that a model with LoRA can be wrapped in
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
-    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL),
-    "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL),
+    "p-tuning": peft.PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL
+    ),
+    "IA3": peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL
+    ),
 }
 
 
@@ -54,7 +63,11 @@ def trained(model, x):
     x = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
     y = model(x)
     y.square().mean().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+    ]
 
 
 def assert_law(model, run, calls):
@@ -70,13 +83,19 @@ def assert_law(model, run, calls):
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_another_adapter_around_ours(other):
     assert_law(
-        mixed(LORA, other), lambda model: trained(model, torch.linspace(-1, 1, 70 * 16).view(70, 16)), {FUSED: 2}
+        mixed(LORA, other),
+        lambda model: trained(model, torch.linspace(-1, 1, 70 * 16).view(70, 16)),
+        {FUSED: 2},
     )
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_ours_around_another_adapter(other):
-    assert_law(mixed(other, LORA), lambda model: trained(model, torch.linspace(-1, 1, 70 * 16).view(70, 16)), {OWN: 2})
+    assert_law(
+        mixed(other, LORA),
+        lambda model: trained(model, torch.linspace(-1, 1, 70 * 16).view(70, 16)),
+        {OWN: 2},
+    )
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
@@ -89,7 +108,9 @@ def test_only_one_of_two_kinds_is_active(other):
 
 
 def test_a_layer_of_adalora_is_pefts_own():
-    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, init_lora_weights=False, **TARGETS)
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, init_lora_weights=False, **TARGETS
+    )
     model = mixed(LORA, config)
     x = torch.randn(70, 16)
     patched = peftops.patch(copy.deepcopy(model))

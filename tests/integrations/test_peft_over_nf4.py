@@ -11,7 +11,9 @@ from torch import nn
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import replace_lora_weights_loftq  # imported before there is a LinearNF4, as scripts do
+from peft import (
+    replace_lora_weights_loftq,
+)  # imported before there is a LinearNF4, as scripts do
 from peft.helpers import KappaTuneSelector
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -24,7 +26,10 @@ from peftops import NF4Weight
 from peftops.integrations.transformers.experts import PackedExperts
 from peftops.nn import LinearNF4
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 K, N = 64, 96
 
 
@@ -46,7 +51,9 @@ def bits(layer):
 
 
 def same_bits(a, b):
-    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return list(a) == list(b) and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 def made(lin, config, seed=1):
@@ -65,12 +72,17 @@ def layer_of(model):
 
 
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("kind", [peft.PeftModel, peft.PeftMixedModel], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [peft.PeftModel, peft.PeftMixedModel], ids=lambda kind: kind.__name__
+)
 @pytest.mark.parametrize("k, n", [(64, 96), (33, 7), (1, 1)])
 def test_parameters_are_counted_as_those_of_the_dense_model(kind, double, k, n):
     layer = ours(k, n, double_quant=double)
     config = peft.LoraConfig(r=4, target_modules=["lin"])
-    counts = [kind(Net(lin), copy.deepcopy(config)).get_nb_trainable_parameters() for lin in (dense(layer), layer)]
+    counts = [
+        kind(Net(lin), copy.deepcopy(config)).get_nb_trainable_parameters()
+        for lin in (dense(layer), layer)
+    ]
     assert counts[0] == counts[1] == (4 * (k + n), 4 * (k + n) + k * n + n)
 
 
@@ -83,7 +95,17 @@ def test_experts_are_counted_too(capsys):
     assert "trainable params: 32 || all params: 1,064" in capsys.readouterr().out
 
 
-INITS = True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "mica", "eva", "lora_ga"
+INITS = (
+    True,
+    "gaussian",
+    "orthogonal",
+    "olora",
+    "pissa",
+    "pissa_niter_4",
+    "mica",
+    "eva",
+    "lora_ga",
+)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -94,7 +116,9 @@ def test_initializations_are_those_of_the_dense_weight(init, dtype):
     config = {"target_modules": ["lin"], "init_lora_weights": init, "r": 8, "lora_alpha": 8}
     if init == "lora_ga":
         config["lora_ga_config"] = peft.LoraGAConfig()
-        linear._peft_loraga_grad, layer._peft_loraga_grad = torch.ones(2, N, K).normal_()[:1].expand(2, N, K)
+        linear._peft_loraga_grad, layer._peft_loraga_grad = (
+            torch.ones(2, N, K).normal_()[:1].expand(2, N, K)
+        )
     models = []
     for lin in (linear, layer):
         torch.manual_seed(3)
@@ -104,7 +128,9 @@ def test_initializations_are_those_of_the_dense_weight(init, dtype):
     weight = models[0].base_layer.weight
     moved = not torch.equal(weight, NF4Weight.load(before).dequantize(torch.float32))
     assert moved == (init in ("olora", "pissa", "pissa_niter_4", "lora_ga"))
-    expected = LinearNF4.from_linear(nn.Linear(K, N)).quantized if moved else NF4Weight.load(before)
+    expected = (
+        LinearNF4.from_linear(nn.Linear(K, N)).quantized if moved else NF4Weight.load(before)
+    )
     if moved:
         expected = NF4Weight.quantize(weight.detach())
     assert type(layer) is LinearNF4 and layer.weight_dtype is dtype
@@ -115,12 +141,18 @@ def test_initializations_are_those_of_the_dense_weight(init, dtype):
 def test_olora_leaves_the_bytes_that_it_leaves_over_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    linear, theirs = nn.Linear(K, N), bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32)
+    linear, theirs = (
+        nn.Linear(K, N),
+        bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32),
+    )
     theirs.load_state_dict(linear.state_dict())
     theirs.to("cpu")
     net = Net(theirs)
     net.is_loaded_in_4bit = True
-    mine, config = LinearNF4.from_linear(linear), {"target_modules": ["lin"], "init_lora_weights": "olora"}
+    mine, config = (
+        LinearNF4.from_linear(linear),
+        {"target_modules": ["lin"], "init_lora_weights": "olora"},
+    )
     models = [layer_of(adapted(made, **config)) for made in (net, Net(mine))]
     for part in ("lora_A", "lora_B"):
         assert torch.equal(*(getattr(model, part)["default"].weight for model in models)), part
@@ -131,10 +163,16 @@ def test_corda_reads_the_weight_that_the_codes_stand_for(tmp_path):
     layer, x = ours(), torch.randn(300, K)
     before = bits(layer)
     torch.save({"lin": x.T @ x}, tmp_path / "covariance.pt")
-    options, models = {"corda_method": "kpm", "covariance_file": str(tmp_path / "covariance.pt")}, []
+    options, models = (
+        {"corda_method": "kpm", "covariance_file": str(tmp_path / "covariance.pt")},
+        [],
+    )
     for lin in (dense(layer), layer):
         config = peft.LoraConfig(
-            r=8, target_modules=["lin"], init_lora_weights="corda", corda_config=CordaConfig(**options)
+            r=8,
+            target_modules=["lin"],
+            init_lora_weights="corda",
+            corda_config=CordaConfig(**options),
         )
         net = Net(lin)
         preprocess_corda(net, config)
@@ -142,16 +180,23 @@ def test_corda_reads_the_weight_that_the_codes_stand_for(tmp_path):
     for part in ("lora_A", "lora_B"):
         assert torch.equal(*(getattr(model, part)["default"].weight for model in models)), part
     expected = NF4Weight.quantize(models[0].base_layer.weight.detach())
-    assert torch.equal(layer.dequantize(), expected.dequantize()) and not same_bits(before, bits(layer))
+    assert torch.equal(layer.dequantize(), expected.dequantize()) and not same_bits(
+        before, bits(layer)
+    )
 
 
 def test_what_cannot_start_from_a_quantized_weight_is_refused_by_name():
     layer, config = layer_of(made(ours(), METHODS["LoRA"])), METHODS["LoRA"]
-    with pytest.raises(ValueError, match="LinearNF4: init_lora_weights='loftq' must have a base that is not quantized"):
+    with pytest.raises(
+        ValueError,
+        match="LinearNF4: init_lora_weights='loftq' must have a base that is not quantized",
+    ):
         layer.loftq_init("default", config)
     with pytest.raises(ValueError, match="LinearNF4: HiRA must have a base of"):
         peft.get_peft_model(Net(ours()), peft.HiraConfig(target_modules=["lin"]))
-    config = peft.LoraConfig(target_modules=["lin"], init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    config = peft.LoraConfig(
+        target_modules=["lin"], init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
+    )
     with pytest.raises(ValueError, match="LoRA-GA does not support quantized models"):
         preprocess_loraga(Net(ours()), config, lambda: None)
 
@@ -177,7 +222,9 @@ def test_loftq_replaces_adapters_by_what_quantization_lost(columns, tmp_path):
     linear = nn.Linear(K, N)
     layer = LinearNF4.from_linear(linear)
     layer.columns = columns
-    model = peft.get_peft_model(Net(layer), peft.LoraConfig(r=8, lora_alpha=8, target_modules=["lin"]))
+    model = peft.get_peft_model(
+        Net(layer), peft.LoraConfig(r=8, lora_alpha=8, target_modules=["lin"])
+    )
     stored = linear.weight.T if columns else linear.weight
     save_file({"lin.weight": stored.detach().contiguous()}, tmp_path / "model.safetensors")
     lost, before = linear.weight - layer.dequantize(), bits(layer)
@@ -239,7 +286,9 @@ def test_methods_compute_and_merge_as_over_the_dense_weight(method, safe):
         for model in models:
             model.merge_adapter(safe_merge=safe) if step == "merge" else model.unmerge_adapter()
         rounded = NF4Weight.quantize(plain.weight.detach().contiguous()).dequantize()
-        assert torch.equal(layer.dequantize(), rounded) and torch.equal(layer.bias, plain.bias), step
+        assert torch.equal(layer.dequantize(), rounded) and torch.equal(
+            layer.bias, plain.bias
+        ), step
         assert not same_bits(before, bits(layer)) and type(layer) is LinearNF4
         plain.weight.data = rounded
 
@@ -273,7 +322,11 @@ def test_a_merge_that_fails_changes_nothing():
     for safe in (False, True):
         with pytest.raises(ValueError, match="NaN"):
             model.merge_adapter(safe_merge=safe)
-        assert same_bits(before, bits(layer)) and type(layer) is LinearNF4 and not layer_of(model).merged
+        assert (
+            same_bits(before, bits(layer))
+            and type(layer) is LinearNF4
+            and not layer_of(model).merged
+        )
 
 
 def test_a_layer_without_data_is_pefts():

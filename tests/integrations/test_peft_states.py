@@ -15,7 +15,10 @@ import peftops
 import peftops.functional as F
 from peftops.integrations.peft import FUSED, Fused, FusedLinear
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 
 def state(model):
@@ -24,7 +27,11 @@ def state(model):
 
 
 def classes(model):
-    return {name: type(module) for name, module in model.named_modules() if name.rpartition(".")[2] != "other"}
+    return {
+        name: type(module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] != "other"
+    }
 
 
 def blocks(model):
@@ -32,7 +39,9 @@ def blocks(model):
 
 
 def other(**config):
-    return peft.LoraConfig(r=3, init_lora_weights=False, **{"target_modules": ["k_proj", "o_proj"]} | config)
+    return peft.LoraConfig(
+        r=3, init_lora_weights=False, **{"target_modules": ["k_proj", "o_proj"]} | config
+    )
 
 
 def test_patch_completes_what_is_half_patched():
@@ -43,7 +52,9 @@ def test_patch_completes_what_is_half_patched():
     before = peftops.report(model)
     assert before.reasons == {"not patched": 5} and before.calls == {FUSED: 1}
     peftops.patch(model)
-    assert all(type(layer) is FusedLinear for layer in model.modules() if isinstance(layer, LoraLayer))
+    assert all(
+        type(layer) is FusedLinear for layer in model.modules() if isinstance(layer, LoraLayer)
+    )
     logits(model)
     assert peftops.report(model).calls == {FUSED: 3, "no active adapter": 4}
 
@@ -106,20 +117,37 @@ def unpatch_a_part(model):
     peftops.unpatch(blocks(model)[0])
 
 
-BETWEEN = [add_layers, add_dora, add_and_delete, fail_strictly, merge_and_unmerge, patch_again, unpatch_a_part]
-IN_STOCK = {patch_again: add_layers, fail_strictly: lambda model: None, unpatch_a_part: lambda model: None}
+BETWEEN = [
+    add_layers,
+    add_dora,
+    add_and_delete,
+    fail_strictly,
+    merge_and_unmerge,
+    patch_again,
+    unpatch_a_part,
+]
+IN_STOCK = {
+    patch_again: add_layers,
+    fail_strictly: lambda model: None,
+    unpatch_a_part: lambda model: None,
+}
 
 
 @pytest.mark.parametrize("between", BETWEEN)
 def test_unpatch_restores_every_class(between):
-    model, stock = tiny(target_modules=["q_proj", "k_proj"]), tiny(target_modules=["q_proj", "k_proj"])
+    model, stock = (
+        tiny(target_modules=["q_proj", "k_proj"]),
+        tiny(target_modules=["q_proj", "k_proj"]),
+    )
     peftops.patch(model)
     for each, change in ((model, between), (stock, IN_STOCK.get(between, between))):
         torch.manual_seed(2)
         change(each)
     peftops.unpatch(model)
     assert classes(model) == classes(stock)
-    assert not any(key.startswith("_peftops") for module in model.modules() for key in vars(module))
+    assert not any(
+        key.startswith("_peftops") for module in model.modules() for key in vars(module)
+    )
     assert torch.equal(logits(model), logits(stock))
 
 
@@ -152,8 +180,15 @@ def test_tensors_of_two_devices_are_pefts_own(part):
 
 
 def test_a_base_weight_that_is_trained_is_refused_in_one_sentence():
-    x, w, a, b = torch.randn(3, 16), torch.randn(24, 16, requires_grad=True), torch.randn(4, 16), torch.randn(24, 4)
-    with pytest.raises(ValueError, match=r"^lora: w must be frozen, got one that requires grad$"):
+    x, w, a, b = (
+        torch.randn(3, 16),
+        torch.randn(24, 16, requires_grad=True),
+        torch.randn(4, 16),
+        torch.randn(24, 4),
+    )
+    with pytest.raises(
+        ValueError, match=r"^lora: w must be frozen, got one that requires grad$"
+    ):
         F.lora_linear(x, w, a, b)
 
 

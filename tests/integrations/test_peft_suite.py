@@ -55,7 +55,9 @@ def checkout(tmp_path):
     """A folder like PEFT's, whose pyproject.toml asks for a plugin that nobody needs."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_custom_models.py").write_text(TESTS)
-    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = ["--no-such-option"]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\naddopts = ["--no-such-option"]\n'
+    )
     return tmp_path
 
 
@@ -69,14 +71,20 @@ def test_tests_run_without_and_with_peftops_and_what_differs_is_named(checkout, 
         "tests.test_custom_models::test_is_fused: failure with PEFT, passed with peftops",
         "2 differ",
     ]
-    assert [line for line in lines if line.startswith("peftops: ")] == ["peftops: calls of LoRA layers: 2 fused"]
+    assert [line for line in lines if line.startswith("peftops: ")] == [
+        "peftops: calls of LoRA layers: 2 fused"
+    ]
 
 
 @pytest.mark.parametrize(
     "runs, code, says",
     [
         ([{"a": "passed", "b": "failure"}] * 2, 0, "every outcome is the same"),
-        ([{"a": "passed", "b": "skipped"}, {"a": "passed"}], 1, "b: skipped with PEFT, absent with peftops\n1 differ"),
+        (
+            [{"a": "passed", "b": "skipped"}, {"a": "passed"}],
+            1,
+            "b: skipped with PEFT, absent with peftops\n1 differ",
+        ),
         ([{}, {}], 1, "no test passed with PEFT, so nothing was compared"),
         ([{"a": "error"}] * 2, 1, "no test passed with PEFT, so nothing was compared"),
     ],
@@ -84,7 +92,9 @@ def test_tests_run_without_and_with_peftops_and_what_differs_is_named(checkout, 
 def test_verdicts(checkout, monkeypatch, capsys, runs, code, says):
     left = iter(runs)
     monkeypatch.setattr(peft_suite, "outcomes", lambda *args: next(left))
-    assert peft_suite.main([str(checkout)]) == code and capsys.readouterr().out.endswith(says + "\n")
+    assert peft_suite.main([str(checkout)]) == code and capsys.readouterr().out.endswith(
+        says + "\n"
+    )
 
 
 def test_what_is_no_checkout_is_refused(tmp_path, capsys):
@@ -98,4 +108,7 @@ def test_the_plugin_leaves_nothing_behind():
     peft_suite.pytest_configure()
     assert type(single().base_model.model.lin) is peft_suite.Linear
     peft_suite.pytest_unconfigure()
-    assert model.dispatch_default is before and type(single().base_model.model.lin) is peft.tuners.lora.layer.Linear
+    assert (
+        model.dispatch_default is before
+        and type(single().base_model.model.lin) is peft.tuners.lora.layer.Linear
+    )

@@ -20,7 +20,10 @@ import peftops.integrations.peft.layer as layer_module
 import peftops.nn.dora
 from peftops.integrations.peft import OWN, FusedLinear, mlp
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 
 class Stop:
@@ -81,7 +84,9 @@ def beside(stop, call, change):
 
 
 def several(model):
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False))
+    model.add_adapter(
+        "other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    )
     model.base_model.set_adapter(["default", "other"])
 
 
@@ -98,7 +103,12 @@ CASES = {  # options of the model, what is done to it, where a call is stopped, 
     "on top": ({}, waiting, None, (7, 16)),
     "on top, before the base": ({}, waiting, PLAN, (7, 16)),
     "fallback": ({}, several, PLAN, (7, 16)),
-    "fallback, in PEFT's forward": ({}, lambda model: several(model) or waiting(model), None, (7, 16)),
+    "fallback, in PEFT's forward": (
+        {},
+        lambda model: several(model) or waiting(model),
+        None,
+        (7, 16),
+    ),
     "DoRA": ({"use_dora": True, "lora_dropout": 0.3}, None, PLAN, (7, 16)),
     "DoRA, in its norm": ({"use_dora": True}, None, NORM, (7, 16)),
     "DoRA of one position": ({"use_dora": True}, None, PLAN, (2, 1, 16)),
@@ -108,7 +118,10 @@ CASES = {  # options of the model, what is done to it, where a call is stopped, 
 
 def state(model):
     """Classes, names of attributes, and names of buffers."""
-    return {name: (type(m), set(vars(m)), set(vars(m)["_buffers"])) for name, m in model.named_modules()}
+    return {
+        name: (type(m), set(vars(m)), set(vars(m)["_buffers"]))
+        for name, m in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -182,7 +195,9 @@ def test_patch_and_unpatch_again_and_again():
             thread.join()
         sys.setswitchinterval(before)
     assert wrong == []
-    assert not any("_peftops" in key for model in models for part in model.modules() for key in vars(part))
+    assert not any(
+        "_peftops" in key for model in models for part in model.modules() for key in vars(part)
+    )
 
 
 class MLP(nn.Module):

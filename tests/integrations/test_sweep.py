@@ -50,7 +50,11 @@ def classes():
         for mapping in MAPPINGS:
             try:
                 model = mapping[config]
-            except (KeyError, ValueError, ImportError):  # which this transformers names, and does not have
+            except (
+                KeyError,
+                ValueError,
+                ImportError,
+            ):  # which this transformers names, and does not have
                 continue
             found.setdefault(config, model[0] if isinstance(model, tuple) else model)
     return found
@@ -59,7 +63,14 @@ def classes():
 def small(config):
     """A config of this class with small sizes, also in the configs that are parts of it"""
     made = config()
-    for part in [made, *(value for value in vars(made).values() if isinstance(value, transformers.PretrainedConfig))]:
+    for part in [
+        made,
+        *(
+            value
+            for value in vars(made).values()
+            if isinstance(value, transformers.PretrainedConfig)
+        ),
+    ]:
         for name, value in list(vars(part).items()):
             if name in SIZES and type(value) is int:
                 setattr(part, name, SIZES[name])
@@ -80,7 +91,12 @@ def build(config, model):
         torch.manual_seed(0)
         base = model(made)
         getattr(base, "set_experts_implementation", str)("eager")
-        options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+        options = {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "init_lora_weights": False,
+        }
         adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
         step(adapted)
     except Exception:  # of somebody else's code, which may raise anything
@@ -93,7 +109,9 @@ def inputs_of(model):
     if name == "pixel_values":
         return {name: torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     tokens = torch.arange(18).view(2, 9) * 7 % 60 + 3
-    return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
+    return {"input_ids": tokens} | (
+        {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    )
 
 
 def step(model):
@@ -101,8 +119,14 @@ def step(model):
     model.zero_grad()
     torch.manual_seed(1)
     dtype = next(model.parameters()).dtype
-    inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs_of(model).items()}
-    y = next(t for t in model(**inputs).to_tuple() if isinstance(t, torch.Tensor) and t.is_floating_point())
+    inputs = {
+        key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs_of(model).items()
+    }
+    y = next(
+        t
+        for t in model(**inputs).to_tuple()
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    )
     y.square().mean().backward()
     grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach()} | grads
@@ -119,7 +143,9 @@ def verdict(config, model):
         return "", 0
     if not all(t.isfinite().all() for draw in draws for t in draw.values()):
         return "", 0
-    if not all(t.isfinite().all() for t in exact.values()):  # as of models whose masks are of float32
+    if not all(
+        t.isfinite().all() for t in exact.values()
+    ):  # as of models whose masks are of float32
         exact, *draws = {key: t.double() for key, t in draws[0].items()}, *draws[1:]
     patched = peftops.patch(copy.deepcopy(stock))
     try:

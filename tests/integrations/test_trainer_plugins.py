@@ -55,7 +55,11 @@ def test_lightning(tmp_path):
         module = Module(change)
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         trainer = lightning.Trainer(
-            max_steps=20, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **quiet
+            max_steps=20,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+            **quiet,
         )
         trainer.fit(module, torch.utils.data.DataLoader(TOKENS.repeat(20, 1), batch_size=2))
         found.append(torch.stack(module.losses))
@@ -77,7 +81,9 @@ def test_liger_leaves_an_adapter_on_the_head_untrained(caplog):
         "base_model.model.lm_head does not train"
     ]
     ours = liger_step(model)
-    assert {name for name, grad in ours.items() if grad is None} == {name for name in ours if "lm_head" in name}
+    assert {name for name, grad in ours.items() if grad is None} == {
+        name for name in ours if "lm_head" in name
+    }
     assert peftops.report(model).calls == {FUSED: 2}
     for name, grad in liger_step(peftops.unpatch(model)).items():
         assert grad is None or error(ours[name], grad) <= 1e-5

@@ -19,13 +19,26 @@ from peftops.nn import LinearNF4
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAME, ROUNDED = 1e-5, 2**-7  # how far losses of a training may be apart, in fp32 and in bf16
 STEPS, WORDS = 20, [f"w{i}" for i in range(60)]
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+LORA = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": "all-linear",
+    "init_lora_weights": False,
+    "task_type": "CAUSAL_LM",
+}
 
 
 def base(packed=False):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0)
+    )
     if packed:
         for name, layer in [*model.model.named_modules()]:
             if isinstance(layer, nn.Linear):
@@ -45,8 +58,18 @@ def numbers():
 
 
 def arguments(folder, kind=transformers.TrainingArguments, **more):
-    common = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "use_cpu": True}
-    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
+    common = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+    }
+    quiet = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 10,
+    }
     return kind(output_dir=str(folder), **common | quiet | more)
 
 
@@ -80,7 +103,9 @@ def test_trainer(tmp_path):
 
     def make(callbacks):
         args = arguments(tmp_path, include_num_input_tokens_seen="all")
-        return transformers.Trainer(adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks)
+        return transformers.Trainer(
+            adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks
+        )
 
     lines = [line for line in assert_same(make).state.log_history if "loss" in line]
     assert [(line["lora_layers"], line["fused_layers"]) for line in lines] == [(14, 14)] * 2
@@ -97,7 +122,9 @@ def test_trainer_under_bf16_and_checkpointing(tmp_path):
 
     def make(callbacks):
         args = arguments(tmp_path, bf16=True, gradient_checkpointing=True, max_steps=5)
-        return transformers.Trainer(adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks)
+        return transformers.Trainer(
+            adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks
+        )
 
     (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback(), Fusing()])
     assert error(ours, stock) <= ROUNDED
@@ -106,7 +133,9 @@ def test_trainer_under_bf16_and_checkpointing(tmp_path):
 
 def test_a_model_without_lora_layers_is_refused(tmp_path):
     rows = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
-    trainer = transformers.Trainer(base(), arguments(tmp_path), train_dataset=rows, callbacks=[PeftopsCallback()])
+    trainer = transformers.Trainer(
+        base(), arguments(tmp_path), train_dataset=rows, callbacks=[PeftopsCallback()]
+    )
     with pytest.raises(ValueError, match="the model has no LoRA layers"):
         trainer.train()
 
@@ -116,7 +145,12 @@ def test_adapters_may_come_late(tmp_path):
     rows = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
     early, late = adapted(base(), **LORA), base()
     of_early, of_late = (
-        transformers.Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows, callbacks=[PeftopsCallback()])
+        transformers.Trainer(
+            model,
+            arguments(tmp_path, max_steps=1),
+            train_dataset=rows,
+            callbacks=[PeftopsCallback()],
+        )
         for model in (early, late)
     )
     assert report(early).fused == 14
@@ -165,7 +199,10 @@ def test_sft_casts_adapters_over_4_bits(tmp_path, tokenizer, dora):
 def test_dpo(tmp_path, tokenizer):
     """The reference is the same model, its adapters disabled."""
     trl = pytest.importorskip("trl")
-    rows = [{"prompt": text(i), "chosen": text(i + 99), "rejected": text(i + 999)} for i in range(16)]
+    rows = [
+        {"prompt": text(i), "chosen": text(i + 99), "rejected": text(i + 999)}
+        for i in range(16)
+    ]
 
     def make(callbacks):
         return trl.DPOTrainer(

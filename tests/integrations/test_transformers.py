@@ -36,17 +36,26 @@ def saved(tmp_path_factory):
     """A folder of dense models: a Llama in bf16, and a GPT-2, whose linear layers are Conv1D, in fp32."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlamaConfig(**sizes, vocab_size=64, attention_bias=True)
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "llama")
     still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64, n_positions=32, **still)
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=2, vocab_size=64, n_positions=32, **still
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     return folder
 
 
 def config(double=True, kind="nf4", **options):
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, **options
+    )
 
 
 def load(path, **options):
@@ -55,7 +64,11 @@ def load(path, **options):
 
 def files(folder):
     """What a model is, in bytes."""
-    return {path.name: path.read_bytes() for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".json")}
+    return {
+        path.name: path.read_bytes()
+        for path in Path(folder).glob("*")
+        if path.suffix in (".safetensors", ".json")
+    }
 
 
 def logits(model):
@@ -89,7 +102,9 @@ def test_makes_loads_and_saves_what_bitsandbytes_does(kind, options, saved, tmp_
         assert load(tmp_path / "again").is_loaded_in_4bit
     quantized = {name for name, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
     for model in (ours, again):
-        assert {name for name, m in model.named_modules() if isinstance(m, LinearNF4)} == quantized and quantized
+        assert {
+            name for name, m in model.named_modules() if isinstance(m, LinearNF4)
+        } == quantized and quantized
         assert model.is_loaded_in_4bit and model.num_parameters() == theirs.num_parameters()
     theirs.train()  # in eval mode, bitsandbytes may repack its weights for the CPU and round their scales
     out = [ours.train()(input_ids=TOKENS).logits, again.train()(input_ids=TOKENS).logits]
@@ -147,12 +162,21 @@ def test_does_without_bitsandbytes(saved, tmp_path):
     try:
         import bitsandbytes  # noqa: F401
 
-        load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16).save_pretrained(stored)
+        load(
+            saved / "llama", quantization_config=config(), dtype=torch.bfloat16
+        ).save_pretrained(stored)
     except ImportError:
         pass
     script, forced = tmp_path / "alone.py", peftops.backends.forced()
     script.write_text(isa.again() + ALONE)
-    command = [sys.executable, str(script), str(saved / "llama"), str(stored), str(tmp_path), *filter(None, [forced])]
+    command = [
+        sys.executable,
+        str(script),
+        str(saved / "llama"),
+        str(stored),
+        str(tmp_path),
+        *filter(None, [forced]),
+    ]
     environment = os.environ | {"PYTHONPATH": ranks.python_path()}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -188,7 +212,9 @@ def test_the_old_name_answers_with_the_new():
 def test_names_a_checkpoint_that_is_broken(saved, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     with enable():
-        load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16).save_pretrained(tmp_path)
+        load(
+            saved / "llama", quantization_config=config(), dtype=torch.bfloat16
+        ).save_pretrained(tmp_path)
         tensors = safetensors.load_file(tmp_path / "model.safetensors")
         del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
         safetensors.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -201,7 +227,10 @@ def test_dequantizes(saved):
         model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
     expected = logits(model)
     plain = model.dequantize()
-    assert not any(isinstance(m, LinearNF4) for m in plain.modules()) and not plain.is_loaded_in_4bit
+    assert (
+        not any(isinstance(m, LinearNF4) for m in plain.modules())
+        and not plain.is_loaded_in_4bit
+    )
     out, exact = logits(plain), logits(copy.deepcopy(plain).double())
     assert error(expected, exact) <= bound(out, exact)
     assert plain.num_parameters() == load(saved / "llama").num_parameters()
@@ -214,15 +243,26 @@ def test_copies_and_counts(saved):
     nn.init.zeros_(other.lm_head.weight)
     assert logits(model).any() and not logits(other).any()
     other.lm_head = nn.Linear(64, 2)
-    assert other.num_parameters() != model.num_parameters() == load(saved / "llama").num_parameters()
+    assert (
+        other.num_parameters()
+        != model.num_parameters()
+        == load(saved / "llama").num_parameters()
+    )
     assert json.loads(model.config.to_json_string())["quantization_config"]["load_in_4bit"]
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=64)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.MixtralConfig(
+        **sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=64
+    )
     folder = tmp_path_factory.mktemp("mixtral")
     transformers.MixtralForCausalLM(config).save_pretrained(folder)
     return folder
@@ -231,7 +271,10 @@ def mixture(tmp_path_factory):
 def test_names_the_experts_it_leaves(mixture, caplog):
     with enable():
         model = load(mixture, quantization_config=config(), dtype=torch.float32)
-    assert "load_in_4bit: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts." in caplog.text
+    assert (
+        "load_in_4bit: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts."
+        in caplog.text
+    )
     assert model.model.layers[0].mlp.experts.gate_up_proj.dim() == 3
 
 
@@ -258,14 +301,23 @@ def test_experts_in_4_bits(mixture, implementation, tmp_path):
             assert packed.weight.nbytes * 8 == weight.nbytes
             weight.data = packed.dequantize()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(theirs.self_attn, name).weight.data = getattr(ours.self_attn, name).dequantize()
+            getattr(theirs.self_attn, name).weight.data = getattr(
+                ours.self_attn, name
+            ).dequantize()
     plain.set_experts_implementation("eager")
     exact = trained(copy.deepcopy(plain).double())
     for one in (model, plain):
         one.set_experts_implementation(implementation)
     same, out = trained(plain), trained(model)
-    assert error(out, exact) <= bound(same, exact) and error(trained(copy.deepcopy(model)), exact) <= bound(same, exact)
-    assert not [name for m in model.modules() for name in vars(m) if name in ("gate_up_proj", "_peftops_hooks")]
+    assert error(out, exact) <= bound(same, exact) and error(
+        trained(copy.deepcopy(model)), exact
+    ) <= bound(same, exact)
+    assert not [
+        name
+        for m in model.modules()
+        for name in vars(m)
+        if name in ("gate_up_proj", "_peftops_hooks")
+    ]
     assert not experts_module._recent
     assert type(again.model.layers[0].mlp.experts.down_proj).__name__ == "PackedExperts"
 
@@ -285,19 +337,36 @@ def test_experts_fail_cleanly(mixture):
 def test_modules_that_come_for_a_call_are_refused_on_loading(saved, tmp_path, place):
     """As bitsandbytes refuses them. Where all is on the CPU nothing has to come."""
     device_map = {"model": "cpu", "lm_head": "disk"} if place == "disk" else {"": "cpu"}
-    options = {"quantization_config": config(), "device_map": device_map, "offload_folder": str(tmp_path)}
+    options = {
+        "quantization_config": config(),
+        "device_map": device_map,
+        "offload_folder": str(tmp_path),
+    }
     with enable():
         if place == "cpu":
-            assert isinstance(load(saved / "llama", **options).model.layers[0].mlp.up_proj, LinearNF4)
+            assert isinstance(
+                load(saved / "llama", **options).model.layers[0].mlp.up_proj, LinearNF4
+            )
             return
-        with pytest.raises(ValueError, match=r"load_in_4bit: device_map must leave no .*, got model on cpu \(2 of 2\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"load_in_4bit: device_map must leave no .*, got model on cpu \(2 of 2\)",
+        ):
             load(saved / "llama", **options)
 
 
 def test_modules_on_disk_may_stay_as_they_are(saved, tmp_path):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+    }
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
-    options = {"quantization_config": config(llm_int8_enable_fp32_cpu_offload=True), "offload_folder": str(tmp_path)}
+    options = {
+        "quantization_config": config(llm_int8_enable_fp32_cpu_offload=True),
+        "offload_folder": str(tmp_path),
+    }
     with enable():
         model = load(saved / "llama", device_map=places, **options)
     assert not any(isinstance(module, LinearNF4) for module in model.modules())
@@ -318,5 +387,8 @@ def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, caplog):
 def test_a_model_that_divides_its_weights_in_place_is_refused(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 16}
     transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).save_pretrained(tmp_path)
-    with enable(), pytest.raises(ValueError, match="load_in_4bit: rwkv models cannot be quantized"):
+    with (
+        enable(),
+        pytest.raises(ValueError, match="load_in_4bit: rwkv models cannot be quantized"),
+    ):
         load(tmp_path, quantization_config=config())

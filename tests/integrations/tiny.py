@@ -27,15 +27,34 @@ def tiny(kind="llama", autocast_adapter_dtype=True, dtype=torch.float32, **confi
     """A language model of two blocks whose adapters are not zero."""
     torch.manual_seed(0)
     if kind == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+        sizes = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "resid_pdrop": 0,
+            "embd_pdrop": 0,
+            "attn_pdrop": 0,
+        }
         base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, vocab_size=64))
         targets = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64, attention_bias=True))
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        base = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, vocab_size=64, attention_bias=True)
+        )
         targets = {"target_modules": "all-linear"}
     model = adapted(base.to(dtype), autocast_adapter_dtype, **targets | config)
-    for name, parameter in model.named_parameters():  # no near-zero gradients, of which only noise would be compared
+    for (
+        name,
+        parameter,
+    ) in (
+        model.named_parameters()
+    ):  # no near-zero gradients, of which only noise would be compared
         if "norm" not in name and "ln_" not in name:
             nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else 0.1)
     return model
@@ -48,7 +67,10 @@ def pair(method, **config):
     """A model of stock PEFT and the same again, whose base is in 4 bits for a method of q, the weights being equal."""
     stock = tiny(use_dora=method.endswith("dora"), **config)
     ours = copy.deepcopy(stock)
-    layers = [[layer for layer in model.modules() if isinstance(layer, LoraLayer)] for model in (stock, ours)]
+    layers = [
+        [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        for model in (stock, ours)
+    ]
     for theirs, mine in zip(*layers, strict=True):
         if method.startswith("q"):
             mine.base_layer = LinearNF4.from_linear(mine.base_layer)
@@ -56,7 +78,9 @@ def pair(method, **config):
         if method.endswith("dora"):  # magnitudes near the norm, as training leaves them
             length = theirs.base_layer.weight.norm(dim=1)
             for layer in (theirs, mine):
-                layer.lora_magnitude_vector["default"].weight.data = length * torch.linspace(0.8, 1.2, len(length))
+                layer.lora_magnitude_vector["default"].weight.data = length * torch.linspace(
+                    0.8, 1.2, len(length)
+                )
     return stock, ours
 
 
@@ -69,8 +93,15 @@ def single(dtype=torch.float32, autocast_adapter_dtype=True, **config):
 
 
 def adapted(base, autocast_adapter_dtype=True, **config):
-    options = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, "init_lora_weights": False} | config
-    return peft.get_peft_model(base, peft.LoraConfig(**options), autocast_adapter_dtype=autocast_adapter_dtype)
+    options = {
+        "r": 4,
+        "lora_alpha": 6,
+        "lora_dropout": 0.0,
+        "init_lora_weights": False,
+    } | config
+    return peft.get_peft_model(
+        base, peft.LoraConfig(**options), autocast_adapter_dtype=autocast_adapter_dtype
+    )
 
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 64
@@ -100,7 +131,11 @@ def pass_of(model, x, autocast=None):
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         y = model(x)
     y.float().square().mean().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+    ]
 
 
 def exactly(model):

@@ -53,7 +53,9 @@ class Fused(Patched, Normed):
     """A layer of PEFT with another forward."""
 
     stock = None  # PEFT's class of the layer
-    widens = False  # under CUDA's autocast, PEFT's forward does not cast the sum to the base's dtype
+    widens = (
+        False  # under CUDA's autocast, PEFT's forward does not cast the sum to the base's dtype
+    )
 
     def forward(self, x, *args, **kwargs):
         kind = type(self)  # read once: another thread may restore the layer during this call
@@ -76,7 +78,9 @@ class Fused(Patched, Normed):
             gain = kind.gain(self, kind, dora, x, weight, a, b, scaling)
             if not isinstance(self, Fused):
                 Normed.drop_gains(self)
-            y = linear_of_gain(x, weight, a, b, gain, bias, scaling=scaling, dropout_p=dropout_p)
+            y = linear_of_gain(
+                x, weight, a, b, gain, bias, scaling=scaling, dropout_p=dropout_p
+            )
         return y if cast is None else y.to(cast)
 
     def unmerge(self):

@@ -41,7 +41,9 @@ def merge(layer, safe_merge, adapter_names):
         bias = merged_bias(layer, base, name)
         checked = [weight] if bias is None else [weight, bias]
         if safe_merge and not all(t.isfinite().all() for t in checked):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+            )
         q = NF4Weight.quantize(weight, base.blocksize, base.double_quant, base.quant_type)
         base.hold(q.base, base.weight_dtype, q.block, q.quant_type)
         if bias is not None:
@@ -66,7 +68,9 @@ def merged_bias(layer, base, name):
     if not layer.lora_bias[name]:
         return None
     if base.bias is None:
-        raise RuntimeError(f"merge: {name} must come without lora_bias, for the base layer has no bias")
+        raise RuntimeError(
+            f"merge: {name} must come without lora_bias, for the base layer has no bias"
+        )
     return base.bias + layer.lora_B[name].bias * layer.scaling[name]
 
 

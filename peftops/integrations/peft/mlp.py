@@ -70,7 +70,9 @@ def expect_fused(model, targets):
         if type(call) is Fallback:
             raise ValueError(f"fuse: {name} cannot be fused: {call.reason}")
     if not targets:
-        raise ValueError("fuse: no module computes down(silu(gate(x)) * up(x)) of three LoRA layers")
+        raise ValueError(
+            "fuse: no module computes down(silu(gate(x)) * up(x)) of three LoRA layers"
+        )
 
 
 class FusedMLP(Patched):
@@ -155,7 +157,9 @@ def operands(module, about, x):
         if not isinstance(layer, Fused):
             return Fallback("a layer is not patched")
         if len(result) == 2 and x.dtype is not dtype:
-            x = x.new_empty(0, dtype=dtype)  # down's input has the dtype that gate and up return
+            x = x.new_empty(
+                0, dtype=dtype
+            )  # down's input has the dtype that gate and up return
         call = plan(layer, x)
         if type(call) is Fallback:
             return call

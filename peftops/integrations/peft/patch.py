@@ -55,7 +55,10 @@ def patch(model, *, strict=False):
         raise
     say(len(layers), reasons)
     for name in liger.untrained(model):
-        log.warning("%s does not train: Liger-Kernel's fused cross entropy uses its base weight alone", name)
+        log.warning(
+            "%s does not train: Liger-Kernel's fused cross entropy uses its base weight alone",
+            name,
+        )
     return model
 
 
@@ -65,7 +68,9 @@ def say(layers, reasons):
     level = logging.INFO if fused >= 0.9 * layers else logging.WARNING
     counts = Counter(reasons.values()).most_common()
     why = ", ".join(f"{count} {reason}" for reason, count in counts)
-    log.log(level, "%d/%d LoRA layers fused%s", fused, layers, f"; PEFT's own: {why}" if why else "")
+    log.log(
+        level, "%d/%d LoRA layers fused%s", fused, layers, f"; PEFT's own: {why}" if why else ""
+    )
 
 
 def unpatch(model):

@@ -64,7 +64,9 @@ class Foundation(NamedTuple):
     held: Tensor | None = None  # the parameter, for checks of device and requires_grad
     computes: torch.dtype | None = None  # what the layer computes in; None: in x's dtype
     bias: Tensor | None = None
-    cast: torch.dtype | None = None  # what the layer casts its result to; None: it casts nothing
+    cast: torch.dtype | None = (
+        None  # what the layer casts its result to; None: it casts nothing
+    )
     own: str | None = None  # why only the layer computes its product
 
 
@@ -179,7 +181,9 @@ def packed(base, weight):
         return Fallback("base weight is repacked for inference on a CPU")
     if tuple(state.shape) != (base.out_features, base.in_features):
         return Fallback("base weight is transposed")
-    if state.nested and (state.state2.blocksize != NESTED or state.state2.dtype is not torch.float32):
+    if state.nested and (
+        state.state2.blocksize != NESTED or state.state2.dtype is not torch.float32
+    ):
         return Fallback("scales of the base weight")
     with torch._C.DisableTorchFunctionSubclass():
         codes = weight.detach().view(torch.uint8)
@@ -192,7 +196,9 @@ def parts_misfit(lora_a, lora_b, dropout):
     """Why the adapter's modules do something else than multiply and drop, or None."""
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "adapter layer is not nn.Linear"
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
+    if type(dropout) is not nn.Identity and (
+        type(dropout) is not nn.Dropout or dropout.inplace
+    ):
         return f"dropout is {dropout}"
     if _has_any_global_hook() or hooked(lora_a) or hooked(lora_b) or hooked(dropout):
         return "hooks on a part"
@@ -207,7 +213,9 @@ def misfit(x, foundation, a, b, b_bias, dora):
     held, bias = foundation.held, foundation.bias
     if type(a) not in PLAIN or type(b) not in PLAIN or type(x) not in PLAIN:
         return "a tensor is not plain"
-    if (bias is not None and type(bias) not in PLAIN) or (b_bias is not None and type(b_bias) not in PLAIN):
+    if (bias is not None and type(bias) not in PLAIN) or (
+        b_bias is not None and type(b_bias) not in PLAIN
+    ):
         return "a tensor is not plain"
     if hasattr(held, "ds_id") or hasattr(a, "ds_id"):
         return "ZeRO-3"

@@ -21,9 +21,13 @@ class Report:
 
     fused: int = 0
     reasons: Counter = field(default_factory=Counter)  # why layers are PEFT's own -> layers
-    calls: Counter = field(default_factory=Counter)  # FUSED, OWN or why not -> calls, not compiled
+    calls: Counter = field(
+        default_factory=Counter
+    )  # FUSED, OWN or why not -> calls, not compiled
     norms: int = 0  # DoRA's, computed since patch
-    paths: Counter = field(default_factory=Counter)  # backend and product, see describe -> layers
+    paths: Counter = field(
+        default_factory=Counter
+    )  # backend and product, see describe -> layers
 
     @property
     def fallback(self):
@@ -64,7 +68,9 @@ def report(model):
 
 def lora_layers(model):
     """{name: layer} of PEFT's LoRA layers, patched or not."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
+    }
 
 
 def why_not(layer):

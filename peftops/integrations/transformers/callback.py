@@ -37,7 +37,11 @@ class PeftopsCallback(TrainerCallback):
         if "loss" not in logs:
             return
         found = report(model)
-        more = {"lora_layers": found.fused + found.fallback, "fused_layers": found.fused, "peak_memory_gib": peak()}
+        more = {
+            "lora_layers": found.fused + found.fallback,
+            "fused_layers": found.fused,
+            "peak_memory_gib": peak(),
+        }
         (then, seen), self.before = self.before, (time.monotonic(), state.num_input_tokens_seen)
         if tokens := self.before[1] - seen:
             more["tokens_per_second"] = round(tokens / (self.before[0] - then), 1)

@@ -71,14 +71,20 @@ def load(folder: Path) -> Checkpoint:
     index = None
     if not is_file(folder / SINGLE):
         if not is_file(folder / INDEX):
-            raise ValueError(f"{folder} has no weights in safetensors: neither {SINGLE} nor {INDEX}")
+            raise ValueError(
+                f"{folder} has no weights in safetensors: neither {SINGLE} nor {INDEX}"
+            )
         index = read_index(folder)
     headers = {name: read_header(file_in(folder, name)) for name in shard_names(folder, index)}
     if index:
         refuse_lost(folder, index, headers)
     tensors = {key: value for keys in headers.values() for key, value in keys.items()}
-    last = {key: name for name, keys in headers.items() for key in keys}  # loading takes the last of equal keys
-    shards = {name: [key for key in keys if last[key] == name] for name, keys in headers.items()}
+    last = {
+        key: name for name, keys in headers.items() for key in keys
+    }  # loading takes the last of equal keys
+    shards = {
+        name: [key for key in keys if last[key] == name] for name, keys in headers.items()
+    }
     model, dtype = make_on_meta(folder, tensors)
     checkpoint = Checkpoint(folder, config, index, shards, dtype)
     map_tensors(checkpoint, model, tensors)
@@ -108,7 +114,11 @@ def read_index(folder):
     path = file_in(folder, INDEX)
     index = read_json(path)
     files = index.get("weight_map")
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(name, str) for name in files.values())
+    ):
         raise ValueError(f"cannot read {path}: weight_map must name the file of each tensor")
     metadata = index.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
@@ -122,7 +132,9 @@ def shard_names(folder, index):
     names = sorted(set(index["weight_map"].values()))
     for name in names:
         if not is_plain(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} must name safetensors files beside it, got {name!r}")
+            raise ValueError(
+                f"{folder / INDEX} must name safetensors files beside it, got {name!r}"
+            )
         if not is_file(folder / name):
             raise ValueError(f"{folder} lacks the shard {name}")
     return names
@@ -135,12 +147,17 @@ def read_header(path):
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            tensors = {key: (entry.get_dtype(), tuple(entry.get_shape())) for key, entry in slices.items()}
+            tensors = {
+                key: (entry.get_dtype(), tuple(entry.get_shape()))
+                for key, entry in slices.items()
+            }
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read the shard {path}: {sentence(error)}") from None
     for key, (dtype, _) in tensors.items():
         if dtype in UNREADABLE:
-            raise ValueError(f"cannot read the shard {path}: {key} is {dtype}, which torch does not have")
+            raise ValueError(
+                f"cannot read the shard {path}: {key} is {dtype}, which torch does not have"
+            )
     return tensors
 
 
@@ -161,17 +178,25 @@ def map_tensors(checkpoint, model, tensors):
         if parameter not in wanted:
             continue
         if parameter in loaded:
-            raise ValueError(f"{checkpoint.folder} holds {parameter} twice: as {loaded[parameter]} and as {key}")
+            raise ValueError(
+                f"{checkpoint.folder} holds {parameter} twice: as {loaded[parameter]} and as {key}"
+            )
         if dtype not in FLOATS:
             raise ValueError(f"{checkpoint.folder} is already quantized: {key} is {dtype}")
         if shape != tuple(parameters[parameter].shape) or 0 in shape:
-            raise ValueError(f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}")
+            raise ValueError(
+                f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}"
+            )
         loaded[parameter] = key
         checkpoint.linear[key] = wanted[parameter]
-    checkpoint.kept = sorted(name.removesuffix(".weight") for name in wanted.keys() - loaded.keys())
+    checkpoint.kept = sorted(
+        name.removesuffix(".weight") for name in wanted.keys() - loaded.keys()
+    )
     refuse_packed(checkpoint, tensors)
     if not checkpoint.linear:
-        raise ValueError(f"{checkpoint.folder} has no linear layers that bitsandbytes would quantize")
+        raise ValueError(
+            f"{checkpoint.folder} has no linear layers that bitsandbytes would quantize"
+        )
     if checkpoint.kept:
         checkpoint.skipped = sorted({*left, *checkpoint.kept})
 
@@ -224,7 +249,9 @@ def refuse_state(folder, keys, parameters):
     endings = re.compile(f"(?:{'|'.join(map(re.escape, state_endings()))})(?!\\w)")
     stray = sorted(key for key in keys if key not in parameters and endings.search(key))
     if stray:
-        raise ValueError(f"{folder} is already quantized, or was in part: it holds {listed(stray)}")
+        raise ValueError(
+            f"{folder} is already quantized, or was in part: it holds {listed(stray)}"
+        )
 
 
 def refuse_packed(checkpoint, keys):
@@ -236,7 +263,9 @@ def refuse_packed(checkpoint, keys):
         if layer in lost and name not in ("weight", "bias"):
             packed.append(key)
     if packed:
-        raise ValueError(f"{checkpoint.folder} is already quantized: it holds {listed(sorted(packed))} and no weight")
+        raise ValueError(
+            f"{checkpoint.folder} is already quantized: it holds {listed(sorted(packed))} and no weight"
+        )
 
 
 def listed(keys):
@@ -270,7 +299,10 @@ def loaded_alone(model, keys):
             name, converter = renamed(key, [], [])
         if converter is not None or name not in names:
             continue
-        beside = [apply_renamings(key + ending, renamings).removesuffix(ending) for ending in state_endings()]
+        beside = [
+            apply_renamings(key + ending, renamings).removesuffix(ending)
+            for ending in state_endings()
+        ]
         if all(renamed(other, [], [])[0] == name for other in beside):
             alone[key] = name
     return alone

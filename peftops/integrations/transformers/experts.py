@@ -26,7 +26,11 @@ class PackedExperts(PackedNF4):
 
 def pack(module, name, weight, double_quant, quant_type):
     """Replaces parameter `name` by PackedExperts: NF4 of the flattened weight."""
-    q = weight if isinstance(weight, NF4Weight) else NF4Weight.quantize(weight.data, 64, double_quant, quant_type)
+    q = (
+        weight
+        if isinstance(weight, NF4Weight)
+        else NF4Weight.quantize(weight.data, 64, double_quant, quant_type)
+    )
     delattr(module, name)
     module.add_module(name, PackedExperts(q))
     if all(hook is not unpack for hook in module._forward_pre_hooks.values()):
@@ -35,7 +39,9 @@ def pack(module, name, weight, double_quant, quant_type):
 
 
 def packed(module):
-    return {name: part for name, part in module._modules.items() if isinstance(part, PackedExperts)}
+    return {
+        name: part for name, part in module._modules.items() if isinstance(part, PackedExperts)
+    }
 
 
 def unpack(module, args):
@@ -79,5 +85,8 @@ def experts(model, wanted):
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name and isinstance(parameter, nn.Parameter) and wanted(name)
+        if parameter.dim() == 3
+        and "expert" in name
+        and isinstance(parameter, nn.Parameter)
+        and wanted(name)
     ]

@@ -13,7 +13,9 @@ WEIGHTS = {
 }  # fmt: skip
 SMALL = 100_000_000  # bytes of a file that is copied, and of a JSON file
 DEPTH = 100  # of objects and lists in each other; Python and transformers recurse over them
-COUNTS = re.compile("layer|expert|head|depth|blocks|stage|group|label")  # a model makes so many, one by one
+COUNTS = re.compile(
+    "layer|expert|head|depth|blocks|stage|group|label"
+)  # a model makes so many, one by one
 MANY = 1_000_000
 
 

@@ -9,7 +9,9 @@ from ..._errors import sentence
 from .folder import CONFIG
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PARAMETERS_PER_TENSOR = 64  # a stacked tensor of a checkpoint may be as many experts of the model
+PARAMETERS_PER_TENSOR = (
+    64  # a stacked tensor of a checkpoint may be as many experts of the model
+)
 PARAMETERS = 10_000
 
 
@@ -32,11 +34,17 @@ def make_on_meta(folder, tensors):
         from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
         from transformers.modeling_utils import local_torch_dtype
     except ImportError:
-        raise ValueError(f"transformers must be 5.0 or newer, got {transformers.__version__}") from None
+        raise ValueError(
+            f"transformers must be 5.0 or newer, got {transformers.__version__}"
+        ) from None
     most = PARAMETERS + PARAMETERS_PER_TENSOR * len(tensors)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config._attn_implementation = "eager"  # another may be code that is fetched from the hub
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        config._attn_implementation = (
+            "eager"  # another may be code that is fetched from the hub
+        )
         stored = (DTYPES[dtype] for dtype, _ in tensors.values() if dtype in DTYPES)
         dtype = config.dtype or next(stored, None)
         if dtype not in DTYPES.values():
@@ -51,7 +59,9 @@ def make_on_meta(folder, tensors):
             warnings.simplefilter("ignore")
             model = make_model(config)
     except Exception as error:  # a model's own code may raise anything
-        raise ValueError(f"transformers cannot make the model of {folder}: {sentence(error)}") from None
+        raise ValueError(
+            f"transformers cannot make the model of {folder}: {sentence(error)}"
+        ) from None
     return model, dtype
 
 
@@ -75,6 +85,8 @@ def bounded_parameters(most):
         nonlocal made
         made += 1
         if made > most:
-            raise ValueError(f"{CONFIG} asks for more than {most} parameters, far more than the tensors of the weights")
+            raise ValueError(
+                f"{CONFIG} asks for more than {most} parameters, far more than the tensors of the weights"
+            )
 
     return register_module_parameter_registration_hook(count)

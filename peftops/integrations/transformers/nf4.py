@@ -24,7 +24,13 @@ from .experts import PackedExperts, experts, pack
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"
-PARTS = "absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"{STATE}{kind}" for kind in FOUR_BITS)
+PARTS = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    *(f"{STATE}{kind}" for kind in FOUR_BITS),
+)
 
 
 STOCK = AUTO_QUANTIZER_MAPPING[METHOD]
@@ -77,9 +83,16 @@ class NF4Quantizer(HfQuantizer):
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         """Refuses modules that come for a call only: bitsandbytes does, and their codes cannot be found on disk."""
-        if not isinstance(device_map, dict) or self.quantization_config.llm_int8_enable_fp32_cpu_offload:
+        if (
+            not isinstance(device_map, dict)
+            or self.quantization_config.llm_int8_enable_fp32_cpu_offload
+        ):
             return
-        away = [f"{name or 'the model'} on {place}" for name, place in device_map.items() if place in ("cpu", "disk")]
+        away = [
+            f"{name or 'the model'} on {place}"
+            for name, place in device_map.items()
+            if place in ("cpu", "disk")
+        ]
         if away and set(device_map.values()) != {"cpu"}:
             raise ValueError(
                 "load_in_4bit: device_map must leave no quantized module on the CPU or the disk while others are "
@@ -105,39 +118,61 @@ class NF4Quantizer(HfQuantizer):
             raise ValueError(
                 "load_in_4bit: rwkv models cannot be quantized, for their forward divides weights in place"
             )
-        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        skip = self.get_modules_to_not_convert(
+            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+        )
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
             skip += [name for name, place in device_map.items() if place in ("disk", "cpu")]
         self.modules_to_not_convert = skip
         found = [
             (name, module)
             for name, module in model.named_modules()
-            if should_convert_module(name, skip) and (type(module) is nn.Linear or isinstance(module, Conv1D))
+            if should_convert_module(name, skip)
+            and (type(module) is nn.Linear or isinstance(module, Conv1D))
         ]
         for name, module in found:
             model.set_submodule(name, empty(module, config))
         left = experts(model, lambda name: should_convert_module(name, skip))
         self.packed = dict.fromkeys(left) if self.experts else {}
         if left and not self.experts:
-            log.warning("load_in_4bit: %d expert weights stay in 16 bits, %s and so on", len(left), left[0])
+            log.warning(
+                "load_in_4bit: %d expert weights stay in 16 bits, %s and so on",
+                len(left),
+                left[0],
+            )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, weight in self.packed.items():
             config, (module, own) = self.quantization_config, get_module_from_name(model, name)
             weight = getattr(module, own) if weight is None else weight
-            pack(module, own, weight, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type)
+            pack(
+                module,
+                own,
+                weight,
+                config.bnb_4bit_use_double_quant,
+                config.bnb_4bit_quant_type,
+            )
         self.packed = {}
         model.is_loaded_in_4bit = True
-        model.num_parameters = MethodType(num_parameters, model)  # transformers' own imports bitsandbytes
+        model.num_parameters = MethodType(
+            num_parameters, model
+        )  # transformers' own imports bitsandbytes
         return model
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in [*model.named_modules()]:
             if isinstance(module, PackedExperts):
-                raise NotImplementedError(f"load_in_4bit: {name} cannot be dequantized for good")
+                raise NotImplementedError(
+                    f"load_in_4bit: {name} cannot be dequantized for good"
+                )
             if isinstance(module, LinearNF4):
-                linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                linear = nn.Linear(
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    device="meta",
+                )
                 linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
                 linear.bias = module.bias
                 model.set_submodule(name, linear.train(module.training))
@@ -164,7 +199,11 @@ class NF4Quantizer(HfQuantizer):
 
 def empty(module, config):
     """The LinearNF4, on the meta device, that a layer becomes under a BitsAndBytesConfig."""
-    k, n = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    k, n = (
+        module.weight.shape
+        if isinstance(module, Conv1D)
+        else (module.in_features, module.out_features)
+    )
     layer = LinearNF4(
         k,
         n,
@@ -217,7 +256,9 @@ class Deserialize(ConversionOps):
             return input_dict
         module, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(module, LinearNF4):
-            raise TypeError(f"load_in_4bit: {full_layer_name} must be of a linear layer, got {type(module).__name__}")
+            raise TypeError(
+                f"load_in_4bit: {full_layer_name} must be of a linear layer, got {type(module).__name__}"
+            )
         module.load({key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()})
         module._is_hf_initialized = True
         return {"weight": module.weight}

@@ -28,14 +28,18 @@ def begin(out: Path, origin: dict) -> None:
     try:
         begin_or_go_on(out, origin)
     except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or sentence(error)}") from None
+        raise ValueError(
+            f"cannot write to {out}: {error.strerror or sentence(error)}"
+        ) from None
 
 
 def begin_or_go_on(out, origin):
     mark = out / UNFINISHED
     if mark.is_file():
         if not holds(mark, origin):
-            raise ValueError(f"{out} was begun from another model or with other options: finish those, or remove it")
+            raise ValueError(
+                f"{out} was begun from another model or with other options: finish those, or remove it"
+            )
         clear(out)
         return
     content = names_in(out)

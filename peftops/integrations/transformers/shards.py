@@ -140,7 +140,9 @@ def same_bits(a, b):
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
-def finish(checkpoint: Checkpoint, out: Path, shards: dict[str, Shard], config: dict) -> list[Path]:
+def finish(
+    checkpoint: Checkpoint, out: Path, shards: dict[str, Shard], config: dict
+) -> list[Path]:
     """Adds to OUT what lies beside the weights, the index, and config.json.
 
     config.json comes last: without it nothing loads OUT.
@@ -156,7 +158,9 @@ def finish(checkpoint: Checkpoint, out: Path, shards: dict[str, Shard], config: 
     """
     files, links = beside_weights(checkpoint.folder)
     for file in files:
-        if file.name not in (CONFIG, output.UNFINISHED) and not file.name.endswith(".index.json"):
+        if file.name not in (CONFIG, output.UNFINISHED) and not file.name.endswith(
+            ".index.json"
+        ):
             name = file.relative_to(checkpoint.folder)
             output.put(out, name, lambda path, file=file: copyfile(file, path))
     if checkpoint.index:
