@@ -1,1 +1,1 @@
-"""What proves kernels rather than times them: on a GPU, and in compilers' output without one."""
+"""What proves kernels rather than times them, on a GPU and without one."""

@@ -208,7 +208,7 @@ class Runner:
             file.write(json.dumps({"part": stage} | event, ensure_ascii=False) + "\n")
 
     def alike(self):
-        """The first of all failures of one kernel and dtype that say the same, and how many more."""
+        """The first of a kernel's failures in a dtype that say the same, and how many more."""
         groups = {}
         for failure in self.failures:
             stage, what, said = failure
@@ -232,7 +232,7 @@ class Runner:
         replace(self.o.out / "summary.json", lambda beside: beside.write_text(text))
 
     def table(self, seconds):
-        """At most LINES lines: stages, what failed, what misses its target, what is absent and why."""
+        """At most LINES lines: stages, failures, missed targets, what is absent and why."""
         yield f"{self.about['device']}, commit {self.about['commit']}, {seconds:.0f} s"
         for stage, counts in self.stages.items():
             states = ", ".join(

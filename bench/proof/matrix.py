@@ -21,7 +21,7 @@ work(sys.argv[1])
 
 
 def run_all(tasks, device, end):
-    """An event for each case of the tasks (op, backend, dtype, shape), in the order they end in."""
+    """An event for each case of the tasks (op, backend, dtype, shape), as they end."""
     waiting = Queue()
     events = Queue()
     for task in tasks:
@@ -76,7 +76,7 @@ def employ(waiting, events, device, end):
 
 class Worker:
     def __init__(self, device):
-        # On a CPU Triton's kernels are interpreted, which must be said before triton is imported.
+        # On a CPU Triton's kernels are interpreted, which is set before the import.
         interpret = [] if device.type == "cuda" else ["env", "TRITON_INTERPRET=1"]
         # It lives as long as the process.
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
@@ -90,7 +90,7 @@ class Worker:
         )
 
     def do(self, task, first, take):
-        """None where the task ended well, else (index, label) of the case that the process died in.
+        """None where the task ended well, else (index, label) of the case it died in.
 
         The index is None where it died before any.
         """

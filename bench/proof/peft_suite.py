@@ -1,4 +1,4 @@
-"""PEFT's own tests on peftops: a pytest plugin, and a command that runs them without and with it.
+"""PEFT's own tests on peftops: a pytest plugin, and a command that runs them without and with.
 
     python -m peftops.bench.proof.peft_suite PEFT_CHECKOUT [-k "Vanilla and LoRA"]
 
@@ -31,7 +31,7 @@ class Linear(ours.FusedLinear):
 def dispatch(*args, **kwargs):
     made = DISPATCH(*args, **kwargs)
     if type(made) is layer.Linear:
-        # Gains of DoRA are kept from its first forward, like those of an adapter added after patch.
+        # DoRA's gains are kept from its first forward, like those of a later adapter.
         made.__class__ = Linear
     return made
 

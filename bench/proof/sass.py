@@ -39,7 +39,7 @@ def measure(registers, shared, stack, places, lines):
 
 
 def innermost(places, lines):
-    """The instructions of each loop that holds no other: from where a branch backwards goes to it."""
+    """The instructions of each loop that holds no other, up to its branch backwards."""
     index = {place: i for i, place in enumerate(places)}
     loops = []
     for i, line in enumerate(lines):
@@ -101,7 +101,7 @@ def limits(source, kernel, target, absent=()):
 
 
 def faults(numbers, limits, shared_limit, fast=True):
-    """What is wrong with a kernel, in words; only one that is meant to be fast has to keep limits."""
+    """What is wrong with a kernel, in words; limits are for those meant to be fast."""
     if numbers["shared"] > shared_limit:
         yield f"shared memory {numbers['shared']} > {shared_limit} of the target"
     if limits is None:

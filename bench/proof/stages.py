@@ -1,4 +1,4 @@
-"""The stages of `peftops bench gpu`: each, in its own process, prints its events as lines of JSON."""
+"""The stages of `peftops bench gpu`. Each is a process that prints events as lines of JSON."""
 
 import json
 import shutil
@@ -211,7 +211,7 @@ def host(o):
 
 
 def bench(o):
-    """Layers and DoRA's norms beside their peers, those with a target first, until time is up."""
+    """Layers and DoRA's norms beside their peers, targets first, until time is up."""
     from .. import dora, lora, nf4
     from ..__main__ import torch_dtype
     from ..measure import unlawful
@@ -271,7 +271,7 @@ def measured(rows, device, dtype):
 
 
 def misses(line, targets):
-    """By how much a line misses its targets, in words; a CUDA graph counts where there is one."""
+    """By how much a line misses its targets, in words; of a CUDA graph where there is one."""
     for layer, dropout, kind, peer, most in targets:
         if (layer, dropout, kind) != (line["layer"], line["dropout"], line["pass"]):
             continue

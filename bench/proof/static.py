@@ -1,4 +1,4 @@
-"""peftops bench static: what compilers make of each GPU kernel, and whether it keeps its limits.
+"""peftops bench static: what compilers make of GPU kernels, and whether they keep their limits.
 
 It compiles for every kind of GPU, needs none, and proves nothing about time.
 """

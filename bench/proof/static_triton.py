@@ -58,7 +58,7 @@ class Launch(NamedTuple):
         )
 
     def features(self):
-        """What a covering list has to meet: kernel and target, each tile, each flag's values."""
+        """What a covering list has to meet: kernel and target, tile, each flag's values."""
         name = self.kernel.__name__
         yield name, self.target
         yield name, TARGETS[self.target][0], self.tile

@@ -1,4 +1,4 @@
-"""The product for Hopper, which no table chooses yet: whether it is right, and what it takes."""
+"""The product for Hopper, which no table chooses yet: is it right, and what does it take?"""
 
 import math
 import time

@@ -105,7 +105,7 @@ def measure(plans, device, end, rounds=5):
 
 
 def built(plan, kind, device):
-    """The frozen model where kind is None, else the demo's contender with a B that is not zero."""
+    """The frozen model where kind is None, else the demo's contender with a B of noise."""
     model = llama(plan.size, device).requires_grad_(False)
     layers = model.model.layers
     if kind:
@@ -154,7 +154,7 @@ def step(model, ids, frozen, compiled):
 
 
 def agree(line, losses):
-    """Whether PEFT's loss and ours are equal; always so under dropout or where PEFT is absent."""
+    """Whether PEFT's loss and ours agree; true under dropout and where PEFT is absent."""
     ours = losses[OURS]
     stock = next((loss for who, loss in losses.items() if who not in (BASE, OURS)), ours)
     return bool(line["dropout"]) or abs(ours - stock) <= CLOSE * abs(stock)

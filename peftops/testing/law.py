@@ -14,7 +14,7 @@ from .cases import CASES
 
 
 def check(op, backend, shape, dtype, device="cpu"):
-    """(label, error, bound) of each case's worst output, which is right where error <= bound."""
+    """(label, error, bound) of each case's worst output; error <= bound is right."""
     for label, args in CASES[op](shape, dtype, device):
         yield label, *check_case(op, backend, args)
 
