@@ -1,6 +1,6 @@
-"""@explained: a call of a public function that went wrong says which argument is not what it should be.
+"""@explained: when a public function fails, the error names the argument that is wrong.
 
-Arguments are looked at after a failure alone, so a call that is right pays nothing for it.
+Arguments are checked only after a failure, so that a correct call pays nothing for it.
 """
 
 import functools
@@ -14,8 +14,12 @@ LARGEST = 2**31 - 1  # of a size
 CLEAR = "lora: ", "dora: ", "nf4: "  # how errors begin that need no explanation
 
 
-def explained(row, **kinds):
-    """kinds: for an argument's name, a function from its value to what it must be, or None where it is that."""
+def explained(row, **checks):
+    """Decorates a public function: its errors say which argument is wrong.
+
+    row: the first word of the error messages. checks: for an argument's name, a function of its
+    value that returns what the argument must be, or None if the value is right.
+    """
 
     def wrap(function):
         names = list(inspect.signature(function).parameters)
@@ -28,7 +32,7 @@ def explained(row, **kinds):
                 if str(error).startswith(CLEAR):
                     raise
                 given = dict(zip(names, args, strict=False)) | kwargs
-                explain(row, kinds, given, error)
+                explain(row, checks, given, error)
                 raise
 
         return call
@@ -36,66 +40,72 @@ def explained(row, **kinds):
     return wrap
 
 
-def explain(row, kinds, given, error):
-    """Raises for the first argument that is not of its kind, or not on the device of the first tensor."""
+def explain(row, checks, given, error):
+    """Raises for the first argument that fails its check or is on another device than the first."""
     device = None
     for name, value in given.items():
-        wanted = kinds[name](value) if name in kinds else None
+        wanted = checks[name](value) if name in checks else None
         if wanted:
             raise TypeError(f"{row}: {name} must be {wanted}, got {shown(value)}") from error
-        if isinstance(value, Tensor):
-            device = device or value.device
-            if value.device != device:
-                raise ValueError(
-                    f"{row}: {name} must be on {device}, got {value.device}"
-                ) from error
+        if not isinstance(value, Tensor):
+            continue
+        device = device or value.device
+        if value.device != device:
+            raise ValueError(
+                f"{row}: {name} must be on {device}, got {value.device}"
+            ) from error
 
 
 def shown(value):
-    """Short, and what a tensor is rather than its values"""
+    """A value in a message: in few words, and a tensor by layout, shape and dtype."""
     if isinstance(value, Tensor):
-        return f"a {str(value.layout).removeprefix('torch.')} tensor of {tuple(value.shape)}, {value.dtype}"
+        layout = str(value.layout).removeprefix("torch.")
+        return f"a {layout} tensor of {tuple(value.shape)}, {value.dtype}"
     text = repr(value)
     return text if len(text) <= 40 else type(value).__name__
 
 
 def tensor(value):
-    return (
-        None
-        if isinstance(value, Tensor) and value.layout is torch.strided
-        else "a dense tensor"
-    )
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        return None
+    return "a dense tensor"
 
 
 def tensor_or_none(value):
-    return None if value is None or tensor(value) is None else "a dense tensor or None"
+    if value is None or tensor(value) is None:
+        return None
+    return "a dense tensor or None"
 
 
 def number(value):
-    real = isinstance(value, numbers.Real)
-    return (
-        None
-        if real or (isinstance(value, Tensor) and value.numel() == 1)
-        else "a number or a tensor of one"
-    )
+    if isinstance(value, numbers.Real):
+        return None
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return None
+    return "a number or a tensor of one"
 
 
 def probability(value):
-    return None if isinstance(value, numbers.Real) and 0 <= value <= 1 else "a number in [0, 1]"
+    if isinstance(value, numbers.Real) and 0 <= value <= 1:
+        return None
+    return "a number in [0, 1]"
 
 
 def size(value):
-    whole = type(value) is int and 0 <= value <= LARGEST
-    return None if whole else f"an int from 0 to {LARGEST}"
+    if type(value) is int and 0 <= value <= LARGEST:
+        return None
+    return f"an int from 0 to {LARGEST}"
 
 
 def dtype_or_none(value):
-    return None if value is None or isinstance(value, torch.dtype) else "a torch.dtype or None"
+    if value is None or isinstance(value, torch.dtype):
+        return None
+    return "a torch.dtype or None"
 
 
 def flag(value):
     return None if isinstance(value, bool) else "True or False"
 
 
-def instance(kind):
-    return lambda value: None if isinstance(value, kind) else kind.__name__
+def instance(cls):
+    return lambda value: None if isinstance(value, cls) else cls.__name__

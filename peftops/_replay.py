@@ -1,10 +1,12 @@
-"""Replays: what an op's launcher did for one kind of arguments is done again by one call of C++ (csrc/replay/).
+"""Replays: what a launcher did once for some arguments, one C++ call does again (csrc/replay/).
 
-When a kind comes a second time, the launches, calls and temporaries of its launcher are noted and become a plan, which
-is played from then on. A launcher of a backend that is replayed may do three things: make and view tensors by torch,
-launch by triton/_launch.py, and call by `noted`. Whatever else it asks of torch is seen, and then there is no plan;
-what torch does not see, it must not do. Its decisions may depend on shapes, dtypes, numbers and the device alone; who
-changes something else that they depend on, such as a table of tiles, calls `forget`.
+A launcher is a backend's function for an op. When arguments like earlier ones come a second time,
+its launches, calls and temporaries are recorded and become a plan. Later calls with such arguments
+play the plan. The launcher of a backend that is replayed may do three things: make and view tensors
+with torch, launch kernels through triton/_launch.py, and call functions through `noted`. Any other
+operation of torch is seen, and then there is no plan. Work that torch does not see is not allowed.
+A launcher's decisions may depend only on shapes, dtypes, numbers and the device. Whoever changes
+something else that they depend on, such as a table of tiles, calls `forget`.
 """
 
 import itertools
@@ -18,8 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     from ._C import Plan, Replay, forget, pause
-except ImportError:  # nothing is compiled, and so nothing replayed
-    Replay, forget, pause = None, lambda: None, lambda more: None
+except ImportError:  # without the compiled extension nothing is replayed
+    Replay = None
+
+    def forget():
+        """There are no plans to drop."""
+
+    def pause(more):
+        """There are no replays to pause."""
 
 
 aten = torch.ops.aten
@@ -33,24 +41,25 @@ VIEWS = {
     aten.permute,
     aten.unsqueeze,
     aten.as_strided,
+    aten.alias,
+    aten.detach,
 }
-VIEWS |= {aten.alias, aten.detach}
-ALIGNED = 256  # bytes between the parts of a scratch
-UNWANTED = "_peftops_unwanted"
+ALIGNED = 256  # bytes; each tensor in the scratch starts at a multiple of this
+UNWANTED = "_peftops_unwanted"  # the attribute of an output that nobody reads
 _thread = threading.local()
 
 
 class Unplanned(Exception):
-    """What a plan cannot hold"""
+    """What a plan cannot hold."""
 
 
 class Stream(int):
-    """The handle of a stream, for which a replay takes the stream of its own time."""
+    """The handle of a CUDA stream. A replay takes the stream that is current at its own time."""
 
 
 @contextmanager
 def paused():
-    """Inside, launchers run in every call, in every thread."""
+    """Inside the block nothing is replayed: launchers run in every call, in every thread."""
     pause(1)
     try:
         yield
@@ -59,12 +68,15 @@ def paused():
 
 
 def noting():
-    """What notes this thread's launches, or None."""
+    """The Notes that record this thread's launches, or None."""
     return getattr(_thread, "notes", None)
 
 
 def noted(function, *args, **named):
-    """function(*args, **named), which takes tensors as kernels do and returns nothing that is used."""
+    """Calls function(*args, **named) and records the call; its result must not be used.
+
+    The function takes tensors as kernels do: it reads inputs and fills outputs.
+    """
     notes = noting()
     if notes is None:
         return function(*args, **named)
@@ -77,12 +89,17 @@ def noted(function, *args, **named):
 
 
 class Notes(TorchDispatchMode):
-    """Inside, everything that this thread's launchers do."""
+    """Inside the block, records what this thread's launcher does."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.inputs, self.outputs, self.temporaries, self.steps = inputs, outputs, [], []
-        self.known_call, self.why_not, self.unless = False, "", None
+        self.inputs = inputs
+        self.outputs = outputs
+        self.temporaries = []
+        self.steps = []
+        self.known_call = False  # inside `noted`, whose operations are not looked at
+        self.why_not = ""  # why there can be no plan
+        self.unless = None  # a plan waits while this function returns True
 
     def __enter__(self):
         _thread.notes = self
@@ -101,12 +118,17 @@ class Notes(TorchDispatchMode):
         return result
 
     def launch(self, unless, *launched):
-        """launched: function, grid, threads, shared memory, arguments as (kind, value); what it runs on stays alive"""
+        """Records a kernel's launch.
+
+        unless: a function that says whether somebody has to see launches. launched: the function,
+        grid, threads, shared memory, arguments as (type, value), and the owner of the function,
+        which the plan keeps alive.
+        """
         self.unless = unless
         self.steps.append(("launch", *launched))
 
     def plan(self, single):
-        """The Plan of these notes, or None."""
+        """The Plan of these notes, or None. single: the op has one output, not a tuple."""
         if self.why_not or not self.steps:
             return None
         try:
@@ -116,67 +138,80 @@ class Notes(TorchDispatchMode):
 
 
 class Numbered:
-    """Notes with a number for every tensor: the inputs', the outputs', temporaries that calls take, and at last parts
-    of one scratch, for what launches alone take."""
+    """Notes in which every tensor has a number.
+
+    In order: inputs, outputs, temporaries that calls take, and temporaries that only launches take.
+    The last ones lie together in one allocation, the scratch.
+    """
 
     def __init__(self, notes):
         self.notes = notes
-        called = [
-            t
-            for step in notes.steps
-            if step[0] == "call"
-            for t in tensors((*step[2], *step[3].values()))
-        ]
-        addresses = [t.data_ptr() for t in called]
-        self.temporaries, self.parts = [], []
+        addresses = []
+        for name, *step in notes.steps:
+            if name == "call":
+                _, args, named = step
+                addresses += [t.data_ptr() for t in tensors((*args, *named.values()))]
+        self.temporaries = []
+        self.scratch = []
         for t in notes.temporaries:
-            if t.numel():
-                inside = any(start(t) <= address < end(t) for address in addresses)
-                (self.temporaries if inside else self.parts).append(t)
-        self.numbered = [*notes.inputs, *notes.outputs, *self.temporaries, *self.parts]
+            if not t.numel():
+                continue
+            if any(start(t) <= address < end(t) for address in addresses):
+                self.temporaries.append(t)
+            else:
+                self.scratch.append(t)
+        self.numbered = [*notes.inputs, *notes.outputs, *self.temporaries, *self.scratch]
         ranges = sorted((start(t), end(t)) for t in self.numbered if t.numel())
         if any(first[1] > second[0] for first, second in itertools.pairwise(ranges)):
             raise Unplanned("two of the tensors share memory")
 
     def plan(self, single):
-        notes, offsets, size = self.notes, [], 0
-        for part in self.parts:
+        notes = self.notes
+        steps = []
+        owners = []  # of kernels, whose code is unloaded without them
+        for name, *step in notes.steps:
+            if name == "call":
+                steps.append(self.call(*step))
+            else:
+                steps.append(self.launch(*step))
+                owners.append(step[-1])
+        outputs = [recipe(t) for t in notes.outputs]
+        temporaries = [recipe(t) for t in self.temporaries]
+        scratch = self.scratch_recipe()
+        return Plan(outputs, single, temporaries, scratch, steps, notes.unless, owners)
+
+    def scratch_recipe(self):
+        """How a replay makes the scratch, with the offset of each tensor in it in bytes; or None."""
+        if not self.scratch:
+            return None
+        offsets = []
+        size = 0
+        for t in self.scratch:
             offsets.append(size)
-            size += -(-part.nbytes // ALIGNED) * ALIGNED
-        scratch = None
-        if self.parts:
-            scratch = (
-                (((size,), (1,)), {"dtype": torch.uint8, "device": self.parts[0].device}),
-                offsets,
-            )
-        steps = [
-            self.call(*step[1:]) if step[0] == "call" else self.launch(*step[1:])
-            for step in notes.steps
-        ]
-        fresh = [[made(t) for t in group] for group in (notes.outputs, self.temporaries)]
-        kernels = [
-            step[-1] for step in notes.steps if step[0] == "launch"
-        ]  # without which their code is unloaded
-        return Plan(fresh[0], single, fresh[1], scratch, steps, notes.unless, kernels)
+            size += -(-t.nbytes // ALIGNED) * ALIGNED
+        options = {"dtype": torch.uint8, "device": self.scratch[0].device}
+        return (((size,), (1,)), options), offsets
 
     def call(self, function, args, named):
         operands = [self.operand(arg) for arg in (*args, *named.values())]
         return "call", function, operands, tuple(named) or None
 
-    def launch(self, function, grid, threads, shared, arguments, kept):
-        values, pointers = [], []
-        for kind, value in arguments:
-            if kind == "pointer":
+    def launch(self, function, grid, threads, shared, arguments, owner):
+        values = []
+        pointers = []
+        for argument_type, value in arguments:
+            if argument_type == "pointer":
                 if value is not None and value.numel():
                     pointers.append((len(values), *self.place(value)))
                 values.append(0)
-            elif kind == "float":
+            elif argument_type == "float":
                 values.append(struct.unpack("<I", struct.pack("<f", value))[0])
             else:
                 values.append(value & 0xFFFFFFFFFFFFFFFF)
         return "launch", function, grid, threads, shared, values, pointers
 
     def operand(self, arg):
+        """How a replay makes an argument of a call."""
         if isinstance(arg, list):
             return "list", [self.operand(item) for item in arg]
         if isinstance(arg, Stream):
@@ -186,22 +221,21 @@ class Numbered:
         if not arg.numel():
             return "constant", torch.empty(arg.shape, dtype=arg.dtype, device=arg.device)
         slot, offset = self.place(arg)
-        whole = self.numbered[slot]
-        if offset == 0 and alike(arg, whole):
+        holder = self.numbered[slot]
+        if offset == 0 and alike(arg, holder):
             return "slot", slot
-        if offset == 0 and whole.dim() == 2 and alike(arg, whole.T):
+        if offset == 0 and holder.dim() == 2 and alike(arg, holder.T):
             return "turned", slot
-        if slot < len(self.notes.inputs) or arg.dtype is not whole.dtype:
-            raise Unplanned(
-                "a view of an input"
-            )  # which may begin elsewhere in its memory next time
+        if slot < len(self.notes.inputs) or arg.dtype is not holder.dtype:
+            # the next input may start elsewhere in its storage
+            raise Unplanned("a view of an input")
         return "strided", slot, (tuple(arg.shape), arg.stride(), arg.storage_offset())
 
     def place(self, t):
-        """The number of what holds this tensor's memory, and at which byte of it."""
-        for number, whole in enumerate(self.numbered):
-            if start(whole) <= t.data_ptr() < end(whole):
-                return number, t.data_ptr() - start(whole)
+        """The number of the tensor that holds t's memory, and t's offset in it in bytes."""
+        for number, holder in enumerate(self.numbered):
+            if start(holder) <= t.data_ptr() < end(holder):
+                return number, t.data_ptr() - start(holder)
         raise Unplanned("memory of somebody else")
 
 
@@ -218,7 +252,7 @@ def end(t):
 
 
 def tensors(values):
-    """Those among values and in their lists, in order."""
+    """The tensors among values and in lists among them, in order."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -226,23 +260,25 @@ def tensors(values):
             yield from tensors(value)
 
 
-def made(t):
-    """How a replay makes an output or a temporary like t; or one for all replays, where it is unwanted."""
+def recipe(t):
+    """How a replay makes a tensor like t; if t is unwanted, one tensor for all replays."""
     if not hasattr(t, UNWANTED):
         return (tuple(t.shape), t.stride()), {"dtype": t.dtype, "device": t.device}
-    with torch.inference_mode(False):  # else training could not save it for backward
+    with torch.inference_mode(
+        False
+    ):  # training could not save an inference tensor for backward
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 def unwanted(x, *shape, dtype=None):
-    """A tensor without elements in the place of an output that nobody reads, so that one serves all replays."""
+    """A tensor without elements for an output that nobody reads; all replays share one."""
     t = x.new_empty(shape, dtype=dtype)
     setattr(t, UNWANTED, True)
     return t
 
 
-def replayed(body, single, args, outputs):
-    """Runs body(), a launcher's work on args and outputs; the Plan of it, or None."""
+def run_and_plan(body, single, args, outputs):
+    """Runs body(), a launcher's work on args and outputs, and returns its Plan or None."""
     notes = Notes(list(tensors(args)), [outputs] if single else list(outputs))
     with notes:
         body()

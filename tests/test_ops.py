@@ -5,7 +5,8 @@ import torch
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backend, backends
-from peftops._op import CONTRACTS, expect_one_device
+from peftops._op import CONTRACTS
+from peftops._ready import expect_one_device
 from peftops.testing.cases import CASES, SHAPES
 from peftops.testing.law import call, check, double
 

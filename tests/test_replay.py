@@ -419,7 +419,7 @@ def test_temporaries_of_calls_are_tensors_and_of_launches_a_scratch():
 
     written = Numbered(notes_of(body, x, out=y))
     assert [t.numel() for t in written.temporaries] == [3] and [
-        t.numel() for t in written.parts
+        t.numel() for t in written.scratch
     ] == [100, 4]
     _, *launch = written.launch(*written.notes.steps[1][1:])
     assert launch[-1] == [(0, 3, 0), (1, 4, 0)]  # after x, y and the tensor of the call

@@ -1,4 +1,4 @@
-"""The frozen product x·Ŵᵀ that every row stands on: its forms, and what a call makes of its arguments."""
+"""The frozen product x·Ŵᵀ of every op: its forms, and how a call prepares its arguments."""
 
 import functools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from .._arguments import tensor
 from .lora_formula import transformed
 from .nf4 import NF4Weight
 
-SHAPES = {
+SHAPES = {  # of what a base holds
     "dense": lambda m, n, k: (n, k),
     "transposed": lambda m, n, k: (k, n),
     "given": lambda m, n, k: (m, n),
@@ -20,15 +20,27 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 class Base(NamedTuple):
-    """x·Ŵᵀ or what it is made of: "dense" [w (n, k)], "transposed" [w (k, n)], "given" [y0 (..., n)], or "nf4"
-    [codes, table, *scales] of an NF4Weight, with its block."""
+    """The product x·Ŵᵀ, or the tensors of which it is computed.
+
+    Args:
+        form: what tensors hold.
+            "dense": [w (n, k)]; "transposed": [w (k, n)]; "given": [y0 (..., n)], the product;
+            "nf4": [codes, table, *scales] of an NF4Weight.
+        tensors: in x's dtype, apart from those of "nf4".
+        block: elements that share a scale, for "nf4".
+    """
 
     form: str
     tensors: list[Tensor]
     block: int = 0
 
     @staticmethod
-    def of(weight):
+    def of(weight: "Tensor | NF4Weight | Base") -> "Base":
+        """The Base of a weight.
+
+        Raises:
+            ValueError: for a weight that requires grad, and for an unknown form.
+        """
         if isinstance(weight, NF4Weight):
             return Base("nf4", weight.base, weight.block)
         if isinstance(weight, Base):
@@ -44,14 +56,14 @@ class Base(NamedTuple):
                 raise ValueError("lora: w must be frozen, got one that requires grad")
         if isinstance(weight, Base):
             return weight
-        columns = (
-            not weight.is_contiguous() and weight.T.is_contiguous()
-        )  # GPT-2's Conv1D: read where it lies
-        return Base("transposed", [weight.T]) if columns else Base("dense", [weight])
+        if not weight.is_contiguous() and weight.T.is_contiguous():
+            # as GPT-2's Conv1D stores its weight: no copy is needed
+            return Base("transposed", [weight.T])
+        return Base("dense", [weight])
 
 
 def weight_fault(value):
-    """What is wrong with the weight of a call, for @explained"""
+    """What the weight of a call must be, or None if it is that; a check for @explained."""
     if isinstance(value, Base):
         good = (
             value.form in FORMS
@@ -60,74 +72,80 @@ def weight_fault(value):
         )
     else:
         good = isinstance(value, NF4Weight) or tensor(value) is None
-    return (
-        None
-        if good
-        else f"a dense tensor, an NF4Weight or a Base of tensors of form {' or '.join(FORMS)}"
-    )
+    if good:
+        return None
+    return f"a dense tensor, an NF4Weight or a Base of tensors of form {' or '.join(FORMS)}"
 
 
 def rows(t):
-    """t (..., k) as (m, k)"""
+    """t (..., k) as (m, k); None stays None."""
     if t is None or t.dim() == 2:
         return t
     return t.flatten(0, -2) if t.dim() > 2 else t[None]
 
 
 def shaped(y, shape):
-    """y (m, n) as (..., n) for an x of this shape: no view of y, so it may be changed in place."""
-    return (
-        y
-        if len(shape) == 2
-        else torch.ops.aten._unsafe_view.default(y, [*shape[:-1], y.shape[1]])
-    )
+    """y (m, n) as (..., n) for an x of this shape.
+
+    To autograd the result is no view of y, so that callers may change it in place.
+    """
+    if len(shape) == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, [*shape[:-1], y.shape[1]])
+
+
+def mask_bytes(k):
+    """The bytes that hold a row's dropout mask, one bit for each of k columns: 4⌈k/32⌉."""
+    return 4 * -(-k // 32)
 
 
 def prepared(x, weight, lora_A, lora_B, scaling):
-    """x, in autocast's dtype where there is one, the Base of weight likewise, and scaling as a (1,) tensor."""
+    """x, the Base of weight, and scaling as a (1,) tensor.
+
+    Inside autocast, x and the tensors of the Base are cast to autocast's dtype.
+    """
     if not (x.dim() and lora_A.dim() == lora_B.dim() == 2):
         expect_dims(x, lora_A, lora_B)
     if isinstance(weight, NF4Weight) and weight.shape != (lora_B.shape[0], x.shape[-1]):
         wanted = lora_B.shape[0], x.shape[-1]
         raise ValueError(f"lora: w must be {wanted}, got {tuple(weight.shape)}")
-    base, device, dtype = Base.of(weight), x.device, x.dtype
-    kind = device.type
-    if kind != "meta" and dtype is not torch.float64 and torch.is_autocast_enabled(kind):
-        wanted = torch.get_autocast_dtype(kind)
+    base = Base.of(weight)
+    device = x.device
+    dtype = x.dtype
+    device_type = device.type
+    if (
+        device_type != "meta"
+        and dtype is not torch.float64
+        and torch.is_autocast_enabled(device_type)
+    ):
+        wanted = torch.get_autocast_dtype(device_type)
         if dtype is not wanted:
             x = x.to(wanted)
         if base.form != "nf4" and any(t.dtype is not wanted for t in base.tensors):
             base = base._replace(tensors=[t.to(wanted) for t in base.tensors])
     if not isinstance(scaling, Tensor):
-        return (
-            x,
-            base,
-            scale_of(
-                scaling, torch.float64 if dtype is torch.float64 else torch.float32, device
-            ),
-        )
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        return x, base, scale_of(scaling, wide, device)
     if scaling.requires_grad:
         raise ValueError("lora: scaling must be a constant, got one that requires grad")
     return x, base, scaling
 
 
 def expect_dims(x, lora_A, lora_B):
-    """Raises for the first that is not what its name says; the contract takes the number of dimensions for granted."""
-    for name, shape, t, right in (
-        ("x", "(..., k)", x, x.dim()),
-        ("a", "(r, k)", lora_A, lora_A.dim() == 2),
-        ("b", "(n, r)", lora_B, lora_B.dim() == 2),
-    ):
-        if not right:
-            raise ValueError(f"lora: {name} must be {shape}, got {tuple(t.shape)}")
+    """Raises for the first tensor with a wrong number of dimensions, which contracts rely on."""
+    if not x.dim():
+        raise ValueError(f"lora: x must be (..., k), got {tuple(x.shape)}")
+    if lora_A.dim() != 2:
+        raise ValueError(f"lora: a must be (r, k), got {tuple(lora_A.shape)}")
+    if lora_B.dim() != 2:
+        raise ValueError(f"lora: b must be (n, r), got {tuple(lora_B.shape)}")
 
 
 def scale_of(scaling, dtype, device):
-    """A (1,) tensor, kept between calls where it is safe to: not from a capture, nor from a tracer."""
+    """scaling as a (1,) tensor. It is cached, except while a graph is captured or traced."""
     if torch.compiler.is_compiling():
-        return (
-            torch.ones(1, dtype=dtype, device=device) * scaling
-        )  # torch.full would compile anew for every value
+        # torch.full would compile anew for every value
+        return torch.ones(1, dtype=dtype, device=device) * scaling
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or transformed() or torch._C._len_torch_dispatch_stack():
         return torch.full((1,), scaling, dtype=dtype, device=device)
@@ -135,25 +153,32 @@ def scale_of(scaling, dtype, device):
 
 
 def no_delta(k, n, dtype, device):
-    """lora_A (0, k) and lora_B (n, 0), in what is legal for x of dtype; kept between calls where it is safe to."""
+    """lora_A (0, k) and lora_B (n, 0), an adapter that adds nothing, for an x of this dtype.
+
+    The tensors are cached, except while a graph is traced.
+    """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
-        return torch.empty(0, k, dtype=wide, device=device), torch.empty(
-            n, 0, dtype=wide, device=device
-        )
+        return empty_adapter(k, n, wide, device)
     return kept_empty(k, n, wide, device)
+
+
+def empty_adapter(k, n, dtype, device):
+    lora_A = torch.empty(0, k, dtype=dtype, device=device)
+    lora_B = torch.empty(n, 0, dtype=dtype, device=device)
+    return lora_A, lora_B
 
 
 @functools.lru_cache(maxsize=1024)
 def kept_empty(k, n, dtype, device):
-    with torch.inference_mode(False):
-        return torch.empty(0, k, dtype=dtype, device=device), torch.empty(
-            n, 0, dtype=dtype, device=device
-        )
+    with torch.inference_mode(
+        False
+    ):  # training could not save an inference tensor for backward
+        return empty_adapter(k, n, dtype, device)
 
 
 @functools.lru_cache(maxsize=1024)
 def kept_scale(scaling, dtype, device):
-    with torch.inference_mode(False):  # else training could not save it for backward
+    with torch.inference_mode(False):  # as above
         scale = torch.full((1,), scaling, dtype=dtype, device="cpu")
-        return scale.to(device)  # a copy, so it is there for every stream
+        return scale.to(device)  # the copy is done when it returns, so every stream may read it

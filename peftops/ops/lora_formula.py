@@ -1,6 +1,6 @@
-"""What kernels have no derivative for: second derivatives, forward-mode AD and transforms of torch.func.
+"""Derivatives that kernels do not have: second ones, forward-mode AD and torch.func's.
 
-There the specification is computed instead, whose operations are torch's own.
+For these the specification is computed instead, because its operations are torch's own.
 """
 
 import torch
@@ -16,9 +16,8 @@ NAMES = (
     "dora_plain",
     "nf4_plain",
 )
-FORMULAS = {
-    name: backends.cell("reference", name) for name in NAMES
-}  # looked up here, where no compiler traces it
+# looked up on import, because a compiler cannot trace the look-up
+FORMULAS = {name: backends.cell("reference", name) for name in NAMES}
 
 
 def transformed():
@@ -27,38 +26,44 @@ def transformed():
 
 
 def by_formula():
-    """Whether torch has to see operations of its own: also in torch.export, whose graphs run where we are not."""
+    """Whether the specification is computed instead of an op.
+
+    torch.export counts too: its graphs also run where peftops is not installed.
+    """
     return transformed() or torch.compiler.is_exporting()
 
 
 def applied(function, *args):
-    """function.apply(*args) where nothing is transformed, so without the look for that which apply begins with."""
+    """function.apply(*args) where `transformed` is False.
+
+    It skips the search for transforms of torch.func with which apply begins.
+    """
     if torch.compiler.is_compiling():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
 
 def differentiable(*args):
-    """Whether autograd has to see what is made of these tensors."""
-    return torch.is_grad_enabled() and any(
-        [t is not None and t.requires_grad for t in args]
-    )  # a generator costs more
+    """Whether autograd has to record what is computed from these tensors."""
+    # a list, because a generator costs more
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args])
 
 
 def graph_wanted():
-    """Whether gradients shall have a graph themselves, as create_graph asks of a backward outside of a compiler."""
+    """Whether gradients need a graph of their own: a backward with create_graph, not compiled."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def formula(name, *args):
-    """What the specification's function of this name makes of args."""
+    """The result of the specification's function `name`."""
     return FORMULAS[name](*args)
 
 
 def gradients(function, args, needs, dy):
-    """dy's product with the derivative of function(*args), for each of args that needs it; torch can differentiate it.
+    """The gradients of function(*args) for dy, which autograd can differentiate again.
 
-    Each argument gets a name of its own, so that no gradient runs through another argument.
+    A gradient is None where `needs` is False. Each argument is replaced by an alias, so that no
+    gradient flows from one argument to another.
     """
     with torch.enable_grad():
         args = [
@@ -66,5 +71,5 @@ def gradients(function, args, needs, dy):
         ]
         y = function(*args)
         wanted = [arg for arg, need in zip(args, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if need else None for need in needs]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needs]

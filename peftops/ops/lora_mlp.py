@@ -4,20 +4,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from . import lora
+from . import lora_autograd
+from .lora import arguments
 from .lora_formula import graph_wanted, transformed
 
 
-def lora_mlp(x, gate, up, down):
-    """y = down(silu(gate(x)) ⊙ up(x)), the same bits as by layers; backward makes silu and product again.
+def lora_mlp(x: Tensor, gate: tuple, up: tuple, down: tuple) -> Tensor:
+    """y = down(silu(gate(x)) ⊙ up(x)), with the bits of three calls of lora_linear.
 
-    gate, up and down are (weight, lora_A, lora_B, bias, scaling, dropout_p) of lora_linear, which says what is raised.
-    Of what lies between the layers, only the results of gate and up are kept for backward: half of the memory.
+    Between the layers, only the results of gate and up are kept for backward, half of the memory.
+    Backward computes silu and the product again.
+
+    Args:
+        x: (..., k).
+        gate: (weight, lora_A, lora_B, bias, scaling, dropout_p), as lora_linear takes them.
+        up: like gate.
+        down: like gate.
+
+    Returns:
+        y (..., n), in x's dtype.
+
+    Raises:
+        RuntimeError: inside forward-mode AD and torch.func, and for create_graph in backward.
+        ValueError, TypeError: as lora_linear.
     """
     with torch.no_grad():
-        cast, *gate = lora.arguments(x, *gate)
-        _, *up = lora.arguments(cast, *up)
-        _, *down = lora.arguments(cast.new_empty(0, down[1].shape[-1]), *down)
+        cast, *gate = arguments(x, *gate)
+        _, *up = arguments(cast, *up)
+        _, *down = arguments(cast.new_empty(0, down[1].shape[-1]), *down)
     if transformed():
         raise RuntimeError("lora_mlp: forward-mode AD and torch.func want layers by themselves")
     args = x, cast, (len(gate), len(up)), *gate, *up, *down
@@ -26,8 +40,8 @@ def lora_mlp(x, gate, up, down):
     return forward(None, *args)
 
 
-class Part:
-    """What one layer of several has for autograd's ctx."""
+class LayerContext:
+    """Stands in for autograd's ctx in one of the three layers."""
 
     def __init__(self, needs_input_grad):
         self.needs_input_grad = needs_input_grad
@@ -36,48 +50,50 @@ class Part:
         self.saved_tensors = tensors
 
     def give(self):
-        """What was saved, for the ctx of all layers to keep; a part itself keeps no tensors."""
+        """Hands over the saved tensors, which MLP's ctx keeps; none stay here."""
         return self.__dict__.pop("saved_tensors")
 
     def backward(self, dy, *tensors):
-        """The gradients of its layer's arguments, or of none."""
+        """The gradients of the layer's arguments; tensors are those that `give` handed over."""
         if not any(self.needs_input_grad):
             return (None,) * len(self.needs_input_grad)
         self.saved_tensors = tensors
-        grads = lora.backward(self, dy)
+        grads = lora_autograd.backward(self, dy)
         del self.saved_tensors
         return grads
 
 
 def split(args, sizes):
-    """What is of gate, of up and of down."""
+    """args of gate, of up and of down; sizes are the first two's."""
     first, second = sizes
     return args[:first], args[first : first + second], args[first + second :]
 
 
 def forward(ctx, given, x, sizes, *args):
-    """given: x before autocast, in whose dtype its gradient is summed."""
+    """y; in ctx, what backward needs.
+
+    given: x before autocast, whose gradient is summed in its dtype.
+    """
     gate, up, down = split(args, sizes)
     if ctx is None:
-        return lora.forward(
-            None, silu(lora.forward(None, x, *gate)).mul_(lora.forward(None, x, *up)), *down
-        )
+        act = silu(lora_autograd.forward(None, x, *gate))
+        product = act.mul_(lora_autograd.forward(None, x, *up))
+        return lora_autograd.forward(None, product, *down)
     needs = split(ctx.needs_input_grad[3:], sizes)
-    first = ctx.needs_input_grad[0]
-    parts = [
-        Part((first, *needs[0])),
-        Part((first, *needs[1])),
-        Part((first or any(needs[0] + needs[1]), *needs[2])),
+    need_x = ctx.needs_input_grad[0]
+    layers = [
+        LayerContext((need_x, *needs[0])),
+        LayerContext((need_x, *needs[1])),
+        LayerContext((need_x or any(needs[0] + needs[1]), *needs[2])),
     ]
-    g, u = lora.forward(parts[0], x, *gate), lora.forward(parts[1], x, *up)
-    y = lora.forward(parts[2], silu(g).mul_(u), *down)
-    saved = [part.give() for part in parts]
-    ctx.parts, ctx.sizes, ctx.dtype = (
-        parts,
-        [len(tensors) for tensors in saved[:2]],
-        given.dtype,
-    )
-    ctx.save_for_backward(g, u, *saved[0], *saved[1], *saved[2][1:])  # all but the product
+    g = lora_autograd.forward(layers[0], x, *gate)
+    u = lora_autograd.forward(layers[1], x, *up)
+    y = lora_autograd.forward(layers[2], silu(g).mul_(u), *down)
+    saved = [layer.give() for layer in layers]
+    ctx.layers = layers
+    ctx.sizes = [len(tensors) for tensors in saved[:2]]
+    ctx.dtype = given.dtype
+    ctx.save_for_backward(g, u, *saved[0], *saved[1], *saved[2][1:])  # without down's input
     return y
 
 
@@ -91,19 +107,17 @@ class MLP(torch.autograd.Function):
                 "lora_mlp: create_graph must be False; layers by themselves differentiate again"
             )
         g, u, *saved = ctx.saved_tensors
-        saved, (gate, up, down) = split(saved, ctx.sizes), ctx.parts
+        saved_gate, saved_up, saved_down = split(saved, ctx.sizes)
+        gate, up, down = ctx.layers
         act = silu(g)
-        ds, *ddown = down.backward(dy, act * u, *saved[2])
-        if ds is None:  # only down is trained
-            return (None,) * (len(ctx.needs_input_grad) - len(ddown)) + tuple(ddown)
-        du, dg = act.mul_(ds), torch.ops.aten.silu_backward(ds.mul_(u), g)
-        dx, *dgate = gate.backward(dg, *saved[0])
-        also, *dup = up.backward(du, *saved[1])
-        return (
-            None if dx is None else dx.to(ctx.dtype).add_(also),
-            None,
-            None,
-            *dgate,
-            *dup,
-            *ddown,
-        )
+        dproduct, *ddown = down.backward(dy, act * u, *saved_down)
+        if dproduct is None:  # only down is trained
+            others = len(ctx.needs_input_grad) - len(ddown)
+            return *[None] * others, *ddown
+        du = act.mul_(dproduct)
+        dg = torch.ops.aten.silu_backward(dproduct.mul_(u), g)
+        dx, *dgate = gate.backward(dg, *saved_gate)
+        dx_of_up, *dup = up.backward(du, *saved_up)
+        if dx is not None:
+            dx = dx.to(ctx.dtype).add_(dx_of_up)
+        return dx, None, None, *dgate, *dup, *ddown

@@ -1,4 +1,7 @@
-"""The specification of DoRA's norm and of its dropout, with the roundings of LoRA's product."""
+"""The specification of DoRA's norm and of its dropout.
+
+Values are rounded as in LoRA's product, see lora.py.
+"""
 
 from . import outside_autocast
 from .lora import lora_formula, roundings
@@ -12,7 +15,7 @@ def dora_norm(n, x, base, a, b, scale, form, block):
 
 @outside_autocast
 def dora_norm_formula(x, base, a, b, scale, form, block):
-    """By operations that torch can differentiate"""
+    """‖Ŵ + scale·b·a‖ of each row (n,), by operations that torch can differentiate."""
     _, rounded = roundings(x, scale)
     w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
     return (scale * (rounded(b) @ rounded(a)) + w).norm(dim=1)
@@ -21,7 +24,9 @@ def dora_norm_formula(x, base, a, b, scale, form, block):
 @outside_autocast
 def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
     _, rounded = roundings(x, scale)
-    w, a, b = rounded(matrix(base, form, block, b.shape[0], x.shape[1])), rounded(a), rounded(b)
+    w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+    a = rounded(a)
+    b = rounded(b)
     c = (dn / n).masked_fill((n == 0) | n.isinf(), 0)[:, None]
     if need[0]:
         da.copy_(scale * (rounded(c * b).T @ w) + scale * scale * ((b.T @ (c * b)) @ a))
@@ -30,13 +35,14 @@ def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
 
 
 def dora_plain(x, base, a, b, scale, bias, gain, seed, form, block, p):
+    """dora_formula with the dropout that this seed draws."""
     bits = keep_bits(seed, *x.shape, p)
     return dora_formula(x, base, a, b, scale, bias, gain, bits, form, block, p)
 
 
 @outside_autocast
 def dora_formula(x, base, a, b, scale, bias, gain, bits, form, block, p):
-    """y where the base sees drop(x) too, still to be rounded to x's dtype; torch can differentiate it"""
+    """y where the base sees drop(x) too, not yet rounded to x's dtype; torch can differentiate it."""
     kept = drop(x.to(scale.dtype), bits, p).to(x.dtype)
     y, *_ = lora_formula(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0)
     w = matrix(base, form, block, b.shape[0], x.shape[1]).to(x.dtype)

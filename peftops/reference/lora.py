@@ -1,7 +1,10 @@
-"""The specification of LoRA. a, b, h, gated h, dz and dh are rounded to x's dtype, all else is scale's dtype."""
+"""The specification of LoRA.
+
+a, b, h, gated h, dz and dh are rounded to x's dtype. Everything else is in scale's dtype.
+"""
 
 from . import outside_autocast
-from .lora_base import matrix, product, product_bwd
+from .lora_base import matrix, product
 from .lora_dropout import drop, keep, keep_bits
 from .lora_gate import fold, repeat, spread
 
@@ -11,28 +14,33 @@ def lora_fwd(
 ):
     if p:
         bits.copy_(keep_bits(seed, *x.shape, p))
-    found = lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p)
-    for out, value in zip((y, h, z) if keep_z else (y, h), found, strict=False):
-        out.copy_(value)
+    exact = lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p)
+    y.copy_(exact[0])
+    h.copy_(exact[1])
+    if keep_z:
+        z.copy_(exact[2])
 
 
 @outside_autocast
 def lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p):
-    """y, h and z, still to be rounded to x's dtype, by operations that torch can differentiate"""
+    """y, h and z, not yet rounded to x's dtype, by operations that torch can differentiate."""
     wide, rounded = roundings(x, scale)
     h = rounded(drop(wide(x), bits, p) @ rounded(a).T)
     w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
     z = product(wide(x), w, form) + scale * (rounded(spread(h, gate, b)) @ rounded(b).T)
-    return z * (1 if gain is None else gain) + (0 if bias is None else bias), h, z
+    y = z * (1 if gain is None else gain) + (0 if bias is None else bias)
+    return y, h, z
 
 
 def lora_plain(x, base, a, b, scale, bias, gain, gate, seed, form, block, p):
+    """y of lora_formula with the dropout that this seed draws."""
     bits = keep_bits(seed, *x.shape, p) if p else None
     return lora_formula(x, base, a, b, scale, bias, gain, gate, bits, form, block, p)[0]
 
 
 def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
-    h, none = x.new_empty(x.shape[0], a.shape[0]), x.new_empty(0)
+    h = x.new_empty(x.shape[0], a.shape[0])
+    none = x.new_empty(0)
     lora_fwd(
         y, h, none, none, x, base, a, b, scale, bias, gain, gate, None, form, block, 0.0, False
     )
@@ -73,12 +81,12 @@ def lora_bwd(
     dhg = scale * (dz @ rounded(b))
     dh = rounded(fold(dhg, gate, a, b))
     if need[0]:
-        w = (
-            None
-            if form == "given"
-            else rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
-        )
-        dx.copy_(product_bwd(dz, w, form) + drop(dh @ rounded(a), bits, p))
+        dx_delta = drop(dh @ rounded(a), bits, p)
+        if form == "given":
+            dx.copy_(dx_delta)
+        else:
+            w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
+            dx.copy_(dz @ w + dx_delta)
     if need[1]:
         da.copy_(dh.T @ drop(wide(x), bits, p))
     if need[2]:
@@ -92,4 +100,5 @@ def lora_bwd(
 
 
 def roundings(x, scale):
+    """Two functions of a tensor: to scale's dtype, and to scale's dtype by way of x's."""
     return lambda t: t.to(scale.dtype), lambda t: t.to(x.dtype).to(scale.dtype)

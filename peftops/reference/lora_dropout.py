@@ -1,15 +1,17 @@
-"""The specification of dropout: which entries are kept is a function of (seed, row, column, p) alone."""
+"""The specification of dropout: seed, row, column and p alone decide which entries are kept."""
 
 import torch
 
 
 def keep_bits(seed, m, k, p):
-    """(m, 4⌈k/32⌉) uint8. Byte i of a row holds its columns 8i to 8i + 7, lowest bit first; 1 is kept.
+    """(m, 4⌈k/32⌉) uint8. Byte i of a row holds columns 8i to 8i + 7, lowest bit first; 1 is kept.
 
-    Philox4x32-7, key = seed, counter = row · 4⌈k/32⌉ + byte, both as (low, high) words, the rest of the counter 0.
-    One draw is eight 16-bit numbers, word by word, low half first; kept are those of at least round(p · 2¹⁶).
+    Each byte is one draw of Philox4x32-7. Its key is the seed, and its counter is
+    row · 4⌈k/32⌉ + byte, both as (low, high) words; the other words of the counter are 0. A draw is
+    eight 16-bit numbers, word by word, low half first. Numbers of at least round(p · 2¹⁶) are kept.
     """
-    low, width = 0xFFFFFFFF, 4 * -(-k // 32)
+    low = 0xFFFFFFFF
+    width = 4 * -(-k // 32)
     counter = torch.arange(m * width, device=seed.device)
     c = [counter & low, counter >> 32, counter * 0, counter * 0]
     k0, k1 = seed & low, seed >> 32 & low
@@ -23,17 +25,20 @@ def keep_bits(seed, m, k, p):
 
 
 def multiply(word, constant):
-    """High and low 32 bits of a product of 32-bit words; int64 alone cannot hold it."""
+    """High and low 32 bits of the product of two 32-bit words, which int64 cannot hold."""
     high = (word * (constant >> 16) + (word * (constant & 0xFFFF) >> 16)) >> 16
     return high, word * constant & 0xFFFFFFFF
 
 
 def keep(bits, k):
-    """(m, k) bool"""
+    """(m, k) bool: the bits as a mask."""
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
     return (bits[:, :, None] >> shifts & 1).flatten(1)[:, :k].bool()
 
 
 def drop(x, bits, p):
-    """mask ⊙ x / (1 - p), and zero at p = 1"""
-    return x * keep(bits, x.shape[1]) * (1 / (1 - p) if p < 1 else 0) if p else x
+    """mask ⊙ x / (1 - p), and zero at p = 1."""
+    if not p:
+        return x
+    factor = 1 / (1 - p) if p < 1 else 0
+    return x * keep(bits, x.shape[1]) * factor

@@ -171,7 +171,7 @@ def test_backward_twice_and_nothing_kept_after():
     ]
     assert torch.equal(grads[0][0], grads[1][0])
     assert not any(
-        "saved_tensors" in vars(part) for part in y.grad_fn.next_functions[0][0].parts
+        "saved_tensors" in vars(layer) for layer in y.grad_fn.next_functions[0][0].layers
     )
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.backward()

@@ -1,0 +1,153 @@
+"""LoRA's contracts: what each op takes and returns, and the checks of its arguments."""
+
+import torch
+from torch import Tensor
+
+from .._op import expect, op
+from .._replay import unwanted
+from .lora_base import DTYPES, SHAPES, mask_bytes
+from .nf4 import expect_base
+
+FEW = 64  # up to this many rows, lora_gemv's one pass over the base is faster
+
+
+@op
+def lora_fwd(
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    form: str,
+    block: int,
+    p: float,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = g ⊙ z + bias with z = x·Ŵᵀ + s · (gate ⊙ h)·bᵀ and h = drop(x)·aᵀ
+
+    x (m, k) · base · a (r, k) · b (n, r or e·r)
+    ->  y (m, n) · h (m, r) · bits (m, 4⌈k/32⌉ or 0) · z (m, n or 0)
+    """
+    m, k = x.shape
+    n = b.shape[0]
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
+    expect("lora", "seed", seed, (1,), torch.int64)
+    expect_probability(p)
+    if p and seed is None:
+        raise ValueError(f"lora: p must come with a seed, got {p} and None")
+    if p:
+        bits = x.new_empty(m, mask_bytes(k), dtype=torch.uint8)
+    else:
+        bits = unwanted(x, m, 0, dtype=torch.uint8)
+    return (
+        x.new_empty(m, n),
+        x.new_empty(m, a.shape[0]),
+        bits,
+        x.new_empty(m, n) if keep_z else unwanted(x, m, 0),
+    )
+
+
+@op
+def lora_bwd(
+    dy: Tensor,
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    h: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    gate: Tensor | None,
+    z: Tensor,
+    form: str,
+    block: int,
+    p: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, a, b, bias, gain and gate, each in its argument's dtype.
+
+    A gradient is empty where `need` is False.
+    """
+    m, k = x.shape
+    n = b.shape[0]
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block, gradient=True)
+    expect("lora", "dy", dy, (m, n), x.dtype)
+    expect("lora", "h", h, (m, a.shape[0]), x.dtype)
+    expect("lora", "bits", bits, (m, mask_bytes(k) if p else 0), torch.uint8)
+    expect("lora", "z", z, (m, n if need[4] else 0), x.dtype)
+    like = (x, a, b, bias, gain, gate)
+    plain = torch.contiguous_format
+    return tuple(
+        torch.empty_like(t, memory_format=plain) if wanted else unwanted(x, 0)
+        for t, wanted in zip(like, need, strict=True)
+    )
+
+
+@op
+def lora_gemv(
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    gate: Tensor | None,
+    form: str,
+    block: int,
+) -> Tensor:
+    """lora_fwd for few rows, without dropout: only y (m, n), in one pass over the base."""
+    expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+@op
+def lora_mask(seed: Tensor, m: int, k: int, p: float) -> Tensor:
+    """keep (m, k) bool: the entries of x that lora_fwd keeps for this seed."""
+    expect("lora", "seed", seed, (1,), torch.int64)
+    expect_probability(p)
+    return seed.new_empty(m, k, dtype=torch.bool)
+
+
+def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block, gradient=False):
+    """Raises for the first argument of an op that is not as the contract says.
+
+    A rank of 0 means no delta. gradient: only gradients are asked for, so that base may be empty
+    if its form is "given".
+    """
+    if form != "nf4" and len(base) != 1 and (form != "given" or base or not gradient):
+        raise ValueError(f"lora: w must be one tensor, got {len(base)}")
+    m, k = x.shape
+    n, columns = b.shape
+    r = a.shape[0]
+    dtype = x.dtype
+    experts = 1 if gate is None else gate.shape[1]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    expect("lora", "x", x, (m, k), *DTYPES)
+    if form == "nf4":
+        expect_base("lora", base, block, n * k, wide)
+    elif base:
+        expect("lora", "y0" if form == "given" else "w", base[0], SHAPES[form](m, n, k), dtype)
+    expect("lora", "a", a, (r, k), dtype, wide)
+    expect("lora", "b", b, (n, r if columns == r else experts * r), dtype, wide)
+    expect("lora", "scale", scale, (1,), wide)
+    expect("lora", "bias", bias, (n,), dtype, wide)
+    expect("lora", "gain", gain, (n,), wide)
+    expect("lora", "gate", gate, (m, experts), wide)
+    if not experts or columns % experts or (gate is not None and not columns):
+        raise ValueError(
+            f"lora: b must have as many columns for each of {experts} experts, got {columns}"
+        )
+
+
+def expect_probability(p):
+    if isinstance(p, Tensor):
+        raise TypeError(f"lora: p must be a number, got a tensor of {tuple(p.shape)}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"lora: p must be in [0, 1], got {p}")
