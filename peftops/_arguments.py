@@ -6,15 +6,18 @@ Arguments are checked only after a failure, so that a correct call pays nothing 
 import functools
 import inspect
 import numbers
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1  # of a size
+Function = TypeVar("Function", bound=Callable)
 CLEAR = "lora: ", "dora: ", "nf4: "  # how errors begin that need no explanation
 
 
-def explained(row, **checks):
+def explained(row: str, **checks: Callable) -> Callable[[Function], Function]:
     """Decorates a public function: its errors say which argument is wrong.
 
     row: the first word of the error messages. checks: for an argument's name, a function of its

@@ -1,4 +1,4 @@
-"""What a kernel may rely on: contiguous, aligned tensors of one device, which is the current one."""
+"""What a kernel may rely on: contiguous, aligned tensors of one device, the current one."""
 
 from contextlib import nullcontext
 

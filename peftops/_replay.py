@@ -181,7 +181,7 @@ class Numbered:
         return Plan(outputs, single, temporaries, scratch, steps, notes.unless, owners)
 
     def scratch_recipe(self):
-        """How a replay makes the scratch, with the offset of each tensor in it in bytes; or None."""
+        """How a replay makes the scratch, and the offset of each tensor in it in bytes; or None."""
         if not self.scratch:
             return None
         offsets = []

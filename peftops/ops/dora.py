@@ -25,7 +25,16 @@ class Norm(torch.autograd.Function):
     """dora_norm, with gradients that can be differentiated again."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, x, form, block, *base):
+    def forward(
+        ctx,
+        a,
+        b,
+        scale,
+        x,
+        form,
+        block,
+        *base,
+    ):
         n = dora_norm(x, list(base), a, b, scale, form, block)
         ctx.save_for_backward(n, x, a, b, scale, *base)
         ctx.constants = form, block
@@ -122,7 +131,7 @@ def dtype_of(weight, lora_A):
     return getattr(weight, "dtype", lora_A.dtype)
 
 
-def no_zeros(norm):
+def no_zeros(norm: Tensor) -> Tensor:
     """norm with inf for 0: a row of zeros gets gain 0, and its magnitude gets no gradient."""
     return norm.masked_fill(norm == 0, float("inf"))
 
@@ -148,15 +157,14 @@ def dora_linear(
     Where magnitude equals the norm ‖W + scaling·B·A‖ of each row, this is LoRA.
 
     Args:
-        x: as in lora_linear, like weight, lora_A, lora_B, bias, scaling, dropout_p and training.
+        x: as in lora_linear, like all arguments that are not listed here.
         magnitude: (n,) fp32, of any sign.
         detach_norm: the gradient treats the norm as a constant, as section 4.3 of the paper and
             PEFT do. If False, the norm is differentiated.
         dropout_mode: "lora" drops only the input of lora_A, as above. "peft" computes what PEFT
             does, where the base sees drop(x) too:
             y = g ⊙ (drop(x)·Wᵀ + scaling · drop(x)·Aᵀ·Bᵀ) + (x - drop(x))·Wᵀ + bias.
-            It costs another base product in forward and in backward. Without dropout both are
-            the same.
+            It costs another base product each way. Without dropout both modes are the same.
         norm: (n,), the result of dora_weight_norm if it is known, with inf for 0; g is 0 there.
 
     Returns:
@@ -191,7 +199,18 @@ def dora_linear(
     )
 
 
-def linear_of_gain(x, weight, a, b, gain, bias, *, scaling, dropout_p, dropout_mode="peft"):
+def linear_of_gain(
+    x,
+    weight,
+    a,
+    b,
+    gain,
+    bias,
+    *,
+    scaling,
+    dropout_p,
+    dropout_mode="peft",
+):
     """dora_linear for callers that know the gain magnitude / norm."""
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     if gain.dtype is not wide:

@@ -13,7 +13,18 @@ from .lora_contract import lora_bwd, lora_fwd
 from .lora_formula import formula, gradients, graph_wanted
 
 
-def dropped(ctx, given, a, b, bias, gain, scale, seed, constants, *base):
+def dropped(
+    ctx,
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """y of dropout_mode "peft"; in ctx, what backward needs. ctx may be None."""
     x = rows(given)
     base = list(base)
@@ -147,7 +158,17 @@ def product_bwd(dy, x, base, scale, form, block, no_bits):
     return dx
 
 
-def plain(given, a, b, bias, gain, scale, seed, constants, *base):
+def plain(
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """dropped's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     x = rows(given)
     y = formula("dora_plain", x, base, a, b, scale, bias, gain, seed, *constants)

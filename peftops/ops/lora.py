@@ -79,7 +79,17 @@ def lora_linear(
     return linear(x, weight, lora_A, lora_B, bias, scaling, p, gain, gate)
 
 
-def linear(x, weight, a, b, bias, scaling, p, gain=None, gate=None):
+def linear(
+    x,
+    weight,
+    a,
+    b,
+    bias,
+    scaling,
+    p,
+    gain=None,
+    gate=None,
+):
     """lora_linear for callers whose arguments are right: errors are not explained."""
     args = arguments(x, weight, a, b, bias, scaling, p, gain, gate)
     if by_formula():
@@ -89,7 +99,17 @@ def linear(x, weight, a, b, bias, scaling, p, gain=None, gate=None):
     return forward(None, *args)
 
 
-def arguments(x, weight, lora_A, lora_B, bias, scaling, p, gain=None, gate=None):
+def arguments(
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    bias,
+    scaling,
+    p,
+    gain=None,
+    gate=None,
+):
     """The arguments of lora_autograd's forward after ctx; draws the seed of dropout."""
     x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
     seed = torch.randint(2**62, (1,), device=x.device) if p else None

@@ -10,7 +10,19 @@ from .lora_contract import FEW, expect_lora, lora_bwd, lora_fwd, lora_gemv
 from .lora_formula import formula, gradients, graph_wanted
 
 
-def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
+def forward(
+    ctx,
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    gate,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """y; in ctx, what backward needs. ctx may be None if there is no backward."""
     x = rows(given)
     gates = rows(gate)
@@ -39,7 +51,19 @@ def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
         )
     if ctx is not None:
         saved_base = base if form != "given" or keep_z else ()
-        ctx.save_for_backward(given, a, b, bias, gain, gate, scale, h, bits, z, *saved_base)
+        ctx.save_for_backward(
+            given,
+            a,
+            b,
+            bias,
+            gain,
+            gate,
+            scale,
+            h,
+            bits,
+            z,
+            *saved_base,
+        )
         ctx.constants = constants
     return shaped(y, given.shape)
 
@@ -119,14 +143,39 @@ def backward_again(ctx, dy):
     return *grads[:6], None, None, None, *grads[6:], *others
 
 
-def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
+def plain(
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    gate,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """forward's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     form, block, p = constants
     x = rows(given)
     gates = rows(gate)
     base = [rows(t) for t in base] if form == "given" else list(base)
     expect_lora(x, base, a, b, scale, bias, gain, gates, form, block)
-    y = formula("lora_plain", x, base, a, b, scale, bias, gain, gates, seed, form, block, p)
+    y = formula(
+        "lora_plain",
+        x,
+        base,
+        a,
+        b,
+        scale,
+        bias,
+        gain,
+        gates,
+        seed,
+        form,
+        block,
+        p,
+    )
     return y.to(x.dtype).view(*given.shape[:-1], y.shape[1])
 
 

@@ -152,7 +152,12 @@ def scale_of(scaling, dtype, device):
     return kept_scale(float(scaling), dtype, device)
 
 
-def no_delta(k, n, dtype, device):
+def no_delta(
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """lora_A (0, k) and lora_B (n, 0), an adapter that adds nothing, for an x of this dtype.
 
     The tensors are cached, except while a graph is traced.

@@ -115,7 +115,19 @@ def lora_mask(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     return seed.new_empty(m, k, dtype=torch.bool)
 
 
-def expect_lora(x, base, a, b, scale, bias, gain, gate, form, block, gradient=False):
+def expect_lora(
+    x,
+    base,
+    a,
+    b,
+    scale,
+    bias,
+    gain,
+    gate,
+    form,
+    block,
+    gradient=False,
+):
     """Raises for the first argument of an op that is not as the contract says.
 
     A rank of 0 means no delta. gradient: only gradients are asked for, so that base may be empty

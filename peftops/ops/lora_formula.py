@@ -20,12 +20,12 @@ NAMES = (
 FORMULAS = {name: backends.cell("reference", name) for name in NAMES}
 
 
-def transformed():
+def transformed() -> bool:
     """Whether forward-mode AD or a transform of torch.func has to see every operation."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def by_formula():
+def by_formula() -> bool:
     """Whether the specification is computed instead of an op.
 
     torch.export counts too: its graphs also run where peftops is not installed.
@@ -43,13 +43,13 @@ def applied(function, *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
-def differentiable(*args):
+def differentiable(*args) -> bool:
     """Whether autograd has to record what is computed from these tensors."""
     # a list, because a generator costs more
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args])
 
 
-def graph_wanted():
+def graph_wanted() -> bool:
     """Whether gradients need a graph of their own: a backward with create_graph, not compiled."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

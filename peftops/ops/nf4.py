@@ -1,4 +1,4 @@
-"""4-bit weights with the bits of bitsandbytes: Ŵ = table[code] · absmax of the block, rounded once."""
+"""4-bit weights with the bits of bitsandbytes: Ŵ = table[code] · absmax, rounded once."""
 
 from collections.abc import Mapping, Sequence
 
@@ -50,12 +50,14 @@ def nf4_dequantize(
     return codes.new_empty(size, dtype=dtype)
 
 
-def expect_block(block):
+def expect_block(block: int) -> None:
+    """Raises unless a scale may be shared by this number of elements."""
     if not isinstance(block, int) or block not in BLOCKS:
         raise ValueError(f"nf4: block must be one of {BLOCKS}, got {block}")
 
 
-def expect_quant_type(row, quant_type):
+def expect_quant_type(row: str, quant_type: str) -> None:
+    """Raises unless quant_type is "nf4" or "fp4"; row is the first word of the message."""
     if not isinstance(quant_type, str) or quant_type not in FOUR_BITS:
         raise ValueError(
             f"{row}: quant_type must be {' or '.join(FOUR_BITS)}, got {quant_type!r}"

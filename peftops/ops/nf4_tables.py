@@ -18,8 +18,8 @@ FOUR_BITS = {
         0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
     ),
 }  # fmt: skip
-# The positive values of the signed 8-bit dynamic map. They are listed because a formula would depend
-# on how linspace rounds.
+# The positive values of the signed 8-bit dynamic map. They are listed because a formula would
+# depend on how linspace rounds.
 POSITIVE = (
     5.50000038e-07, 3.25000019e-06, 7.7499999e-06, 2.12499981e-05, 4.37499984e-05,
     6.62500024e-05, 8.87499991e-05, 0.000156250011, 0.000268750038, 0.000381250022,
