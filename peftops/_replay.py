@@ -264,9 +264,8 @@ def recipe(t):
     """How a replay makes a tensor like t; if t is unwanted, one tensor for all replays."""
     if not hasattr(t, UNWANTED):
         return (tuple(t.shape), t.stride()), {"dtype": t.dtype, "device": t.device}
-    with torch.inference_mode(
-        False
-    ):  # training could not save an inference tensor for backward
+    # training could not save a tensor of inference mode for backward
+    with torch.inference_mode(False):
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 

@@ -10,7 +10,7 @@ from .._arguments import tensor
 from .lora_formula import transformed
 from .nf4 import NF4Weight
 
-SHAPES = {  # of what a base holds
+SHAPES = {  # of the tensor that a base of this form holds
     "dense": lambda m, n, k: (n, k),
     "transposed": lambda m, n, k: (k, n),
     "given": lambda m, n, k: (m, n),
@@ -142,7 +142,7 @@ def expect_dims(x, lora_A, lora_B):
 
 
 def scale_of(scaling, dtype, device):
-    """scaling as a (1,) tensor. It is cached, except while a graph is captured or traced."""
+    """scaling as a (1,) tensor, which is cached except while a graph is captured or traced."""
     if torch.compiler.is_compiling():
         # torch.full would compile anew for every value
         return torch.ones(1, dtype=dtype, device=device) * scaling
@@ -176,9 +176,8 @@ def empty_adapter(k, n, dtype, device):
 
 @functools.lru_cache(maxsize=1024)
 def kept_empty(k, n, dtype, device):
-    with torch.inference_mode(
-        False
-    ):  # training could not save an inference tensor for backward
+    # training could not save a tensor of inference mode for backward
+    with torch.inference_mode(False):
         return empty_adapter(k, n, dtype, device)
 
 
