@@ -263,11 +263,11 @@ def test_scratch_of_a_few_rows(op, names, shape, decoded, monkeypatch):
 def test_what_the_scratch_holds():
     half = torch.empty(0, dtype=torch.bfloat16)
     parts = [
-        lora_product.part(count, length, half)
+        lora_product.slice_columns(count, length, half)
         for count, length in ((4096, 4096), (14336, 4096), (28672, 8192))
     ]
-    assert parts == [4096, 4096, 2048] and lora_product.part(4096, 14336, half) == 1024
-    assert lora_product.part(8, 2**25, half) == 1
+    assert parts == [4096, 4096, 2048] and lora_product.slice_columns(4096, 14336, half) == 1024
+    assert lora_product.slice_columns(8, 2**25, half) == 1
 
 
 def norm(t):

@@ -10,7 +10,7 @@ from peftops.testing.cases import BWD, FWD
 from peftops.testing.cases import lora as tensors
 from peftops.testing.law import check_case
 from peftops.triton import _gemm, lora_tma
-from peftops.triton.lora_product import parts, parts_bwd
+from peftops.triton.lora_product import weight_slices, weight_slices_bwd
 
 from .. import timing
 from .tune import taken
@@ -93,12 +93,12 @@ def products(op, t, device):
     forward = op == "lora_fwd"
     rest = {}
     if forward:
-        left, of_base = x, parts
+        left, of_base = x, weight_slices
         out = x.new_empty(dy.shape)
         b = t["b"].to(x.dtype)
         rest = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]}
     else:
-        left, of_base = dy, parts_bwd
+        left, of_base = dy, weight_slices_bwd
         out = x.new_empty(x.shape)
         b = t["a"].to(x.dtype)
         if t["p"]:

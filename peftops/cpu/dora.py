@@ -1,4 +1,8 @@
-"""DoRA on a CPU: one pass over the base for its norm, torch's GEMM over parts of it for the norm's gradient."""
+"""DoRA on a CPU.
+
+One pass over the base makes its norm. For the norm's gradients torch's GEMM multiplies by slices
+of the base, in fp32.
+"""
 
 import torch
 
@@ -8,21 +12,25 @@ from . import nf4
 
 
 def dora_norm(n, x, base, a, b, scale, form, block):
-    dots = x.dtype is torch.bfloat16 and hasattr(_C, "dora_norm_bf16")
-    noted(_C.dora_norm_bf16 if dots else _C.dora_norm, n, x, base, a, b, scale, form, block)
+    run = _C.dora_norm
+    if x.dtype is torch.bfloat16 and hasattr(_C, "dora_norm_bf16"):
+        run = _C.dora_norm_bf16
+    noted(run, n, x, base, a, b, scale, form, block)
 
 
 def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
     def rounded(t):
         return t.to(x.dtype).float()
 
-    s, a, b = scale.item(), rounded(a), rounded(b)
+    s = scale.item()
+    a, b = rounded(a), rounded(b)
     c = (dn / n).masked_fill((n == 0) | n.isinf(), 0)[:, None]
     with torch.autocast("cpu", enabled=False):  # it would round what the specification does not
-        cb, wide = c * b, torch.zeros_like(a)
+        cb = c * b
+        wide = torch.zeros_like(a)
         u = torch.empty_like(b)
-        for first, count in nf4.parts(*b.shape[:1], a.shape[1], c):
-            w = part(x, base, form, block, first, count)
+        for first, count in nf4.row_ranges(b.shape[0], a.shape[1], c):
+            w = fp32_rows(x, base, form, block, first, count)
             if need[0]:
                 wide.addmm_(rounded(cb[first : first + count]).T, w, alpha=s)
             if need[1]:
@@ -33,8 +41,8 @@ def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
             db.copy_(u.addmm_(b, a @ a.T, alpha=s).mul_(c * s))
 
 
-def part(x, base, form, block, first, count):
-    """Rows of the base, rounded to x's dtype, in fp32"""
+def fp32_rows(x, base, form, block, first, count):
+    """`count` rows of the base from `first` on, rounded to x's dtype, in fp32."""
     if form == "nf4":
         w = nf4.scratch(x.dtype, count, x.shape[1])
         noted(_C.nf4_part, w, base, block, x.shape[1], first, 0)

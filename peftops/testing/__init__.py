@@ -1,1 +1,1 @@
-"""What doctor, tests and bench share: inputs of every op, and the law for its outputs."""
+"""What doctor, tests and bench share: inputs of every op, and the law that judges outputs."""

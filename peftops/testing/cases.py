@@ -1,8 +1,16 @@
-"""Named inputs, for doctor, tests and bench. A case yields (label, arguments of the op)."""
+"""Named inputs of every op, for doctor, tests and bench.
+
+CASES maps the name of an op to a function from (shape, dtype, device) to its cases, each of which
+is (label, list of arguments of the op). Shapes are (m, k, n, r). The values are the same each time.
+"""
+
+from collections.abc import Callable, Iterator
 
 import torch
 
 from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
+
+Cases = Iterator[tuple[str, list]]
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -12,8 +20,8 @@ SHAPES = [
     (70, 64, 48, 16),
     (3, 72, 88, 40),
     (9, 64, 40, 0),
-]  # m, k, n, r
-VARIANTS = {  # what differs from a plain dense layer
+]
+VARIANTS = {  # arguments of `lora` for what differs from a plain dense layer
     "plain": {},
     "dropout": {"p": 0.3, "bias": True},
     "all-dropped": {"p": 1.0},
@@ -30,11 +38,39 @@ VARIANTS = {  # what differs from a plain dense layer
 }
 
 
+SEED = 0x123456789ABCDEF
+
+
 def lora(
-    m, k, n, r, dtype, device="cpu", form="dense", p=0.0, fp32=False, bias=False, gain=False, experts=0, shared=False,
-    block=64, nested=False,
-):  # fmt: skip
-    """Every tensor of the row, by its name."""
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    form: str = "dense",
+    p: float = 0.0,
+    fp32: bool = False,
+    bias: bool = False,
+    gain: bool = False,
+    experts: int = 0,
+    shared: bool = False,
+    block: int = 64,
+    nested: bool = False,
+) -> dict:
+    """Every argument of LoRA's ops, forward and backward, by its name.
+
+    Args:
+        m, k, n, r: sizes of x (m, k), of the weight (n, k) and of the adapter.
+        dtype: of x and of all else that is not said to be in another.
+        form: how the base is stored: "dense", "transposed", "given" or "nf4".
+        p: probability of dropout.
+        fp32: whether the adapter and the bias are in fp32.
+        bias, gain: whether there is one.
+        experts: how many experts gates choose from; 0 for no gates.
+        shared: whether all experts share one a.
+        block, nested: of an "nf4" base: elements of a scale, and whether scales are quantized.
+    """
     generator = torch.Generator(device).manual_seed(m + k + n + r)
 
     def normal(*shape, dtype=dtype):
@@ -44,29 +80,49 @@ def lora(
     narrow = torch.float32 if fp32 else dtype
     rb = r * max(1, experts)
     ra = r if shared else rb
-    biased = normal(n, dtype=narrow) if bias else None
-    bits = torch.randint(
-        256, (m, 4 * -(-k // 32) if p else 0), generator=generator, device=device
-    ).to(torch.uint8)
-    x = normal(m, k)
+    t = {"form": form, "block": block if form == "nf4" else 0, "p": p, "keep_z": gain}
+    t["scale"] = torch.tensor([0.7], dtype=wide, device=device)
+    t["seed"] = torch.tensor([SEED], device=device) if p else None
+    t["need"] = [True, True, True, bias, gain, experts > 0]
+    # From here on the order decides the values.
+    t["bias"] = normal(n, dtype=narrow) if bias else None
+    t["bits"] = random_bits(m, k if p else 0, generator, device)
+    t["x"] = normal(m, k)
     if form == "nf4":
-        base = nf4(n * k, block, nested, generator, wide, device)
+        t["base"] = nf4(n * k, block, nested, generator, wide, device)
     else:
-        base = [normal(*{"dense": (n, k), "transposed": (k, n), "given": (m, n)}[form])]
-    return {
-        "x": x, "base": base, "a": normal(ra, k, dtype=narrow), "b": normal(n, rb, dtype=narrow),
-        "scale": torch.tensor([0.7], dtype=wide, device=device), "bias": biased,
-        "gain": normal(n, dtype=wide) if gain else None,
-        "gate": normal(m, experts, dtype=wide).abs() if experts else None,
-        "seed": torch.tensor([0x123456789ABCDEF], device=device) if p else None,
-        "form": form, "block": block if form == "nf4" else 0, "p": p, "keep_z": gain,
-        "dy": normal(m, n), "h": normal(m, ra), "bits": bits, "z": normal(m, n if gain else 0),
-        "need": [True, True, True, bias, gain, experts > 0],
-    }  # fmt: skip
+        shape = {"dense": (n, k), "transposed": (k, n), "given": (m, n)}[form]
+        t["base"] = [normal(*shape)]
+    t["a"] = normal(ra, k, dtype=narrow)
+    t["b"] = normal(n, rb, dtype=narrow)
+    t["gain"] = normal(n, dtype=wide) if gain else None
+    t["gate"] = normal(m, experts, dtype=wide).abs() if experts else None
+    t["dy"] = normal(m, n)
+    t["h"] = normal(m, ra)
+    t["z"] = normal(m, n if gain else 0)
+    return t
 
 
-def nf4(size, block, nested, generator, wide=torch.float32, device="cpu"):
-    """Codes and scales of a weight of this many elements, as a lora op takes them."""
+def random_bits(m, k, generator, device):
+    """Bits of dropout for an (m, k) matrix: rows of whole 32-bit words."""
+    shape = m, 4 * -(-k // 32)
+    return torch.randint(256, shape, generator=generator, device=device).to(torch.uint8)
+
+
+def nf4(
+    size: int,
+    block: int,
+    nested: bool,
+    generator: torch.Generator,
+    wide: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> list[torch.Tensor]:
+    """Codes and scales of a 4-bit weight of `size` elements, as the base of a LoRA op.
+
+    Returns:
+        [codes, table, absmax], or [codes, table, absmax8, nested_absmax, nested_table, offset]
+        where scales are nested. All but codes and absmax8 are of the dtype `wide`.
+    """
 
     def random(high, count, dtype):
         return torch.randint(high, (count,), generator=generator, device=device).to(dtype)
@@ -76,18 +132,14 @@ def nf4(size, block, nested, generator, wide=torch.float32, device="cpu"):
     codes = random(256, -(-size // 2), torch.uint8)
     if not nested:
         return [codes, table, (random(1000, blocks, wide) + 1) / 1000]
-    eight = eight_bits(torch.device(device)).to(wide)
-    groups = (random(1000, -(-blocks // 256), wide) + 1) / 1000
-    return [
-        codes,
-        table,
-        random(256, blocks, torch.uint8),
-        groups,
-        eight,
-        torch.tensor(0.7, dtype=wide, device=device),
-    ]
+    nested_table = eight_bits(torch.device(device)).to(wide)
+    nested_absmax = (random(1000, -(-blocks // 256), wide) + 1) / 1000
+    absmax8 = random(256, blocks, torch.uint8)
+    offset = torch.tensor(0.7, dtype=wide, device=device)
+    return [codes, table, absmax8, nested_absmax, nested_table, offset]
 
 
+# The arguments of the ops, in order.
 FWD = [
     "x",
     "base",
@@ -122,88 +174,93 @@ BWD = [
     "p",
     "need",
 ]
-
-
 NORM = ["x", "base", "a", "b", "scale", "form", "block"]
+NORM_BWD = ["dn", "n", *NORM, "need"]
+NORMS = ("plain", "transposed", "nf4", "nf4-few", "nf4-nested")  # variants that a norm can tell
 
 
-def arguments(names, dropout=True):
+def arguments(names: list[str], dropout: bool = True) -> Callable[..., Cases]:
+    """The cases of an op of LoRA that has these arguments. Without dropout there are fewer."""
+
     def make(shape, dtype, device="cpu"):
         for label, options in VARIANTS.items():
-            ranked = shape[3] or not options.get("experts")
-            if ranked and (dropout or not options.get("p")):
-                tensors = lora(*shape, dtype, device, **options)
-                yield label, [tensors[name] for name in names]
+            if options.get("p") and not dropout:
+                continue
+            if options.get("experts") and shape[3] == 0:
+                continue
+            tensors = lora(*shape, dtype, device, **options)
+            yield label, [tensors[name] for name in names]
 
     return make
 
 
-def mask(shape, dtype, device="cpu"):
+def mask(shape, dtype, device="cpu") -> Cases:
+    """Cases of lora_mask."""
+    m, k, _, _ = shape
     for p in (0.0, 0.1, 1.0):
-        yield (
-            f"p={p}",
-            [torch.tensor([0x123456789ABCDEF], device=device), shape[0], shape[1], p],
-        )
+        yield f"p={p}", [torch.tensor([SEED], device=device), m, k, p]
 
 
-def quantize(shape, dtype, device="cpu"):
+def quantize(shape, dtype, device="cpu") -> Cases:
     """Weights whose rows may end within a block, and one that ends within a byte."""
     _, k, n, _ = shape
     for encoding, block in (("nf4", 64), ("nf4", 32), ("fp4", 128)):
         generator = torch.Generator(device).manual_seed(k + n)
         w = torch.randn(n * k, generator=generator, device=device).to(dtype)
-        w[:block] *= 0 if encoding == "fp4" else 1
+        if encoding == "fp4":
+            w[:block] *= 0
         yield f"{encoding}, {block}", [w, *bounds(four_bits(encoding, w.device)), block]
 
 
-def dequantize(shape, dtype, device="cpu"):
+def dequantize(shape, dtype, device="cpu") -> Cases:
+    """Weights with small and large blocks, and with nested scales."""
     _, k, n, _ = shape
     for block, nested in ((64, False), (64, True), (32, False), (4096, True)):
         generator = torch.Generator(device).manual_seed(k + n)
         codes, table, *scales = nf4(n * k, block, nested, generator, device=device)
-        yield (
-            f"block={block}{', nested' if nested else ''}",
-            [codes, table, scales, block, n * k, dtype],
-        )
+        label = f"block={block}, nested" if nested else f"block={block}"
+        yield label, [codes, table, scales, block, n * k, dtype]
 
 
-# Variants that a norm can tell from each other.
-NORMS = ("plain", "transposed", "nf4", "nf4-few", "nf4-nested")
+def norms(names: list[str]) -> Callable[..., Cases]:
+    """The cases of an op of DoRA's norm that has these arguments. Some norms are 0 or infinite."""
 
-
-def norms(names):
     def make(shape, dtype, device="cpu"):
         for label in NORMS:
             tensors = lora(*shape, dtype, device, **VARIANTS[label])
             dn = torch.linspace(-1, 1, shape[2], dtype=tensors["scale"].dtype, device=device)
             n = dn.abs() + 1
-            n[::7], n[1::7] = 0, float("inf")
+            n[::7] = 0
+            n[1::7] = float("inf")
             tensors |= {"dn": dn, "n": n, "need": [True, True]}
             yield label, [tensors[name] for name in names]
 
     return make
 
 
-def drop(shape, dtype, device="cpu"):
+def drop(shape, dtype, device="cpu") -> Cases:
+    """Cases of dora_drop."""
     for p in (0.1, 0.5, 1.0):
         tensors = lora(*shape, dtype, device, p=p)
         yield f"p={p}", [tensors["x"], tensors["seed"], p]
 
 
-def mix(shape, dtype, device="cpu"):
+def mix(shape, dtype, device="cpu") -> Cases:
+    """Cases of dora_mix, with one operand and with two."""
     for p in (0.1, 0.5, 1.0):
         tensors = lora(*shape, dtype, device, p=p)
-        for label, v in ((", one", None), ("", tensors["x"].flip(0))):
-            yield f"p={p}{label}", [tensors["x"], v, tensors["bits"], p]
+        x, bits = tensors["x"], tensors["bits"]
+        yield f"p={p}, one", [x, None, bits, p]
+        yield f"p={p}", [x, x.flip(0), bits, p]
 
 
-CASES = {
+CASES: dict[str, Callable[..., Cases]] = {
     "lora_fwd": arguments(FWD),
     "lora_bwd": arguments(BWD),
     "lora_gemv": arguments(GEMV, dropout=False),
     "lora_mask": mask,
     "dora_norm": norms(NORM),
-    "dora_norm_bwd": norms(["dn", "n", *NORM, "need"]),
+    "dora_norm_bwd": norms(NORM_BWD),
     "dora_drop": drop,
     "dora_mix": mix,
     "nf4_quantize": quantize,

@@ -1,4 +1,8 @@
-"""Launches: what Triton finds out about its arguments at every launch is kept for arguments that are alike."""
+"""Launches of Triton's kernels without most of what a launch costs on the host.
+
+At every launch Triton finds out what its arguments are, to pick the compiled kernel. `Launched`
+keeps the compiled kernel for arguments that are alike. It also notes launches for _replay.py.
+"""
 
 import contextvars
 from functools import partial
@@ -9,148 +13,164 @@ from torch import Tensor
 
 from .._replay import noting
 
-MOST = 2048  # kinds of arguments that are kept
+MOST = 2048  # compiled kernels that a Launched keeps
 
 
-def cdiv(a, b):
-    """Triton's own cost ten times as much on a host, as they are for kernels too."""
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. On the host triton.cdiv takes ten times as long, since it also serves kernels."""
     return -(-a // b)
 
 
-def power_of_2(n):
-    """The least that is not below n, of 1 or more."""
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n, for n ≥ 1."""
     return 1 << (n - 1).bit_length()
 
 
 class Launched:
-    """kernel[grid](*args, **options) as triton.jit has it, on the current device, which is that of the tensors.
+    """kernel[grid](*args, **options), as for what triton.jit returns.
 
-    Arguments are alike where numbers are equal and tensors have one dtype, if all start at multiples of 16 bytes.
+    It launches on the current device, which has to be that of the tensors. Arguments are alike
+    where numbers are equal and tensors have the same dtype, if all tensors start at multiples
+    of 16 bytes.
     """
 
     def __init__(self, kernel):
-        self.kernel, self.kept = kernel, {}
+        self.kernel = kernel
+        self.kept = {}
 
     def __getitem__(self, grid):
         return partial(self.launch, grid)
 
     def launch(self, grid, *args, **options):
-        alike, starts, device = [], 0, -1
+        alike = []
+        starts = 0
+        device = -1
         for arg in args:
             if isinstance(arg, Tensor):
                 alike.append(arg.dtype)
                 starts |= arg.data_ptr()
                 device = arg.get_device()
             elif type(arg) is tuple:
-                for part in arg:
-                    alike.append(part.dtype)
-                    starts |= part.data_ptr()
+                for tensor in arg:
+                    alike.append(tensor.dtype)
+                    starts |= tensor.data_ptr()
             else:
                 alike.append(arg)
         notes = noting()
-        if starts % 16 or watched():
+        if starts % 16 or profiled():
             if notes is not None:
                 notes.why_not = "a launch that Triton has to see"
-            given(args, lambda: self.kernel[grid](*args, **options))
+            with_workspace(args, lambda: self.kernel[grid](*args, **options))
             return
         key = device, *alike, *options, *options.values()
         workspace = None
-        if found := self.kept.get(key):
-            compiled, rest, works = found
+        if known := self.kept.get(key):
+            compiled, constants, needs_workspace = known
             stream = torch._C._cuda_getCurrentRawStream(device)
             run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            values = (
-                *(*grid, 1, 1)[:3],
-                stream,
-                function,
-                metadata,
-                None,
-                None,
-                None,
-                *args,
-                *rest,
-            )
-            if works:
-                _, workspace = given(args, lambda: run(*values))
+            grid3 = (*grid, 1, 1)[:3]
+            hooks = None, None, None
+            values = *grid3, stream, function, metadata, *hooks, *args, *constants
+            if needs_workspace:
+                _, workspace = with_workspace(args, lambda: run(*values))
             else:
                 run(*values)
         else:
-            compiled, workspace = given(args, lambda: self.kernel[grid](*args, **options))
-            if compiled is None:  # what only records launches compiles nothing
-                return
-            if len(self.kept) >= MOST:
-                self.kept.clear()
-            rest = [options[name] for name in self.kernel.arg_names[len(args) :]]
-            self.kept[key] = (
-                compiled,
-                rest,
-                getattr(compiled.metadata, "global_scratch_size", 0) > 0,
+            compiled, workspace = with_workspace(
+                args, lambda: self.kernel[grid](*args, **options)
             )
+            if compiled is None:  # a stand-in that only records launches compiles nothing
+                return
+            self.keep(key, compiled, args, options)
         if notes is not None:
             note(notes, compiled, self.kernel, grid, args, workspace)
 
+    def keep(self, key, compiled, args, options):
+        """Keeps what a launch of a compiled kernel needs besides its arguments."""
+        if len(self.kept) >= MOST:
+            self.kept.clear()
+        constants = [options[name] for name in self.kernel.arg_names[len(args) :]]
+        needs_workspace = getattr(compiled.metadata, "global_scratch_size", 0) > 0
+        self.kept[key] = compiled, constants, needs_workspace
 
-def watched():
+
+def profiled() -> bool:
     """Whether a profiler has to see launches."""
     hook = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-def given(args, launch):
-    """(launch(), the workspace that the kernel asked for or None), without a trace in the caller's own allocator."""
-    made, like = [], next(arg for arg in args if isinstance(arg, Tensor))
+def with_workspace(args, launch):
+    """Calls launch() with an allocator that gives the kernel a workspace where it asks for one.
+
+    The caller's own allocator stays as it is.
+
+    Returns:
+        (what launch() returns, the workspace or None)
+    """
+    workspaces = []
+    like = next(arg for arg in args if isinstance(arg, Tensor))
 
     def allocate(size, alignment, stream):
-        made.append(like.new_empty(size, dtype=torch.uint8))
-        return made[-1]
+        workspaces.append(like.new_empty(size, dtype=torch.uint8))
+        return workspaces[-1]
 
     context = contextvars.copy_context()
     context.run(triton.set_allocator, allocate)
-    return context.run(launch), made[0] if made else None
+    returned = context.run(launch)
+    return returned, workspaces[0] if workspaces else None
+
+
+PLAIN = {  # metadata of a launch that needs nothing but a grid, a stream and parameters
+    "num_ctas": 1,
+    "launch_pdl": False,
+    "launch_cooperative_grid": False,
+    "cluster_dims": (1, 1, 1),
+    "profile_scratch_size": 0,
+}
 
 
 def note(notes, compiled, kernel, grid, args, workspace):
-    """Notes a launch as CUDA's driver takes it, where it is of the plain kind."""
-    made = compiled.metadata
-    special = (
-        ("num_ctas", 1),
-        ("launch_pdl", False),
-        ("launch_cooperative_grid", False),
-        ("cluster_dims", (1, 1, 1)),
-    )
-    special += (("profile_scratch_size", 0),)
-    if any(getattr(made, name, plain) not in (plain, None) for name, plain in special):
-        notes.why_not = "a launch of a special kind"
-        return
-    parameters = [
-        pair
-        for name, arg in zip(kernel.arg_names, args, strict=False)
-        for pair in typed(compiled, name, arg)
-    ]
-    parameters += [("pointer", workspace), ("pointer", None)]  # the second is a profiler's
+    """Notes a plain launch for a replay, which makes it by CUDA's driver."""
+    metadata = compiled.metadata
+    for name, plain in PLAIN.items():
+        if getattr(metadata, name, plain) not in (plain, None):
+            notes.why_not = "a launch of a special kind"
+            return
+    parameters = []
+    for name, arg in zip(kernel.arg_names, args, strict=False):
+        parameters += parameters_of(compiled.src.signature[name], arg)
+    parameters.append(("pointer", workspace))
+    parameters.append(("pointer", None))  # a profiler's workspace
+    threads = 32 * metadata.num_warps
+    grid3 = (*grid, 1, 1)[:3]
     notes.launch(
-        watched,
-        compiled.function,
-        (*grid, 1, 1)[:3],
-        32 * made.num_warps,
-        made.shared,
-        parameters,
-        compiled,
+        profiled, compiled.function, grid3, threads, metadata.shared, parameters, compiled
     )
 
 
-def typed(compiled, name, arg):
-    """(kind, value) of each parameter that this argument of a kernel becomes."""
-    types = compiled.src.signature[name]
-    pairs = zip(types, arg, strict=True) if isinstance(types, tuple) else [(types, arg)]
-    for kind, value in pairs:
-        if kind != "constexpr":
-            yield (
-                "pointer" if kind.startswith("*") else "float" if kind == "fp32" else "int",
-                value,
-            )
+def parameters_of(signature, arg):
+    """(C type, value) of each parameter that an argument of a kernel becomes.
+
+    A tuple becomes one parameter for each of its tensors, a constexpr none.
+
+    Args:
+        signature: Triton's type of the argument, or a tuple of types for a tuple.
+    """
+    if not isinstance(signature, tuple):
+        signature, arg = (signature,), (arg,)
+    for type_name, value in zip(signature, arg, strict=True):
+        if type_name != "constexpr":
+            yield c_type(type_name), value
+
+
+def c_type(type_name: str) -> str:
+    """ "pointer", "float" or "int", as _replay.py packs parameters."""
+    if type_name.startswith("*"):
+        return "pointer"
+    return "float" if type_name == "fp32" else "int"
 
 
 def launched(kernel):
-    """A kernel that the host launches: decorates what triton.jit made."""
+    """Decorates a kernel that the host launches, above triton.jit."""
     return kernel if triton.knobs.runtime.interpret else Launched(kernel)

@@ -1,4 +1,14 @@
-"""LoRA for few rows: what is read of the base is all that counts."""
+"""LoRA's forward for few rows, as in decoding: its time is that of reading the base.
+
+So there are as few launches as possible, and every multiprocessor reads a share of the base.
+
+- One launch (gemv_kernel): every program makes x·aᵀ again, from L2, beside its columns of x·Ŵᵀ.
+  That pays where a is small beside the base.
+- Two launches: parts_kernel splits the sum over k into stripes and makes partial sums of x·Ŵᵀ
+  and x·aᵀ, by different programs. finish_kernel adds them and applies b, gain and bias.
+- "cublas" in fp32 and where rows do not start at multiples of 16 bytes, and "given" where x·Ŵᵀ
+  is an input: the two launches again, without a base.
+"""
 
 import torch
 import triton
@@ -8,7 +18,7 @@ from . import _gemm
 from ._gemm import tile
 from ._launch import cdiv, launched, power_of_2
 from ._tile import cast, dot, load_tile, store_tile
-from .lora_product import multiply, operand, parts
+from .lora_product import multiply, operand, weight_slices
 from .lora_rank import base_tile, gate_columns, widen
 
 
@@ -21,15 +31,12 @@ def gemv_kernel(
     FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y = gain ⊙ (x·Ŵᵀ + s · (gate ⊙ x·aᵀ)·bᵀ) + bias, every program making its own x·aᵀ"""
+    """y = gain ⊙ (x·Ŵᵀ + s · (gate ⊙ x·aᵀ)·bᵀ) + bias. Every program makes its own x·aᵀ."""
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, acc = (
-        i_m * BM + tl.arange(0, BM),
-        i_n * BN + tl.arange(0, BN),
-        tl.zeros((BM, BN), tl.float32),
-    )
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
     if BR > 0:
         o_r, t_h = tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
     for k in range(0, K, BK):
@@ -58,6 +65,7 @@ def product(
     FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """x·Wᵀ (BM, BN) over the columns from `first` to `last`."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(first, last, BK):
         t_w = base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty)
@@ -76,15 +84,15 @@ def parts_kernel(
     FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Over a stripe of KS columns: x·aᵀ by the first programs, x·Ŵᵀ by the rest"""
+    """Over a stripe of KS columns: x·aᵀ by the first programs, x·Ŵᵀ by all others."""
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
-    i_n, i_s, i_m = (
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
-    o_m, first, ranks = i_m * BM + tl.arange(0, BM), tl.program_id(1) * KS, tl.cdiv(R, BN)
+    i_n = tl.program_id(0)
+    i_s = tl.program_id(1).to(tl.int64)
+    i_m = tl.program_id(2).to(tl.int64)
+    o_m = i_m * BM + tl.arange(0, BM)
+    first = tl.program_id(1) * KS
+    ranks = tl.cdiv(R, BN)
     last = min(first + KS, K)
     if i_n < ranks:
         o_r = i_n * BN + tl.arange(0, BN)
@@ -104,15 +112,12 @@ def finish_kernel(
     YPARTS: tl.constexpr, HPARTS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y = gain ⊙ (Σ yp + s · (gate ⊙ Σ hp)·bᵀ) + bias"""
+    """y = gain ⊙ (Σ yp + s · (gate ⊙ Σ hp)·bᵀ) + bias, from partial sums yp and hp."""
     if EVEN:
         N = N // 8 * 8
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, acc = (
-        i_m * BM + tl.arange(0, BM),
-        i_n * BN + tl.arange(0, BN),
-        tl.zeros((BM, BN), tl.float32),
-    )
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
     for r in tl.range(0, RB, BR, num_stages=1):
         o_r, t_h = r + tl.arange(0, BR), tl.zeros((BM, BR), tl.float32)
         inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
@@ -130,77 +135,95 @@ def finish_kernel(
 
 
 STAGES = {"sm_80": 4, "sm_86": 3, "sm_90": 4, "sm_100": 4, "gfx942": 2, "interpret": 1}
-SMALL, FINISH = tile(4, 1, BN=32, BK=32), tile(4, 1, BM=16, BN=64)
+SMALL = tile(4, 1, BN=32, BK=32)  # of fp32 and of the interpreter
+FINISH = tile(4, 1, BM=16, BN=64)
 
 
 def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
-    (m, k), (n, rb), r = x.shape, b.shape, a.shape[0]
+    m, k, n, rb = *x.shape, *b.shape
+    r = a.shape[0]
     if m == 0:
         return
-    kind = choose_launches(m, n, k, r, form, x)
-    if kind == "cublas":
-        multiply(y, x, parts(base, form, block, n, x))
+    launches = choose_launches(m, n, k, r, form, x)
+    if launches == "cublas":
+        multiply(y, x, weight_slices(base, form, block, n, x))
         base = [y]
-    if kind in ("cublas", "given"):
+    if launches in ("cublas", "given"):
         form = "given"
-    experts, even = 1 if gate is None else gate.shape[1], n % 8 == k % 8 == 0
+    experts = 1 if gate is None else gate.shape[1]
+    even = n % 8 == k % 8 == 0
     bm = min(max(16, power_of_2(m)), 64)
-    if kind == "one launch":
-        sizes = one_launch(n, bm, x, form)
-        w, told = operand(base, form, block, k, sizes["BK"])
+    if launches == "one launch":
+        sizes = one_launch_tile(n, bm, x, form)
+        w, base_flags = operand(base, form, block, k, sizes["BK"])
         gemv_kernel[(cdiv(n, sizes["BN"]), cdiv(m, bm))](
             y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
-            EVEN=even, BM=bm, BR=r and max(16, power_of_2(r)), **(sizes | told),
+            EVEN=even, BM=bm, BR=r and max(16, power_of_2(r)), **(sizes | base_flags),
         )  # fmt: skip
         return
-    yp, hp = two_launches(x, base, a, n, form, block, even, bm)
+    yp, hp = first_of_two_launches(x, base, a, n, form, block, even, bm)
     finish_kernel[(cdiv(n, FINISH["BN"]), cdiv(m, FINISH["BM"]))](
         y, yp, hp, b, scale, bias, gain, gate, m, n, r, rb, experts,
-        YPARTS=yp.numel() // y.numel(), HPARTS=len(hp), EVEN=n % 8 == 0, BR=_gemm.rank(rb), **FINISH,
+        YPARTS=yp.numel() // y.numel(), HPARTS=len(hp), EVEN=n % 8 == 0,
+        BR=_gemm.rank_block(rb), **FINISH,
     )  # fmt: skip
 
 
 def choose_launches(m, n, k, r, form, x):
-    """The programs of one launch read a once each, 132·r/n of what they read of the base on 132 multiprocessors.
+    """Chooses "one launch", "two launches", "cublas" or "given", as in the module's docstring.
 
-    Their product is laid out for the second one that h goes through, whose warps all decode the same: none of 4 bits.
+    In one launch every program reads a once: processors·r/n of what all read of the base, and
+    that may be a quarter. Triton lays the tiles out for the product with b that follows x·aᵀ.
+    Then all warps decode the same 4-bit weights, so these take one launch only where there is
+    no adapter.
     """
-    kind, processors = _gemm.machine(x.device)
+    arch, processors = _gemm.machine(x.device)
     if form == "given":
         return "given"
-    if x.dtype is torch.float32 or (kind != "interpret" and (n % 8 or k % 8)):
+    if x.dtype is torch.float32 or (arch != "interpret" and (n % 8 or k % 8)):
         return "cublas"
-    return (
-        "one launch"
-        if 4 * processors * r <= n and r <= (0 if form == "nf4" else 32)
-        else "two launches"
-    )
+    most_ranks = 0 if form == "nf4" else 32
+    if 4 * processors * r <= n and r <= most_ranks:
+        return "one launch"
+    return "two launches"
 
 
-def one_launch(n, bm, x, form):
-    kind, processors = _gemm.machine(x.device)
-    if kind == "interpret":
+def one_launch_tile(n, bm, x, form):
+    """The tile of gemv_kernel: as narrow as every multiprocessor's share of the base."""
+    arch, processors = _gemm.machine(x.device)
+    if arch == "interpret":
         return SMALL
     bn = min(max(32, power_of_2(n // processors + 1) // 2), 128)
-    return tile(
-        4 if bm < 64 and form != "nf4" else 8, STAGES[kind], BN=bn, BK=128 if bn < 128 else 64
-    )
+    warps = 4 if bm < 64 and form != "nf4" else 8
+    return tile(warps, STAGES[arch], BN=bn, BK=128 if bn < 128 else 64)
 
 
-def two_launches(x, base, a, n, form, block, even, bm):
-    """The parts of x·Ŵᵀ and x·aᵀ, or the base itself where it is the product."""
-    (m, k), r, kind = x.shape, a.shape[0], _gemm.machine(x.device)[0]
-    narrow = x.element_size() == 2 and kind != "interpret"
-    sizes = tile(8, STAGES[kind], BN=64, BK=128) if narrow else SMALL
-    programs = cdiv(r, sizes["BN"]) + (0 if form == "given" else cdiv(n, sizes["BN"]))
+def first_of_two_launches(x, base, a, n, form, block, even, bm):
+    """Launches parts_kernel.
+
+    Returns:
+        (partial sums of x·Ŵᵀ, or the product itself for form "given"; partial sums of x·aᵀ)
+    """
+    m, k, r = *x.shape, a.shape[0]
+    arch, _ = _gemm.machine(x.device)
+    sizes = SMALL
+    if x.element_size() == 2 and arch != "interpret":
+        sizes = tile(8, STAGES[arch], BN=64, BK=128)
+    programs = cdiv(r, sizes["BN"])
+    if form != "given":
+        programs += cdiv(n, sizes["BN"])
     if programs == 0:
         return base[0], x.new_empty(0, m, r, dtype=torch.float32)
     count, span = _gemm.stripes(k, sizes["BK"], programs * cdiv(m, bm), x, most=16)
-    w, told = operand(base, form, block, k, sizes["BK"])
-    yp = w if form == "given" else x.new_empty(count, m, n, dtype=torch.float32)
+    w, base_flags = operand(base, form, block, k, sizes["BK"])
+    product, yp = w, None
+    if form == "given":
+        w = None
+    else:
+        product = yp = x.new_empty(count, m, n, dtype=torch.float32)
     hp = x.new_empty(count, m, r, dtype=torch.float32)
     parts_kernel[(programs, count, cdiv(m, bm))](
-        None if form == "given" else yp, hp, x, None if form == "given" else w, a, m, n, k, r, span,
-        EVEN=even, BM=bm, **(sizes | told),
+        yp, hp, x, w, a, m, n, k, r, span,
+        EVEN=even, BM=bm, **(sizes | base_flags),
     )  # fmt: skip
-    return yp, hp
+    return product, hp

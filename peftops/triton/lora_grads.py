@@ -1,26 +1,37 @@
-"""LoRA's gradients: one pass over dy for those of rank's size and of columns, one over x for da, one product for dx."""
+"""LoRA's backward on a GPU: everything but dx, which lora_dx.py makes.
+
+With z = x·Ŵᵀ + s · (gate ⊙ h)·bᵀ, y = gain ⊙ z + bias and h = drop(x)·aᵀ:
+
+    dbias = Σ dy,  dgain = Σ dy ⊙ z,  dz = gain ⊙ dy
+    db = s · dzᵀ·(gate ⊙ h),  dhg = s · dz·b        dhg is the gradient of gate ⊙ h
+    dh = gate ⊙ dhg,  dgate = Σ dhg ⊙ h
+    da = dhᵀ·drop(x)
+
+dy and x are by far the largest, so each is read once. grads_kernel takes all that a tile of dy
+gives. It keeps dhg in registers while it goes along a row; all that is summed over rows leaves
+a partial sum for each block of rows. Its blocks are tall, so that these are few. da_kernel does
+the same for x. gates_kernel runs only where there are gates.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _gemm, lora_tma
+from . import _gemm
 from ._gemm import tile
 from ._launch import cdiv, launched
 from ._tile import (
-    add_parts,
+    add_partial_sums,
     cast,
     dot,
-    inverse,
+    dropout_factor,
     load_keep,
     load_tile,
-    parts_of,
+    partial_sums,
     store_tile,
-    tile_of,
 )
-from .lora_product import adds, multiply, operand, parts_bwd
-from .lora_rank import base_tile, gate_columns, gated
-from .nf4 import nf4_tile
+from .lora_dx import choose_product, dx_pass
+from .lora_rank import gate_columns, gated
 
 
 # limits: registers 48-255, spilled 0, reloads 0, loop 0-1400, mma 12-, wide 4-
@@ -29,13 +40,18 @@ from .nf4 import nf4_tile
 @triton.jit
 def grads_kernel(
     DHG, DB, DBIAS, DGAIN, DZ, DY, Z, B, H, SCALE, GAIN, GATE, M, N, R, RB, E, NS,
-    EVEN: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    EVEN: tl.constexpr, SHARED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dz; dhg = s · dz·b over NS columns; db = s · dzᵀ·(gate ⊙ h), dbias = Σ dy, dgain = Σ dy ⊙ z over BM rows"""
+    """dz = gain ⊙ dy; dhg = s · dz·b over a stripe of NS columns; db = s · dzᵀ·(gate ⊙ h),
+    dbias = Σ dy and dgain = Σ dy ⊙ z over BM rows. Outputs that are None are not made.
+    """
     if EVEN:
         N = N // 8 * 8
-    i_m, i_s, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    o_m, o_r, scale = i_m * BM + tl.arange(0, BM), i_r * BR + tl.arange(0, BR), tl.load(SCALE)
+    i_m = tl.program_id(0).to(tl.int64)
+    i_s, i_r = tl.program_id(1), tl.program_id(2)
+    o_m, o_r = i_m * BM + tl.arange(0, BM), i_r * BR + tl.arange(0, BR)
+    scale = tl.load(SCALE)
     if DB is not None:
         t_h = gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED)
     acc = tl.zeros((BM, BR), tl.float32)
@@ -84,7 +100,10 @@ def gates_kernel(
     DH, DGATE, DHG, H, GATE, M, R, RB, E,
     SHARED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dh = Σ gate ⊙ dhg over the experts that share h; dgate = Σ dhg ⊙ h over the columns of an expert"""
+    """dh = gate ⊙ dhg, summed over the experts where they share h (SHARED).
+
+    dgate = Σ dhg ⊙ h over the columns of each expert, where it is needed.
+    """
     o_m, own = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), RB // E
     for r in range(0, R, BR):
         o_r = r + tl.arange(0, BR)
@@ -110,7 +129,7 @@ def gates_kernel(
 
 @triton.jit
 def load_columns(P, o_m, first, o_r, count, M, COLS):
-    """Of `count` columns from `first` on, and zeros outside"""
+    """The columns o_r of the `count` columns from `first` on, with zeros outside of them."""
     inside = (o_m[:, None] < M) & (o_r[None, :] < count)
     return tl.load(P + o_m[:, None] * COLS + (first + o_r)[None, :], mask=inside, other=0.0)
 
@@ -122,10 +141,11 @@ def da_kernel(
     DA, X, DH, BITS, factor, M, K, R, MS,
     DROP: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """da = factor · dhᵀ·(keep ⊙ x) over a stripe of MS rows"""
+    """da = factor · dhᵀ·(keep ⊙ x) over a stripe of MS rows."""
     if EVEN:
         K = K // 8 * 8
-    i_k, i_s, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_k = tl.program_id(0)
+    i_s, i_r = tl.program_id(1), tl.program_id(2)
     o_k, o_r = i_k * BK + tl.arange(0, BK), i_r * BR + tl.arange(0, BR)
     acc = tl.zeros((BK, BR), tl.float32)
     for m in range(i_s * MS, min(i_s * MS + MS, M), BM):
@@ -137,58 +157,8 @@ def da_kernel(
     store_tile(DA + i_s.to(tl.int64) * R * K, tl.trans(acc * factor), o_r, o_k, R, K)
 
 
-# limits: registers 56-255, spilled 0-16, reloads 0, loop 0-700, mma 1-, wide 4-, fma 0
-# limits -BLOCK: registers 72-255, loop 0-650, wide 5-, fma 0-
-# limits -W: registers 48-255, spilled 0-32, wide 1-
-# limits -GAIN: waits 0-1
-# limits gfx942: registers 72-300
-# limits gfx942 -W: registers 48-300
-@launched
-@triton.jit
-def dgrad_kernel(
-    DX, DY, W, DH, A, BITS, GAIN, factor, M, N, K, R,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
-    RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """dx = factor · keep ⊙ (dh·a) + dz·Ŵ, if there is one; BN of the K columns, BK of the N that are summed over"""
-    TURNED: tl.constexpr = "transposed" if FORM == "dense" else "dense"
-    if EVEN:
-        N, K = N // 8 * 8, K // 8 * 8
-    i_m, i_k = tile_of(tl.program_id(0), M, K, BM, BN, 8)
-    o_m, o_k = i_m * BM + tl.arange(0, BM), i_k * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for r in tl.range(0, RANKS * BR, BR, num_stages=1):
-        o_r = r + tl.arange(0, BR)
-        t_a = cast(load_tile(A, o_r, o_k, R, K), DH.dtype.element_ty)
-        acc = dot(load_tile(DH, o_m, o_r, M, R), t_a, acc)
-    acc *= factor
-    if DROP:
-        acc = tl.where(load_keep(BITS, o_m, i_k * BN, M, K, BM, BN), acc, 0.0)
-    if FORM == "given":
-        if W is not None:
-            acc += load_tile(W, o_m, o_k, M, K)
-    else:
-        for n in range(0, N, BK):
-            o_n = n + tl.arange(0, BK)
-            t_dy = load_tile(DY, o_m, o_n, M, N)
-            if GAIN is not None:
-                t_dy = cast(
-                    t_dy * tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :],
-                    DY.dtype.element_ty,
-                )
-            if FORM == "nf4":
-                first = i_k * BN
-                t_w = cast(
-                    nf4_tile(W, first, o_n, N, K - first, K, BLOCK, GROUP, BN),
-                    DY.dtype.element_ty,
-                )
-            else:
-                t_w = base_tile(W, o_k, n, K, N, TURNED, None, None, BK, DY.dtype.element_ty)
-            acc = dot(t_dy, t_w, acc)
-    store_tile(DX, acc, o_m, o_k, M, K)
-
-
-GRADS = {  # of the pass over dy: tall, as a block of rows leaves (n, r) partial sums
+# Tiles of the pass over dy. They are tall, since each block of rows leaves partial sums (n, r).
+GRADS = {
     "sm_80": tile(8, 3, BM=128, BN=64),
     "sm_86": tile(8, 3, BM=128, BN=64),
     "sm_90": tile(8, 3, BM=256, BN=64),
@@ -196,12 +166,11 @@ GRADS = {  # of the pass over dy: tall, as a block of rows leaves (n, r) partial
     "gfx942": tile(8, 2, BM=128, BN=64),
     "interpret": tile(4, 1, BM=32, BN=32),
 }
-GRADS_DZ = {
-    "sm_90": tile(8, 3, BM=128, BN=64)
-}  # where dz is made too, for ranks of more than 32: taller would spill
+# The same where dz is made too, for ranks of more than 32: taller tiles would spill.
+GRADS_DZ = {"sm_90": tile(8, 3, BM=128, BN=64)}
 GRADS_ODD = tile(8, 1, BM=128, BN=32)  # rows that do not start at multiples of 16 bytes
 GRADS_FP32 = tile(4, 1, BM=32, BN=32)  # without tensor cores tiles live in registers
-DA = {
+DA = {  # tiles of the pass over x
     **dict.fromkeys(("sm_80", "sm_86", "sm_90", "gfx942"), tile(4, 3, BM=64, BK=128)),
     "sm_100": tile(8, 3, BM=64, BK=128),  # four warps spill where rows are no multiples of 16
     "interpret": tile(4, 1, BM=32, BK=32),
@@ -237,125 +206,93 @@ def lora_bwd(
         for sums in (da, db, dbias, dgain):
             sums.zero_()
         return
-    ranked = need[0] or need[1] or need[5]
-    dhg, dz = None, dy
-    if ranked:
-        dhg = b.new_empty(
-            x.shape[0], b.shape[1], dtype=x.dtype if gate is None else torch.float32
-        )
-    k = x.shape[1]
-    product = choose_product(dx, dy, form, gain) if need[0] and form != "given" else "fused"
+    needs_dh = need[0] or need[1] or need[5]
+    dhg = None
+    if needs_dh:
+        dtype = x.dtype if gate is None else torch.float32
+        dhg = b.new_empty(x.shape[0], b.shape[1], dtype=dtype)
+    product = "fused"
+    if need[0] and form != "given":
+        product = choose_product(dx, dy, form, gain)
+    dz = dy
     if product != "fused" and gain is not None:
         dz = torch.empty_like(dy)
     dy_pass(
         dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
         None if dz is dy else dz, dy, z, b, h, scale, gain, gate,
     )  # fmt: skip
-    dh, factor = dhg, inverse(p)
-    if gate is not None and ranked:
+    dh = dhg
+    factor = dropout_factor(p)
+    if gate is not None and needs_dh:
         dh = torch.empty_like(h)
         gates_pass(dh, dgate if need[5] else None, dhg, h, gate)
     if need[1]:
         x_pass(da, x, dh, bits, factor, p > 0)
-    if product == "tma" and lora_tma.fits(dx, dz, dh, a):
-        keep, weight = (
-            bits if p > 0 else None,
-            parts_bwd(base, form, block, k, dz, lora_tma.STEP),
-        )
-        lora_tma.product(dx, dz, weight, dh, a, True, bits=keep, factor=factor)
-    elif product != "fused":
-        delta = a.numel() > 0
-        first = delta and adds(dx)
-        if not first:
-            multiply(dx, dz, parts_bwd(base, form, block, k, dz))
-        if delta:
-            dgrad(
-                dx, dz, [] if first else [dx], dh, a, bits, None, factor, "given", block, p > 0
-            )
-        if first:
-            multiply(dx, dz, parts_bwd(base, form, block, k, dz), True)
-    elif need[0]:
-        dgrad(
-            dx,
-            dy,
-            [] if form == "given" else base,
-            dh,
-            a,
-            bits,
-            gain,
-            factor,
-            form,
-            block,
-            p > 0,
-        )
-
-
-def choose_product(dx, dy, form, gain):
-    """Of dx = dz·Ŵ: "fused", or "cublas", which takes dz as a tensor of its own."""
-    return _gemm.choose_product(
-        *dx.shape, dy.shape[1], dx, form, passes=1 if gain is None else 2
-    )
+    if need[0]:
+        dx_pass(dx, dy, dz, base, a, dh, bits, gain, factor, form, block, p > 0, product)
 
 
 def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
-    """What a read of dy gives, in blocks of rows and stripes of columns whose parts are added in order."""
-    (m, n), (rb, r) = dy.shape, (b.shape[1], h.shape[1])
-    outputs = [
-        None if out is None or not out.numel() else out for out in (dhg, db, dbias, dgain)
-    ]
+    """All that one read of dy gives. Outputs that are None or empty are not made.
+
+    Rows come in blocks and columns in stripes. Their partial sums are added in order.
+    """
+    m, n, rb, r = *dy.shape, b.shape[1], h.shape[1]
+    outputs = []
+    for out in (dhg, db, dbias, dgain):
+        wanted = out is not None and out.numel()
+        outputs.append(out if wanted else None)
     if dz is None and all(out is None for out in outputs):
         return
-    br = _gemm.rank(rb)
-    kind, _ = _gemm.machine(dy.device)
-    sizes = GRADS[kind]
+    br = _gemm.rank_block(rb)
+    arch, _ = _gemm.machine(dy.device)
+    sizes = GRADS[arch]
     if dz is not None and br > 32:
-        sizes = GRADS_DZ.get(kind, sizes)
+        sizes = GRADS_DZ.get(arch, sizes)
     if n % 8 and not _gemm.INTERPRET:
         sizes = GRADS_ODD
     if dy.element_size() == 4:
         sizes = GRADS_FP32
     blocks, ranks = cdiv(m, sizes["BM"]), max(1, cdiv(rb, br))
-    count, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
-    parts = [
-        None if out is None else parts_of(out, count if at == 0 else blocks)
-        for at, out in enumerate(outputs)
-    ]
-    grads_kernel[(blocks, count, ranks)](
-        *parts, dz, dy, z, b, h, scale, gain, gate, m, n, r, rb, 1 if gate is None else gate.shape[1], span,
+    stripes, span = _gemm.stripes(n, sizes["BN"], blocks * ranks, dy)
+    sums = []
+    pairs = []
+    # dhg is summed over columns, all else over rows.
+    for out, count in zip(outputs, (stripes, blocks, blocks, blocks), strict=True):
+        parts = None
+        if out is not None:
+            parts = partial_sums(out, count)
+            pairs.append((out, parts))
+        sums.append(parts)
+    experts = 1 if gate is None else gate.shape[1]
+    grads_kernel[(blocks, stripes, ranks)](
+        *sums, dz, dy, z, b, h, scale, gain, gate, m, n, r, rb, experts, span,
         EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
     )  # fmt: skip
-    add_parts(*(pair for pair in zip(outputs, parts, strict=True) if pair[0] is not None))
+    add_partial_sums(*pairs)
 
 
 def gates_pass(dh, dgate, dhg, h, gate):
-    (m, r), rb = h.shape, dhg.shape[1]
-    sizes = _gemm.tile(4, 1, BM=32, BR=_gemm.rank(rb // gate.shape[1], 32))
+    """dh, and dgate where it is not None, from the gradient of gate ⊙ h."""
+    m, r, rb = *h.shape, dhg.shape[1]
+    experts = gate.shape[1]
+    sizes = _gemm.tile(4, 1, BM=32, BR=_gemm.rank_block(rb // experts, 32))
     gates_kernel[(cdiv(m, 32),)](
-        dh, dgate, dhg, h, gate, m, r, rb, gate.shape[1], SHARED=rb != r, **sizes
+        dh, dgate, dhg, h, gate, m, r, rb, experts, SHARED=rb != r, **sizes
     )
 
 
 def x_pass(da, x, dh, bits, factor, drop):
-    (m, k), r, br = x.shape, dh.shape[1], _gemm.rank(dh.shape[1])
+    """da = factor · dhᵀ·(keep ⊙ x), where `drop` says whether `bits` say what to keep."""
+    m, k, r = *x.shape, dh.shape[1]
     if r == 0:
         return
+    br = _gemm.rank_block(r)
     sizes = DA_FP32 if x.element_size() == 4 else DA[_gemm.machine(x.device)[0]]
     columns, ranks = cdiv(k, sizes["BK"]), cdiv(r, br)
     count, span = _gemm.stripes(m, sizes["BM"], columns * ranks, x)
-    parts = parts_of(da, count)
+    sums = partial_sums(da, count)
     da_kernel[(columns, count, ranks)](
-        parts, x, dh, bits, factor, m, k, r, span, DROP=drop, EVEN=k % 8 == 0, BR=br, **sizes
+        sums, x, dh, bits, factor, m, k, r, span, DROP=drop, EVEN=k % 8 == 0, BR=br, **sizes
     )
-    add_parts((da, parts))
-
-
-def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, drop):
-    (m, k), n, r, br = dx.shape, dy.shape[1], dh.shape[1], _gemm.rank(dh.shape[1], 32)
-    sizes = _gemm.pick(m, k, dx, form)
-    if form == "given":
-        sizes, n = _gemm.epilogue(dx), 0
-    w, told = operand(base, form, block, k, sizes["BN"])
-    dgrad_kernel[(cdiv(m, sizes["BM"]) * cdiv(k, sizes["BN"]),)](
-        dx, dy, w, dh, a, bits, gain, factor, m, n, k, r,
-        DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=cdiv(r, br), BR=br, **(sizes | told),
-    )  # fmt: skip
+    add_partial_sums((da, sums))

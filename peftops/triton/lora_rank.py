@@ -1,4 +1,8 @@
-"""What LoRA's kernels share: tiles of the base, the gated h, and what follows the sum."""
+"""What LoRA's kernels share: tiles of the base, the gated h, and what follows the sum.
+
+They are functions of Triton that the kernels inline, so that a form of the base or a kind of
+epilogue is written once.
+"""
 
 import triton
 import triton.language as tl
@@ -10,15 +14,15 @@ from .nf4 import nf4_tile
 @triton.jit
 def base_tile(
     W, o_n, k, N, K,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(BK, BN) of Ŵᵀ from row k on; W is (N, K), or (K, N) where transposed"""
+    """(BK, BN) of Ŵᵀ from row k on. W is (N, K), or (K, N) where transposed."""
     o_k = tl.arange(0, BK)
     if FORM == "nf4":
         t_w = tl.trans(cast(nf4_tile(W, k, o_n, N, K - k, K, BLOCK, GROUP, BK), DTYPE))
-    elif (
-        FORM == "transposed"
-    ):  # the row moves the pointer, so that no product is left for each element
+    elif FORM == "transposed":
+        # The row moves the pointer, which saves a multiplication for each element.
         t_w = load_tile(W + tl.full((), k, tl.int64) * N, o_k, o_n, K - k, N)
     else:
         t_w = tl.trans(load_tile(W, o_n, k + o_k, N, K))
@@ -27,7 +31,10 @@ def base_tile(
 
 @triton.jit
 def gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED: tl.constexpr):
-    """gate ⊙ h: column o of RB is column o % R of h, times the gate of its expert, and rounded"""
+    """gate ⊙ h (BM, BR), rounded, for the columns o_r of RB.
+
+    Where experts share h (SHARED), column o is made of column o % R of h.
+    """
     inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
     o_h = o_r % R if SHARED else o_r
     t_h = tl.load(H + o_m[:, None].to(tl.int64) * R + o_h[None, :], mask=inside, other=0.0)
@@ -36,6 +43,7 @@ def gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED: tl.constexpr):
 
 @triton.jit
 def gate_columns(t_h, GATE, o_m, o_r, M, RB, E):
+    """t_h times the gate of each column's expert, rounded. Each expert has RB / E columns."""
     if GATE is not None:
         inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
         t_g = tl.load(
@@ -49,7 +57,7 @@ def gate_columns(t_h, GATE, o_m, o_r, M, RB, E):
 
 @triton.jit
 def widen(acc, GAIN, BIAS, o_n, N):
-    """gain ⊙ acc + bias"""
+    """gain ⊙ acc + bias, each of which may be absent."""
     if GAIN is not None:
         acc *= tl.load(GAIN + o_n, mask=o_n < N, other=0.0)[None, :]
     if BIAS is not None:

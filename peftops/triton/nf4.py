@@ -1,4 +1,12 @@
-"""4-bit weights on a GPU: one launch, nested scales inside, the bits of bitsandbytes."""
+"""4-bit weights on a GPU, with the same bits as bitsandbytes.
+
+nf4_tile decodes a tile inside of a kernel. The products of LoRA call it, and so does
+nf4_dequantize_kernel, so that all read the same bits. Each way takes one launch: nested scales
+are decoded inside.
+
+Neighbours that share a scale are a group. Its size divides all places and lengths, so the
+compiler knows how many bytes it may load at once, and one scale serves the whole group.
+"""
 
 import math
 
@@ -8,8 +16,9 @@ import triton.language as tl
 from ._launch import cdiv, launched, power_of_2
 from ._tile import cast
 
-EXACT = {"enable_fp_fusion": False}  # a scale is a product and a sum, each of them rounded
-PIECE = 4096  # elements a program decodes, 32 of them a thread
+# A nested scale is a product and a sum, each of which is rounded: no fused multiply-add.
+EXACT = {"enable_fp_fusion": False}
+PIECE = 4096  # elements that a program decodes, 32 of them a thread
 
 
 @triton.jit
@@ -17,10 +26,13 @@ def nf4_tile(
     W, first, o_m, M, left, PITCH,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(BM, WIDTH) fp32: table[code] · absmax of the elements first + row · PITCH + column of the flattened weight, for
-    rows below M and columns below `left`. W = (codes, table, absmax) or (codes, table, absmax8, nested_absmax,
-    nested_table, offset); GROUP divides first, left, PITCH, BLOCK and WIDTH, so that as many neighbours share
-    a scale."""
+    """(BM, WIDTH) in fp32: table[code] · absmax of a part of the flattened weight.
+
+    Row o_m and column c are element first + o_m · PITCH + c, for rows below M and columns below
+    `left`. W is (codes, table, absmax), or (codes, table, absmax8, nested_absmax, nested_table,
+    offset) with nested scales. GROUP neighbours share a scale: it divides first, left, PITCH,
+    BLOCK and WIDTH.
+    """
     BM: tl.constexpr = o_m.shape[0]
     t_table = tl.load(W[1] + tl.arange(0, 16))
     row = o_m[:, None].to(tl.int64) * PITCH + first
@@ -34,7 +46,7 @@ def nf4_tile(
     else:
         HALF: tl.constexpr = WIDTH // 2
         o_h = tl.arange(0, HALF)[None, :]
-        # in whole groups, which tells the compiler how many bytes it may load at once
+        # In whole groups, so that the compiler knows how many bytes it may load at once.
         inside = (o_m[:, None] < M) & (o_h < left // GROUP * (GROUP // 2))
         at = o_m[:, None].to(tl.int64) * (PITCH // GROUP * (GROUP // 2)) + first // GROUP * (
             GROUP // 2
@@ -53,11 +65,13 @@ def nf4_tile(
 
 @triton.jit
 def look_up(t_table, codes, BM: tl.constexpr, BK: tl.constexpr):
+    """table[codes] for codes (BM, BK)."""
     return tl.reshape(tl.gather(t_table, tl.reshape(codes, (BM * BK,)), 0), (BM, BK))
 
 
 @triton.jit
 def absmax_of(W, o_q, inside):
+    """The scales of the blocks o_q, decoded where they are nested."""
     if len(W) == 3:
         t_scale = tl.load(W[2] + o_q, mask=inside, other=0.0)
     else:
@@ -73,7 +87,7 @@ def absmax_of(W, o_q, inside):
 def nf4_dequantize_kernel(
     OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr
 ):
-    """out (rows, COLS) = the elements first + row · PITCH + column of the flattened weight"""
+    """out (rows, COLS): elements first + row · PITCH + column of the flattened weight."""
     pieces = (tl.full((), BK - 1, tl.int64) + COLS) // BK
     i_m, k = tl.program_id(0) // pieces, tl.program_id(0) % pieces * BK
     o_m, o_k = tl.arange(0, 1), k + tl.arange(0, BK)
@@ -82,17 +96,21 @@ def nf4_dequantize_kernel(
     tl.store(at, cast(t_w, OUT.dtype.element_ty), mask=(o_k < COLS)[None, :])
 
 
-# limits: registers 24-192, spilled 0, reloads 0, wide 1-, fma 5-  (of a division that rounds correctly)
+# Its fma are of a division that rounds correctly.
+# limits: registers 24-192, spilled 0, reloads 0, wide 1-, fma 5-
 @launched
 @triton.jit
 def nf4_quantize_kernel(
     CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BLOCK: tl.constexpr, BM: tl.constexpr
 ):
-    """absmax = max |x| of each block; a code counts the bounds below x · (1 / absmax), which may be reordered"""
+    """absmax = max |x| of each block; a code is how many BOUNDS are below x · (1 / absmax).
+
+    ORDER maps that count to the code that is stored.
+    """
     o_m, o_k = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BLOCK)
     at = o_m[:, None] * BLOCK + o_k[None, :]
     t_x = tl.load(X + at, mask=at < SIZE, other=0.0).to(tl.float32)
-    # as integers magnitudes are in the same order, and NaN above all
+    # As integers, magnitudes keep their order, and NaN is above all of them.
     magnitude = tl.max(t_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(
         tl.float32, bitcast=True
     )
@@ -115,21 +133,14 @@ def nf4_quantize_kernel(
 
 
 def nf4_quantize(codes, absmax, w, bounds, order, block):
-    if size := w.numel():
-        bm = max(1, 2048 // block)
-        nf4_quantize_kernel[(cdiv(absmax.numel(), bm),)](
-            codes,
-            absmax,
-            w,
-            bounds,
-            order,
-            size,
-            codes.numel(),
-            absmax.numel(),
-            BLOCK=block,
-            BM=bm,
-            **EXACT,
-        )
+    size = w.numel()
+    if size == 0:
+        return
+    bm = max(1, 2048 // block)
+    blocks = absmax.numel()
+    nf4_quantize_kernel[(cdiv(blocks, bm),)](
+        codes, absmax, w, bounds, order, size, codes.numel(), blocks, BLOCK=block, BM=bm, **EXACT
+    )  # fmt: skip
 
 
 def nf4_dequantize(out, codes, table, scales, block, size, dtype):
@@ -137,22 +148,26 @@ def nf4_dequantize(out, codes, table, scales, block, size, dtype):
 
 
 def decode(out, base, block, first, pitch):
-    """out (rows, columns) = elements first + row · pitch + column of the weight in its own order"""
-    rows, columns = (1, out.numel()) if out.shape[1] == pitch else out.shape
-    if out.numel():
-        piece = math.gcd(columns, PIECE) if rows > 1 else 1
-        if piece < PIECE // 4:
-            piece = min(power_of_2(columns), PIECE)
-        group = math.gcd(block, piece, first, columns, pitch if rows > 1 else 0)
-        nf4_dequantize_kernel[(rows * cdiv(columns, piece),)](
-            out,
-            tuple(base),
-            first,
-            columns,
-            pitch,
-            BLOCK=block,
-            GROUP=group,
-            BK=piece,
-            num_warps=max(1, piece // 1024),
-            **EXACT,
-        )
+    """out (rows, columns) = elements first + row · pitch + column of the flattened weight.
+
+    Args:
+        out: a contiguous matrix in 16 bits or fp32.
+        base: [codes, table, absmax], or [codes, table, absmax8, nested_absmax, nested_table,
+            offset] with nested scales.
+        block: elements that share an absmax.
+        first: the first element.
+        pitch: elements between the starts of two rows. It may be anything for one row.
+    """
+    if out.numel() == 0:
+        return
+    rows, columns = out.shape
+    if columns == pitch:  # rows follow each other
+        rows, columns = 1, out.numel()
+    piece = math.gcd(columns, PIECE) if rows > 1 else 1
+    if piece < PIECE // 4:
+        piece = min(power_of_2(columns), PIECE)
+    group = math.gcd(block, piece, first, columns, pitch if rows > 1 else 0)
+    nf4_dequantize_kernel[(rows * cdiv(columns, piece),)](
+        out, tuple(base), first, columns, pitch,
+        BLOCK=block, GROUP=group, BK=piece, num_warps=max(1, piece // 1024), **EXACT,
+    )  # fmt: skip
