@@ -67,10 +67,18 @@ class Launched:
         if known := self.kept.get(key):
             compiled, constants, needs_workspace = known
             stream = torch._C._cuda_getCurrentRawStream(device)
-            run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            grid3 = (*grid, 1, 1)[:3]
-            hooks = None, None, None
-            values = *grid3, stream, function, metadata, *hooks, *args, *constants
+            run = compiled.run
+            values = (
+                *(*grid, 1, 1)[:3],
+                stream,
+                compiled.function,
+                compiled.packed_metadata,
+                None,  # the metadata of the launch, and two hooks
+                None,
+                None,
+                *args,
+                *constants,
+            )
             if needs_workspace:
                 _, workspace = with_workspace(args, lambda: run(*values))
             else:

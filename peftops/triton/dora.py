@@ -191,9 +191,20 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     sums = n if count == 1 else n.new_empty(count, rows)
     w, base_flags = operand(base, form, block, k, sizes["BK"])
     norm_kernel[(blocks, count)](
-        sums, x, w, a, b, scale, rows, k, r, span,
-        EVEN=even, ROOT=count == 1, **(sizes | base_flags),
-    )  # fmt: skip
+        sums,
+        x,
+        w,
+        a,
+        b,
+        scale,
+        rows,
+        k,
+        r,
+        span,
+        EVEN=even,
+        ROOT=count == 1,
+        **(sizes | base_flags),
+    )
     if count > 1:
         root_kernel[(cdiv(rows, 256),)](
             n, sums, count, rows, BP=16, BN=256, enable_fp_fusion=True
@@ -203,9 +214,18 @@ def dora_norm(n, x, base, a, b, scale, form, block):
 def dora_drop(dropped, rest, bits, x, seed, p):
     m, k = x.shape
     drop_kernel[element_grid(m, k)](
-        dropped, rest, bits, x, seed, round(p * 65536), dropout_factor(p), m, k,
-        EVEN=k % 8 == 0, **ELEMENTS,
-    )  # fmt: skip
+        dropped,
+        rest,
+        bits,
+        x,
+        seed,
+        round(p * 65536),
+        dropout_factor(p),
+        m,
+        k,
+        EVEN=k % 8 == 0,
+        **ELEMENTS,
+    )
 
 
 def dora_mix(out, u, v, bits, p):

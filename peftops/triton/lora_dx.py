@@ -125,6 +125,21 @@ def dgrad(dx, dy, base, dh, a, bits, gain, factor, form, block, drop):
         sizes = _gemm.product_tile(m, k, dx, form)
     w, base_flags = operand(base, form, block, k, sizes["BN"])
     dgrad_kernel[(cdiv(m, sizes["BM"]) * cdiv(k, sizes["BN"]),)](
-        dx, dy, w, dh, a, bits, gain, factor, m, n, k, r,
-        DROP=drop, EVEN=n % 8 == k % 8 == 0, RANKS=cdiv(r, br), BR=br, **(sizes | base_flags),
-    )  # fmt: skip
+        dx,
+        dy,
+        w,
+        dh,
+        a,
+        bits,
+        gain,
+        factor,
+        m,
+        n,
+        k,
+        r,
+        DROP=drop,
+        EVEN=n % 8 == k % 8 == 0,
+        RANKS=cdiv(r, br),
+        BR=br,
+        **(sizes | base_flags),
+    )

@@ -157,16 +157,48 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         sizes = one_launch_tile(n, bm, x, form)
         w, base_flags = operand(base, form, block, k, sizes["BK"])
         gemv_kernel[(cdiv(n, sizes["BN"]), cdiv(m, bm))](
-            y, x, w, a, b, scale, bias, gain, gate, m, n, k, r, rb, experts,
-            EVEN=even, BM=bm, BR=r and max(16, power_of_2(r)), **(sizes | base_flags),
-        )  # fmt: skip
+            y,
+            x,
+            w,
+            a,
+            b,
+            scale,
+            bias,
+            gain,
+            gate,
+            m,
+            n,
+            k,
+            r,
+            rb,
+            experts,
+            EVEN=even,
+            BM=bm,
+            BR=r and max(16, power_of_2(r)),
+            **(sizes | base_flags),
+        )
         return
     yp, hp = first_of_two_launches(x, base, a, n, form, block, even, bm)
     finish_kernel[(cdiv(n, FINISH["BN"]), cdiv(m, FINISH["BM"]))](
-        y, yp, hp, b, scale, bias, gain, gate, m, n, r, rb, experts,
-        YPARTS=yp.numel() // y.numel(), HPARTS=len(hp), EVEN=n % 8 == 0,
-        BR=_gemm.rank_block(rb), **FINISH,
-    )  # fmt: skip
+        y,
+        yp,
+        hp,
+        b,
+        scale,
+        bias,
+        gain,
+        gate,
+        m,
+        n,
+        r,
+        rb,
+        experts,
+        YPARTS=yp.numel() // y.numel(),
+        HPARTS=len(hp),
+        EVEN=n % 8 == 0,
+        BR=_gemm.rank_block(rb),
+        **FINISH,
+    )
 
 
 def choose_launches(m, n, k, r, form, x):
@@ -223,7 +255,18 @@ def first_of_two_launches(x, base, a, n, form, block, even, bm):
         product = yp = x.new_empty(count, m, n, dtype=torch.float32)
     hp = x.new_empty(count, m, r, dtype=torch.float32)
     parts_kernel[(programs, count, cdiv(m, bm))](
-        yp, hp, x, w, a, m, n, k, r, span,
-        EVEN=even, BM=bm, **(sizes | base_flags),
-    )  # fmt: skip
+        yp,
+        hp,
+        x,
+        w,
+        a,
+        m,
+        n,
+        k,
+        r,
+        span,
+        EVEN=even,
+        BM=bm,
+        **(sizes | base_flags),
+    )
     return product, hp

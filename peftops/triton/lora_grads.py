@@ -266,9 +266,26 @@ def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
         sums.append(parts)
     experts = 1 if gate is None else gate.shape[1]
     grads_kernel[(blocks, stripes, ranks)](
-        *sums, dz, dy, z, b, h, scale, gain, gate, m, n, r, rb, experts, span,
-        EVEN=n % 8 == 0, SHARED=rb != r, BR=br, **sizes,
-    )  # fmt: skip
+        *sums,
+        dz,
+        dy,
+        z,
+        b,
+        h,
+        scale,
+        gain,
+        gate,
+        m,
+        n,
+        r,
+        rb,
+        experts,
+        span,
+        EVEN=n % 8 == 0,
+        SHARED=rb != r,
+        BR=br,
+        **sizes,
+    )
     add_partial_sums(*pairs)
 
 

@@ -146,11 +146,29 @@ def product(
         width = column_count(w, turned)
         sizes, programs = pick(m, width, out, specialized)
         tma_kernel[(programs,)](
-            out, z, left, w, h, b, scale, bits, gain, bias, factor,
-            m, width, k, r, first, n,
-            W_TURNED=turned, B_TURNED=b_turned, SPECIALIZED=specialized,
-            BR=_gemm.rank_block(r), **sizes,
-        )  # fmt: skip
+            out,
+            z,
+            left,
+            w,
+            h,
+            b,
+            scale,
+            bits,
+            gain,
+            bias,
+            factor,
+            m,
+            width,
+            k,
+            r,
+            first,
+            n,
+            W_TURNED=turned,
+            B_TURNED=b_turned,
+            SPECIALIZED=specialized,
+            BR=_gemm.rank_block(r),
+            **sizes,
+        )
 
 
 def pick(m, n, out, specialized):

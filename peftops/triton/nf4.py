@@ -139,8 +139,18 @@ def nf4_quantize(codes, absmax, w, bounds, order, block):
     bm = max(1, 2048 // block)
     blocks = absmax.numel()
     nf4_quantize_kernel[(cdiv(blocks, bm),)](
-        codes, absmax, w, bounds, order, size, codes.numel(), blocks, BLOCK=block, BM=bm, **EXACT
-    )  # fmt: skip
+        codes,
+        absmax,
+        w,
+        bounds,
+        order,
+        size,
+        codes.numel(),
+        blocks,
+        BLOCK=block,
+        BM=bm,
+        **EXACT,
+    )
 
 
 def nf4_dequantize(out, codes, table, scales, block, size, dtype):
@@ -168,6 +178,14 @@ def decode(out, base, block, first, pitch):
         piece = min(power_of_2(columns), PIECE)
     group = math.gcd(block, piece, first, columns, pitch if rows > 1 else 0)
     nf4_dequantize_kernel[(rows * cdiv(columns, piece),)](
-        out, tuple(base), first, columns, pitch,
-        BLOCK=block, GROUP=group, BK=piece, num_warps=max(1, piece // 1024), **EXACT,
-    )  # fmt: skip
+        out,
+        tuple(base),
+        first,
+        columns,
+        pitch,
+        BLOCK=block,
+        GROUP=group,
+        BK=piece,
+        num_warps=max(1, piece // 1024),
+        **EXACT,
+    )
