@@ -1,7 +1,7 @@
 """Named inputs of every op, for doctor, tests and bench.
 
-CASES maps the name of an op to a function from (shape, dtype, device) to its cases, each of which
-is (label, list of arguments of the op). Shapes are (m, k, n, r). The values are the same each time.
+CASES maps the name of an op to a function of (shape, dtype, device), which yields its cases:
+(label, list of the op's arguments). Shapes are (m, k, n, r). Values are the same each time.
 """
 
 from collections.abc import Callable, Iterator

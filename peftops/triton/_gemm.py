@@ -1,7 +1,7 @@
 """What the host decides before a launch: tiles for this GPU, and which product is the fastest.
 
-The tables are keyed by architecture. An NVIDIA GPU that has no key of its own uses "sm_86", those
-of the GPUs with the least shared memory. "interpret" is Triton's interpreter, for tests.
+The tables are keyed by architecture. An NVIDIA GPU that has no key of its own uses "sm_86", whose
+GPUs have the least shared memory. "interpret" is Triton's interpreter, for tests.
 """
 
 import functools
@@ -66,9 +66,9 @@ EPILOGUE = {  # tiles of a pass over y or dx, by bytes an element
 # m·n·k up to which "fused" is always taken: one launch is faster than two, and cuBLAS would add
 # to a delta that is rounded already.
 TINY = 1 << 21
-# (budget, loss, loss with 4-bit weights). The budget is 2 · operations / bytes that the GPU does in
-# a second. A loss is how much slower than cuBLAS our product is; that of 4-bit weights includes
-# decoding. sm_90 was measured on an H200, the others are assumed.
+# (budget, loss, loss with 4-bit weights). The budget is 2 · operations / bytes, of what the GPU
+# does in a second. A loss is how much slower than cuBLAS our product is; with 4-bit weights it
+# includes decoding. sm_90 was measured on an H200, the others are assumed.
 SLOWER = {
     "sm_80": (350, 0.05, 0.5),
     "sm_86": (160, 0.03, 0.35),
@@ -76,8 +76,8 @@ SLOWER = {
     "sm_100": (480, 0.20, 1.0),
     "gfx942": (325, 0.15, 0.6),
 }
-# How much slower than cuBLAS lora_tma's product was measured to be. Without an entry it is not
-# taken.
+# How much slower than cuBLAS lora_tma's product was measured to be. It is taken only on GPUs
+# that have an entry.
 TMA = {}
 
 
@@ -103,9 +103,9 @@ def choose_product(m, n, k, x, form="dense", passes=1):
         - Our own products are slower than cuBLAS by what SLOWER and TMA say. Where rows do not
           start at multiples of 16 bytes they would be slower still, and cuBLAS is taken.
         - "tma" and "cublas" need 4-bit weights decoded before. For each weight half a byte is
-          read and two are written; the product's own read of two more makes it 2.5 bytes,
-          0.63·budget/m. So decoding inside the product pays up to about 500 rows, and on an
-          H200, whose tensor cores wait for it, up to about 60.
+          read and two are written, which costs 0.63·budget/m. (The product reads the two, as it
+          would read any weight.) So decoding inside the product pays up to about 500 rows, and
+          on an H200, whose tensor cores wait for it, up to about 60.
 
     Args:
         passes: epilogues that "cublas" needs.

@@ -1,14 +1,14 @@
 """DoRA on a GPU: n = ‖Ŵ + s·b·a‖ for each row, and the dropout that PEFT has.
 
-norm_kernel makes a tile of Ŵ + s·b·a at a time, adds its squares and forgets it, so that the sum
-is never stored and Ŵ is read once. Expanding the square into ‖Ŵ‖² and terms of b·a would need
-no tiles of the sum, but would lose digits where the adapter cancels the weight.
+norm_kernel makes a tile of Ŵ + s·b·a at a time and adds its squares. So the sum of the two is
+never stored, and Ŵ is read once. To expand the square into ‖Ŵ‖² and terms of b·a would need no
+such tiles, but would lose digits where the adapter cancels the weight.
 
 The sum over k is split into stripes, as many as fill the GPU. root_kernel adds their partial
 sums in order and takes the root; with one stripe norm_kernel takes it.
 
-PEFT's DoRA multiplies the base by x and the adapter by drop(x). drop_kernel splits x into
-dropped = factor · keep ⊙ x and rest = x − dropped; mix_kernel joins their gradients again.
+PEFT's DoRA applies its magnitude to drop(x) alone: y = gain ⊙ drop(x)·(Ŵ + s·b·a)ᵀ + rest·Ŵᵀ,
+rest = x − drop(x). drop_kernel makes both from x, and mix_kernel makes dx from their gradients.
 """
 
 import triton
@@ -69,9 +69,8 @@ def norm_kernel(
     for k in tl.range(i_s * KS, min(i_s * KS + KS, K), BK, num_stages=STAGES):
         o_k, acc = k + tl.arange(0, BK), tl.zeros((BN, BK), tl.float32)
         t_w = tl.trans(base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, DTYPE))
-        if (
-            FORM == "nf4"
-        ):  # whose tiles are not zero beyond K, as products do not need them to be
+        # Tiles of 4-bit weights need not be zero beyond K for products, but for squares.
+        if FORM == "nf4":
             t_w = tl.where((o_k < K)[None, :], t_w, 0.0)
         if HELD:
             for i in tl.static_range(HELD):

@@ -7,10 +7,11 @@ With z = x·Ŵᵀ + s · (gate ⊙ h)·bᵀ, y = gain ⊙ z + bias and h = drop(
     dh = gate ⊙ dhg,  dgate = Σ dhg ⊙ h
     da = dhᵀ·drop(x)
 
-dy and x are by far the largest, so each is read once. grads_kernel takes all that a tile of dy
-gives. It keeps dhg in registers while it goes along a row; all that is summed over rows leaves
-a partial sum for each block of rows. Its blocks are tall, so that these are few. da_kernel does
-the same for x. gates_kernel runs only where there are gates.
+dy and x are by far the largest tensors here, so each is read once. grads_kernel takes from a tile
+of dy all that it gives. dhg is summed over columns: its sum stays in registers while the program
+goes along its rows. Everything else is summed over rows: each block of rows leaves a partial sum.
+Blocks of rows are tall, so that there are few. da_kernel reads x and splits its rows into
+stripes. gates_kernel runs only where there are gates.
 """
 
 import torch
@@ -206,29 +207,30 @@ def lora_bwd(
         for sums in (da, db, dbias, dgain):
             sums.zero_()
         return
-    needs_dh = need[0] or need[1] or need[5]
+    need_dx, need_da, need_db, need_dbias, need_dgain, need_dgate = need
+    needs_dh = need_dx or need_da or need_dgate
     dhg = None
     if needs_dh:
         dtype = x.dtype if gate is None else torch.float32
         dhg = b.new_empty(x.shape[0], b.shape[1], dtype=dtype)
     product = "fused"
-    if need[0] and form != "given":
+    if need_dx and form != "given":
         product = choose_product(dx, dy, form, gain)
     dz = dy
     if product != "fused" and gain is not None:
         dz = torch.empty_like(dy)
     dy_pass(
-        dhg, db if need[2] else None, dbias if need[3] else None, dgain if need[4] else None,
+        dhg, db if need_db else None, dbias if need_dbias else None, dgain if need_dgain else None,
         None if dz is dy else dz, dy, z, b, h, scale, gain, gate,
     )  # fmt: skip
     dh = dhg
     factor = dropout_factor(p)
     if gate is not None and needs_dh:
         dh = torch.empty_like(h)
-        gates_pass(dh, dgate if need[5] else None, dhg, h, gate)
-    if need[1]:
+        gates_pass(dh, dgate if need_dgate else None, dhg, h, gate)
+    if need_da:
         x_pass(da, x, dh, bits, factor, p > 0)
-    if need[0]:
+    if need_dx:
         dx_pass(dx, dy, dz, base, a, dh, bits, gain, factor, form, block, p > 0, product)
 
 
@@ -300,7 +302,7 @@ def gates_pass(dh, dgate, dhg, h, gate):
 
 
 def x_pass(da, x, dh, bits, factor, drop):
-    """da = factor · dhᵀ·(keep ⊙ x), where `drop` says whether `bits` say what to keep."""
+    """da = factor · dhᵀ·(keep ⊙ x). Without `drop` everything is kept, and bits are not read."""
     m, k, r = *x.shape, dh.shape[1]
     if r == 0:
         return
