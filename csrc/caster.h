@@ -1,5 +1,5 @@
-// How pybind11 makes a Tensor of a torch tensor and a Form of its name, without a header of
-// torch.
+// pybind11 casters: from a torch tensor to a Tensor, from a list of them to Tensors, and from
+// the name of a form to a Form. They need no header of torch.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -17,22 +17,23 @@ using peftops::Tensors;
 
 namespace {
 
-struct Names {  // looked up once; a leak on purpose, since the interpreter may be gone before
-                // we are
+// What the casters ask of Python, looked up once. The one instance is never freed, because the
+// interpreter may end before static objects are destroyed.
+struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* dtypes[6];
+  PyObject* dtypes[6];  // torch's, in the order of Dtype
   const Exchange* exchange = Exchange::of_torch();
   Names() {
-    const char* torch_names[] = {"float32", "float16", "bfloat16",
-                                 "uint8",   "int64",   "bool"};  // in the order of Dtype
+    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};
     auto torch = py::module_::import("torch");
     for (int i = 0; i < 6; ++i)
       dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
   }
 };
 
+// DLPack's code and bits as a Dtype.
 Dtype dtype_of(const DLTensor& t) {
   if (t.lanes != 1) return Dtype::none;
   switch (t.code << 8 | t.bits) {
@@ -52,6 +53,8 @@ Dtype dtype_of(const DLTensor& t) {
   return Dtype::none;
 }
 
+// Reads a tensor through torch's DLPack table. False if there is no table or torch refuses.
+// numel receives the number of elements.
 bool look(PyObject* source, const Exchange* exchange, Tensor& tensor, int64_t& numel) {
   DLTensor t;
   if (!exchange || exchange->look(source, &t)) {
@@ -60,10 +63,15 @@ bool look(PyObject* source, const Exchange* exchange, Tensor& tensor, int64_t& n
   }
   tensor = {t.start(), {1, 1}, dtype_of(t)};
   numel = 1;
-  for (int i = 0; i < t.dims; ++i) numel *= tensor.shape[i < 2 ? i : 1] = t.shape[i];
+  for (int i = 0; i < t.dims; ++i) {
+    tensor.shape[i < 2 ? i : 1] = t.shape[i];
+    numel *= t.shape[i];
+  }
   return true;
 }
 
+// A torch tensor as kernels see it. Raises TypeError for a dtype without kernels and ValueError
+// for elements without memory, as a fake tensor has them.
 Tensor view(PyObject* source) {
   static const Names& names = *new Names;
   Tensor tensor{nullptr, {1, 1}, Dtype::none};
@@ -73,9 +81,11 @@ Tensor view(PyObject* source) {
         PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(source, names.data_ptr)).ptr());
     const auto shape = own(PyObject_GetAttr(source, names.shape));
     const auto dims = PyTuple_GET_SIZE(shape.ptr());
-    for (Py_ssize_t i = 0; i < dims; ++i)
-      numel *= tensor.shape[i < 2 ? i : 1] =
-          PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    for (Py_ssize_t i = 0; i < dims; ++i) {
+      const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+      tensor.shape[i < 2 ? i : 1] = size;
+      numel *= size;
+    }
     const auto dtype = own(PyObject_GetAttr(source, names.dtype));
     for (int i = 0; i < 6; ++i)
       if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
@@ -118,11 +128,20 @@ struct pybind11::detail::type_caster<Form> {
   PYBIND11_TYPE_CASTER(Form, const_name("str"));
   bool load(handle source, bool) {
     if (!PyUnicode_Check(source.ptr()) || !PyUnicode_GET_LENGTH(source.ptr())) return false;
-    const Py_UCS4 first = PyUnicode_READ_CHAR(source.ptr(), 0);
-    value = first == 'd'   ? Form::dense
-            : first == 't' ? Form::transposed
-            : first == 'g' ? Form::given
-                           : Form::nf4;
-    return first == 'd' || first == 't' || first == 'g' || first == 'n';
+    switch (PyUnicode_READ_CHAR(source.ptr(), 0)) {  // no two forms begin with the same letter
+      case 'd':
+        value = Form::dense;
+        return true;
+      case 't':
+        value = Form::transposed;
+        return true;
+      case 'g':
+        value = Form::given;
+        return true;
+      case 'n':
+        value = Form::nf4;
+        return true;
+    }
+    return false;
   }
 };

@@ -1,5 +1,5 @@
-// DoRA's norm in fp32 arithmetic, for every dtype and instruction set, and the passes of PEFT's
-// dropout.
+// DoRA's norm in fp32 arithmetic, for every dtype and instruction set, and the two passes that
+// DoRA with dropout needs in addition.
 #include "dora.h"
 
 #include "ops.h"
@@ -7,22 +7,23 @@
 namespace peftops::ISA {
 namespace {
 
+// The engine of dora.h for floats: a step is one rank.
 struct Fma {
   using Item = float;
   using Vector = vec;
-  static constexpr int64_t CHAIN =
-      8;  // steps of one sum; what Ŵ cancels leaves the errors of longer ones
+  // Steps of one sum. If b·a cancels Ŵ, the errors of a longer sum would remain.
+  static constexpr int64_t CHAIN = 8;
 
   static int64_t steps(int64_t r) { return r; }
   static Vector load(const Item* w) { return *(const vec_at*)w; }
   static vec multiply(Vector w, Item x, vec sum) { return fma(w, x - vec{}, sum); }
 
-  // out[j][i] = t, or its transpose, rounded to T
+  // t (r, columns), or its transpose if t is (columns, r), rounded to T.
   template <class T>
   static Operand<Fma> pack(Tensor t, bool transposed, Scratch& scratch) {
     const int64_t r = t.shape[transposed ? 1 : 0], columns = t.shape[transposed ? 0 : 1];
-    const int64_t ld = Operand<Fma>::padded(columns), down = transposed ? 1 : columns,
-                  along = transposed ? r : 1;
+    const int64_t ld = Operand<Fma>::padded(columns);
+    const int64_t down = transposed ? 1 : columns, along = transposed ? r : 1;
     Item* out = scratch.get<Item>(r * ld);
     with_type(t.dtype, [&](auto e) {
       const auto* from = as<decltype(e)>(t);
@@ -45,12 +46,13 @@ struct Fma {
   }
 };
 
-// keep ⊙ factor · v of the columns from c on; without bits all are kept
+// mask ⊙ factor · v for the columns from c on. Without bits all are kept.
 PEFTOPS_INLINE vec drop(vec v, const uint8_t* bits, int64_t c, float factor) {
   v *= all(factor);
   return bits ? kept(v, bits_at(bits, c)) : v;
 }
 
+// dropped = drop(x), rest = x - dropped. bits: the row's mask
 template <class T>
 void drop_row(T* dropped, T* rest, const T* x, const uint8_t* bits, int64_t k, float factor) {
   for (int64_t c = 0; c < k; c += LANES) {
@@ -60,6 +62,7 @@ void drop_row(T* dropped, T* rest, const T* x, const uint8_t* bits, int64_t k, f
   }
 }
 
+// out = drop(u) + v - drop(v). v may be null; without bits all are kept.
 template <class T>
 void mix_row(T* out, const T* u, const T* v, const uint8_t* bits, int64_t k, float factor) {
   for (int64_t c = 0; c < k; c += LANES) {

@@ -1,5 +1,7 @@
-// ‖Ŵ + s·b·a‖ of each row of Ŵ, of tiles of b·a that are never stored. How they are multiplied
-// is an engine's matter.
+// ‖Ŵ + s·b·a‖ of each row of Ŵ, from tiles of b·a that are never stored. How a tile is
+// multiplied is left to an engine E, of which there are two: Fma (dora.cpp) and Dots
+// (dora_bf16.cpp). An engine has the types Item and Vector, CHAIN, and the functions steps,
+// load, multiply, of_a and of_b.
 #pragma once
 #include "nf4.h"
 
@@ -10,39 +12,39 @@ constexpr int NV = VECTORS;
 constexpr int MR = 4;                 // rows of a tile
 constexpr int64_t TILE = NV * LANES;  // columns of a tile
 constexpr int64_t TALL = 32;          // rows that one thread walks along
-constexpr int64_t CHUNK =
-    512;  // columns for which the operand of columns stays in the nearest cache
-constexpr int64_t SQUARES = 16;  // squares of one fp32 sum; a longer one loses digits
-constexpr int64_t PARTS = 8;     // sums of such sums, for the same reason
-constexpr int64_t COLUMNS = 64;  // columns that one thread walks down
-constexpr int64_t AHEAD = 16;    // rows below that it asks for
+constexpr int64_t CHUNK = 512;        // columns whose operand stays in the nearest cache
+constexpr int64_t SQUARES = 16;       // squares of one fp32 sum; a longer one loses digits
+constexpr int64_t PARTS = 8;          // sums of such sums, for the same reason
+constexpr int64_t COLUMNS = 64;       // columns that one thread walks down
+constexpr int64_t AHEAD = 16;         // rows between what is read and what is prefetched
 
 thread_local Scratch t_a, t_b;   // of the caller, read by its team
 thread_local Scratch t_decoded;  // of each thread of a team
 
-// a (r, k) or bᵀ (r, n) as an engine wants them: item [step][column], zero beyond the last
-// column
+// a (r, k) or bᵀ (r, n) as an engine wants it: items [step][column], zero beyond the last
+// column.
 template <class E>
 struct Operand {
   const typename E::Item* at;
-  int64_t ld;
+  int64_t ld;  // items from step to step
 
-  static int64_t padded(int64_t columns) {
-    return (columns + 63) / 64 * 64 + 16;
-  }  // not all steps in one cache set
+  // ld for so many columns. + 16, so that steps do not fall into one cache set.
+  static int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64 + 16; }
 };
 
-// A matrix (rows, columns) as it lies in memory, and the two operands whose product is added to
-// it
+// A matrix (rows, columns) as it lies in memory, which is Ŵ or its transpose, and the two
+// operands whose product is added to it.
 template <class E, class T>
 struct Sum {
-  const T* base;  // null where it is decoded
-  const NF4& codes;
-  Operand<E> x, w;  // a step's items for rows, and for columns
-  int64_t rows, columns, steps;
-  float s;
+  const T* base;     // the matrix, or null if it has 4 bits
+  const NF4& codes;  // the matrix if it has 4 bits
+  Operand<E> x;      // of rows
+  Operand<E> w;      // of columns
+  int64_t rows, columns;
+  int64_t steps;  // of the operands
+  float s;        // LoRA's scale
 
-  // v = x·w of R rows and TILE columns, of the steps [j, end)
+  // v = x·w for the R rows from i on and the TILE columns from c on, over the steps [j, end).
   template <int R>
   inline __attribute__((always_inline)) void multiply(int64_t i, int64_t c, int64_t j,
                                                       int64_t end, vec (&v)[R][NV]) const {
@@ -61,8 +63,9 @@ struct Sum {
     }
   }
 
-  // v = base + s · x·w of R rows and TILE columns, or zero beyond the last; `from` is where
-  // they lie
+  // v = base + s · x·w for R rows and TILE columns, zero beyond the last column.
+  //   from: where these elements of the base lie, ld elements from row to row
+  //   WHOLE: all TILE columns exist
   template <int R, bool WHOLE>
   inline __attribute__((always_inline)) void tile(int64_t i, int64_t c, const T* from,
                                                   int64_t ld, vec (&v)[R][NV]) const {
@@ -79,7 +82,8 @@ struct Sum {
       memset((void*)edge, 0, sizeof edge);
       for (int e = 0; e < R; ++e)
         memcpy((void*)(edge + e * TILE), from + e * ld, size_t(left) * sizeof(T));
-      from = edge, ld = TILE;
+      from = edge;
+      ld = TILE;
     }
     const vec scale = s - vec{};
 #pragma GCC unroll 4
@@ -87,17 +91,17 @@ struct Sum {
 #pragma GCC unroll 4
       for (int q = 0; q < NV; ++q) {
         v[e][q] = fma(v[e][q], scale, load(from + e * ld + LANES * q));
-        if (!WHOLE)  // where an operand is infinite, its product with what pads the other is
-                     // not zero
+        // If an operand is infinite, its product with the zeros that pad the other is NaN.
+        if (!WHOLE)
           for (int l = 0; l < LANES; ++l) v[e][q][l] = LANES * q + l < left ? v[e][q][l] : 0;
       }
   }
 
-  // sum[e] += squares of the row i + e
+  // sum[e] += the squares of row i + e, over TILE columns.
   template <int R, bool WHOLE>
   inline __attribute__((always_inline)) void along(int64_t i, int64_t c, const T* from,
                                                    int64_t ld, vec (&sum)[R]) const {
-    for (int e = 0; e < R; ++e)  // the next rows, which no hardware prefetcher follows
+    for (int e = 0; e < R; ++e)  // the next rows, which the hardware does not prefetch
       for (size_t b = 0; b < TILE * sizeof(T); b += 64)
         __builtin_prefetch((const char*)(from + (R + e) * ld) + b);
     vec v[R][NV];
@@ -108,7 +112,7 @@ struct Sum {
       for (int q = 0; q < NV; ++q) sum[e] = fma(v[e][q], v[e][q], sum[e]);
   }
 
-  // total[e] += squares of the row i + e, of the columns [c, end)
+  // total[e] += the squares of row i + e, over the columns [c, end).
   template <int R>
   void along_chunk(int64_t i, int64_t c, int64_t end, const T* from, int64_t ld,
                    vec* total) const {
@@ -119,7 +123,7 @@ struct Sum {
     for (int e = 0; e < R; ++e) total[e] += sum[e];
   }
 
-  // sum[lane] += squares of the rows [i, i + R) of TILE columns from c on
+  // sum += the squares of TILE columns from c on, over the rows [i, i + R).
   template <int R, bool WHOLE>
   inline __attribute__((always_inline)) void down(int64_t i, int64_t c, vec* sum) const {
     const T* from = base + i * columns + c;
@@ -134,12 +138,14 @@ struct Sum {
       for (int e = 0; e < R; ++e) sum[q] = fma(v[e][q], v[e][q], sum[q]);
   }
 
+  // The same of the columns [c, end).
   template <int R>
   void down_block(int64_t i, int64_t c, int64_t end, vec* sum) const {
     for (; c + TILE <= end; c += TILE, sum += NV) down<R, true>(i, c, sum);
     if (c < end) down<R, false>(i, c, sum);
   }
 
+  // n[i] = ‖row i‖.
   void norms_of_rows(float* n) const {
     const auto rows_from = [&](int64_t first) {
       const int64_t count = min(TALL, rows - first);
@@ -150,7 +156,8 @@ struct Sum {
         int64_t ld = columns;
         if (!base) {
           T* out = t_decoded.get<T>(TALL * (CHUNK + 32));
-          from = out, ld = CHUNK + 32;
+          from = out;
+          ld = CHUNK + 32;
           for (int64_t e = 0; e < count; ++e)
             decode(codes, (first + e) * columns + c, some, out + e * ld);
         }
@@ -173,6 +180,7 @@ struct Sum {
     team.finish();
   }
 
+  // n[c] = ‖column c‖.
   void norms_of_columns(float* n) const {
 #pragma omp parallel for num_threads(threads_for(rows * columns * (steps + 2))) schedule(static)
     for (int64_t first = 0; first < columns; first += COLUMNS) {
@@ -195,6 +203,7 @@ struct Sum {
   }
 };
 
+// Launches what the form needs; arguments as in dora_norm of ops.h.
 template <class E, class T>
 void norm(Tensor out, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Form form,
           int64_t block) {

@@ -1,4 +1,4 @@
-// DoRA's norm in bf16 on AVX-512 with dot products, of two ranks at a time.
+// DoRA's norm in bf16 on AVX-512 with dot products, which multiply two ranks at a time.
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
@@ -9,6 +9,7 @@
 namespace peftops::ISA {
 namespace {
 
+// The engine of dora.h for pairs of bf16: a step is two ranks.
 struct Dots {
   using Item = uint32_t;
   using Vector = __m512bh;

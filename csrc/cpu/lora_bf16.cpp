@@ -1,4 +1,5 @@
-// LoRA in bf16 on AVX-512 with dot products: the whole forward pass, the base product included.
+// LoRA's forward pass in bf16 on AVX-512 with dot products. First h = drop(x)·aᵀ is made, then
+// the whole of y by the product of product_bf16.h.
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
@@ -10,7 +11,7 @@ namespace {
 
 thread_local Scratch t_a, t_h, t_bias;  // of the caller, read by its team
 
-// ap[k / 2][pad16(r)] from a (r, k), by the whole team
+// out[⌈k / 2⌉][pad16(r)] = pairs along the rows of a (r, k).
 uint32_t* pack_a(Tensor a) {
   const int64_t r = a.shape[0], k = a.shape[1], width = pad16(r), step = 512;
   uint32_t* out = t_a.get<uint32_t>((k + 1) / 2 * width);
@@ -22,7 +23,8 @@ uint32_t* pack_a(Tensor a) {
   return out;
 }
 
-// Rows of x, or their copies with what is dropped set to zero.
+// Rows of x as they are, or copies in which what is dropped is zero. bits: the rows' masks, or
+// null
 const bf16* dropped(const bf16* x, int64_t k, const uint8_t* bits, int64_t rows) {
   if (!bits) return x;
   const int64_t bytes = mask_bytes(k), ld = 8 * bytes;
@@ -37,11 +39,12 @@ const bf16* dropped(const bf16* x, int64_t k, const uint8_t* bits, int64_t rows)
   return to;
 }
 
-// h = factor · drop(x)·aᵀ; bits are drawn where there is a generator
+// h = factor · drop(x)·aᵀ.
+//   bits: receives the mask; generator: of the mask, or null if nothing is dropped
 void shrink(Tensor h, uint8_t* bits, Tensor x, Tensor a, const Philox* generator,
             float factor) {
-  const int64_t m = x.shape[0], k = x.shape[1], r = a.shape[0], padded = pad16(r),
-                bytes = mask_bytes(k);
+  const int64_t m = x.shape[0], k = x.shape[1], r = a.shape[0];
+  const int64_t padded = pad16(r), bytes = mask_bytes(k);
   const uint32_t* ap = pack_a(a);
   const auto rows_from = [&](int64_t block) {
     const int64_t end = min(block + 8, m);
@@ -80,12 +83,21 @@ void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors 
                    Form form, int64_t block, double p) {
   const Philox generator(p ? *as<uint64_t>(seed) : 0, p);
   shrink(h, as<uint8_t>(bits), x, a, p ? &generator : nullptr, inverse(p));
-  const bf16 *from = as<bf16>(x), *y0 = nullptr, *hg = gated(h, gate, b.shape[1], t_h);
-  if (form == Form::given) from = nullptr, y0 = as<bf16>(base.at[0]);
-  const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1];
-  const float s = *as<float>(scale), *wide_bias = as_float<bf16>(bias, t_bias);
-  const Product t{as<bf16>(y), as<bf16>(z),     from,     hg, y0, m, n, k, r, s,
-                  nullptr,     as<float>(gain), wide_bias};
+  Product t{};
+  t.out = as<bf16>(y);
+  t.z = as<bf16>(z);
+  if (form == Form::given)
+    t.y0 = as<bf16>(base.at[0]);
+  else
+    t.x = as<bf16>(x);
+  t.h = gated(h, gate, b.shape[1], t_h);
+  t.m = x.shape[0];
+  t.n = b.shape[0];
+  t.k = x.shape[1];
+  t.r = b.shape[1];
+  t.s = *as<float>(scale);
+  t.gain = as<float>(gain);
+  t.bias = as_float<bf16>(bias, t_bias);
   product_with(t, form, block, false, base, b, nullptr);
 }
 

@@ -1,5 +1,6 @@
-// LoRA's gradients in bf16 on AVX-512 with dot products: the whole backward pass, the base
-// product included.
+// LoRA's backward pass in bf16 on AVX-512 with dot products. One read of dy makes both u = dy·b
+// and b's gradient; u gives the gradients of h and gate; then come dx, by the product of
+// product_bf16.h, and a's gradient, from a read of x.
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
@@ -11,8 +12,11 @@ namespace {
 
 thread_local Scratch t_a, t_b, t_h, t_parts, t_grad, t_sum;  // of the caller, read by its team
 
-// v[j][c] += Σ h[i][j] · t[i][c] over the rows [i0, i1) of t and the columns [c, c + 32); h as
-// pairs of rows
+// v[j][c] += Σ h[i][j] · t[i][c] over the rows [i0, i1) of t, for 32 columns from c on.
+//   bits: a mask of t (m, n), or null
+//   h: pairs along its rows, [pair][padded]
+//   first, last: whether these are the first and the last rows; between them the columns of v
+//     are in the order in which the unpacks leave them
 PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const uint8_t* bits,
                           const uint32_t* h, int64_t padded, int64_t i0, int64_t i1, int64_t c,
                           bool first, bool last) {
@@ -31,13 +35,13 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
     float* at = v + j * ldv + c;
     for (int64_t i = i0; i < i1; i += 2) {
       const __m512i u0 = row(i), u1 = i + 1 < i1 ? row(i + 1) : _mm512_setzero_si512();
-      const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(u0, u1),
-                     hi = (__m512bh)_mm512_unpackhi_epi16(u0, u1);
+      const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(u0, u1);
+      const __m512bh hi = (__m512bh)_mm512_unpackhi_epi16(u0, u1);
       const uint32_t* pair_of_h = h + i / 2 * padded + j;
 #pragma GCC unroll 8
       for (int e = 0; e < 8; ++e) {
         const __m512bh t_h = (__m512bh)_mm512_set1_epi32(int(pair_of_h[e]));
-        acc[e][0] = _mm512_dpbf16_ps(acc[e][0], lo, t_h),
+        acc[e][0] = _mm512_dpbf16_ps(acc[e][0], lo, t_h);
         acc[e][1] = _mm512_dpbf16_ps(acc[e][1], hi, t_h);
       }
     }
@@ -46,8 +50,8 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
         acc[e][0] = _mm512_add_ps(acc[e][0], _mm512_loadu_ps(at + e * ldv));
         acc[e][1] = _mm512_add_ps(acc[e][1], _mm512_loadu_ps(at + e * ldv + 16));
       }
-    if (last) {  // the unpacks left the columns as 0–3 8–11 16–19 24–27 and 4–7 12–15 20–23
-                 // 28–31
+    if (last) {
+      // The unpacks left the columns as 0–3 8–11 16–19 24–27 and 4–7 12–15 20–23 28–31.
       const __m512i lo =
           _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
       const __m512i hi =
@@ -58,14 +62,18 @@ PEFTOPS_INLINE void outer(float* v, int64_t ldv, const bf16* t, int64_t n, const
         acc[e][1] = _mm512_permutex2var_ps(both[0], hi, both[1]);
       }
     }
-    for (int e = 0; e < 8; ++e)
-      _mm512_storeu_ps(at + e * ldv, acc[e][0]), _mm512_storeu_ps(at + e * ldv + 16, acc[e][1]);
+    for (int e = 0; e < 8; ++e) {
+      _mm512_storeu_ps(at + e * ldv, acc[e][0]);
+      _mm512_storeu_ps(at + e * ldv + 16, acc[e][1]);
+    }
   }
 }
 
-// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be
-// absent. A column group is one thread's, whatever their number, and groups are added in order:
-// the same bits every time.
+// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n). u or v may be
+// null. A group of columns is one thread's, however many threads there are, and groups are
+// added in order, so that the result has the same bits every time.
+//   bits: the mask of t, or null
+//   h, b: pairs along their rows, [pair][padded]
 void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, const uint32_t* h,
             const uint32_t* b, int64_t padded) {
   const int64_t m = t.shape[0], n = t.shape[1], wide = 128, tall = 64;
@@ -76,8 +84,8 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
   const int threads = threads_for(m * n * padded);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
-    const int64_t begin = group * n / groups / 32 * 32,
-                  end = group + 1 < groups ? (group + 1) * n / groups / 32 * 32 : n;
+    const int64_t begin = group * n / groups / 32 * 32;
+    const int64_t end = group + 1 < groups ? (group + 1) * n / groups / 32 * 32 : n;
     for (int64_t i0 = 0; i0 < m; i0 += tall) {
       const int64_t i1 = min(i0 + tall, m);
       for (int64_t c0 = begin; c0 < end; c0 += wide) {
@@ -118,7 +126,8 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, cons
     }
 }
 
-// dh (m, r) in bf16 and dgate from u (m, padded): s · u is the gradient of the gated h
+// Returns h's gradient (m, r) in bf16 and stores gate's. u (m, padded) times s is the gradient
+// of the gated h, which has `columns` columns.
 bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns,
               int64_t padded, float s) {
   const int64_t m = h.shape[0], r = h.shape[1];
@@ -158,16 +167,16 @@ bf16* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colum
 void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x,
                    Tensors base, Tensor a, Tensor b, Tensor scale, Tensor h, Tensor bits,
                    Tensor gain, Tensor gate, Form form, int64_t block, double p) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0],
-                columns = b.shape[1];
-  const int64_t padded = pad16(columns), ldv = (n + 31) / 32 * 32, ranks = pad16(r),
-                ldk = (k + 31) / 32 * 32;
+  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0];
+  const int64_t columns = b.shape[1];
+  const int64_t padded = pad16(columns), ldv = (n + 31) / 32 * 32;
+  const int64_t ranks = pad16(r), ldk = (k + 31) / 32 * 32;
   const float s = *as<float>(scale);
   const float* g = as<float>(gain);
-  const bool inner = dx.data || da.data || dgate.data;
-  float *u = inner ? t_sum.get<float>(m * padded) : nullptr,
-        *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
-  uint32_t *bp = nullptr, *hp = nullptr;
+  const bool inner = dx.data || da.data || dgate.data;  // what needs u
+  float* u = inner ? t_sum.get<float>(m * padded) : nullptr;
+  float* v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
+  uint32_t *bp = nullptr, *hp = nullptr;  // b and h, packed
   if (u) {
     bp = t_b.get<uint32_t>((n + 1) / 2 * padded);
     with_operand<bf16>(
@@ -183,9 +192,16 @@ void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Ten
 
   const bf16* dh = ungated(dgate, h, gate, u, columns, padded, s);
   if (dx.data) {
-    const bf16* dz = form == Form::given ? nullptr : as<bf16>(dy);  // with g in the packed w
-    const Product t{as<bf16>(dx), nullptr,           dz,      dh,     nullptr, m, k, n, r,
-                    inverse(p),   as<uint8_t>(bits), nullptr, nullptr};
+    Product t{};
+    t.out = as<bf16>(dx);
+    if (form != Form::given) t.x = as<bf16>(dy);  // gain is multiplied into the packed base
+    t.h = dh;
+    t.m = m;
+    t.n = k;
+    t.k = n;
+    t.r = r;
+    t.s = inverse(p);
+    t.bits = as<uint8_t>(bits);
     product_with(t, form, block, true, base, a, g);
   }
   if (da.data) {

@@ -1,4 +1,5 @@
-// LoRA in bf16 for few rows: the weight is streamed once, and its rows are the long side.
+// LoRA in bf16 for few rows. Reading the weight takes most of the time, so each of its rows is
+// streamed once and multiplied with all rows of x, from left to right.
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #pragma GCC target("avx512bf16")
@@ -11,16 +12,20 @@ namespace {
 thread_local Scratch t_h, t_spread, t_x, t_lanes;  // of the caller, read by its team
 thread_local Scratch t_rows, t_scales;             // of each thread of a team
 
-constexpr int64_t AHEAD = 16384;  // bytes between what is read and what is asked for
+constexpr int64_t AHEAD = 16384;  // bytes between what is read and what is prefetched
 
+// The arguments of the op.
 struct Few {
-  bf16* y;
-  const bf16 *x, *w;
-  int64_t m, n, k, r;
-  float s;
-  const float* gain;
-  Tensor bias;
+  bf16* y;        // (m, n)
+  const bf16* x;  // (m, k)
+  const bf16* w;  // (n, k), or null if it has 4 bits
+  int64_t m, n, k;
+  int64_t r;          // columns of b
+  float s;            // LoRA's scale
+  const float* gain;  // (n,), or null
+  Tensor bias;        // (n,), or without data
 
+  // y[i][c] = gain ⊙ value + bias
   PEFTOPS_INLINE void store(float value, int64_t i, int64_t c) const {
     if (gain) value *= gain[c];
     if (bias.data)
@@ -29,6 +34,7 @@ struct Few {
   }
 };
 
+// What the loops below call with each element of y.
 struct Stored {
   const Few& t;
   PEFTOPS_INLINE void operator()(float value, int64_t i, int64_t c) const {
@@ -36,7 +42,7 @@ struct Stored {
   }
 };
 
-// lane j = the sum of v[j]
+// Lane j of the result is the sum over the lanes of v[j].
 PEFTOPS_INLINE __m512 sums(const __m512 (&v)[16]) {
   __m512 t[8], q[4];
   for (int i = 0; i < 8; ++i)
@@ -53,12 +59,13 @@ PEFTOPS_INLINE __m512 sums(const __m512 (&v)[16]) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(u, w, 0x88), _mm512_shuffle_f32x4(u, w, 0xdd));
 }
 
+// Loads 32 values as bf16.
 PEFTOPS_INLINE __m512i whole32(const bf16* p) { return _mm512_loadu_si512(p); }
 PEFTOPS_INLINE __m512i whole32(const float* p) {
   return narrow32(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16));
 }
 
-// acc + w · x lane by lane, one weight row as one stream
+// acc + w · x lane by lane, for one row of the weight.
 template <class T>
 PEFTOPS_INLINE __m512 dot(const T* w, const bf16* x, int64_t k, __m512 acc) {
   __m512 s[4] = {acc};
@@ -75,7 +82,7 @@ PEFTOPS_INLINE __m512 dot(const T* w, const bf16* x, int64_t k, __m512 acc) {
   return _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
 }
 
-// acc[MX · e + i] += w[e] · x[i] lane by lane
+// acc[MX · e + i] += w[e] · x[i] lane by lane.
 template <int MX, int NW, class T>
 PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]) {
   if constexpr (MX == 1) {
@@ -95,13 +102,13 @@ PEFTOPS_INLINE void dots(const T* w, const bf16* x, int64_t k, __m512 (&acc)[16]
   if (c < k)
     for (int e = 0; e < NW; ++e)
       for (int i = 0; i < MX; ++i) {
-        const __m512bh t_w = (__m512bh)load32(w + e * k + c, k - c),
-                       t_x = (__m512bh)load32(x + i * k + c, k - c);
+        const __m512bh t_w = (__m512bh)load32(w + e * k + c, k - c);
+        const __m512bh t_x = (__m512bh)load32(x + i * k + c, k - c);
         acc[MX * e + i] = _mm512_dpbf16_ps(acc[MX * e + i], t_w, t_x);
       }
 }
 
-// acc[MX · e + i] += h[i] · b[c + e] lane by lane
+// acc[MX · e + i] += h[i] · b[c + e] lane by lane.
 template <int MX, int NW, class B>
 PEFTOPS_INLINE void delta(const float* h, const B* b, int64_t r, int64_t c, __m512 (&acc)[16]) {
   for (int64_t j = 0; j < r; j += 16)
@@ -114,8 +121,10 @@ PEFTOPS_INLINE void delta(const float* h, const B* b, int64_t r, int64_t c, __m5
     }
 }
 
-// y[i][c] for MX rows of x and NW columns from c on, whose weights begin at w, or h for rows of
-// a; the delta enters the sums before the product
+// Stores MX rows from i0 on and NW columns from c on of y, whose weights begin at w; or of h,
+// if w is a. LoRA's part enters the sums first.
+//   h, b, r: of LoRA's part; r = 0: none
+//   store: called with (value, row, column)
 template <int MX, int NW, class T, class B, class STORE>
 PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, const B* b,
                           int64_t r, int64_t i0, int64_t c, STORE store) {
@@ -128,8 +137,8 @@ PEFTOPS_INLINE void block(const T* w, const bf16* x, int64_t k, const float* h, 
     for (int i = 0; i < MX; ++i) store(out[MX * e + i], i0 + i, c + e);
 }
 
-// NW columns for all rows, four rows at a time, so that the weights come from memory once; 16
-// for one row, 8 for two
+// The same for all rows, four at a time, so that the weights come from memory only once. NW is
+// 16 for one row, 8 for two, else 4 at most.
 template <int NW, class T, class B, class STORE>
 PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h,
                             const B* b, int64_t r, int64_t c, STORE store) {
@@ -144,8 +153,8 @@ PEFTOPS_INLINE void columns(const T* w, const bf16* x, int64_t m, int64_t k, con
   }
 }
 
-// f(c, Count<NW>) for this thread's share of n columns, NW at a time, and one at a time for the
-// last
+// Calls f(c, Count<NW>) for this thread's share of n columns, NW at a time. The last columns
+// are taken one at a time.
 template <int NW, class F>
 PEFTOPS_INLINE void share(int64_t n, F f) {
   const int64_t id = omp_get_thread_num(), team = omp_get_num_threads(), runs = n / NW;
@@ -155,6 +164,7 @@ PEFTOPS_INLINE void share(int64_t n, F f) {
     for (int64_t c = runs * NW; c < n; ++c) f(c, Count<1>{});
 }
 
+// All columns of this thread's share; arguments as in block.
 template <int NW, class T, class B, class STORE>
 PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k, const float* h,
                                 const B* b, int64_t r, int64_t n, STORE store) {
@@ -163,7 +173,7 @@ PEFTOPS_INLINE void all_columns(const T* w, const bf16* x, int64_t m, int64_t k,
   });
 }
 
-// All columns of a 4-bit weight for MX rows of split x
+// The same of a 4-bit weight, for MX rows of split x.
 template <int MX, int NW, bool NESTED, class B, class STORE>
 void coded_columns(const NF4& w, const bf16* x, int64_t k, const float* h, const B* b,
                    int64_t r, int64_t n, STORE store) {
@@ -187,7 +197,7 @@ void coded_columns(const NF4& w, const bf16* x, int64_t k, const float* h, const
   });
 }
 
-// All columns for up to 16 · L rows, which are lanes: x as lanes() leaves it, h (r, 16 · L)
+// The same for up to 16 · L rows, each of which is a lane. x: what lanes() makes; h (r, 16 · L)
 template <int L, class B, class STORE>
 void coded_lanes(const NF4& w, const uint32_t* x, int64_t m, int64_t k, const float* h,
                  const B* b, int64_t r, int64_t n, STORE store) {
@@ -214,7 +224,7 @@ void coded_lanes(const NF4& w, const uint32_t* x, int64_t m, int64_t k, const fl
   });
 }
 
-// h[i][j], the gated product of x and a as rounded there, times s
+// out (m, r) = s · (gate ⊙ h), rounded before s. h (m, ra) = x·aᵀ; gate may be without data.
 void spread(float* out, const bf16* h, Tensor gate, int64_t m, int64_t ra, int64_t r, float s) {
   const int64_t experts = gate.data ? gate.shape[1] : 1;
   for (int64_t i = 0; i < m; ++i)
@@ -226,11 +236,11 @@ void spread(float* out, const bf16* h, Tensor gate, int64_t m, int64_t ra, int64
     }
 }
 
-// Ŵ of 4 bits and what is made of x for it before the team begins
+// A 4-bit weight, and what is made of x for it before the team begins.
 struct Coded {
   NF4 w;
-  const bf16* x;  // split, or none where blocks are not whole runs of a row
-  const uint32_t* lanes;
+  const bf16* x;          // split; null if blocks are not whole runs of a row
+  const uint32_t* lanes;  // x as lanes; null for up to eight rows
 };
 
 Coded coded(const Few& t, Tensors base, int64_t block) {
@@ -242,17 +252,21 @@ Coded coded(const Few& t, Tensors base, int64_t block) {
   if (t.m <= 8) return {w, x, nullptr};
   const int count = t.m > 16 ? 2 : 1;
   uint32_t* out = t_lanes.get<uint32_t>(ld / 2 * count * 16);
-  count == 1 ? lanes<1>(x, t.m, t.k, out) : lanes<2>(x, t.m, t.k, out);
+  if (count == 1)
+    lanes<1>(x, t.m, t.k, out);
+  else
+    lanes<2>(x, t.m, t.k, out);
   return {w, x, out};
 }
 
-// out (r, 16 · L) from h (m, r)
+// out (r, width) = the transpose of h (m, r), with zeros beyond m.
 const float* turned(const float* h, int64_t m, int64_t r, int64_t width, float* out) {
   for (int64_t j = 0; j < r; ++j)
     for (int64_t i = 0; i < width; ++i) out[j * width + i] = i < m ? h[i * r + j] : 0.0f;
   return out;
 }
 
+// y of a 4-bit weight.
 template <class B>
 void product(const Coded& v, const Few& t, const float* h, const B* b) {
   const Stored store{t};
@@ -264,7 +278,7 @@ void product(const Coded& v, const Few& t, const float* h, const B* b) {
     else
       coded_columns<MX, NW, false>(v.w, v.x, t.k, h, b, t.r, t.n, store);
   };
-  if (!v.x) {  // rows are decoded first
+  if (!v.x) {  // decodes rows first
     bf16* rows = t_rows.get<bf16>(4 * t.k);
     share<4>(t.n, [&](int64_t c, auto count) {
       constexpr int W = decltype(count)::value;
@@ -297,7 +311,7 @@ void product(const Coded& v, const Few& t, const float* h, const B* b) {
   }
 }
 
-// f(Count<NW>), how many columns are summed at once for m rows
+// Calls f(Count<NW>), where NW columns are summed at once for m rows.
 template <class F>
 void by_width(int64_t m, F f) {
   if (m == 1) return f(Count<16>{});
@@ -305,7 +319,7 @@ void by_width(int64_t m, F f) {
   f(Count<4>{});
 }
 
-// h (m, rows of a) = x·aᵀ
+// h (m, ranks) = x·aᵀ.
 template <class A>
 void down(const Few& t, const A* a, int64_t ranks, bf16* h) {
   const auto store = [&](float v, int64_t i, int64_t j) { narrow(v, h + i * ranks + j); };
@@ -315,7 +329,7 @@ void down(const Few& t, const A* a, int64_t ranks, bf16* h) {
   });
 }
 
-// y from s · h
+// y. codes: a 4-bit weight, or null; h: s · (gate ⊙ h)
 template <class B>
 void up(const Few& t, const Coded* codes, const float* h, const B* b) {
   if (codes) return product(*codes, t, h, b);
@@ -324,6 +338,7 @@ void up(const Few& t, const Coded* codes, const float* h, const B* b) {
   });
 }
 
+// The whole op in one parallel region: h, then its gating by one thread, then y.
 void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
   const int64_t ranks = a.shape[0];
   bf16* h = t_h.get<bf16>(t.m * ranks);
@@ -352,12 +367,19 @@ void few(const Few& t, Tensor a, Tensor b, Tensor gate, const Coded* codes) {
 
 void lora_few_bf16(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale,
                    Tensor bias, Tensor gain, Tensor gate, Form form, int64_t block) {
-  const int64_t m = x.shape[0], n = b.shape[0], k = x.shape[1], r = b.shape[1], ra = a.shape[0];
-  const bf16* w = form == Form::dense ? as<bf16>(base.at[0]) : nullptr;
-  const Few t{as<bf16>(y),       as<bf16>(x),     w,   m, n, k, r,
-              *as<float>(scale), as<float>(gain), bias};
-  const Coded found = coded(t, base, form == Form::nf4 ? block : 0);
-  few(t, a, b, gate, form == Form::nf4 ? &found : nullptr);
+  Few t{};
+  t.y = as<bf16>(y);
+  t.x = as<bf16>(x);
+  if (form == Form::dense) t.w = as<bf16>(base.at[0]);
+  t.m = x.shape[0];
+  t.n = b.shape[0];
+  t.k = x.shape[1];
+  t.r = b.shape[1];
+  t.s = *as<float>(scale);
+  t.gain = as<float>(gain);
+  t.bias = bias;
+  const Coded codes = coded(t, base, form == Form::nf4 ? block : 0);
+  few(t, a, b, gate, form == Form::nf4 ? &codes : nullptr);
 }
 
 }  // namespace peftops::ISA

@@ -1,4 +1,6 @@
-// LoRA's gradients in fp32 arithmetic, for every dtype and instruction set.
+// LoRA's backward pass in fp32 arithmetic, for every dtype and instruction set. One read of dy
+// makes both u = dy·b and b's gradient; u gives the gradients of h and gate; then come dx, by
+// the product of product.h, and a's gradient, from a read of x.
 #include "ops.h"
 #include "product.h"
 
@@ -6,14 +8,14 @@ namespace peftops::ISA {
 namespace {
 
 thread_local Scratch t_tile;  // of each thread of a team
-thread_local Scratch t_b, t_h, t_turned, t_parts, t_sum, t_grad,
-    t_dh;  // of the caller, read by its team
+// Of the caller, read by its team.
+thread_local Scratch t_b, t_h, t_turned, t_parts, t_sum, t_grad, t_dh;
 
 constexpr int64_t WIDE = 64;       // columns of a tile
 constexpr int64_t HIGH = 64;       // rows of a tile, which stays in the nearest cache
-constexpr int64_t LD = WIDE + 16;  // its rows must not fall into one cache set
+constexpr int64_t LD = WIDE + 16;  // from row to row, so that rows do not share a cache set
 
-// out (rows, padded columns) = gain ⊙ t, rounded to T before, zero beyond
+// out (n, pad16(r)) = gain ⊙ b, where b is rounded to T before, with zeros beyond.
 template <class T>
 float* pack_b(Tensor b, const float* gain) {
   const int64_t n = b.shape[0], r = b.shape[1], width = pad16(r);
@@ -29,10 +31,10 @@ float* pack_b(Tensor b, const float* gain) {
   return out;
 }
 
-// hᵀ (padded r, m), zero beyond
+// hᵀ (pad16(r), m), with zeros beyond.
 struct Turned {
   const float* at;
-  int64_t ld;
+  int64_t ld;  // from row to row
 };
 
 Turned turned(const float* h, int64_t m, int64_t r) {
@@ -44,9 +46,9 @@ Turned turned(const float* h, int64_t m, int64_t r) {
   return {out, ld};
 }
 
-// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n); u or v may be
-// absent. A column group is one thread's, whatever their number, and groups are added in order:
-// the same bits every time.
+// u (m, padded) = t·b and v (padded, ldv) = hᵀ·drop(t) in one read of t (m, n). u or v may be
+// null. A group of columns is one thread's, however many threads there are, and groups are
+// added in order, so that the result has the same bits every time. bits: the mask of t, or null
 template <class T>
 void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turned h,
             const float* b, int64_t padded) {
@@ -86,7 +88,8 @@ void reduce(float* u, float* v, int64_t ldv, Tensor t, const uint8_t* bits, Turn
   }
 }
 
-// dh (m, r), rounded to T, and dgate from u (m, padded): s · u is the gradient of the gated h
+// Returns h's gradient (m, r), rounded to T, and stores gate's. u (m, padded) times s is the
+// gradient of the gated h, which has `columns` columns.
 template <class T>
 float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t columns,
                int64_t padded, float s) {
@@ -116,16 +119,17 @@ float* ungated(Tensor dgate, Tensor h, Tensor gate, const float* u, int64_t colu
   return dh;
 }
 
+// lora_bwd of ops.h. factor: 1 / (1 - p)
 template <class T>
 void backward(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x, Tensors base,
               Tensor a, Tensor b, float s, Tensor h, const uint8_t* bits, const float* gain,
               Tensor gate, Form form, int64_t block, float factor) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0],
-                columns = b.shape[1];
+  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0];
+  const int64_t columns = b.shape[1];
   const int64_t padded = pad16(columns), ranks = pad16(r), ldv = pad16(n), ldk = pad16(k);
-  const bool inner = dx.data || da.data || dgate.data;
-  float *u = inner ? t_sum.get<float>(m * padded) : nullptr,
-        *v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
+  const bool inner = dx.data || da.data || dgate.data;  // what needs u
+  float* u = inner ? t_sum.get<float>(m * padded) : nullptr;
+  float* v = db.data ? t_grad.get<float>(padded * ldv) : nullptr;
   const Turned hp = v ? turned(gated<T>(h, gate, columns, t_h), m, columns) : Turned{};
   if (u || v) reduce<T>(u, v, ldv, dy, nullptr, hp, u ? pack_b<T>(b, gain) : nullptr, padded);
   if (v) store_gradient<T>(db, v, ldv, true, s, gain);
@@ -137,10 +141,16 @@ void backward(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x
     t.out = dx;
     if (form != Form::given) t.x = dy;
     t.h = dh;
-    t.m = m, t.n = k, t.k = n, t.r = r;
+    t.m = m;
+    t.n = k;
+    t.k = n;
+    t.r = r;
     t.s = factor;
     t.bits = bits;
-    t.base = base, t.form = form, t.block = block, t.delta = a;
+    t.base = base;
+    t.form = form;
+    t.block = block;
+    t.delta = a;
     t.backward = true;
     t.row_gain = gain;
     product(t);
@@ -152,7 +162,7 @@ void backward(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x
   }
 }
 
-// Σ dy and Σ dy ⊙ z over the rows
+// dbias = Σ dy and dgain = Σ dy ⊙ z over the rows, as sums of sums of 16 rows.
 template <class T>
 void sums(Tensor dbias, Tensor dgain, Tensor dy, Tensor z) {
   const int64_t m = dy.shape[0], n = dy.shape[1], tall = 16;
@@ -169,7 +179,10 @@ void sums(Tensor dbias, Tensor dgain, Tensor dy, Tensor z) {
         for (int64_t c = 0; dgain.data && c < some; ++c)
           part[1][c] += widen(t_dy[c]) * widen(t_z[c]);
       }
-      for (int64_t c = 0; c < WIDE; ++c) total[0][c] += part[0][c], total[1][c] += part[1][c];
+      for (int64_t c = 0; c < WIDE; ++c) {
+        total[0][c] += part[0][c];
+        total[1][c] += part[1][c];
+      }
     }
     with_operand<T>(dbias, [&](auto* out) {
       for (int64_t c = 0; out && c < some; ++c) narrow(total[0][c], out + c0 + c);

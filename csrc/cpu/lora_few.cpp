@@ -1,5 +1,5 @@
-// LoRA for few rows in fp32 arithmetic, for every dtype and instruction set: the weight is read
-// once, as it is stored.
+// LoRA for few rows in fp32 arithmetic, for every dtype and instruction set. Reading the weight
+// takes most of the time, so it is read once, as it is stored, and not packed.
 #include "nf4.h"
 #include "ops.h"
 
@@ -11,7 +11,7 @@ thread_local Scratch t_decoded;  // of each thread: rows of a 4-bit base
 
 constexpr int COLUMNS = 4;  // rows of the weight that are read side by side
 
-// acc[e][i] += w[e] · x[i] lane by lane; w is rounded to T where it is wider
+// acc[e][i] += w[e] · x[i] lane by lane. w is rounded to T if it is wider.
 template <class T, int W, int X, class From>
 PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t ldx, int64_t k,
                              vec (&acc)[W][X]) {
@@ -31,7 +31,7 @@ PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t
   if (c < k) step(c, k - c);
 }
 
-// The same as sums of sums, each of CHAIN terms a lane
+// The same as sums of sums, with CHAIN terms in each lane.
 template <class T, int W, int X, class From>
 PEFTOPS_INLINE void add_product(const From* w, int64_t ldw, const float* x, int64_t k,
                                 vec (&acc)[W][X]) {
@@ -46,17 +46,21 @@ PEFTOPS_INLINE void add_product(const From* w, int64_t ldw, const float* x, int6
   }
 }
 
+// The arguments of the op.
 template <class T>
 struct Few {
-  T* y;
-  const T* base;
-  const NF4* codes;  // of a 4-bit base
-  const float *x, *hs;
-  int64_t m, n, k, columns;
-  const float* gain;
-  Tensor b, bias;
+  T* y;              // (m, n)
+  const T* base;     // (n, k), or null if it has 4 bits
+  const NF4* codes;  // of a 4-bit base, or null
+  const float* x;    // (m, k)
+  const float* hs;   // (m, columns) = s · (gate ⊙ h)
+  int64_t m, n, k;
+  int64_t columns;    // of b
+  const float* gain;  // (n,), or null
+  Tensor b;           // (n, columns)
+  Tensor bias;        // (n,), or without data
 
-  // The rows [i, i + X) of y, of W columns from c on whose weights begin at w
+  // The rows [i, i + X) and W columns from c on of y. w: where their weights begin
   template <int W, int X>
   void block(const T* w, int64_t i, int64_t c) const {
     vec acc[W][X];
@@ -75,7 +79,7 @@ struct Few {
       }
   }
 
-  // All rows of y, of W columns from c on; what is summed at once fits into the registers
+  // All rows of W columns from c on. What is summed at once fits into the registers.
   template <int W>
   void some(int64_t c) const {
     const T* w = base + c * k;
@@ -86,13 +90,13 @@ struct Few {
     }
     constexpr int AT_ONCE = VECTORS == 4 || W < 2 ? W : 2;
     by_rows<4, 2, 1>(0, m, [&](int64_t i, auto count) {
-      constexpr int X = decltype(count)::value, part = X == 4 ? AT_ONCE : W;
-      for (int e = 0; e < W; e += part) block<part, X>(w + e * k, i, c + e);
+      constexpr int X = decltype(count)::value, SOME = X == 4 ? AT_ONCE : W;
+      for (int e = 0; e < W; e += SOME) block<SOME, X>(w + e * k, i, c + e);
     });
   }
 };
 
-// hs (m, columns) = s · (gate ⊙ x·aᵀ), rounded to T before s
+// hs (m, columns) = s · (gate ⊙ x·aᵀ), rounded to T before s. h: memory for x·aᵀ (m, r)
 template <class T>
 void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t columns, float s,
           float* h) {
@@ -110,11 +114,10 @@ void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t c
   });
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < columns; ++j) {
-      const float value = h[i * r + j % r];
-      hs[i * columns + j] =
-          s * (gate.data
-                   ? rounded<T>(value * as<float>(gate)[i * experts + j / (columns / experts)])
-                   : value);
+      float value = h[i * r + j % r];
+      if (gate.data)
+        value = rounded<T>(value * as<float>(gate)[i * experts + j / (columns / experts)]);
+      hs[i * columns + j] = s * value;
     }
 }
 
@@ -122,12 +125,13 @@ void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t c
 
 void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias,
               Tensor gain, Tensor gate, Form form, int64_t block) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0],
-                columns = b.shape[1];
+  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0];
+  const int64_t columns = b.shape[1];
   const NF4 codes(base, form == Form::nf4 ? block : 0);
   with_type(x.dtype, [&](auto e) {
     using T = decltype(e);
-    float *wide = t_few.get<float>(pad16(m * k) + m * (columns + r)), *hs = wide + pad16(m * k);
+    float* wide = t_few.get<float>(pad16(m * k) + m * (columns + r));
+    float* hs = wide + pad16(m * k);
     widen_row(as<T>(x), m * k, nullptr, wide);
     down<T>(hs, wide, a, gate, m, columns, *as<float>(scale), hs + m * columns);
     Few<T> few{};
@@ -136,13 +140,18 @@ void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale
       few.codes = &codes;
     else
       few.base = as<T>(base.at[0]);
-    few.x = wide, few.hs = hs;
-    few.m = m, few.n = n, few.k = k, few.columns = columns;
+    few.x = wide;
+    few.hs = hs;
+    few.m = m;
+    few.n = n;
+    few.k = k;
+    few.columns = columns;
     few.gain = as<float>(gain);
-    few.b = b, few.bias = bias;
+    few.b = b;
+    few.bias = bias;
     const auto columns_from = [&](int64_t c) {
       if (c + COLUMNS <= n) return few.template some<COLUMNS>(c);
-      for (int64_t one = c; one < n; ++one) few.template some<1>(one);
+      for (; c < n; ++c) few.template some<1>(c);
     };
     Team team;
 #pragma omp parallel for num_threads(threads_for_few(m, n, k)) schedule(static)

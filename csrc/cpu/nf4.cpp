@@ -1,4 +1,5 @@
-// 4-bit weights to and from their codes.
+// Quantizes weights to 4 bits, and dequantizes them or parts of them. Threads take whole blocks
+// or runs of elements.
 #include "nf4.h"
 
 #include "ops.h"
@@ -6,13 +7,13 @@
 namespace peftops::ISA {
 namespace {
 
-// The code of x is order[number of bounds below x / absmax]; a block begins with a byte
+// The code of x is order[number of bounds below x / absmax]. A block begins at a whole byte.
 template <class T>
 void quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order,
               int64_t block) {
   const int64_t size = w.shape[0] * w.shape[1], blocks = ceil_div(size, block);
   const float* bound = as<float>(bounds);
-  const uint8_t* name = as<uint8_t>(order);
+  const uint8_t* code = as<uint8_t>(order);
 #pragma omp parallel for num_threads(threads_for(20 * size)) schedule(static)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t count = min(block, size - b * block);
@@ -26,7 +27,7 @@ void quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order
     }
     as<float>(absmax)[b] = most;
     const float inverse = 1.0f / (most > 1e-38f ? most : 1e-38f);
-    x[count] = 0;  // pairs with the last of an odd number
+    x[count] = 0;  // shares a byte with the last element if their number is odd
     for (int64_t i = 0; i <= count; ++i) {
       const float normal = x[i] * inverse;
       int32_t below = 0;
@@ -35,7 +36,7 @@ void quantize(Tensor codes, Tensor absmax, Tensor w, Tensor bounds, Tensor order
     }
     uint8_t* to = as<uint8_t>(codes) + b * block / 2;
     for (int64_t i = 0; i < count; i += 2)
-      to[i / 2] = uint8_t(name[index[i]] << 4 | name[index[i + 1]]);
+      to[i / 2] = uint8_t(code[index[i]] << 4 | code[index[i + 1]]);
   }
 }
 
@@ -59,7 +60,6 @@ void nf4_dequantize(Tensor out, Tensors base, int64_t block) {
   });
 }
 
-// out (rows, columns) = the part of a weight (., k) that begins at (row, column)
 void nf4_part(Tensor out, Tensors base, int64_t block, int64_t k, int64_t row, int64_t column) {
   const NF4 w(base, block);
   const int64_t rows = out.shape[0], columns = out.shape[1];

@@ -1,4 +1,5 @@
-// Panels of a base and of a delta as floats, and the rows that are multiplied with them.
+// The product of product.h: panels of the base and of LoRA's matrix are packed as floats, and
+// rows of x are multiplied with them, six rows at a time.
 #include "product.h"
 
 #include "nf4.h"
@@ -7,16 +8,20 @@
 namespace peftops::ISA {
 namespace {
 
-thread_local Scratch t_panel, t_delta, t_wide, t_decoded;  // of each thread of a team
+// Of each thread of a team: the base's panel, LoRA's, rows of x as floats, and a part of a
+// 4-bit base.
+thread_local Scratch t_panel, t_delta, t_wide, t_decoded;
 
-// A panel of `depth` rows lies as parts of WIDTH columns: out[column / WIDTH][row][column %
-// WIDTH]
+// A panel of `depth` rows lies as parts of WIDTH columns:
+// out[column / WIDTH][row][column % WIDTH].
 inline float* in_panel(float* out, int64_t depth, int64_t row, int64_t column) {
   return out + (column / WIDTH * depth + row) * WIDTH + column % WIDTH;
 }
 
-// The rows from `first` on of a panel, from (rows, columns ≤ PANEL) as it lies; gain multiplies
-// rows
+// Packs rows of a panel.
+//   from: (rows, columns ≤ PANEL), ld elements from row to row
+//   depth: rows of the whole panel; first: where these rows begin in it
+//   gain: (rows,) multiplies rows, or null
 template <class T, class From>
 void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, float* out,
                int64_t depth, int64_t first, const float* gain) {
@@ -28,15 +33,16 @@ void pack_rows(const From* from, int64_t ld, int64_t rows, int64_t columns, floa
     }
 }
 
-// The same from the transpose, (columns ≤ PANEL, rows), of the columns from `column` on, a
-// multiple of LANES
+// The same from the transpose (columns, rows), for columns of the panel from `column` on, which
+// is a multiple of LANES.
 template <class T, class From>
 void pack_columns(const From* from, int64_t ld, int64_t columns, int64_t rows, float* out,
                   int64_t depth, int64_t first, int64_t column, const float* gain) {
   transpose_into<T>(from, ld, columns, rows, in_panel(out, depth, first, column), WIDTH, gain);
 }
 
-// The panel of columns from c on of w, (depth, n) as it lies or its transpose
+// Packs the panel of w (depth, n) that begins at column c. along_rows: w lies as it is; else it
+// lies transposed.
 template <class T>
 void pack_base(Tensor w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out,
                const float* gain) {
@@ -47,11 +53,13 @@ void pack_base(Tensor w, bool along_rows, int64_t depth, int64_t n, int64_t c, f
     pack_columns<T>(from + (c + j) * depth, depth, columns - j, depth, out, depth, 0, j, gain);
 }
 
-// The same of a 4-bit base, a part at a time that stays in the nearest cache
+// The same of a 4-bit base. It is decoded in parts that stay in the nearest cache.
 template <class T>
 void pack_base(const NF4& w, bool along_rows, int64_t depth, int64_t n, int64_t c, float* out,
                const float* gain) {
-  constexpr int64_t tall = 32, run = 256, ld = run + 32;
+  constexpr int64_t tall = 32,
+                    run = 256;  // rows, or elements of a row, that are decoded at once
+  constexpr int64_t ld = run + 32;
   const int64_t columns = min(PANEL, n - c);
   T* part = t_decoded.get<T>(max(tall * PANEL, LANES * ld));
   if (along_rows) {
@@ -71,13 +79,15 @@ void pack_base(const NF4& w, bool along_rows, int64_t depth, int64_t n, int64_t 
     }
 }
 
-// One thread's work
+// What one thread does; see by_panels.
 template <class T>
 struct Worker {
   const Product& t;
-  const NF4 codes;
-  int64_t ld;  // of the widened rows, which must not fall into one cache set
-  float *w, *b, *wide;
+  const NF4 codes;  // of a 4-bit base
+  int64_t ld;       // of `wide`; chosen so that rows do not fall into one cache set
+  float* w;         // the base's panel
+  float* b;         // LoRA's panel
+  float* wide;      // rows of x as floats, or null if x has floats
 
   explicit Worker(const Product& t)
       : t(t), codes(t.base, t.form == Form::nf4 ? t.block : 0), ld(pad16(t.k) + 16) {
@@ -86,8 +96,8 @@ struct Worker {
     wide = sizeof(T) < sizeof(float) ? t_wide.get<float>(ROWS * ld) : nullptr;
   }
 
-  // w (n, k) is packed along its columns, transposed w (k, n) along its rows; backward the
-  // other way
+  // A dense base (n, k) is packed along its columns, a transposed one (k, n) along its rows.
+  // Backward it is the other way round.
   void pack(const Panel& panel) {
     const bool along_rows = (t.form == Form::transposed) != t.backward;
     if (t.x.data && t.form == Form::nf4)
@@ -109,6 +119,7 @@ struct Worker {
         begin, end, [&](int64_t i, auto count) { tile<decltype(count)::value>(i, panel.c); });
   }
 
+  // MR rows of out from i on, of the panel that begins at column c.
   template <int MR>
   void tile(int64_t i, int64_t c) {
     float sums[MR * PANEL];
@@ -119,21 +130,23 @@ struct Worker {
     } else if (t.x.data) {
       for (int e = 0; e < MR; ++e)
         widen_row(as<T>(t.x) + (i + e) * t.k, t.k, nullptr, wide + e * ld);
-      x = wide, ldx = ld;
+      x = wide;
+      ldx = ld;
     }
     for (int64_t j = 0; j < min(PANEL, t.n - c); j += WIDTH)
       multiply_part<MR>(x, ldx, i, c, j, sums + j);
     for (int e = 0; e < MR; ++e) finish(sums + e * PANEL, i + e, c);
   }
 
-  // sums (MR, WIDTH) = x·w + s · mask ⊙ (h·b) for the columns from c + j on
+  // sums (MR, WIDTH) = x·w + s · mask ⊙ (h·b) for the columns from c + j on. Long sums are cut
+  // into sums of CHAIN terms, whose rounding errors are smaller.
   template <int MR>
   PEFTOPS_INLINE void multiply_part(const float* x, int64_t ldx, int64_t i, int64_t c,
                                     int64_t j, float* sums) const {
     vec acc[MR][VECTORS];
     const int64_t bytes = mask_bytes(t.n);
-    for (int64_t done = 0; done < max(t.r, 1);
-         done += CHAIN) {  // a sum of nothing is written too
+    const int64_t ranks = max(t.r, 1);  // without a rank, zeros are written
+    for (int64_t done = 0; done < ranks; done += CHAIN) {
       clear(acc);
       multiply(t.h + i * t.r + done, t.r, min(CHAIN, t.r - done), b + j * t.r + done * WIDTH,
                WIDTH, acc);
@@ -155,6 +168,7 @@ struct Worker {
     }
   }
 
+  // sums = acc, or += acc.
   template <int MR>
   PEFTOPS_INLINE static void put(const vec (&acc)[MR][VECTORS], float* sums, bool add) {
 #pragma GCC unroll 8
@@ -166,7 +180,7 @@ struct Worker {
       }
   }
 
-  // The row i of the panel: what is added to its sums, and rounded once
+  // Stores row i of the panel: adds y0 to its sums, applies gain and bias, and rounds once.
   void finish(const float* sums, int64_t i, int64_t c) const {
     for (int64_t v = 0; v < min(PANEL, t.n - c); v += LANES) {
       const int64_t at = i * t.n + c + v, left = t.n - c - v;

@@ -1,32 +1,38 @@
-// The product of rows of x with a base, dense or of 4 bits, in fp32 arithmetic whatever is
-// stored: LoRA's sums first.
+// The product of rows of x with a base, dense or of 4 bits, plus LoRA's part. Arithmetic is
+// fp32, whatever dtype is stored. LoRA's sums are made first, and the base's are added to them.
 #pragma once
 #include "vec.h"
 
 namespace peftops::ISA {
 
-// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias, z = what gain multiplies; all but h, w and
-// b may be absent. w (k, n) is the base transposed, or backward the base as it is; b (r, n) is
-// the delta likewise.
+// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias; z = what gain multiplies.
+//
+// Forward w (k, n) and b (r, n) are the transposes of the base and of LoRA's b. Backward they
+// are the base and LoRA's a as they are. What may be absent has no data or is null.
 struct Product {
-  Tensor out, z, x, y0;
-  const float* h;  // (m, r)
-  int64_t m, n, k, r;
-  float s;
-  const uint8_t* bits;
-  const float *gain, *bias;
+  Tensor out;           // (m, n)
+  Tensor z;             // (m, n), or absent
+  Tensor x;             // (m, k), or absent: then there is no x·w
+  Tensor y0;            // (m, n), or absent
+  const float* h;       // (m, r)
+  int64_t m, n, k, r;   // of this product, not of the layer
+  float s;              // LoRA's scale
+  const uint8_t* bits;  // the mask (m, mask_bytes(n)), or null
+  const float* gain;    // (n,), or null
+  const float* bias;    // (n,), or null
   Tensors base;
-  Form form;
-  int64_t block;
-  Tensor delta;
-  bool backward;
-  const float* row_gain;  // of w
+  Form form;              // of the base
+  int64_t block;          // elements that share a scale of a 4-bit base
+  Tensor delta;           // LoRA's b (n, r), or backward its a (r, n)
+  bool backward;          // see above
+  const float* row_gain;  // (k,) multiplies the rows of w, or null
 };
 void product(const Product& t);
 
 namespace {
 
-// (m, columns): h, or each expert's columns of h times its gate, rounded to T
+// (m, columns) = h if there is no gate, else h once for each expert, times the expert's gate
+// and rounded to T. scratch: memory for the result
 template <class T>
 const float* gated(Tensor h, Tensor gate, int64_t columns, Scratch& scratch) {
   const int64_t m = h.shape[0], r = h.shape[1];

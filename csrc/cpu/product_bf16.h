@@ -1,5 +1,5 @@
-// The product of rows of x with a base, dense or of 4 bits, in bf16: panels of pairs, LoRA's
-// sums first.
+// The product of rows of x with a base, dense or of 4 bits, plus LoRA's part, in bf16. Panels
+// hold pairs of bf16 for the dot-product instruction. LoRA's sums are made first.
 #pragma once
 #include "nf4_panels.h"
 
@@ -8,21 +8,26 @@ namespace {
 
 thread_local Scratch t_panel, t_delta, t_rows;  // of each thread of a team
 
-// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias, z = what gain multiplies; x·w or y0 may be
-// absent
+// out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias; z = what gain multiplies. What may be
+// absent is null.
 struct Product {
-  bf16 *out, *z;
-  const bf16 *x, *h, *y0;
-  int64_t m, n, k, r;
-  float s;
-  const uint8_t* bits;
-  const float *gain, *bias;
+  bf16* out;            // (m, n)
+  bf16* z;              // (m, n), or null
+  const bf16* x;        // (m, k), or null: then there is no x·w
+  const bf16* h;        // (m, r)
+  const bf16* y0;       // (m, n), or null
+  int64_t m, n, k, r;   // of this product, not of the layer
+  float s;              // LoRA's scale
+  const uint8_t* bits;  // the mask (m, mask_bytes(n)), or null
+  const float* gain;    // (n,), or null
+  const float* bias;    // (n,), or null
 };
 
+// MR rows of out from i on, of the panel that begins at column c. w, b: packed panels
 template <int MR>
 PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t* w,
                          const uint32_t* b) {
-  for (int e = 0; e < MR; ++e)  // asked for now, written after the sums
+  for (int e = 0; e < MR; ++e)  // out is fetched while the sums are made
     for (int v = 0; v < 2; ++v) __builtin_prefetch(t.out + (i + e) * t.n + c + 32 * v, 1);
   __m512 acc[MR][4] = {};
   multiply<MR, 4>(t.h + i * t.r, t.r, t.r, b, PANEL, acc);
@@ -40,7 +45,8 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
       __m512 lo = acc[e][v], hi = acc[e][v + 1];
       if (t.y0) {
         const __m512i y0 = load32(t.y0 + at, count);
-        lo = _mm512_add_ps(lo, low(y0)), hi = _mm512_add_ps(hi, high(y0));
+        lo = _mm512_add_ps(lo, low(y0));
+        hi = _mm512_add_ps(hi, high(y0));
       }
       if (t.z) _mm512_mask_storeu_epi16(t.z + at, mask32(count), narrow32(lo, hi));
       if (t.gain) {
@@ -60,15 +66,15 @@ PEFTOPS_INLINE void tile(const Product& t, int64_t i, int64_t c, const uint32_t*
     }
 }
 
-// pack_w(panel, c) and pack_b(panel, c) pack the 64 columns from c on, hint(c, i, j) asks for
-// the part [i, j) of k of what pack_w will read for c.
+// What one thread does; see by_panels.
 template <class W, class B, class H>
 struct Worker {
   const Product& t;
-  W pack_w;
-  B pack_b;
-  H hint;
-  uint32_t *w, *b;
+  W pack_w;     // pack_w(out, c) packs the 64 columns of w from c on
+  B pack_b;     // the same of b
+  H hint;       // hint(c, i, j) prefetches what pack_w(out, c) reads for the part [i, j) of k
+  uint32_t* w;  // the base's panel
+  uint32_t* b;  // LoRA's panel
 
   Worker(const Product& t, W pack_w, B pack_b, H hint)
       : t(t), pack_w(pack_w), pack_b(pack_b), hint(hint) {
@@ -98,8 +104,10 @@ void product(const Product& t, W pack_w, B pack_b, H hint) {
             [&] { return Worker<W, B, H>(t, pack_w, pack_b, hint); });
 }
 
-// Columns of x·wᵀ: w (n, k) is packed along its columns, transposed w (k, n) along its rows;
-// backward the other way.
+// The product for any form of base. A dense base (n, k) is packed along its columns, a
+// transposed one (k, n) along its rows; backward it is the other way round.
+//   delta: LoRA's b (n, r), or backward its a (r, k)
+//   gain: (k,) multiplies the rows of w, or null
 void product_with(const Product& t, Form form, int64_t block, bool backward, Tensors base,
                   Tensor delta, const float* gain) {
   const bool along_rows = (form == Form::transposed) != backward;
@@ -118,7 +126,7 @@ void product_with(const Product& t, Form form, int64_t block, bool backward, Ten
           pack_columns(as<bf16>(w) + c * t.k, t.k, min(PANEL, t.n - c), t.k, out, PANEL, gain);
       },
       [&](uint32_t* out, int64_t c) {
-        with_operand<bf16>(delta, [&](auto* from) {  // forward b (n, r), backward a (r, k)
+        with_operand<bf16>(delta, [&](auto* from) {
           if (backward)
             pack_rows(from + c, t.n, t.r, min(PANEL, t.n - c), out, PANEL);
           else
@@ -130,8 +138,8 @@ void product_with(const Product& t, Form form, int64_t block, bool backward, Ten
           for (; i < j; ++i)
             _mm_prefetch((const char*)(codes.codes + (i * t.n + c) / 2), _MM_HINT_T0);
         else if (form == Form::nf4)
-          for (i = (c * t.k + i * PANEL) / 2, j = (c * t.k + j * PANEL) / 2; i < j; i += 64)
-            _mm_prefetch((const char*)(codes.codes + i), _MM_HINT_T0);
+          for (int64_t at = (c * t.k + i * PANEL) / 2; at < (c * t.k + j * PANEL) / 2; at += 64)
+            _mm_prefetch((const char*)(codes.codes + at), _MM_HINT_T0);
         else if (along_rows)
           prefetch(as<bf16>(w) + i * t.n + c, t.n, j - i, PANEL);
         else
@@ -139,11 +147,12 @@ void product_with(const Product& t, Form form, int64_t block, bool backward, Ten
       });
 }
 
-// (m, columns of b): h, or each expert's columns of h times its gate
+// (m, columns) = h if there is no gate, else h once for each expert, times the expert's gate.
+// scratch: memory for the result
 bf16* gated(Tensor h, Tensor gate, int64_t columns, Scratch& scratch) {
   if (!gate.data) return as<bf16>(h);
-  const int64_t m = h.shape[0], r = h.shape[1], experts = gate.shape[1],
-                each = columns / experts;
+  const int64_t m = h.shape[0], r = h.shape[1];
+  const int64_t experts = gate.shape[1], each = columns / experts;
   bf16* out = scratch.get<bf16>(m * columns);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < columns; ++j)

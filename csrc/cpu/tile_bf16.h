@@ -1,22 +1,27 @@
-// bf16 on AVX-512 with dot products: operands as pairs in 32-bit lanes, and the one
-// micro-kernel that multiplies them.
+// bf16 for AVX-512 with dot products: operands are packed as pairs in 32-bit lanes, and one
+// micro-kernel multiplies them.
 #pragma once
 #include "panels.h"
 
 namespace peftops::ISA {
 namespace {
 
+// The mask of the first `count` of 32 lanes.
 PEFTOPS_INLINE uint32_t mask32(int64_t count) {
-  return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
+  if (count >= 32) return ~0u;
+  return count <= 0 ? 0 : (1u << count) - 1;
 }
 PEFTOPS_INLINE uint16_t mask16(int64_t count) { return uint16_t(mask32(min(count, 16))); }
 
+// Sixteen pairs as they lie in memory.
 PEFTOPS_INLINE __m512bh pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
+// One pair in all lanes.
 PEFTOPS_INLINE __m512bh pair(const bf16* p) {
   int32_t both;
   memcpy(&both, p, 4);
   return (__m512bh)_mm512_set1_epi32(both);
 }
+// One element and zero in all lanes.
 PEFTOPS_INLINE __m512bh single(const bf16* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
 
 PEFTOPS_INLINE __m512 widen16(__m256i v) {
@@ -28,7 +33,7 @@ PEFTOPS_INLINE __m512i narrow32(__m512 lo, __m512 hi) {
   return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
 }
 
-// Up to 32 values as bf16, zero beyond.
+// Loads up to 32 values as bf16; zeros beyond.
 PEFTOPS_INLINE __m512i load32(const bf16* p, int64_t count) {
   return _mm512_maskz_loadu_epi16(mask32(count), p);
 }
@@ -36,25 +41,26 @@ PEFTOPS_INLINE __m512i load32(const float* p, int64_t count) {
   return narrow32(_mm512_maskz_loadu_ps(mask16(count), p),
                   _mm512_maskz_loadu_ps(mask16(count - 16), p + 16));
 }
-// Up to 16 values as float, rounded to bf16.
+// Loads up to 16 values as floats that are rounded to bf16; zeros beyond.
 PEFTOPS_INLINE __m512 load16(const bf16* p, int64_t count) {
   return widen16(_mm256_maskz_loadu_epi16(mask16(count), p));
 }
 PEFTOPS_INLINE __m512 load16(const float* p, int64_t count) {
   return widen16((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask16(count), p)));
 }
+// 32 values times lo (the first 16) and hi, rounded.
 PEFTOPS_INLINE __m512i scaled(__m512i v, __m512 lo, __m512 hi) {
   return narrow32(_mm512_mul_ps(low(v), lo), _mm512_mul_ps(high(v), hi));
 }
 
-// Hints for a block that is read next, in short rows that no hardware prefetcher follows.
+// Prefetches a block that is read next. Its rows are too short for the hardware's prefetcher.
 PEFTOPS_INLINE void prefetch(const bf16* p, int64_t ld, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < columns; c += 32)
       _mm_prefetch((const char*)(p + i * ld + c), _MM_HINT_T0);
 }
 
-// Sixteen rows of sixteen 32-bit lanes, transposed.
+// Transposes sixteen rows of sixteen 32-bit lanes.
 PEFTOPS_INLINE void transpose(__m512i (&v)[16]) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {
@@ -67,7 +73,7 @@ PEFTOPS_INLINE void transpose(__m512i (&v)[16]) {
       v[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
     }
   for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88),
+    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
     t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
     t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
     t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
@@ -78,8 +84,11 @@ PEFTOPS_INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// out[column / 2][row] = pairs along the columns of (rows, columns), for `width` rows of which
-// the last may be absent; gain, where there is one, multiplies columns.
+// out[column / 2][row] = pairs along the columns of (rows, columns).
+//   ld: elements from row to row
+//   width: rows of out; those beyond `rows` are zero
+//   gain: (columns,) multiplies columns, or null
+//   ldo: words of out from pair to pair; 0 means width
 template <class T>
 void pack_columns(const T* from, int64_t ld, int64_t rows, int64_t columns, uint32_t* out,
                   int64_t width, const float* gain = nullptr, int64_t ldo = 0) {
@@ -102,8 +111,10 @@ void pack_columns(const T* from, int64_t ld, int64_t rows, int64_t columns, uint
     }
 }
 
-// out[row / 2][column] = pairs along the rows of (rows, columns), for `width` columns of which
-// the last may be absent; gain, where there is one, multiplies rows.
+// out[row / 2][column] = pairs along the rows of (rows, columns).
+//   ld: elements from row to row
+//   width: columns of out; those beyond `columns` are zero
+//   gain: (rows,) multiplies rows, or null
 template <class T>
 void pack_rows(const T* from, int64_t ld, int64_t rows, int64_t columns, uint32_t* out,
                int64_t width, const float* gain = nullptr) {
@@ -124,6 +135,7 @@ void pack_rows(const T* from, int64_t ld, int64_t rows, int64_t columns, uint32_
     }
 }
 
+// acc += x · w of pair c of each row. w: the pair's words
 template <int MR, int NV>
 PEFTOPS_INLINE void multiply_pair(const bf16* const (&row)[MR], int64_t c, const uint32_t* w,
                                   __m512 (&acc)[MR][NV]) {
@@ -138,15 +150,16 @@ PEFTOPS_INLINE void multiply_pair(const bf16* const (&row)[MR], int64_t c, const
   }
 }
 
-// acc[i][16 v + lane] += x[i][0 … k) · w, with w[k / 2][column] pairs
+// acc[i][v] += Σ x[i][c] · w[c][16 · v + lane] over c < k. w is packed: [pair of c][column],
+// ldw words from pair to pair.
 template <int MR, int NV>
 PEFTOPS_INLINE void multiply(const bf16* x, int64_t ldx, int64_t k, const uint32_t* w,
                              int64_t ldw, __m512 (&acc)[MR][NV]) {
   const bf16* row[MR];
   for (int i = 0; i < MR; ++i) row[i] = x + i * ldx;
   int64_t c = 0;
-  if constexpr (MR * NV <=
-                12) {  // too few sums to hide the latency of one: every second pair has its own
+  // So few sums do not hide the latency of an instruction: every second pair has its own.
+  if constexpr (MR * NV <= 12) {
     __m512 odd[MR][NV] = {};
     for (; c + 2 <= k / 2; c += 2) {
       multiply_pair(row, c, w + c * ldw, acc);
@@ -163,7 +176,8 @@ PEFTOPS_INLINE void multiply(const bf16* x, int64_t ldx, int64_t k, const uint32
                                      single(row[i] + k - 1));
 }
 
-// f(rank, vectors) for the ranks of r, sixteen to a vector.
+// Calls f(first vector, Count of vectors) for all ranks, sixteen in a vector. padded:
+// pad16(ranks)
 template <class F>
 PEFTOPS_INLINE void by_ranks(int64_t padded, F f) {
   by_rows<4, 2, 1>(0, padded / 16, f);

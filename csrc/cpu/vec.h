@@ -1,5 +1,6 @@
-// Vectors of floats for each instruction set, what makes them of 16-bit values and back, and
-// the micro-kernel that multiplies them.
+// Vectors of floats for each instruction set, conversions between them and 16-bit values, and
+// the micro-kernel that multiplies them. One source serves all instruction sets; `vec` has the
+// width of a register.
 #pragma once
 #include "tile.h"
 #ifdef __AVX2__
@@ -12,8 +13,8 @@ namespace {
 #if defined(__AVX512BW__)
 constexpr int LANES = 16;
 constexpr int VECTORS = 4;  // of one row of sums
-constexpr int64_t CHAIN =
-    64;  // terms of one sum; a longer one loses digits, so there are sums of sums
+// Terms of one sum. A longer sum would lose digits, so sums of sums are made.
+constexpr int64_t CHAIN = 64;
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int VECTORS = 2;
@@ -21,22 +22,24 @@ constexpr int64_t CHAIN = 64;
 #else
 constexpr int LANES = 4;
 constexpr int VECTORS = 2;
-constexpr int64_t CHAIN =
-    32;  // products are rounded too, where they are not fused with the sum
+// Half as many, because products are rounded too if they are not fused with the sum.
+constexpr int64_t CHAIN = 32;
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_at
-    __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // as it lies in memory
+// A vec in memory, at any address of a float.
+typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 constexpr int ROWS = 6;                 // of a block of sums
-constexpr int WIDTH = VECTORS * LANES;  // columns of it
+constexpr int WIDTH = VECTORS * LANES;  // columns of a block of sums
 
 inline int64_t pad16(int64_t r) { return (r + 15) / 16 * 16; }
 
+// v in every lane.
 PEFTOPS_INLINE vec all(float v) { return v - vec{}; }
 
+// a · b + c, with one rounding if the instruction set has it.
 PEFTOPS_INLINE vec fma(vec a, vec b, vec c) {
 #if defined(__AVX512BW__)
   return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -86,7 +89,7 @@ PEFTOPS_INLINE void store(fp16* p, vec v) {
 #endif
 }
 
-// Up to LANES values, zero beyond
+// Loads up to LANES values; the lanes beyond are zero.
 template <class T>
 PEFTOPS_INLINE vec load(const T* p, int64_t count) {
   if (count >= LANES) return load(p);
@@ -95,6 +98,7 @@ PEFTOPS_INLINE vec load(const T* p, int64_t count) {
   if (count > 0) memcpy((void*)some, p, size_t(count) * sizeof(T));
   return load(some);
 }
+// Stores up to LANES values.
 template <class T>
 PEFTOPS_INLINE void store(T* p, vec v, int64_t count) {
   if (count >= LANES) return store(p, v);
@@ -103,7 +107,7 @@ PEFTOPS_INLINE void store(T* p, vec v, int64_t count) {
   if (count > 0) memcpy((void*)p, some, size_t(count) * sizeof(T));
 }
 
-// v, rounded to the type of the second argument
+// v rounded to the type of the second argument.
 PEFTOPS_INLINE vec round_to(vec v, float) { return v; }
 PEFTOPS_INLINE vec round_to(vec v, bf16) {
   const words word = (words)v, up = (word + 0x7fff + (word >> 16 & 1)) & 0xffff0000;
@@ -114,7 +118,7 @@ PEFTOPS_INLINE vec round_to(vec v, fp16) {
   store(some, v);
   return load(some);
 }
-// Up to LANES values, rounded to T where they are wider
+// Loads up to LANES values and rounds them to T if T is narrower than they are.
 template <class T, class From>
 PEFTOPS_INLINE vec load_as(const From* p, int64_t count) {
   const vec v = load(p, count);
@@ -127,13 +131,13 @@ PEFTOPS_INLINE vec load_as(const From* p) {
   return load_as<T>(p, LANES);
 }
 
-// v where the bit of its lane is set, else zero
+// v in the lanes whose bit is set, else zero.
 PEFTOPS_INLINE vec kept(vec v, uint32_t bits) {
   words bit;
   for (int l = 0; l < LANES; ++l) bit[l] = 1u << l;
   return (bit & bits) != 0 ? v : vec{};
 }
-// The bits of LANES columns from c on, a multiple of LANES
+// The mask's bits of LANES columns from c on. c is a multiple of LANES.
 PEFTOPS_INLINE uint32_t bits_at(const uint8_t* row, int64_t c) {
   if (LANES == 4) return uint32_t(row[c / 8] >> c % 8);
   uint32_t word = row[c / 8];
@@ -141,6 +145,7 @@ PEFTOPS_INLINE uint32_t bits_at(const uint8_t* row, int64_t c) {
   return word;
 }
 
+// The sum over the lanes.
 PEFTOPS_INLINE float sum(vec v) {
 #if defined(__AVX512BW__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -154,8 +159,8 @@ PEFTOPS_INLINE float sum(vec v) {
 #endif
 }
 
-// A row as floats, with what has no bit set to zero; what is written beyond its end are zeros
-// up to a whole vector
+// A row as floats. Elements whose bit is not set become zero; bits may be null. The last vector
+// is filled with zeros beyond the end of the row.
 template <class T>
 inline void widen_row(const T* from, int64_t count, const uint8_t* bits, float* out) {
   int64_t c = 0;
@@ -167,34 +172,37 @@ inline void widen_row(const T* from, int64_t count, const uint8_t* bits, float* 
   }
 }
 
-// LANES vectors as the rows of a matrix, transposed
+// Transposes the matrix whose rows are these LANES vectors.
 PEFTOPS_INLINE void transpose(vec (&v)[LANES]) {
 #pragma GCC unroll 4
   for (int step = 1; step < LANES; step *= 2) {
-    words low, high;  // where a lane comes from: of v[i], or LANES further of v[i + step]
-    for (int l = 0; l < LANES; ++l)
-      low[l] = l & step ? LANES + l - step : l, high[l] = l & step ? LANES + l : l + step;
+    // Which lane each lane takes: below LANES of v[i], else of v[i + step].
+    words low, high;
+    for (int l = 0; l < LANES; ++l) {
+      low[l] = l & step ? LANES + l - step : l;
+      high[l] = l & step ? LANES + l : l + step;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i)
       if (!(i & step)) {
         const vec first = v[i], second = v[i + step];
-        v[i] = __builtin_shuffle(first, second, low),
+        v[i] = __builtin_shuffle(first, second, low);
         v[i + step] = __builtin_shuffle(first, second, high);
       }
   }
 }
 
+// Sets all to zero. It is written out because "= {}" also writes memory that is never read.
 template <int MR, int NV>
-PEFTOPS_INLINE void clear(vec (
-    &acc)[MR][NV]) {  // written out, since "= {}" also writes the memory that is never read
+PEFTOPS_INLINE void clear(vec (&acc)[MR][NV]) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = vec{};
 }
 
-// out[i · ldo + lane] = from[lane · ld + i] for i < count, rounded to T, zero in the lanes from
-// `lanes` on; gain multiplies the i
+// out[i · ldo + lane] = from[lane · ld + i] for i < count, rounded to T. Lanes from `lanes` on
+// are zero. gain: (count,) multiplies what has index i, or null
 template <class T, class From>
 void transpose_into(const From* from, int64_t ld, int64_t lanes, int64_t count, float* out,
                     int64_t ldo, const float* gain = nullptr) {
@@ -208,7 +216,7 @@ void transpose_into(const From* from, int64_t ld, int64_t lanes, int64_t count, 
   }
 }
 
-// acc[i][v] += x[i][0 … k) · w[k][LANES v + lane]
+// acc[i][v] += Σ x[i][c] · w[c][LANES · v + lane] over c < k.
 template <int MR, int NV>
 PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float* w,
                              int64_t ldw, vec (&acc)[MR][NV]) {
@@ -227,12 +235,12 @@ PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float
   }
 }
 
-// out (rows, width) = or += x (rows, k) · w (k, width), a multiple of sixteen
+// out (rows, width) = x (rows, k) · w (k, width), or += if `add`. width is a multiple of 16.
 inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int64_t ldx,
                           int64_t rows, int64_t k, const float* w, int64_t ldw, int64_t width) {
   const auto part = [&](int64_t i, int64_t first, auto count, auto vectors) {
     constexpr int MR = decltype(count)::value, NV = decltype(vectors)::value;
-    for (int64_t c = 0; c < max(k, 1); c += CHAIN) {  // a sum of nothing is written too
+    for (int64_t c = 0; c < max(k, 1); c += CHAIN) {  // without k, zeros are written
       vec acc[MR][NV];
       clear(acc);
       multiply(x + i * ldx + c, ldx, min(CHAIN, k - c), w + c * ldw + LANES * first, ldw, acc);
@@ -255,7 +263,8 @@ inline void multiply_into(float* out, int64_t ldo, bool add, const float* x, int
     by_rows<VECTORS>(0, width / LANES, columns);
 }
 
-// A vector as floats, as it lies where it is of floats
+// A vector as floats. If it has floats already, it is not copied. scratch: memory for the
+// result
 template <class T>
 const float* as_float(Tensor t, Scratch& scratch) {
   if (!t.data || t.dtype == Dtype::f32) return as<float>(t);
@@ -264,7 +273,8 @@ const float* as_float(Tensor t, Scratch& scratch) {
   return out;
 }
 
-// v (padded, ldv), scaled, as the gradient of a (r, k), or transposed as that of b (n, columns)
+// Stores s · v (padded, ldv) as the gradient of a (r, k), or, transposed, of b (n, columns).
+//   gain: (n,) multiplies the rows of b's gradient, or null
 template <class T>
 void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, float s,
                     const float* gain) {
@@ -273,8 +283,8 @@ void store_gradient(Tensor to, const float* v, int64_t ldv, bool transposed, flo
 #pragma omp parallel for num_threads(threads_for(16 * rows * columns))
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) {
-        const float value =
-            transposed ? v[j * ldv + i] * (gain ? gain[i] : 1.0f) : v[i * ldv + j];
+        float value = v[i * ldv + j];
+        if (transposed) value = v[j * ldv + i] * (gain ? gain[i] : 1.0f);
         narrow(s * value, out + i * columns + j);
       }
   });

@@ -1,10 +1,12 @@
-// The CUDA launchers in Python, where an error of CUDA is raised: one line for each op.
+// Binds the CUDA launchers to Python, one line for each op. What a launcher returns as CUDA's
+// error becomes a RuntimeError with the op's name.
 #pragma once
 #include <utility>
 
 #include "../caster.h"
 #include "ops.h"
 
+// The launcher as a function that raises instead of returning an error.
 template <class... Args>
 auto raising(const char* name, int (*launcher)(Args...)) {
   return [name, launcher](Args... args) {
@@ -14,8 +16,8 @@ auto raising(const char* name, int (*launcher)(Args...)) {
   };
 }
 
-#define BIND_CUDA(name) \
-  m.def(#name, raising(#name, name))  // a launch returns at once: it keeps the GIL
+// A launcher keeps the GIL, since a launch returns at once.
+#define BIND_CUDA(name) m.def(#name, raising(#name, name))
 
 inline void bind_cuda(pybind11::module_& m) {
   m.def("driver", device_driver);

@@ -1,34 +1,41 @@
-// DoRA's norm: b·a by tiles on tensor cores, and Ŵ, which is read once, added to each tile
-// where it was made.
+// DoRA's norm ‖Ŵ + s·b·a‖ of each row for up to 64 ranks, in 16 bits. Tensor cores make tiles
+// of b·a, which stay in registers; Ŵ, which is read once, is added to each of them there.
+//
+// Three launches overlap: one lays out b and a for the tensor cores, one sums squares over
+// parts of k, and one adds these sums and takes roots.
 #include "dora.cuh"
 #include "ops.h"
 
 namespace peftops::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, STEPS = 4;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int STEPS = 4;  // of 16 ranks, at most
 
-// The fragments of b and a, rounded to T, zero past the last row, column and rank. A thread
-// makes 16 bytes. limits: registers 16-64, shared 0
+// Makes the fragments of b and a, rounded to T, with zeros past the last row, column and rank.
+// A thread makes 16 bytes.
+// limits: registers 16-64, shared 0
 template <class T>
 __global__ void __launch_bounds__(THREADS) dora_pack_kernel(Norm g) {
   allow_launch_behind();
   const int64_t of_b = int64_t((g.n + BAND - 1) / BAND) * g.steps * FRAGMENTS_B;
   const int64_t of_a = int64_t((g.k + UNIT - 1) / UNIT) * g.steps * FRAGMENTS_A;
   int64_t o = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  const bool left = o < of_b;
+  const bool left = o < of_b;  // of b, which is the left operand
   if (!left) o -= of_b;
   if (o >= of_a && !left) return;
-  const int lane = o % 32, quad = lane / 4, t = lane % 4, plane = o / 32 % (left ? 2 : 4);
+  const int lane = o % 32, quad = lane / 4, t = lane % 4;
+  const int plane = o / 32 % (left ? 2 : 4);  // [half] of b, [eight, half] of a
   const int64_t which = o / (left ? FRAGMENTS_B : FRAGMENTS_A);
-  const int rank = int(which % g.steps) * STEP + t * 2, tile = int(which / g.steps);
+  const int rank = int(which % g.steps) * STEP + t * 2;
+  const int tile = int(which / g.steps);  // the band or the unit
   const void* from = left ? g.from_b : g.from_a;
   const bool wide = left ? g.wide_b : g.wide_a;
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    // registers in the order of PTX: of b rows first, then ranks; of a ranks first, then
-    // columns
+    // Registers in the order of PTX: of b rows first, then ranks; of a ranks first, then
+    // columns.
     const int first = rank + (left ? i / 2 : i % 2) * 8, pair_a = plane % 2 * 2 + i / 2;
     const int row = tile * BAND + quad * 4 + plane * 2 + i % 2;
     const int column = tile * UNIT + quad % 2 + pair_a * 2 +
@@ -49,17 +56,19 @@ __global__ void __launch_bounds__(THREADS) dora_pack_kernel(Norm g) {
 
 template <Form F>
 struct Shape {
-  static constexpr int STAGES = F == Form::nf4 ? 4 : 2;
-  static constexpr int OF_W = Pieces<F>::COUNT * Pieces<F>::BYTES * THREADS;
+  static constexpr int STAGES = F == Form::nf4 ? 4 : 2;  // tiles on their way or in use
+  static constexpr int OF_W = Pieces<F>::COUNT * Pieces<F>::BYTES * THREADS;  // bytes of Ŵ
+  // Bytes of a stage: Ŵ, then fragments of a.
   static int stage(int steps) { return OF_W + steps * FRAGMENTS_A * 16; }
   static_assert(STAGES * (OF_W + STEPS * FRAGMENTS_A * 16) + (F == Form::nf4 ? 3 << 10 : 0) <=
                     99 << 10,
                 "");
 };
 
-// 64 ranks at most. A warp keeps b of a band, and goes through units of k, which the block's
-// warps share. What a lane needs of Ŵ it copies to shared memory for itself, so that no
-// registers wait for it. limits: registers 64-128, shared 0-3072, mma 64-, async 6-, fma 64-
+// Sums squares for up to 64 ranks. A warp keeps its band's b in registers and walks through the
+// units of k; the block's warps share the fragments of a. A lane copies what it needs of Ŵ to
+// shared memory for itself, so that no registers wait for it.
+// limits: registers 64-128, shared 0-3072, mma 64-, async 6-, fma 64-
 template <Form F, class T>
 __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
   using S = Shape<F>;
@@ -67,7 +76,8 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, t = lane % 4;
   const int split = blockIdx.x % g.splits, band = blockIdx.x / g.splits * WARPS + tid / 32;
-  const int row = band * BAND + quad * 4, size = S::OF_W + g.steps * FRAGMENTS_A * 16;
+  const int row = band * BAND + quad * 4;                 // the lane's first
+  const int size = S::OF_W + g.steps * FRAGMENTS_A * 16;  // of a stage, in bytes
   const Part part = part_of(g, split, UNIT);
   const float scale = *g.scale;
 
@@ -126,7 +136,10 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
   for (int tile = part.first; tile < part.last; ++tile) {
     wait_copies<S::STAGES - 2>();
     __syncthreads();
-    if (const int next = tile + S::STAGES - 1; next < part.last) start_w(next), start_a(next);
+    if (const int next = tile + S::STAGES - 1; next < part.last) {
+      start_w(next);
+      start_a(next);
+    }
     commit_copies();
     float absmax[4] = {};
     if constexpr (F == Form::nf4) {
@@ -155,8 +168,8 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
         else
           *reinterpret_cast<uint2*>(words + p * 2) = *reinterpret_cast<const uint2*>(from);
       }
-      const bool inside = tile * UNIT + column_of<F>(eight, t) <
-                          g.k;  // else an infinite b makes NaN of a's zeros
+      // Past the last column a is zero, and an infinite b would make NaN of it.
+      const bool inside = tile * UNIT + column_of<F>(eight, t) < g.k;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         float w[8];
@@ -173,6 +186,7 @@ __global__ void __launch_bounds__(THREADS, 2) dora_norm_kernel(Norm g) {
   }
 }
 
+// Adds the sums of all parts of k, in their order, and takes roots. A thread makes a row.
 // limits: registers 12-64, shared 0
 __global__ void __launch_bounds__(THREADS) dora_root_kernel(Norm g) {
   const int row = blockIdx.x * THREADS + threadIdx.x;
@@ -199,6 +213,7 @@ int few(const Norm& g, uintptr_t stream) {
   return launch(dora_norm_kernel<F, T>, blocks, THREADS, shared, stream, g.r > 0, g);
 }
 
+// Launches whatever fills g.sums.
 template <class T>
 int squared(const Norm& g, Dtype dtype, uintptr_t stream) {
   if (g.r)
@@ -212,8 +227,13 @@ int squared(const Norm& g, Dtype dtype, uintptr_t stream) {
 }  // namespace
 }  // namespace peftops::cuda
 
-// fragments of a (⌈k/64⌉·64, steps·16) and b (⌈n/32⌉·32, steps·16) are scratch, empty where
-// nothing is rounded to 16 bits for tensor cores; so is sums (splits, n).
+// out (n,) = ‖Ŵ + s·b·a‖ of each row of Ŵ (n, k).
+//   sums: fp32 scratch (splits, n)
+//   fragments_a, fragments_b: scratch (⌈k/64⌉·64, steps·16) and (⌈n/32⌉·32, steps·16) in x's
+//     dtype; empty if no tensor cores are used
+//   x: says k and in which dtype to compute; it is not read
+//   w: Ŵ, or its codes with table, absmax, nested, nested_table, offset and block, see Nf4
+//   tiled: Ŵ can be read 16 bytes at a time, and x has 16 bits
 extern "C" int dora_norm(peftops::Tensor out, peftops::Tensor sums, peftops::Tensor fragments_a,
                          peftops::Tensor fragments_b, peftops::Tensor x, peftops::Tensor w,
                          peftops::Tensor table, peftops::Tensor absmax, peftops::Tensor nested,
@@ -222,28 +242,32 @@ extern "C" int dora_norm(peftops::Tensor out, peftops::Tensor sums, peftops::Ten
                          peftops::Form form, int64_t block, bool tiled, uintptr_t stream) {
   using namespace peftops::cuda;
   using peftops::Dtype;
-  const Norm g{static_cast<float*>(out.data),
-               static_cast<float*>(sums.data),
-               static_cast<uint4*>(fragments_a.data),
-               static_cast<uint4*>(fragments_b.data),
-               w.data,
-               a.data,
-               b.data,
-               static_cast<const float*>(scale.data),
-               int(b.shape[0]),
-               int(x.shape[1]),
-               int(a.shape[0]),
-               int(fragments_a.shape[1] / STEP),
-               int(sums.shape[0]),
-               a.dtype == Dtype::f32,
-               b.dtype == Dtype::f32,
-               form,
-               nf4_of(w, table, absmax, nested, nested_table, offset, block)};
-  int error = !tiled                  ? launch_dora_plain(g, x.dtype, stream)
-              : x.dtype == Dtype::f16 ? squared<__half>(g, x.dtype, stream)
-                                      : squared<__nv_bfloat16>(g, x.dtype, stream);
-  if (!error)
-    error = launch(dora_root_kernel, dim3((g.n + THREADS - 1) / THREADS), THREADS, 0, stream,
-                   true, g);
-  return error;
+  Norm g{};
+  g.out = static_cast<float*>(out.data);
+  g.sums = static_cast<float*>(sums.data);
+  g.a = static_cast<uint4*>(fragments_a.data);
+  g.b = static_cast<uint4*>(fragments_b.data);
+  g.w = w.data;
+  g.from_a = a.data;
+  g.from_b = b.data;
+  g.scale = static_cast<const float*>(scale.data);
+  g.n = int(b.shape[0]);
+  g.k = int(x.shape[1]);
+  g.r = int(a.shape[0]);
+  g.steps = int(fragments_a.shape[1] / STEP);
+  g.splits = int(sums.shape[0]);
+  g.wide_a = a.dtype == Dtype::f32;
+  g.wide_b = b.dtype == Dtype::f32;
+  g.form = form;
+  g.base = nf4_of(w, table, absmax, nested, nested_table, offset, block);
+  int error;
+  if (!tiled)
+    error = launch_dora_plain(g, x.dtype, stream);
+  else if (x.dtype == Dtype::f16)
+    error = squared<__half>(g, x.dtype, stream);
+  else
+    error = squared<__nv_bfloat16>(g, x.dtype, stream);
+  if (error) return error;
+  const dim3 blocks((g.n + THREADS - 1) / THREADS);
+  return launch(dora_root_kernel, blocks, THREADS, 0, stream, true, g);
 }

@@ -1,17 +1,23 @@
-// DoRA's norm of more than 64 ranks: what is multiplied counts as much as what is read of Ŵ, so
-// tiles are large, both fragments stream through shared memory, and Ŵ waits in L2 for the tile
-// to be made.
+// DoRA's norm for more than 64 ranks, in 16 bits. Here multiplying takes as long as reading Ŵ.
+// So tiles are large, the fragments of both b and a stream through shared memory, and Ŵ is
+// prefetched into L2 while its tile of b·a is made.
 #include "dora.cuh"
 
 namespace peftops::cuda {
 namespace {
 
-constexpr int THREADS = 256, BN = 128, BK = 256, STEPS = 2, STAGES = 4;  // steps of a stage
-constexpr int OF_A = BK / UNIT * STEPS * FRAGMENTS_A, OF_B = BN / BAND * STEPS * FRAGMENTS_B,
-              STAGE = OF_A + OF_B;
+constexpr int THREADS = 256;
+constexpr int BN = 128, BK = 256;  // rows and columns of a block's tile
+constexpr int STEPS = 2;           // of 16 ranks, in a stage
+constexpr int STAGES = 4;          // on their way or in use
+// 16-byte fragments of a stage
+constexpr int OF_A = BK / UNIT * STEPS * FRAGMENTS_A;
+constexpr int OF_B = BN / BAND * STEPS * FRAGMENTS_B;
+constexpr int STAGE = OF_A + OF_B;
 constexpr size_t SHARED = STAGES * STAGE * sizeof(uint4);
 static_assert(SHARED + (3 << 10) <= 99 << 10, "");
 
+// Loads the lane's pieces that hold one eight; zeros past the last row or column.
 template <Form F>
 DEVICE void load_pieces(uint32_t (&words)[16], const Norm& g, int row, int column, int t,
                         int eight) {
@@ -27,18 +33,19 @@ DEVICE void load_pieces(uint32_t (&words)[16], const Norm& g, int row, int colum
   }
 }
 
-// Eight warps: two along rows, of two bands each, and four along k, a unit each
+// Sums squares. Of the eight warps, two are along the rows, with two bands each, and four along
+// k, with a unit each. A chunk is the STEPS · 16 ranks of a stage.
 // limits: registers 160-255, shared 0-3072, mma 64-, async 6-, fma 128-
 template <Form F, class T>
 __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   uint4* s_stages = reinterpret_cast<uint4*>(s_memory);
-  const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, t = lane % 4,
-            i_n = tid / 32 % 2, i_k = tid / 64;
-  const int split = blockIdx.x % g.splits, n0 = blockIdx.x / g.splits * BN,
-            row = n0 + i_n * 2 * BAND + quad * 4;
-  const int chunks = g.steps / STEPS, units = (g.k + UNIT - 1) / UNIT,
-            bands = (g.n + BAND - 1) / BAND;
+  const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, t = lane % 4;
+  const int i_n = tid / 32 % 2, i_k = tid / 64;  // the warp's place
+  const int split = blockIdx.x % g.splits, n0 = blockIdx.x / g.splits * BN;
+  const int row = n0 + i_n * 2 * BAND + quad * 4;  // the lane's first, of the first band
+  const int chunks = g.steps / STEPS;
+  const int units = (g.k + UNIT - 1) / UNIT, bands = (g.n + BAND - 1) / BAND;
   const Part part = part_of(g, split, BK);
   const float scale = *g.scale;
   Decoder decoder{};
@@ -48,7 +55,8 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
   }
 
   int tile_next = part.first, chunk_next = 0, stage_next = 0;
-  auto start = [&] {  // what comes next, of the tile after this one too
+  // Starts the copies of the next stage, which may be of the next tile.
+  auto start = [&] {
     if (tile_next < part.last) {
       uint4* stage = s_stages + stage_next * STAGE + tid;
       constexpr int EACH_A = STEPS * FRAGMENTS_A, EACH_B = STEPS * FRAGMENTS_B;
@@ -66,7 +74,10 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
         copy_async(stage + OF_A + q * THREADS, band < bands ? from : g.b,
                    band < bands ? 16 : 0);
       }
-      if (++chunk_next == chunks) chunk_next = 0, ++tile_next;
+      if (++chunk_next == chunks) {
+        chunk_next = 0;
+        ++tile_next;
+      }
       stage_next = (stage_next + 1) % STAGES;
     }
     commit_copies();
@@ -77,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) start();
   float sums[2][4] = {};
-  int at = 0;
+  int at = 0;  // the stage in use
 #pragma unroll 1
   for (int tile = part.first; tile < part.last; ++tile) {
     const int column = tile * BK + i_k * UNIT;
@@ -105,8 +116,8 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
           r_b[i / 2][i % 2] = s_b[(i / 2 * STEPS + s) * FRAGMENTS_B + i % 2 * 32];
 #pragma unroll
         for (int eight = 0; eight < 2; ++eight) {
-          const uint4 a0 = s_a[(s * 4 + eight * 2) * 32],
-                      a1 = s_a[(s * 4 + eight * 2 + 1) * 32];
+          const uint4 a0 = s_a[(s * 4 + eight * 2) * 32];
+          const uint4 a1 = s_a[(s * 4 + eight * 2 + 1) * 32];
 #pragma unroll
           for (int i = 0; i < 2; ++i) multiply<T>(acc[i][eight], r_b[i], a0, a1);
         }
@@ -139,7 +150,7 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
     }
   }
 
-  // Sums of the warps along k, in their order
+  // Adds the sums of the warps along k, in their order.
   wait_copies<0>();
   __syncthreads();
   float* s_sums = reinterpret_cast<float*>(s_memory);
@@ -163,9 +174,9 @@ __global__ void __launch_bounds__(THREADS, 1) dora_wide_kernel(Norm g) {
 template <class T>
 int wide(const Norm& g, uintptr_t stream) {
   const dim3 blocks(int64_t((g.n + BN - 1) / BN) * g.splits);
-  const auto kernel = g.form == Form::nf4     ? dora_wide_kernel<Form::nf4, T>
-                      : g.form == Form::dense ? dora_wide_kernel<Form::dense, T>
-                                              : dora_wide_kernel<Form::transposed, T>;
+  auto kernel = dora_wide_kernel<Form::transposed, T>;
+  if (g.form == Form::nf4) kernel = dora_wide_kernel<Form::nf4, T>;
+  if (g.form == Form::dense) kernel = dora_wide_kernel<Form::dense, T>;
   return launch(kernel, blocks, THREADS, SHARED, stream, true, g);
 }
 

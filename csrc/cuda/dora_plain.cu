@@ -1,12 +1,17 @@
-// DoRA's norm in fp32, and of a weight whose rows do not start at a multiple of 16 bytes: a
-// tile as a plain product.
+// DoRA's norm in fp32, and for weights whose rows do not start at a multiple of 16 bytes. It
+// makes tiles of b·a by plain multiply-adds, since tensor cores have no full fp32 and the other
+// kernels read 16 bytes at a time.
 #include "dora.cuh"
 
 namespace peftops::cuda {
 namespace {
 
-constexpr int THREADS = 256, BN = 64, RANKS = 16, PITCH = 64 + 4;
+constexpr int THREADS = 256;
+constexpr int BN = 64;         // rows of a tile, which has UNIT = 64 columns
+constexpr int RANKS = 16;      // that are multiplied between barriers
+constexpr int PITCH = 64 + 4;  // floats from a rank to the next
 
+// An element of Ŵ, whatever its form.
 template <class T>
 DEVICE float weight(const Norm& g, const Decoder& decoder, int row, int column) {
   const int64_t at =
@@ -18,7 +23,7 @@ DEVICE float weight(const Norm& g, const Decoder& decoder, int row, int column) 
   return rounded<T>(__fmul_rn(decoder.table[code * COPIES], absmax));
 }
 
-// A thread has four rows and four columns of a tile.
+// Sums squares. A thread has four rows and four columns of a tile.
 // limits: registers 48-128, shared 11000-12000, fma 64-
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) dora_plain_kernel(Norm g) {
@@ -55,8 +60,9 @@ __global__ void __launch_bounds__(THREADS, 2) dora_plain_kernel(Norm g) {
       __syncthreads();
 #pragma unroll
       for (int q = 0; q < RANKS * 64 / THREADS; ++q) {
-        const int o = tid + q * THREADS, of_a = o / 64, c = o % 64, of_b = o % RANKS,
-                  r = o / RANKS;
+        const int o = tid + q * THREADS;
+        const int of_a = o / 64, c = o % 64;        // a rank and a column of a
+        const int of_b = o % RANKS, r = o / RANKS;  // a rank and a row of b
         const int k = tile * UNIT + c, n = n0 + r;
         s_a[of_a][c] =
             rank + of_a < g.r && k < g.k
@@ -70,8 +76,8 @@ __global__ void __launch_bounds__(THREADS, 2) dora_plain_kernel(Norm g) {
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < RANKS; ++j) {
-        const float4 a = *reinterpret_cast<const float4*>(s_a[j] + x),
-                     b = *reinterpret_cast<const float4*>(s_b[j] + y);
+        const float4 a = *reinterpret_cast<const float4*>(s_a[j] + x);
+        const float4 b = *reinterpret_cast<const float4*>(s_b[j] + y);
         const float r_a[] = {a.x, a.y, a.z, a.w}, r_b[] = {b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] += r_b[i / 4] * r_a[i % 4];

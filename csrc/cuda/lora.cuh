@@ -1,30 +1,46 @@
-// What the kernels of lora_gemv share: their argument, and what follows the sum x·wᵀ.
+// What the kernels of lora_gemv share: their argument, and what is done with a sum x·wᵀ to
+// store an element of y.
 #pragma once
 #include "nf4.cuh"
 
 namespace peftops::cuda {
 
-struct Gemv {  // y = gain ⊙ (x·wᵀ + s · (gate ⊙ h)·bᵀ) + bias
-  void* y;
-  const void *x, *w, *a, *b, *bias;
-  const float *scale, *gain, *gate;
-  float* h;  // (m, r), rounded to x's dtype
-  int m, k, n, r, rb, experts;
-  bool wide_a, wide_b, wide_bias;  // fp32, whatever x is
-  bool inside;  // h is made by the kernel that adds it, not by the launch before
+// y = gain ⊙ (x·wᵀ + s · (gate ⊙ h)·bᵀ) + bias with h = x·aᵀ. T is the dtype of x, w and y; a,
+// b and bias have it too, or are fp32.
+struct Gemv {
+  void* y;             // (m, n)
+  const void* x;       // (m, k)
+  const void* w;       // (n, k), or y0 (m, n) = x·wᵀ
+  const void* a;       // (r, k)
+  const void* b;       // (n, rb)
+  const void* bias;    // (n,) or null
+  const float* scale;  // (1,): s
+  const float* gain;   // (n,) or null
+  const float* gate;   // (m, experts) or null
+  float* h;            // (m, r), rounded to T; null if `inside`
+  int m, k, n;
+  int r;           // rows of a
+  int rb;          // columns of b: r, or a multiple of it if experts share h
+  int experts;     // 1 if there is no gate
+  bool wide_a;     // a is fp32
+  bool wide_b;     // b is fp32
+  bool wide_bias;  // bias is fp32
+  bool inside;     // the kernel that makes y makes h too; else the launch before has made it
 };
 
-struct GemvNf4 : Gemv {  // w is null
+// The same with a 4-bit base; w is null then.
+struct GemvNf4 : Gemv {
   Nf4 base;
 };
 
-// Five rows and more, in 16 bits
+// For five rows and more, in 16 bits.
 int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream);
-// Rows as lora_nf4.cu says; h, if there is a rank, was made by the launch before
+// For up to 64 rows, or four of fp32. h, if there is a rank, was made by the launch before.
 int launch_lora_nf4(const GemvNf4& g, Dtype dtype, int processors, uintptr_t stream);
 
 namespace {
 
+// Eight elements of a tensor of T, or of fp32 if `wide`, from element i on.
 template <class T>
 DEVICE void load_elements(float (&out)[8], const void* p, int64_t i, bool wide) {
   if (wide)
@@ -33,7 +49,7 @@ DEVICE void load_elements(float (&out)[8], const void* p, int64_t i, bool wide) 
     widen(out, load(static_cast<const T*>(p) + i));
 }
 
-// (gate ⊙ h)·bᵀ of one row and column; h is that row's, in shared or global memory
+// (gate ⊙ h)·bᵀ of one row and column. h (r,) is that row's, in shared or global memory.
 template <class T>
 DEVICE float delta(const Gemv& g, const float* h, int row, int column) {
   float sum = 0;
@@ -59,6 +75,7 @@ DEVICE float delta(const Gemv& g, const float* h, int row, int column) {
   return sum;
 }
 
+// Stores an element of y whose sum x·wᵀ is given. h: as in delta.
 template <class T>
 DEVICE void store(const Gemv& g, int row, int column, float sum, const float* h) {
   const float total = sum + *g.scale * delta<T>(g, h, row, column);

@@ -1,28 +1,34 @@
-// LoRA for few rows on a 4-bit base, of which every byte is read once. k is a multiple of 32,
-// so that 16 bytes of codes lie in one row and one block.
+// LoRA for few rows on a 4-bit base. Every byte of codes is read once and decoded where it is
+// multiplied, so that the weight is never stored in 16 bits. k is a multiple of 32, so that 16
+// bytes of codes lie in one row and one block.
 #include "lora.cuh"
 
 namespace peftops::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32,
-              GROUP = 32;  // columns of k whose codes are 16 bytes
-constexpr int COPIES = 16,
-              LOOKUP = 256 * COPIES *
-                       2;  // two values of each byte of codes, for each lane of half a warp
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int GROUP = 32;   // columns of k whose codes are 16 bytes
+constexpr int COPIES = 16;  // of the lookup table: one for each lane of half a warp
+constexpr int LOOKUP = 256 * COPIES * 2;  // floats: two values for each byte of codes
 
-// Eight warps are BN / (16 · TILES) along the columns of y times WARPS_K along k, within each
-// tile of BK columns of k.
+// A block makes BM rows and BN columns of y. Its eight warps are WARPS_N = BN / (16 · TILES)
+// along the columns times WARPS_K along k, within each tile of BK columns of k.
 template <int BM, int BN>
 struct Shape {
-  static constexpr int BK = BM > 8 ? 128 : 16384 / BN, CHUNKS = BK / GROUP, EIGHTS = BK / 8,
-                       BITS = CHUNKS / 8 + 2;
-  static constexpr int TILES = BM == 8 || BN == 64 ? 2 : 1, WARPS_N = BN / 16 / TILES,
-                       WARPS_K = WARPS / WARPS_N;
-  static constexpr int STAGES = BM == 64 || BK == 512 ? 3 : 4;
-  static constexpr int PITCH = BN + 4, WIDTH = BN + 4;  // so that no two lanes meet in a bank
-  static constexpr int AT_X = BN * BK / 2, AT_SCALES = AT_X + BM * BK * 2,
-                       STAGE = AT_SCALES + CHUNKS * PITCH * 4;
+  static constexpr int BK = BM > 8 ? 128 : 16384 / BN;
+  static constexpr int CHUNKS = BK / GROUP;                  // 16 bytes of codes, of a row
+  static constexpr int EIGHTS = BK / 8;                      // 16 bytes of x, of a row
+  static constexpr int BITS = CHUNKS / 8 + 2;                // log2 of CHUNKS
+  static constexpr int TILES = BM == 8 || BN == 64 ? 2 : 1;  // of 16 columns of y, of a warp
+  static constexpr int WARPS_N = BN / 16 / TILES;
+  static constexpr int WARPS_K = WARPS / WARPS_N;
+  static constexpr int STAGES = BM == 64 || BK == 512 ? 3 : 4;  // tiles on their way or in use
+  // Floats from a row of scales or sums to the next; + 4, so that no two lanes meet in a bank.
+  static constexpr int PITCH = BN + 4, WIDTH = BN + 4;
+  // Bytes of a stage: codes from 0, x from AT_X, scales from AT_SCALES to STAGE.
+  static constexpr int AT_X = BN * BK / 2;
+  static constexpr int AT_SCALES = AT_X + BM * BK * 2;
+  static constexpr int STAGE = AT_SCALES + CHUNKS * PITCH * 4;
   static constexpr size_t SHARED = LOOKUP * 4 + STAGES * STAGE;
   static_assert(CHUNKS == 1 << BITS && CHUNKS % WARPS_K == 0 && STAGE % 16 == 0 &&
                     SHARED + NESTED * 4 <= 99 << 10,
@@ -30,7 +36,8 @@ struct Shape {
   static_assert(SHARED >= 4 * WARPS_K * BM * WIDTH, "sums lie where tiles lay");
 };
 
-// Where 16 bytes of a row of a tile lie: those that a warp reads at once are in different banks
+// Where 16 bytes of a row of a tile lie. Those that a warp reads at once are in different
+// banks.
 template <int CHUNKS>
 DEVICE int codes_at(int row, int chunk) {
   return (row * CHUNKS + (chunk ^ (CHUNKS < 8 ? row * CHUNKS / 8 & CHUNKS - 1 : row & 7))) * 16;
@@ -40,49 +47,50 @@ DEVICE int x_at(int row, int eight) {
   return (row * EIGHTS + (eight ^ (row & 1) * 4)) * 16;
 }
 
-// y (m, n) in tiles of BN columns, whose rows of the base are the left operand, m ≤ BM. Within
-// a group of 32 columns of k, lane t of four has columns 8t to 8t + 7: one word of codes, 16
-// bytes of x. Its values are looked up, a byte at a time, multiplied by absmax in fp32 and
-// rounded once: these are the bits that dequantizing gives. limits: registers 48-160, shared
-// 1024, mma 8-, async 8-, wide 8-, loop 160-400
+// A block makes BN columns of y (m, n), m ≤ BM. Rows of the base are the left operand of the
+// tensor cores. In a group of 32 columns of k, lane t of four has the columns 8t to 8t + 7: one
+// word of codes and 16 bytes of x. It looks up the two values of each byte of codes, multiplies
+// them by absmax in fp32 and rounds once, which gives the same bits as dequantizing.
+// limits: registers 48-160, shared 1024, mma 8-, async 8-, wide 8-, loop 160-400
 template <int BM, int BN, class T>
 __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(GemvNf4 g) {
   using S = Shape<BM, BN>;
   extern __shared__ __align__(128) unsigned char s_memory[];
   __shared__ float s_nested[NESTED];
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, i_n = warp % S::WARPS_N,
-            i_k = warp / S::WARPS_N;
-  const int n0 = blockIdx.x * BN, tiles = (g.k + S::BK - 1) / S::BK, quad = lane / 4,
-            t_quad = lane % 4;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int i_n = warp % S::WARPS_N, i_k = warp / S::WARPS_N;  // the warp's place
+  const int n0 = blockIdx.x * BN, tiles = (g.k + S::BK - 1) / S::BK;
+  const int quad = lane / 4, t_quad = lane % 4;  // the lane's place
   const Nf4 base = g.base;
   const float offset = base.nested ? *base.offset : 0.0f;
   unsigned char* s_tiles = s_memory + LOOKUP * 4;
 
-  // A thread copies the same chunks of each tile, in row + q · STEP; rows past the last repeat
-  // it, and are not stored
-  constexpr int STEP = THREADS / S::CHUNKS, EACH = (BN + STEP - 1) / STEP,
-                STEP_X = THREADS / S::EIGHTS;
-  const int row = tid / S::CHUNKS, chunk = tid % S::CHUNKS, row_x = tid / S::EIGHTS,
-            eight = tid % S::EIGHTS;
-  const int to = codes_at<S::CHUNKS>(row, chunk),
-            to_x = S::AT_X + x_at<S::EIGHTS>(row_x, eight);
+  // A thread copies the same chunks of each tile, in the rows row + q · STEP. Rows past the
+  // last one repeat it; their sums are not stored.
+  constexpr int STEP = THREADS / S::CHUNKS, EACH = (BN + STEP - 1) / STEP;
+  constexpr int STEP_X = THREADS / S::EIGHTS;
+  const int row = tid / S::CHUNKS, chunk = tid % S::CHUNKS;
+  const int row_x = tid / S::EIGHTS, eight = tid % S::EIGHTS;
+  const int to = codes_at<S::CHUNKS>(row, chunk);
+  const int to_x = S::AT_X + x_at<S::EIGHTS>(row_x, eight);
   const uint8_t* from[EACH];
 #pragma unroll
   for (int q = 0; q < EACH; ++q)
     from[q] =
         base.codes + (int64_t(min(n0 + row + q * STEP, g.n - 1)) * g.k + chunk * GROUP) / 2;
   const T* from_x = static_cast<const T*>(g.x) + int64_t(row_x) * g.k + eight * 8;
-  // It brings scales, too: of pairs of chunks, where a block has both of each
-  const int pairs = base.shift > 5 && g.k % 64 == 0, bits = S::BITS - pairs,
-            step_s = THREADS >> bits;
-  const int row_s = tid >> bits, chunk_s = tid - (row_s << bits),
-            k_s = chunk_s * GROUP << pairs;
+  // It fetches scales, too: one for a pair of chunks if blocks hold whole pairs.
+  const int pairs = base.shift > 5 && g.k % 64 == 0;  // 1 or 0
+  const int bits = S::BITS - pairs, step_s = THREADS >> bits;
+  const int row_s = tid >> bits, chunk_s = tid - (row_s << bits);
+  const int k_s = chunk_s * GROUP << pairs;
   uint64_t from_s[EACH];
 #pragma unroll
   for (int q = 0; q < EACH; ++q)
     from_s[q] = uint64_t(min(n0 + row_s + q * step_s, g.n - 1)) * g.k + k_s;
-  auto start = [&](int t, Scale(&waiting)[EACH]) {  // scales wait in registers for the tile
-                                                    // before to be computed
+  // Starts the copies of tile t. Its scales wait in registers until the tile before has been
+  // multiplied.
+  auto start = [&](int t, Scale(&waiting)[EACH]) {
     unsigned char* tile = s_tiles + t % S::STAGES * S::STAGE;
     const int k = t * S::BK, left = g.k - k;
 #pragma unroll
@@ -148,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
       for (int i = 0; i < S::TILES; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int below = i * 16 + half * 8;  // eight rows on, chunks lie as they do here
+          const int below = i * 16 + half * 8;  // eight rows further, chunks lie the same way
           const uint32_t word =
               *reinterpret_cast<const uint32_t*>(codes + below * S::CHUNKS * 16);
           const float scale = absmax[below];
@@ -177,7 +185,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     if (next < tiles) keep(next, waiting);
   }
 
-  // Sums of the warps along k, in their order
+  // Adds the sums of the warps along k, in their order.
   wait_copies<0>();
   __syncthreads();
   float* s_y = reinterpret_cast<float*>(s_memory);
@@ -187,8 +195,8 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     for (int j = 0; j < BM / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = i_k * BM + j * 8 + t_quad * 2 + e % 2,
-                  column = (i_n * S::TILES + i) * 16 + quad + e / 2 * 8;
+        const int row = i_k * BM + j * 8 + t_quad * 2 + e % 2;
+        const int column = (i_n * S::TILES + i) * 16 + quad + e / 2 * 8;
         s_y[row * S::WIDTH + column] = acc[i][j][e];
       }
   __syncthreads();
@@ -204,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
   }
 }
 
-// One to four rows of fp32: a warp for each row of the base
+// One to four rows of fp32. A warp multiplies x with one row of the base.
 // limits: registers 64-208, shared 1088-1152, wide 16-, fma 64-
 template <int M>
 __global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1) lora_nf4_few_kernel(GemvNf4 g) {
@@ -246,6 +254,7 @@ __global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1) lora_nf4_few_kernel(G
     if (lane == i && i < g.m) store<float>(g, i, n, sums[i], g.h + int64_t(i) * g.r);
 }
 
+// Launches the kernel of this shape.
 template <int BM, int BN, class T>
 int start(const GemvNf4& g, uintptr_t stream) {
   const dim3 blocks((g.n + BN - 1) / BN);
@@ -253,8 +262,8 @@ int start(const GemvNf4& g, uintptr_t stream) {
                 !g.inside, g);
 }
 
-// Columns in tiles of 64 where these give every multiprocessor two blocks, or, of many rows,
-// every second one a block
+// A block makes 64 columns if that leaves two blocks for every multiprocessor, or, for more
+// than eight rows, one block for every second multiprocessor. Else it makes 32.
 template <class T>
 int choose(const GemvNf4& g, int processors, uintptr_t stream) {
   const int tiles = (g.n + 63) / 64;
@@ -267,7 +276,7 @@ int choose(const GemvNf4& g, int processors, uintptr_t stream) {
 
 }  // namespace
 
-// 64 rows at most, or four of fp32
+// 64 rows at most, or four of fp32.
 int launch_lora_nf4(const GemvNf4& g, Dtype dtype, int processors, uintptr_t stream) {
   if (g.k % GROUP || g.m > (dtype == Dtype::f32 ? 4 : 64)) return cudaErrorInvalidValue;
   if (dtype == Dtype::f16) return choose<__half>(g, processors, stream);

@@ -1,4 +1,5 @@
-// Every CUDA launcher, outputs first: 0, or CUDA's error.
+// Every CUDA launcher. Outputs come first; the result is 0 or CUDA's error. What the arguments
+// mean is said where a launcher is defined.
 #pragma once
 #include "../tensor.h"
 

@@ -1,4 +1,4 @@
-// What kernels share: elements as floats, eight at a time, and launches.
+// What all kernels share: elements as floats, eight elements at a time, and launches.
 #pragma once
 #include "../tensor.h"
 #include "ptx.cuh"
@@ -26,19 +26,19 @@ DEVICE __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
 }
 
 template <class T>
-DEVICE float rounded(float v) {
+DEVICE float rounded(float v) {  // to T
   return widen(narrow<T>(v));
 }
 
-// Of T, or where wide, of fp32
+// Element i of a tensor of T, or of fp32 if `wide`.
 template <class T>
 DEVICE float element(const void* p, int64_t i, bool wide) {
   return wide ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
 }
 
-// Two elements as they lie in memory
+// Two elements as they lie in memory, rounded by one instruction.
 template <class T>
-DEVICE uint32_t pair(float low, float high);  // by one instruction
+DEVICE uint32_t pair(float low, float high);
 template <>
 DEVICE uint32_t pair<__half>(float low, float high) {
   const __half2 both = __floats2half2_rn(low, high);
@@ -50,12 +50,13 @@ DEVICE uint32_t pair<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// Eight elements that lie together, from a multiple of 16 bytes on
+// Eight neighbouring elements that start at a multiple of 16 bytes.
 template <class T>
 struct Eight {
   uint4 words[sizeof(T) / 2];
 };
 
+// For what is read once: without L1.
 template <class T>
 DEVICE Eight<T> load_once(const T* p) {
   Eight<T> v;
@@ -80,8 +81,9 @@ DEVICE void widen(float (&out)[8], const Eight<T>& v) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) out[i] = widen(elements[i]);
 }
+// One instruction for each element.
 template <>
-DEVICE void widen(float (&out)[8], const Eight<__nv_bfloat16>& v) {  // by one instruction each
+DEVICE void widen(float (&out)[8], const Eight<__nv_bfloat16>& v) {
   const uint32_t pairs[] = {v.words[0].x, v.words[0].y, v.words[0].z, v.words[0].w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -90,7 +92,7 @@ DEVICE void widen(float (&out)[8], const Eight<__nv_bfloat16>& v) {  // by one i
   }
 }
 
-// Eight elements rounded to T, as it lies in memory
+// Eight elements rounded to T, as they lie in memory. T has 16 bits.
 template <class T>
 DEVICE uint4 narrow(const float (&v)[8]) {
   uint4 out;
@@ -100,7 +102,7 @@ DEVICE uint4 narrow(const float (&v)[8]) {
   return out;
 }
 
-// To a multiple of 16 bytes
+// Rounds to T and stores at an address that is a multiple of 16 bytes.
 template <class T>
 DEVICE void store_eight(T* p, const float (&v)[8]) {
   *reinterpret_cast<uint4*>(p) = narrow<T>(v);
@@ -111,6 +113,7 @@ DEVICE void store_eight(float* p, const float (&v)[8]) {
   *reinterpret_cast<float4*>(p + 4) = *reinterpret_cast<const float4*>(v + 4);
 }
 
+// The sum over a warp's lanes, in all of them.
 DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
@@ -125,8 +128,10 @@ int with_type(Dtype dtype, F f) {
   return f(__nv_bfloat16());
 }
 
-// 0, or CUDA's error. A launch that overlaps the one before it has to wait_for_launch_before()
-// where it needs it.
+// Launches a kernel; returns 0 or CUDA's error.
+//   shared: bytes of dynamic shared memory
+//   overlaps: it may start before the launch before it has ended. Then the kernel calls
+//     wait_for_launch_before() before it reads what that launch writes.
 template <class Argument>
 int launch(void (*kernel)(Argument), dim3 blocks, int threads, size_t shared, uintptr_t stream,
            bool overlaps, const Argument& argument) {

@@ -1,5 +1,5 @@
-// The arguments of an op as a replay sees them: where its tensors start, and a key in which all
-// else is.
+// The arguments of an op as a replay sees them: where the tensors start, and a key that holds
+// everything else, such as shapes, dtypes and numbers.
 #pragma once
 #include <cstring>
 
@@ -9,19 +9,24 @@ namespace peftops {
 
 namespace py = pybind11;
 
-constexpr int32_t ON_CUDA = 2;  // a device's type in DLPack
+constexpr int32_t ON_CUDA = 2;  // DLPack's number of the device type
 
-// What is asked of torch, looked up once; a leak on purpose, since the interpreter may be gone
-// before we are.
+// What is asked of torch, looked up once. The one instance is never freed, because the
+// interpreter may end before static objects are destroyed.
 struct Torch {
   const Exchange* exchange = Exchange::of_torch();
   py::object module = py::module_::import("torch");
   py::object inside = module.attr("_C");
-  py::object tensor = module.attr("Tensor"), dtype = module.attr("dtype");
+  py::object tensor = module.attr("Tensor");
+  py::object dtype = module.attr("dtype");
   py::object parameter = py::module_::import("torch.nn").attr("Parameter");
-  py::object empty = module.attr("empty_strided"), as_strided = module.attr("as_strided");
-  py::str is_neg{"is_neg"}, turned{"T"}, device{"_cuda_getDevice"},
-      stream{"_cuda_getCurrentRawStream"};
+  py::object empty = module.attr("empty_strided");
+  py::object as_strided = module.attr("as_strided");
+  // names of attributes
+  py::str is_neg{"is_neg"};
+  py::str turned{"T"};
+  py::str device{"_cuda_getDevice"};
+  py::str stream{"_cuda_getCurrentRawStream"};
 
   static const Torch& get() {
     static const Torch& torch = *new Torch;
@@ -29,12 +34,13 @@ struct Torch {
   }
 };
 
-// Equal words are equal arguments, but for the memory of tensors.
+// What a plan depends on. Two calls with equal words differ at most in where their tensors lie.
 struct Key {
   static constexpr int MOST = 192;
-  uint64_t words[MOST], hash = 0xcbf29ce484222325;
-  int count = 0;
-  bool complete = true;
+  uint64_t words[MOST];
+  uint64_t hash = 0xcbf29ce484222325;  // of the words so far
+  int count = 0;                       // of the words
+  bool complete = true;                // false if there were more than MOST words
 
   void add(uint64_t word) {
     if (count == MOST) {
@@ -47,16 +53,18 @@ struct Key {
   }
 };
 
+// The arguments of one call.
 struct Arguments {
   static constexpr int MOST = 48;
   Key key;
-  PyObject* tensors[MOST];  // borrowed
-  char* starts[MOST];
-  int count = 0;
-  int32_t device[2] = {-1, -1};
+  PyObject* tensors[MOST];       // borrowed references
+  char* starts[MOST];            // the first element of each tensor
+  int count = 0;                 // of tensors
+  int32_t device[2] = {-1, -1};  // DLPack's type and index, of all tensors
 
-  // Whether these can be replayed: numbers, names, and plain tensors of one device as kernels
-  // want them.
+  // Reads the arguments. False if the call cannot be replayed: all of them have to be None,
+  // numbers, names, dtypes, or plain contiguous tensors on one device that start at a multiple
+  // of 16 bytes.
   bool read(PyObject* const* args, Py_ssize_t n) {
     for (Py_ssize_t i = 0; i < n; ++i) {
       if (PyList_CheckExact(args[i])) {
@@ -106,7 +114,7 @@ struct Arguments {
       key.add(PyObject_Hash(value));
     } else if (type == (PyTypeObject*)Torch::get().dtype.ptr()) {
       key.add(DTYPE);
-      key.add((uint64_t)value);  // there is one of each
+      key.add((uint64_t)value);  // torch has one object for each dtype
     } else {
       return read_tensor(value, type);
     }
@@ -115,6 +123,7 @@ struct Arguments {
 
   bool read_tensor(PyObject* value, PyTypeObject* type) {
     const Torch& torch = Torch::get();
+    // Parameters are never negated views, so they are not asked.
     const bool plain = type == (PyTypeObject*)torch.tensor.ptr();
     if (count == MOST || !(plain || type == (PyTypeObject*)torch.parameter.ptr())) return false;
     DLTensor t;
@@ -134,7 +143,7 @@ struct Arguments {
     return add_shape(t);
   }
 
-  // Whether torch negates this view when it reads it.
+  // Whether this is a view that torch negates when it reads it.
   static bool negated(PyObject* value) {
     PyObject* answer = PyObject_CallMethodNoArgs(value, Torch::get().is_neg.ptr());
     if (!answer) PyErr_Clear();
@@ -142,9 +151,10 @@ struct Arguments {
     return answer != Py_False;
   }
 
-  // False for a tensor that is not contiguous.
+  // Adds the sizes to the key. False if the tensor is not contiguous.
   bool add_shape(const DLTensor& t) {
-    int64_t elements = 1, stride = 1;
+    int64_t elements = 1;
+    int64_t stride = 1;  // that a contiguous tensor has in dimension i
     for (int i = 0; i < t.dims; ++i) elements *= t.shape[i];
     for (int i = t.dims - 1; i >= 0; --i) {
       if (elements && t.shape[i] != 1 && t.strides && t.strides[i] != stride) return false;

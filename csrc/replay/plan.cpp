@@ -1,3 +1,4 @@
+// How a plan is read from what Python noted, and how it is played.
 #include "plan.h"
 
 #include <dlfcn.h>
@@ -15,7 +16,7 @@ using Driver = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, u
                        unsigned, unsigned shared, void* stream, void** parameters,
                        void** extra);
 
-// cuLaunchKernel of the driver that Triton has loaded
+// cuLaunchKernel of the driver, which Triton has loaded before.
 Driver driver() {
   static const auto launch = [] {
     void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_GLOBAL);
@@ -25,7 +26,7 @@ Driver driver() {
   return launch;
 }
 
-// The current stream, asked for once in a replay
+// The handle of the current stream. A replay asks torch for it once.
 const py::object& stream(const Slots& slots) {
   if (!slots.stream) {
     const Torch& torch = Torch::get();
@@ -36,6 +37,7 @@ const py::object& stream(const Slots& slots) {
   return slots.stream;
 }
 
+// tensor: null for a part of a scratch
 void add(Slots& slots, PyObject* tensor, char* start) {
   if (slots.count == Slots::MOST)
     throw std::runtime_error("peftops: a plan of too many tensors");
@@ -45,21 +47,21 @@ void add(Slots& slots, PyObject* tensor, char* start) {
 
 }  // namespace
 
-Operand::Operand(const py::tuple& told) {
-  static const std::map<std::string, Kind> kinds = {
+Operand::Operand(const py::tuple& spec) {
+  static const std::map<std::string, Source> sources = {
       {"constant", CONSTANT}, {"slot", SLOT}, {"turned", TURNED},
       {"strided", STRIDED},   {"list", LIST}, {"stream", STREAM}};
-  kind = kinds.at(told[0].cast<std::string>());
-  if (kind == CONSTANT) constant = told[1];
-  if (kind == SLOT || kind == TURNED || kind == STRIDED) slot = told[1].cast<int>();
-  if (kind == STRIDED) constant = told[2];
-  if (kind == LIST)
-    for (const auto item : told[1]) items.emplace_back(item.cast<py::tuple>());
+  source = sources.at(spec[0].cast<std::string>());
+  if (source == CONSTANT) constant = spec[1];
+  if (source == SLOT || source == TURNED || source == STRIDED) slot = spec[1].cast<int>();
+  if (source == STRIDED) constant = spec[2];
+  if (source == LIST)
+    for (const auto item : spec[1]) items.emplace_back(item.cast<py::tuple>());
 }
 
 py::object Operand::make(const Slots& slots) const {
   const Torch& torch = Torch::get();
-  switch (kind) {
+  switch (source) {
     case SLOT:
       return py::reinterpret_borrow<py::object>(slots.tensors[slot]);
     case TURNED:
@@ -83,8 +85,8 @@ py::object Operand::make(const Slots& slots) const {
   }
 }
 
-Call::Call(const py::tuple& told) : function(told[1]), names(told[3]) {
-  for (const auto operand : told[2]) operands.emplace_back(operand.cast<py::tuple>());
+Call::Call(const py::tuple& spec) : function(spec[1]), names(spec[3]) {
+  for (const auto operand : spec[2]) operands.emplace_back(operand.cast<py::tuple>());
 }
 
 void Call::run(const Slots& slots) const {
@@ -101,17 +103,17 @@ void Call::run(const Slots& slots) const {
   own(PyObject_Vectorcall(function.ptr(), args.data(), positional, named));
 }
 
-Launch::Launch(const py::tuple& told) {
-  function = (void*)told[1].cast<uint64_t>();
-  for (int i = 0; i < 3; ++i) grid[i] = told[2].cast<py::tuple>()[i].cast<unsigned>();
-  threads = told[3].cast<unsigned>();
-  shared = told[4].cast<unsigned>();
-  values = told[5].cast<std::vector<uint64_t>>();
+Launch::Launch(const py::tuple& spec) {
+  function = (void*)spec[1].cast<uint64_t>();
+  for (int i = 0; i < 3; ++i) grid[i] = spec[2].cast<py::tuple>()[i].cast<unsigned>();
+  threads = spec[3].cast<unsigned>();
+  shared = spec[4].cast<unsigned>();
+  values = spec[5].cast<std::vector<uint64_t>>();
   if (values.size() > MOST)
     throw std::runtime_error("peftops: a kernel of too many parameters");
-  for (const auto pointer : told[6]) {
+  for (const auto pointer : spec[6]) {
     const auto [parameter, slot, offset] = pointer.cast<std::tuple<int, int, int64_t>>();
-    pointers.push_back({parameter, slot, offset});
+    pointers.push_back({parameter, slot, offset});  // in the order of the fields
   }
 }
 
@@ -126,7 +128,7 @@ void Launch::run(const Slots& slots) const {
     held[pointer.parameter] = (uint64_t)slots.starts[pointer.slot] + pointer.offset;
   void* handle = PyLong_AsVoidPtr(stream(slots).ptr());
   const auto launch = driver();
-  PyThreadState* state = PyEval_SaveThread();  // a full queue makes the driver wait
+  PyThreadState* state = PyEval_SaveThread();  // the driver waits if its queue is full
   const int code = launch(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, handle,
                           parameters, nullptr);
   PyEval_RestoreThread(state);
@@ -135,36 +137,37 @@ void Launch::run(const Slots& slots) const {
                              std::to_string(code));
 }
 
-Fresh::Fresh(const py::object& told) {
-  if (!py::isinstance<py::tuple>(told)) {
-    shared = told;
+Fresh::Fresh(const py::object& spec) {
+  if (!py::isinstance<py::tuple>(spec)) {
+    shared = spec;
     return;
   }
-  const auto pair = told.cast<py::tuple>();
+  const auto pair = spec.cast<py::tuple>();
   place = pair[0];
   options = pair[1];
 }
 
 py::object Fresh::make() const {
-  return shared ? shared
-                : own(PyObject_Call(Torch::get().empty.ptr(), place.ptr(), options.ptr()));
+  if (shared) return shared;
+  return own(PyObject_Call(Torch::get().empty.ptr(), place.ptr(), options.ptr()));
 }
 
 Plan::Plan(py::list outputs, bool single, py::list temporaries, py::object scratch,
            py::list steps, py::object unless, py::object kept)
     : outputs(outputs.size()), single(single), unless(unless), kept(kept) {
-  for (const auto& told : {outputs, temporaries})
-    for (const auto one : told) fresh.emplace_back(py::reinterpret_borrow<py::object>(one));
+  for (const auto& specs : {outputs, temporaries})
+    for (const auto spec : specs) fresh.emplace_back(py::reinterpret_borrow<py::object>(spec));
   if (!scratch.is_none()) {
     const auto pair = scratch.cast<py::tuple>();
     fresh.emplace_back(pair[0]);
-    parts = pair[1].cast<std::vector<int64_t>>();
+    offsets = pair[1].cast<std::vector<int64_t>>();
   }
-  for (const auto one : steps) {
-    const auto told = one.cast<py::tuple>();
-    const bool call = told[0].cast<std::string>() == "call";
-    this->steps.push_back(call ? std::unique_ptr<Step>(new Call(told))
-                               : std::unique_ptr<Step>(new Launch(told)));
+  for (const auto step : steps) {
+    const auto spec = step.cast<py::tuple>();
+    if (spec[0].cast<std::string>() == "call")
+      this->steps.push_back(std::make_unique<Call>(spec));
+    else
+      this->steps.push_back(std::make_unique<Launch>(spec));
   }
 }
 
@@ -174,20 +177,22 @@ bool Plan::allowed() const {
   return answer.ptr() == Py_False;
 }
 
-py::object Plan::play(const Arguments& given) const {
+py::object Plan::play(const Arguments& arguments) const {
   Slots slots;
-  slots.device = given.device;
-  for (int i = 0; i < given.count; ++i) add(slots, given.tensors[i], given.starts[i]);
+  slots.device = arguments.device;
+  for (int i = 0; i < arguments.count; ++i)
+    add(slots, arguments.tensors[i], arguments.starts[i]);
   std::vector<py::object> made;
   made.reserve(fresh.size());
-  for (const auto& one : fresh) {
-    made.push_back(one.make());
+  for (const auto& tensor : fresh) {
+    made.push_back(tensor.make());
     DLTensor t;
     if (Torch::get().exchange->look(made.back().ptr(), &t)) throw py::error_already_set();
-    if (parts.empty() || made.size() < fresh.size())
-      add(slots, made.back().ptr(), t.start());
+    const bool is_scratch = !offsets.empty() && made.size() == fresh.size();
+    if (is_scratch)
+      for (const int64_t offset : offsets) add(slots, nullptr, t.start() + offset);
     else
-      for (const int64_t offset : parts) add(slots, nullptr, t.start() + offset);
+      add(slots, made.back().ptr(), t.start());
   }
   for (const auto& step : steps) step->run(slots);
   if (single) return made[0];

@@ -1,5 +1,5 @@
-// Replay: an op whose launcher is planned when a kind of arguments comes a second time, and
-// whose plan is played then.
+// Replay: a callable that stands for an op's launcher. When it is called a second time with the
+// same sort of arguments, it has Python make a plan; from then on it plays that plan.
 #include "replay.h"
 
 #include <structmember.h>
@@ -13,40 +13,42 @@ namespace peftops {
 
 namespace {
 
-// One kind of arguments. What comes once only is not worth a plan.
-struct Kind {
-  std::vector<uint64_t> words;
-  bool tried = false;          // to plan
-  std::shared_ptr<Plan> plan;  // null where there can be none
+// What is known of arguments that share a key. Arguments that come only once get no plan.
+struct Entry {
+  std::vector<uint64_t> words;  // of the key
+  bool tried = false;           // whether Python was asked for a plan
+  std::shared_ptr<Plan> plan;   // null if there is none
 };
+using Entries = std::unordered_multimap<uint64_t, Entry>;  // by the hash of their keys
 
-uint64_t forgotten = 0;  // how often all plans were forgotten
-int paused = 0;          // how many are inside of paused()
+uint64_t forgotten = 0;  // how often forget() was called
+int paused = 0;          // how many callers are inside of paused()
 
+// The Python object.
 struct Replay {
   PyObject_HEAD vectorcallfunc call;
-  PyObject* first;  // (whether to plan, *args) -> (outputs, Plan or None)
-  PyObject*
-      forced;  // a dict; where it is not empty, state() is part of what arguments are alike by
-  PyObject* state;
-  size_t most;
-  uint64_t forgotten;
-  std::unordered_multimap<uint64_t, Kind>* kinds;
+  PyObject* first;     // (whether to plan, *args) -> (outputs, Plan or None): runs the launcher
+  PyObject* forced;    // a dict; if it is not empty, the key of arguments includes state()
+  PyObject* state;     // a function that returns something hashable
+  size_t most;         // entries that are kept
+  uint64_t forgotten;  // value of the global `forgotten` when the entries were last emptied
+  Entries* entries;
 };
 
-// Empties first what other threads may look into while plans are destroyed, which runs Python.
+// Destroying a plan runs Python, and then other threads may look into the entries. So the
+// entries are emptied before their plans are destroyed.
 void clear(Replay& replay) {
-  std::unordered_multimap<uint64_t, Kind> old;
-  std::swap(old, *replay.kinds);
+  Entries old;
+  std::swap(old, *replay.entries);
 }
 
-// The kind of these arguments, or null; it may be gone after anything that runs Python.
-Kind* find(Replay& replay, const Key& key) {
+// The entry of this key, or null. Anything that runs Python may remove the entry.
+Entry* find(Replay& replay, const Key& key) {
   if (replay.forgotten != forgotten) {
     replay.forgotten = forgotten;
     clear(replay);
   }
-  const auto [from, to] = replay.kinds->equal_range(key.hash);
+  const auto [from, to] = replay.entries->equal_range(key.hash);
   for (auto it = from; it != to; ++it) {
     const auto& words = it->second.words;
     if (words.size() == (size_t)key.count && !memcmp(words.data(), key.words, 8 * key.count))
@@ -56,39 +58,39 @@ Kind* find(Replay& replay, const Key& key) {
 }
 
 void add(Replay& replay, const Key& key) {
-  if (replay.kinds->size() >= replay.most) clear(replay);
-  replay.kinds->emplace(key.hash, Kind{{key.words, key.words + key.count}});
+  if (replay.entries->size() >= replay.most) clear(replay);
+  replay.entries->emplace(key.hash, Entry{{key.words, key.words + key.count}});
 }
 
-// Whether a kernel that is launched now runs where these tensors are.
-bool here(const Arguments& given) {
-  if (given.device[0] != ON_CUDA) return true;
+// Whether the current CUDA device is the one that holds these tensors.
+bool on_current_device(const Arguments& arguments) {
+  if (arguments.device[0] != ON_CUDA) return true;
   const Torch& torch = Torch::get();
   const py::object now = torch.inside.attr(torch.device)();
-  return PyLong_AsLong(now.ptr()) == given.device[1];
+  return PyLong_AsLong(now.ptr()) == arguments.device[1];
 }
 
-// Whether a plan may serve these arguments; what else it depends on goes into their key.
-bool alike(Replay& replay, Arguments& given, PyObject* const* args, Py_ssize_t count) {
-  if (paused || !Torch::get().exchange || !given.read(args, count) || !here(given))
-    return false;
+// Reads args. Whether a plan may serve them; what else it depends on is added to their key.
+bool read(Replay& replay, Arguments& arguments, PyObject* const* args, Py_ssize_t count) {
+  if (paused || !Torch::get().exchange) return false;
+  if (!arguments.read(args, count) || !on_current_device(arguments)) return false;
   if (PyDict_GET_SIZE(replay.forced)) {
     const py::object state = py::handle(replay.state)();
-    given.key.add(PyObject_Hash(state.ptr()));
+    arguments.key.add(PyObject_Hash(state.ptr()));
   }
-  return given.key.complete;
+  return arguments.key.complete;
 }
 
 py::object call(Replay& replay, PyObject* const* args, Py_ssize_t count) {
-  Arguments given;
-  bool plan = false;
-  if (alike(replay, given, args, count)) {
-    if (Kind* kind = find(replay, given.key)) {
-      const auto held = kind->plan;
-      plan = !kind->tried;
-      if (held && held->allowed()) return held->play(given);
+  Arguments arguments;
+  bool plan = false;  // whether to ask for a plan
+  if (read(replay, arguments, args, count)) {
+    if (Entry* entry = find(replay, arguments.key)) {
+      const auto held = entry->plan;
+      plan = !entry->tried;
+      if (held && held->allowed()) return held->play(arguments);
     } else {
-      add(replay, given.key);
+      add(replay, arguments.key);
     }
   }
   std::vector<PyObject*> all = {plan ? Py_True : Py_False};
@@ -96,10 +98,11 @@ py::object call(Replay& replay, PyObject* const* args, Py_ssize_t count) {
   const auto answer = py::reinterpret_steal<py::tuple>(
       PyObject_Vectorcall(replay.first, all.data(), all.size(), nullptr));
   if (!answer) throw py::error_already_set();
-  if (Kind* kind = plan ? find(replay, given.key) : nullptr) {
-    kind->tried = true;
-    if (!kind->plan && !answer[1].is_none())
-      kind->plan = answer[1].cast<std::shared_ptr<Plan>>();
+  Entry* entry = plan ? find(replay, arguments.key) : nullptr;
+  if (entry) {
+    entry->tried = true;
+    if (!entry->plan && !answer[1].is_none())
+      entry->plan = answer[1].cast<std::shared_ptr<Plan>>();
   }
   return answer[0];
 }
@@ -134,14 +137,14 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   replay->state = Py_NewRef(state);
   replay->most = most;
   replay->forgotten = forgotten;
-  replay->kinds = new std::unordered_multimap<uint64_t, Kind>;
+  replay->entries = new Entries;
   return (PyObject*)replay;
 }
 
 void drop(PyObject* self) {
   auto* replay = (Replay*)self;
   PyTypeObject* type = Py_TYPE(self);
-  delete replay->kinds;
+  delete replay->entries;
   Py_DECREF(replay->first);
   Py_DECREF(replay->forced);
   Py_DECREF(replay->state);
@@ -153,7 +156,7 @@ PyObject* plans(PyObject* self, PyObject*) {
   auto* replay = (Replay*)self;
   size_t count = 0;
   if (replay->forgotten == forgotten)
-    for (const auto& one : *replay->kinds) count += one.second.plan != nullptr;
+    for (const auto& entry : *replay->entries) count += entry.second.plan != nullptr;
   return PyLong_FromSize_t(count);
 }
 

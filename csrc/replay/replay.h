@@ -1,5 +1,5 @@
-// The types Replay and Plan of the module; forget(), after which no plan of before is played,
-// and pause(±1), while which none is.
+// Adds to the module the types Replay and Plan, forget() and pause(). After forget() no earlier
+// plan is played. pause(1) stops all replays, pause(-1) lets them go on.
 #pragma once
 #include <pybind11/pybind11.h>
 
