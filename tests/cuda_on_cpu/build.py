@@ -1,4 +1,8 @@
-"""From .cu files to a Python module that runs them on the CPU: nvcc makes the host code and PTX, g++ the rest."""
+"""Builds a Python module that runs .cu files on the CPU.
+
+nvcc compiles the host code and leaves the kernels' PTX, translate.py makes C++ of the PTX, and
+g++ compiles that together with the emulator.
+"""
 
 import fcntl
 import hashlib
@@ -12,18 +16,21 @@ from pathlib import Path
 
 from .translate import translate
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
-CALLS = [
+CALLS = [  # they make compiling ten times as fast
     "--param=asan-instrumentation-with-call-threshold=0",
     "--param=asan-stack=0",
-]  # a tenth of the compile time
+]
 SANITIZERS = {
     "": [],
     "address": ["-fsanitize=address", *CALLS],
     "thread": ["-fsanitize=thread"],
 }
-ARCH = "90a"  # its PTX is the same but for what older GPUs lack: launches that overlap, and Hopper's instructions
+# Its PTX differs from that of older GPUs only in what these lack: launches that overlap, and
+# Hopper's instructions.
+ARCH = "90a"
 
 
 def missing():
@@ -35,12 +42,20 @@ def missing():
 
 
 def load(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS):
-    """The Python module of these .cu files; what was built before is kept, by what it was made of."""
+    """The Python module of these .cu files, built unless its sources were built before.
+
+    Args:
+        sources: paths; None: all .cu files of `include`.
+        sanitizer: a key of SANITIZERS.
+        module: the C++ file that defines the Python module.
+        include: a folder of headers.
+    """
     return opened(link(sources, sanitizer, module, include))
 
 
 def opened(library):
-    name = f"{Path(library).parent.name}.emulated"  # of its own, else pybind11 hands out the first again
+    """The module in a shared library. It gets a name of its own, else pybind11 returns the first again."""
+    name = f"{Path(library).parent.name}.emulated"
     spec = importlib.util.spec_from_file_location(name, library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -48,13 +63,14 @@ def opened(library):
 
 
 def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS):
+    """The path of the shared library; arguments as for `load`."""
     sources = sorted(include.glob("*.cu")) if sources is None else sources
     headers = sorted(
         [
             *include.glob("*.*h"),
             *(ROOT / "csrc").glob("*.h"),
             *HERE.glob("*.*h"),
-            HERE / "translate.py",
+            *(HERE / name for name in ("translate.py", "instructions.py", "ptx.py")),
         ]
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -64,7 +80,7 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
         ]
         for source in (HERE / "machine.cpp", HERE / "hopper.cpp", HERE / "runtime.cpp", module):
             tasks.append(pool.submit(support, source, headers, include))
-        objects = [path for task in tasks for path in task.result()]
+        objects = [built for task in tasks for built in task.result()]
 
     def join(target):
         call("g++", "-shared", *SANITIZERS[sanitizer], "-Wl,-Bsymbolic", *objects, "-o", target)
@@ -73,7 +89,7 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
 
 
 def kernel(source, headers, sanitize, include):
-    """The launchers as nvcc compiles them, and the kernels from the PTX that it leaves on the way."""
+    """Two object files: the launchers as nvcc compiles them, and the kernels from nvcc's PTX."""
     target = f"arch=compute_{ARCH},code=compute_{ARCH}"
     nvcc = [
         "nvcc",
@@ -101,6 +117,7 @@ def kernel(source, headers, sanitize, include):
 
 
 def support(source, headers, include):
+    """The object file of a part of the emulator. It is compiled without sanitizers."""
     command = [*cxx(include), "-O2", "-c", source]
     return [
         made(
@@ -113,6 +130,7 @@ def support(source, headers, include):
 
 
 def cxx(include):
+    """How g++ is called."""
     import pybind11
 
     systems = (
@@ -130,18 +148,17 @@ def cxx(include):
         f"-I{HERE}",
         f"-I{include}",
     ]
-    return [*command, *(f"-isystem{path}" for path in systems)]
+    return [*command, *(f"-isystem{folder}" for folder in systems)]
 
 
 def made(name, sources, words, make):
-    """The file `name` in a folder of its own for these sources and words; make(target) makes it where it is missing."""
-    digest = hashlib.sha256(
-        "\0".join([*(path.read_text() for path in sources), *words]).encode()
-    ).hexdigest()[:16]
+    """The file `name` in a folder for these sources and words. make(target) makes it if it is missing."""
+    text = "\0".join([*(source.read_text() for source in sources), *words])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     target = ROOT / "build" / "cuda_on_cpu" / digest / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of other processes that run tests
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes run tests, too
         if not target.exists():
             beside = target.with_suffix(".new")
             make(beside)
@@ -150,6 +167,7 @@ def made(name, sources, words, make):
 
 
 def nvcc_home():
+    """The folder that nvcc takes its headers from."""
     dry = subprocess.run(
         ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True
     ).stderr
@@ -157,9 +175,9 @@ def nvcc_home():
 
 
 def call(*command):
+    """Runs a compiler. Raises RuntimeError with its first errors."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = [
-            line[:300] for line in (done.stdout + done.stderr).splitlines() if "error" in line
-        ][:10]
-        raise RuntimeError("\n".join([" ".join(map(str, command)), *said]))
+        said = (done.stdout + done.stderr).splitlines()
+        errors = [line[:300] for line in said if "error" in line]
+        raise RuntimeError("\n".join([" ".join(map(str, command)), *errors[:10]]))

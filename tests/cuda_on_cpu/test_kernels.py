@@ -1,4 +1,7 @@
-"""The project's CUDA kernels under every schedule, and under the sanitizers; test_ops.py holds them to the law too."""
+"""The project's CUDA kernels on the CPU, under every schedule and under the sanitizers.
+
+test_ops.py holds them to the law, too.
+"""
 
 import pytest
 import torch
@@ -13,11 +16,11 @@ from . import build
 from .test_emulator import SCHEDULES, sanitized
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-DTYPES = [
-    torch.float32,
-    torch.bfloat16,
-]  # what runs in float16 is the same code; test_ops.py holds it to the law
-WAYS = {  # what each shape takes on a GPU of four multiprocessors; the rows of one of them are several tiles
+# float16 runs the same code as bfloat16; test_ops.py holds it to the law.
+DTYPES = [torch.float32, torch.bfloat16]
+# (m, k, n, r) and what runs for it on a GPU of four multiprocessors. The rows of one shape are
+# several tiles.
+WAYS = {
     (1, 72, 200, 5): "one launch",
     (3, 1072, 40, 12): "two launches",
     (5, 264, 100, 2): "one launch",
@@ -25,7 +28,8 @@ WAYS = {  # what each shape takes on a GPU of four multiprocessors; the rows of 
     (33, 136, 72, 24): "two launches",
     (80, 264, 200, 16): "two launches",
 }
-NF4_WAYS = {  # likewise of a 4-bit base; more tiles of k than there are stages, the last of them not whole
+# The same of a 4-bit base. There are more tiles of k than stages, and the last tile is not whole.
+NF4_WAYS = {
     (1, 1824, 40, 5): "two launches",
     (5, 1088, 460, 3): "two launches",
     (20, 576, 140, 8): "two launches",
@@ -35,7 +39,9 @@ NF4_WAYS = {  # likewise of a 4-bit base; more tiles of k than there are stages,
     (3, 72, 40, 2): "dequantize + cuBLAS",
     (66, 64, 40, 2): "dequantize + cuBLAS",
 }
-NORM_SHAPES = [  # of which b is kept, streams or is not for tensor cores; some blocks have more tiles than stages
+# b is kept in registers, streams through shared memory, or does not meet tensor cores. Some
+# blocks have more tiles than stages.
+NORM_SHAPES = [
     (1, 1040, 260, 20),
     (1, 528, 132, 140),
     (1, 133, 70, 20),
@@ -44,10 +50,12 @@ NORM_SHAPES = [  # of which b is kept, streams or is not for tensor cores; some 
 
 
 def cases(shape, dtype, form="nf4"):
-    """Those of 4-bit bases, or of any other."""
-    found = CASES["lora_gemv"](shape, dtype)
+    """The cases of 4-bit bases (form "nf4"), or of all others."""
+    wanted = form == "nf4"
     return [
-        (label, args) for label, args in found if label.startswith("nf4") == (form == "nf4")
+        (label, args)
+        for label, args in CASES["lora_gemv"](shape, dtype)
+        if label.startswith("nf4") == wanted
     ]
 
 
@@ -172,10 +180,8 @@ def test_any_part_of_a_weight_is_dequantized(cuda_on_cpu):
 def test_law_in_little_shared_memory(cuda_on_cpu):
     shapes = ((33, 136, 72, 24), (33, 264, 300, 16))
     blocks = []
-    for limit in (
-        227 << 10,
-        99 << 10,
-    ):  # of Hopper and of Ada, in whose 99 KiB no tile of 64 rows fits
+    hopper, ada = 227 << 10, 99 << 10  # bytes; no tile of 64 rows fits into Ada's
+    for limit in (hopper, ada):
         before = cuda_on_cpu.limit_shared(limit)
         cuda_on_cpu.counts()
         try:
@@ -304,9 +310,8 @@ def test_norms_are_deterministic_whatever_the_order(cuda_on_cpu):
 
 
 def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
-    monkeypatch.setattr(
-        lora, "path", lambda *args: "one launch"
-    )  # h in 99999 ranks fits no shared memory
+    # h of 99999 ranks fits into no shared memory.
+    monkeypatch.setattr(lora, "describe", lambda *args: "one launch")
     _, args = next(CASES["lora_gemv"]((1, 8, 8, 99999), torch.float32))
     with pytest.raises(
         RuntimeError, match="lora_gemv: CUDA error 1, more shared memory than allowed"
@@ -345,9 +350,8 @@ print("lawful")
 """
 
 
-@pytest.mark.parametrize(
-    "sanitizer, dtypes", [("address", DTYPES), ("thread", DTYPES[1:])]
-)  # races know no dtype
+# Races do not depend on the dtype.
+@pytest.mark.parametrize("sanitizer, dtypes", [("address", DTYPES), ("thread", DTYPES[1:])])
 def test_sanitizers_find_nothing(sanitizer, dtypes):
     done = sanitized(
         sanitizer, LAW.format(library=str(build.link(sanitizer=sanitizer)), dtypes=dtypes)

@@ -1,4 +1,7 @@
-"""A test of the tests: each of these bugs, planted alone in the kernels, is noticed. Run by `pytest -m slow`."""
+"""A test of the tests: they notice each of these bugs when it is planted alone in the kernels.
+
+`pytest -m slow` runs them.
+"""
 
 import shutil
 
@@ -12,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
 ]
 
-BUGS = {  # file, what stands there, what is planted, and which run has to notice
+BUGS = {  # (file, what stands there, what is planted, which run has to notice it)
     "barrier missing before sums are added": (
         "lora.cu",
         "  __syncthreads();\n  if (g.inside) {",
@@ -107,8 +110,8 @@ BUGS = {  # file, what stands there, what is planted, and which run has to notic
     ),
     "sums stored in the wrong rows": (
         "lora_mma.cu",
-        "lane % 4 * 2 + e % 2, column",
-        "lane % 4 * 2 + e / 2, column",
+        "lane % 4 * 2 + e % 2;",
+        "lane % 4 * 2 + e / 2;",
         "plain",
     ),
     "half of a warp": ("tile.cuh", "__shfl_xor_sync(~0u", "__shfl_xor_sync(0xffffu", "plain"),
@@ -268,30 +271,44 @@ from peftops.cuda import _device, dora, lora, nf4
 import peftops.functional
 
 torch.use_deterministic_algorithms(True, warn_only=True)
-emulator, kind = build.opened({library!r}), {kind!r}
+emulator = build.opened({library!r})
+noticer = {noticer!r}
 class Emulated:
     def __getattr__(self, op):
         return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
 dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
-ways = {{"dense": WAYS, "nf4": NF4_WAYS, "norm": NORM_SHAPES}}
-for schedule in SCHEDULES if kind == "plain" else SCHEDULES[:1]:
+shapes = {{"dense": WAYS, "nf4": NF4_WAYS, "norm": NORM_SHAPES}}
+
+def of_form(form, dtype):
+    for shape in shapes[form]:
+        if form == "norm":
+            given = CASES["dora_norm"](shape, dtype)
+        else:
+            given = cases(shape, dtype, form)
+        for label, args in given:
+            yield shape, label, args
+
+for schedule in SCHEDULES if noticer == "plain" else SCHEDULES[:1]:
     emulator.schedule(*schedule)
-    for dtype in DTYPES if kind != "thread" else DTYPES[1:]:
-        for form, shape in [(form, shape) for form in {forms!r} for shape in ways[form]]:
-            norm = form == "norm"
-            for label, args in CASES["dora_norm"](shape, dtype) if norm else cases(shape, dtype, form):
-                error, bound = check_case("dora_norm" if norm else "lora_gemv", "cuda", args)
+    for dtype in DTYPES if noticer != "thread" else DTYPES[1:]:
+        for form in {forms!r}:
+            op = "dora_norm" if form == "norm" else "lora_gemv"
+            for shape, label, args in of_form(form, dtype):
+                error, bound = check_case(op, "cuda", args)
                 if not error <= bound:
                     sys.exit(f"unlawful: {{schedule}}, {{shape}}, {{dtype}}, {{label}}")
-        for op in ("nf4_quantize", "nf4_dequantize") if "nf4" in {forms!r} else ():
+        if "nf4" not in {forms!r}:
+            continue
+        for op in ("nf4_quantize", "nf4_dequantize"):
             for label, args in CASES[op]((0, 9001, 1, 0), dtype):
-                if not all(map(torch.equal, call(op, "cuda", args), call(op, "reference", args))):
+                ours = call(op, "cuda", args)
+                if not all(map(torch.equal, ours, call(op, "reference", args))):
                     sys.exit(f"unlike the reference: {{schedule}}, {{dtype}}, {{label}}")
 if emulator.counts()["conflicts"]:
     sys.exit("conflicts")
 """
-NOTICED = {
+NOTICED = {  # what each run says when it notices a bug
     "plain": "",
     "conflicts": "conflicts",
     "address": "AddressSanitizer",
@@ -299,26 +316,34 @@ NOTICED = {
 }
 
 
-def run(folder, kind, *forms):
-    sanitizer = kind if kind in ("address", "thread") else ""
+def run(folder, noticer, *forms):
+    """Holds the kernels in a folder to the law in a process of its own."""
+    sanitizer = noticer if noticer in ("address", "thread") else ""
     library = build.link(sanitizer=sanitizer, include=folder)
-    return sanitized(sanitizer, LAW.format(library=str(library), kind=kind, forms=forms))
+    code = LAW.format(library=str(library), noticer=noticer, forms=forms)
+    return sanitized(sanitizer, code)
 
 
-@pytest.mark.parametrize("kind", NOTICED)
-def test_the_kernels_as_they_are(kind):
-    done = run(build.KERNELS, kind, "dense", "nf4", "norm")
+@pytest.mark.parametrize("noticer", NOTICED)
+def test_the_kernels_as_they_are(noticer):
+    done = run(build.KERNELS, noticer, "dense", "nf4", "norm")
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_noticed(bug, tmp_path):
-    file, right, wrong, kind = BUGS[bug]
+    file, right, wrong, noticer = BUGS[bug]
     folder = shutil.copytree(build.KERNELS.parent, tmp_path / "csrc") / "cuda"
     text = (folder / file).read_text()
     assert text.count(right) == 1
     (folder / file).write_text(text.replace(right, wrong))
-    done = run(folder, kind, "norm" if "dora" in file else "nf4" if "nf4" in file else "dense")
+    form = "dense"
+    if "dora" in file:
+        form = "norm"
+    elif "nf4" in file:
+        form = "nf4"
+    done = run(folder, noticer, form)
     said = done.stderr.strip().splitlines() or [""]
-    print(f"{bug}: {next((line for line in said if 'Sanitizer' in line), said[-1])[:160]}")
-    assert done.returncode and NOTICED[kind] in done.stderr, done.stderr[-3000:]
+    report = next((line for line in said if "Sanitizer" in line), said[-1])
+    print(f"{bug}: {report[:160]}")
+    assert done.returncode and NOTICED[noticer] in done.stderr, done.stderr[-3000:]
