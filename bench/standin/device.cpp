@@ -1,7 +1,7 @@
-// A device for torch that computes nothing: the real dispatcher, autograd, autocast and
-// allocation of tensors, so that the host's time can be measured without a GPU. A kernel's
-// launch and a matrix product cost what costs() says, spun on the clock. Values are never read:
-// memory is addresses that mean nothing.
+// A device for torch that computes nothing. Dispatcher, autograd, autocast and allocation of
+// tensors are torch's own, so that the host's time can be measured without a GPU. The launch of
+// a kernel and a matrix product take as long as costs() says: they wait for the clock. Values
+// are never read, since memory consists of addresses that mean nothing.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
@@ -33,9 +33,12 @@ using std::optional;
 constexpr auto TYPE = c10::DeviceType::PrivateUse1;
 const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 
-long launch_ns = 0, product_ns = 0, launches = 0, products = 0;
-bool holding = false;                     // memory that is given back is not handed out again
-std::vector<std::vector<int64_t>> notes;  // of products, while holding
+long launch_ns = 0, product_ns = 0;  // how long they take
+long launches = 0, products = 0;     // how many there were
+bool holding = false;                // memory that is given back is not handed out again
+// Of products, while holding: how many launches came before, then address, rows and strides of
+// a, b and out.
+std::vector<std::vector<int64_t>> notes;
 
 void spin(long ns) {
   if (!ns) return;
@@ -55,13 +58,14 @@ void product(const Tensor& a, const Tensor& b, const Tensor& out) {
   spin(product_ns);
   if (!holding) return;
   static const auto counted = (unsigned long (*)())dlsym(RTLD_DEFAULT, "standin_launches");
-  std::vector<int64_t> note = {(int64_t)counted()};  // how many launches came before
+  std::vector<int64_t> note = {(int64_t)counted()};
   for (const Tensor& t : {a, b, out})
     note.insert(note.end(), {(int64_t)t.data_ptr(), t.size(0), t.stride(0), t.stride(1)});
   notes.push_back(note);
 }
 
-// Addresses, handed out again by size under a lock, as a caching allocator does it.
+// Hands out addresses, and hands them out again by size under a lock, as a caching allocator
+// does.
 struct Pool final : c10::Allocator {
   std::mutex lock;
   std::unordered_map<size_t, std::vector<void*>> idle;

@@ -1,29 +1,37 @@
-// A libcuda.so.1 that does nothing, successfully, and answers as an H200 would to what Triton's driver asks: so that
-// launches can be timed and compared on a machine without a GPU. What is launched can be noted, with its parameters.
+// A libcuda.so.1 that does nothing and reports success. It answers what Triton's driver asks as
+// an H200 would, so that launches can be timed and compared on a machine without a GPU. It can
+// note what is launched, with the parameters.
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 
 #define API __attribute__((visibility("default")))
 
-enum { CUDA_OK = 0, KERNELS = 512, MOST = 96, WORDS = 1 << 16 };
+enum {
+  CUDA_OK = 0,
+  KERNELS = 512,   // that can be known
+  MOST = 96,       // parameters of a kernel
+  WORDS = 1 << 16  // of notes
+};
 
 static struct {
   void* function;
-  int parameters;
-  unsigned char size[MOST];
+  int parameters;            // how many
+  unsigned char size[MOST];  // bytes of each parameter
 } known[KERNELS];
-static int count, noting, filled;
-static uint64_t notes[WORDS];
-static long nanoseconds;
+static int count;              // of known kernels
+static int noting;             // whether launches are noted
+static int filled;             // words of notes
+static uint64_t notes[WORDS];  // see standin_noted
+static long nanoseconds;       // that a launch takes
 static unsigned long launches, modules;
 static void* context;
 
-// How long a launch takes.
+// Sets how long a launch takes.
 API void standin_cost(long ns) { nanoseconds = ns; }
 API unsigned long standin_launches(void) { return launches; }
 
-// Tells how many bytes each parameter of a function has, without which its parameters are not noted.
+// Tells how many bytes each parameter of a function has. Else its parameters are not noted.
 API void standin_tell(void* function, int parameters, const unsigned char* size) {
   for (int i = 0; i < count; ++i)
     if (known[i].function == function) return;
@@ -33,18 +41,21 @@ API void standin_tell(void* function, int parameters, const unsigned char* size)
   memcpy(known[count++].size, size, parameters);
 }
 
+// Starts or stops noting, and forgets earlier notes.
 API void standin_note(int on) {
   noting = on;
   filled = 0;
 }
 
-// Words, for each launch: function, grid, threads, shared memory, number of parameters, parameters.
+// Gives the notes and returns how many words they are. A launch has: function, grid (3),
+// threads, shared memory, number of parameters, parameters.
 API int standin_noted(uint64_t** words) {
   *words = notes;
   return filled;
 }
 
-static void launched(void* function, const unsigned* grid, unsigned threads, unsigned shared, void** parameters) {
+static void launched(void* function, const unsigned* grid, unsigned threads, unsigned shared,
+                     void** parameters) {
   struct timespec start, now;
   ++launches;
   if (nanoseconds) {
@@ -66,6 +77,7 @@ static void launched(void* function, const unsigned* grid, unsigned threads, uns
   }
 }
 
+// CUlaunchConfig of the driver.
 typedef struct {
   unsigned grid[3], block[3], shared;
   void* stream;
@@ -78,8 +90,9 @@ API int cuLaunchKernelEx(const Config* config, void* function, void** parameters
   return CUDA_OK;
 }
 
-API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                       unsigned shared, void* stream, void** parameters, void** extra) {
+API int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                       unsigned by, unsigned bz, unsigned shared, void* stream,
+                       void** parameters, void** extra) {
   const unsigned grid[] = {gx, gy, gz};
   launched(function, grid, bx, shared, parameters);
   return CUDA_OK;
@@ -134,7 +147,9 @@ API int cuModuleUnload(void* module) { return CUDA_OK; }
 API int cuFuncSetAttribute(void* function, int attribute, int value) { return CUDA_OK; }
 API int cuFuncSetCacheConfig(void* function, int config) { return CUDA_OK; }
 API int cuGetErrorString(int code, const char** text) { return *text = "none", CUDA_OK; }
-API int cuOccupancyMaxActiveClusters(int* clusters, void* function, const void* config) { return *clusters = 66, 0; }
+API int cuOccupancyMaxActiveClusters(int* clusters, void* function, const void* config) {
+  return *clusters = 66, CUDA_OK;
+}
 API int cuStreamIsCapturing(void* stream, int* capturing) { return *capturing = 0, CUDA_OK; }
 API int cuTensorMapEncodeTiled(void* map) { return memset(map, 0, 128), CUDA_OK; }
 API int cuTensorMapEncodeIm2col(void* map) { return memset(map, 0, 128), CUDA_OK; }
