@@ -54,7 +54,7 @@ def load(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
 
 
 def opened(library):
-    """The module in a shared library. It gets a name of its own, else pybind11 returns the first again."""
+    """The module in a library. It has a name of its own, else pybind11 returns the first again."""
     name = f"{Path(library).parent.name}.emulated"
     spec = importlib.util.spec_from_file_location(name, library)
     loaded = importlib.util.module_from_spec(spec)
@@ -78,7 +78,10 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
             pool.submit(kernel, source, headers, SANITIZERS[sanitizer], include)
             for source in sources
         ]
-        for source in (HERE / "machine.cpp", HERE / "hopper.cpp", HERE / "runtime.cpp", module):
+        machine = [
+            HERE / name for name in ("machine.cpp", "warps.cpp", "hopper.cpp", "runtime.cpp")
+        ]
+        for source in (*machine, module):
             tasks.append(pool.submit(support, source, headers, include))
         objects = [built for task in tasks for built in task.result()]
 
@@ -152,7 +155,7 @@ def cxx(include):
 
 
 def made(name, sources, words, make):
-    """The file `name` in a folder for these sources and words. make(target) makes it if it is missing."""
+    """The file `name` of these sources and words. make(target) makes it if it is missing."""
     text = "\0".join([*(source.read_text() for source in sources), *words])
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     target = ROOT / "build" / "cuda_on_cpu" / digest / name

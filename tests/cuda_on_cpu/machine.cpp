@@ -1,5 +1,5 @@
-// A block's threads as fibers of one CPU thread, which switch where they wait: at barriers and
-// within warps.
+// Runs a block's threads as fibers of one CPU thread. A fiber switches to another where its
+// thread waits: at barriers and within warps.
 #include <sys/mman.h>
 
 #include <numeric>
@@ -33,7 +33,7 @@ constexpr u64 ARENA = 2 << 20, GAP = 64, SHIFT = 1ull << 60;
 
 unsigned char* const arena = static_cast<unsigned char*>(mmap(
     nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0));
-size_t used;  // of the arena; a launch within a launch takes what is behind
+size_t used;  // bytes of the arena; a launch within a launch takes what comes after them
 
 std::string text(Dim d) {
   return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
@@ -60,27 +60,7 @@ void begin() {
   abort();
 }
 
-// The last lane of the mask to come does `act` on what all of them bring.
-template <class T, class F>
-void together(Any mask, const char* site, T& brought, F act) {
-  const u32 lanes = as<u32>(mask),
-            there = std::min<size_t>(32, engine->fibers.size() - self->warp * 32);
-  if (!(lanes >> self->lane & 1))
-    fail(std::string("a lane outside of its own mask at ") + site);
-  if (there < 32 && lanes >> there)
-    fail(std::string("a mask of lanes that do not exist at ") + site);
-  Meeting* found = nullptr;
-  for (Meeting& m : engine->warps[self->warp].masks)
-    if (m.arrived ? m.mask == lanes : !found) found = &m;
-  if (!found) fail("more than four masks of a warp at a time");
-  found->mask = lanes;
-  found->brought[self->lane] = &brought;
-  if (!meet(*found, std::popcount(lanes), site)) return;
-  act(reinterpret_cast<T**>(found->brought), lanes);
-  part(*found);
-}
-
-// One of the sixteen barriers of a block, and in its mask for how many threads it is
+// One of the sixteen barriers of a block. Its mask says how many threads it is for.
 Meeting& barrier_of(Any barrier, Any threads, const char* site) {
   const u32 id = as<u32>(barrier), count = as<u32>(threads), all = engine->fibers.size();
   if (id > 15 || count % 32 || count > all) fail(std::string("no such barrier at ") + site);
@@ -89,18 +69,21 @@ Meeting& barrier_of(Any barrier, Any threads, const char* site) {
     fail(std::string("threads count those who meet differently: ") + meeting.site + " and " +
          site);
   meeting.mask = count ? count : all;
-  if (id) meeting.site = site;  // at which warpgroups may meet in different places
+  if (id) meeting.site = site;  // warpgroups may meet there from different lines
   return meeting;
 }
 
 void run_block() {
   Engine& e = *engine;
   for (Fiber& f : e.fibers) {
-    f.done = false, f.waits = nullptr, f.group = 0, f.next = 0;
+    f.done = false;
+    f.waits = nullptr;
+    f.group = 0;
+    f.next = 0;
     f.copies.clear();
     HOOK(__asan_unpoison_memory_region, f.stack, STACK);
     void** top = reinterpret_cast<void**>(f.stack + STACK) - 2;
-    top[0] = reinterpret_cast<void*>(&begin),
+    top[0] = reinterpret_cast<void*>(&begin);
     top[1] = nullptr;  // begin() finds the stack aligned as after a call
     f.pointer = top - 6;
   }
@@ -121,8 +104,8 @@ void run_block() {
   if (e.error.empty()) e.error = left_over();
 }
 
-u64 place(size_t align,
-          size_t size) {  // of shared memory, between gaps that AddressSanitizer guards
+// The address of `size` bytes of shared memory, between gaps that AddressSanitizer guards.
+u64 place(size_t align, size_t size) {
   used = (used + GAP + align - 1) / align * align;
   unsigned char* const at = arena + std::exchange(used, used + size);
   HOOK(__asan_unpoison_memory_region, at, size);
@@ -161,7 +144,9 @@ void yield() {
 
 void wait_for(const Meeting& meeting, const char* site) {
   Fiber& f = *me();
-  f.waits = &meeting, f.generation = meeting.generation, f.site = site;
+  f.waits = &meeting;
+  f.generation = meeting.generation;
+  f.site = site;
   yield();
   f.waits = nullptr;
 }
@@ -209,101 +194,12 @@ void arrive_block(Any barrier, Any threads, const char* site) {
   if (++meeting.arrived == int(meeting.mask)) part(meeting);
 }
 
-void sync_warp(Any mask, const char* site) {
-  Order& order = engine->warps[self->warp].order;
-  release(order);
-  together(mask, site, *self, [](Thread**, u32) {});
-  acquire(order);
-}
-
 void wait_for_launch_before() {
   if (auto before = std::exchange(engine->before, nullptr)) {
     if (const std::string error = before(); !error.empty()) fail(error);
     release(engine->behind);
   }
   acquire(engine->behind);
-}
-
-std::array<u64, 32> gather(Any mask, u64 value, const char* site) {
-  struct Brought {
-    u64 value;
-    std::array<u64, 32> all;
-  } mine{value, {}};
-  together(mask, site, mine, [](Brought** lanes, u32 mask) {
-    for (int i = 0; i < 32; ++i)
-      for (int j = 0; j < 32 && mask >> i & 1; ++j)
-        if (mask >> j & 1) lanes[i]->all[j] = lanes[j]->value;
-  });
-  return mine.all;
-}
-
-std::array<u64, 2> shuffle(char kind, Any value, Any lane, Any clamp, Any mask,
-                           const char* site) {
-  const int l = self->lane, b = as<s32>(lane), c = as<u32>(clamp) & 31,
-            segment = as<u32>(clamp) >> 8 & 31;
-  const int most = (l & segment) | (c & ~segment),
-            in_segment = (l & segment) | (b & ~segment & 31);
-  const int from = kind == 'u' ? l - b : kind == 'd' ? l + b : kind == 'b' ? l ^ b : in_segment;
-  const bool inside = kind == 'u' ? from >= most : from <= most;
-  const auto values = gather(mask, value.bits, site);
-  if (inside && !(mask.bits >> from & 1))
-    fail(std::string("a shuffle reads a lane outside of the mask at ") + site);
-  return {values[inside ? from : l], inside};
-}
-
-// PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, A holds rows g and g + 8 of
-// columns 2t, 2t + 1 and then of those 8 further, B the same rows of its column g, and D
-// columns 2t, 2t + 1 of rows g and g + 8.
-std::array<f32, 4> multiply(bool brain, const Any (&a)[4], const Any (&b)[2], const Any (&c)[4],
-                            const char* site) {
-  struct Brought {
-    const Any (&a)[4], (&b)[2];
-    std::array<f32, 4> d;
-  } mine{a, b, {}};
-  for (int q = 0; q < 4; ++q) mine.d[q] = as<f32>(c[q]);
-  together(~0u, site, mine, [brain](Brought** lanes, u32) {
-    ++counts.mma;
-    float wa[16][16], wb[16][8];
-    auto half = [&](u64 bits) { return brain ? float(as<bf16>(bits)) : float(as<f16>(bits)); };
-    for (int i = 0; i < 64; ++i) {
-      const int l = i / 2, g = l / 4, t = l % 4 * 2 + i % 2;
-      for (int q = 0; q < 4; ++q)
-        wa[g + q % 2 * 8][t + q / 2 * 8] = half(lanes[l]->a[q].bits >> i % 2 * 16);
-      for (int q = 0; q < 2; ++q) wb[t + q * 8][g] = half(lanes[l]->b[q].bits >> i % 2 * 16);
-    }
-    for (int i = 0; i < 128; ++i) {
-      const int l = i / 4, q = i % 4;
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += wa[l / 4 + q / 2 * 8][k] * wb[k][l % 4 * 2 + q % 2];
-      lanes[l]->d[q] += sum;
-    }
-  });
-  return mine.d;
-}
-
-// PTX ISA, ldmatrix: lane 8m + i names row i of matrix m, and lane l gets columns l % 4 * 2 and
-// the next of row l / 4.
-void transpose_matrices(int count, bool turned, u64 address, const u16* row, u32* out,
-                        const char* site) {
-  struct Brought {
-    u64 address;
-    const u16* row;
-    u32* out;
-  } mine{address, row, out};
-  together(~0u, site, mine, [=](Brought** lanes, u32) {
-    for (int m = 0; m < count; ++m) {
-      int hits[8] = {}, worst = 0;
-      for (int i = 0; i < 8; ++i)
-        worst = std::max(worst, ++hits[lanes[8 * m + i]->address / 16 % 8]);
-      counts.conflicts += worst - 1;
-      ++counts.matrices;
-      auto at = [&](int i, int j) {
-        return u32(turned ? lanes[8 * m + j]->row[i] : lanes[8 * m + i]->row[j]);
-      };
-      for (int l = 0; l < 32; ++l)
-        lanes[l]->out[m] = at(l / 4, l % 4 * 2) | at(l / 4, l % 4 * 2 + 1) << 16;
-    }
-  });
 }
 
 u64 from_shared(u64 address) { return address + SHIFT; }
@@ -343,7 +239,9 @@ std::string run(const Kernel& kernel, Dim blocks, Dim threads, size_t dynamic,
   Engine* const outer = std::exchange(engine, &mine);
   Thread* const caller = std::exchange(self, &mine.host);
   const auto saved = std::make_tuple(launch, used, dynamic_shared);
-  mine.kernel = &kernel, mine.before = std::move(before), mine.parameters = parameters.data();
+  mine.kernel = &kernel;
+  mine.before = std::move(before);
+  mine.parameters = parameters.data();
 
   HOOK(__asan_poison_memory_region, arena + used, ARENA - used);
   mine.shared = u64(arena) + used;

@@ -1,4 +1,4 @@
-"""The emulator computes as a GPU does, and notices what a GPU may let pass."""
+"""The emulator computes what a GPU computes, and notices mistakes that a GPU may let pass."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def module():
 
 @pytest.fixture
 def ask(module):
-    """out of a kernel of semantics.cu, NaN where it wrote nothing"""
+    """Runs a kernel of semantics.cu and returns `out`, NaN where the kernel wrote nothing."""
 
     def run(kernel, values=(), bits=(), n=0, size=256, blocks=1, threads=32, out=None):
         out = torch.full((size,), float("nan")) if out is None else out
@@ -147,22 +147,25 @@ def test_overlapping_launches(module, ask):
         assert ask("overlapping", values, n=0, size=64)[32:].isnan().all() == lazy
 
 
-def layout(kind):
-    """(row, column) of element i of lane l, as the PTX ISA's chapter on mma.m16n8k16 gives them for 16-bit types."""
+def layout(factor):
+    """{(lane, i): (row, column)} of the elements of a, b or c that a lane holds.
+
+    This is written as in the PTX ISA's chapter on mma.m16n8k16 with 16-bit types.
+    """
     places = {}
     for lane in range(32):
         group, inside = lane >> 2, lane % 4
-        for i in range({"a": 8, "b": 4, "c": 4}[kind]):
-            if kind == "a":
+        for i in range({"a": 8, "b": 4, "c": 4}[factor]):
+            pair = inside * 2 + (i & 1)
+            if factor == "a":
                 row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
-                column = inside * 2 + (i & 1) if i < 4 else inside * 2 + (i & 1) + 8
-            elif kind == "b":
-                row, column = (
-                    (inside * 2 + (i & 1) if i < 2 else inside * 2 + (i & 1) + 8),
-                    group,
-                )
+                column = pair if i < 4 else pair + 8
+            elif factor == "b":
+                row = pair if i < 2 else pair + 8
+                column = group
             else:
-                row, column = (group if i < 2 else group + 8), inside * 2 + (i & 1)
+                row = group if i < 2 else group + 8
+                column = pair
             places[lane, i] = row, column
     return places
 
@@ -171,9 +174,9 @@ def layout(kind):
 def test_tensor_core_layout_is_the_manuals(ask, dtype):
     a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
     halves = {"a": numpy.zeros((32, 8), numpy.uint16), "b": numpy.zeros((32, 4), numpy.uint16)}
-    for kind, matrix in (("a", a), ("b", b)):
-        for (lane, i), place in layout(kind).items():
-            halves[kind][lane, i] = matrix[place].view(torch.int16).item() & 0xFFFF
+    for factor, matrix in (("a", a), ("b", b)):
+        for (lane, i), place in layout(factor).items():
+            halves[factor][lane, i] = matrix[place].view(torch.int16).item() & 0xFFFF
     held = torch.empty(32, 4)
     for (lane, i), place in layout("c").items():
         held[lane, i] = c[place]
@@ -189,7 +192,7 @@ def test_tensor_core_layout_is_the_manuals(ask, dtype):
 
 
 def test_layouts_agree_with_cute():
-    """NVIDIA's own layouts through the emulator, bit for bit; it needs `pip install --no-deps nvidia-cutlass`."""
+    """NVIDIA's own layouts give the same bits. Needs `pip install --no-deps nvidia-cutlass`."""
     cutlass = (
         Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
     )
@@ -263,14 +266,13 @@ def test_an_unknown_instruction_stops_with_its_text(statement):
 
 
 def sanitized(sanitizer, code):
-    """A process of its own, in which the sanitizer's runtime comes first."""
+    """Runs code in a process of its own, in which the sanitizer's runtime is loaded first."""
     runtime = {"address": "libasan.so", "thread": "libtsan.so", "": ""}[sanitizer]
-    found = (
-        runtime
-        and subprocess.check_output(["g++", f"-print-file-name={runtime}"], text=True).strip()
-    )
+    if runtime:
+        ask = ["g++", f"-print-file-name={runtime}"]
+        runtime = subprocess.check_output(ask, text=True).strip()
     environment = {
-        "LD_PRELOAD": found,
+        "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
     }

@@ -1,4 +1,4 @@
-"""Hopper's instructions compute as the manual says, and what a kernel forgets between them is noticed."""
+"""Hopper's instructions compute what the manual says, and missing synchronization is noticed."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def module():
 
 @pytest.fixture
 def ask(module):
-    """out of a kernel, NaN where it wrote nothing"""
+    """A function that runs a kernel and returns `out`, NaN where it wrote nothing."""
 
     def run(kernel, a=None, b=None, n=1, size=(32,), threads=32, blocks=1):
         out = torch.full(size, float("nan"))
@@ -47,18 +47,24 @@ RIGHT, WRONG = "right", "wrong"
 
 @pytest.fixture
 def judge(module):
-    """Holds what comes out under every schedule to what is expected: RIGHT, WRONG, or an error's words."""
+    """A function that compares what comes out under every schedule with what is expected.
+
+    Expected is RIGHT, WRONG, or a pattern of an error; somewhere: one schedule is enough.
+    """
 
     def hold(run, right, *expected, somewhere=False):
-        found = {}
+        outcomes = {}
         for schedule in SCHEDULES:
             module.schedule(*schedule)
             try:
-                found[schedule] = RIGHT if right(run()) else WRONG
+                outcomes[schedule] = RIGHT if right(run()) else WRONG
             except RuntimeError as raised:
-                found[schedule] = str(raised)
-        hits = [any(re.search(words, said) for words in expected) for said in found.values()]
-        assert any(hits) if somewhere else all(hits), found
+                outcomes[schedule] = str(raised)
+        hits = [
+            any(re.search(words, outcome) for words in expected)
+            for outcome in outcomes.values()
+        ]
+        assert any(hits) if somewhere else all(hits), outcomes
 
     return hold
 
@@ -102,7 +108,7 @@ def test_a_part_of_a_block_meets(judge, ask, n, expected):
 
 
 def box(matrix, column, row, width, height):
-    """A box of it, zero outside."""
+    """A box of a matrix, zero outside of it."""
     padded = numpy.zeros((height, width), matrix.dtype)
     for r in range(height):
         for c in range(width):
@@ -112,7 +118,7 @@ def box(matrix, column, row, width, height):
 
 
 def swizzled(tile):
-    """As it lies in shared memory: the 16-byte chunk c of row r at chunk c ^ (r & 7) of 128-byte rows."""
+    """A tile of 128-byte rows as it lies in shared memory: chunk c of row r at c ^ (r & 7)."""
     chunks = tile.view(numpy.uint8).reshape(len(tile), 8, 16)
     placed = numpy.empty_like(chunks)
     for r in range(len(tile)):
@@ -200,7 +206,10 @@ def test_a_tensor_map_is_refused(ask, wrong):
 
 
 def of_threads(product):
-    """What every thread of a warpgroup holds of the sums (64, columns), as the PTX ISA's chapter on wgmma has it."""
+    """What every thread of a warpgroup holds of the sums (64, columns).
+
+    This is written as in the PTX ISA's chapter on wgmma.
+    """
     held = torch.empty(128, product.shape[1] // 2)
     for thread in range(128):
         warp, lane = thread // 32, thread % 32
@@ -258,7 +267,10 @@ def test_mistakes_with_products(judge, ask, n, threads, expected):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_agree_with_cute(turned):
-    """NVIDIA's own swizzles and descriptors, bit for bit; it needs `pip install --no-deps nvidia-cutlass`."""
+    """NVIDIA's own swizzles and descriptors give the same bits.
+
+    Needs `pip install --no-deps nvidia-cutlass`.
+    """
     cutlass = (
         Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
     )
@@ -322,7 +334,7 @@ SHAPES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(
 
 
 def reports(sanitizer, schedules, *cases):
-    """What a process says that runs these kernels."""
+    """What a process prints that runs these kernels."""
     library = str(build.link(SOURCES, sanitizer, HERE / "semantics.cpp"))
     cases = [
         (kernel, n, *SHAPES[kernel], schedule) for kernel, n in cases for schedule in schedules
