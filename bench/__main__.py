@@ -1,4 +1,4 @@
-"""peftops bench: time kernels on this machine beside their peers, after proving that they compute right.
+"""peftops bench: check that the kernels compute right, then time them beside their peers.
 
 ROW: lora, nf4, dora (by default all). Commands: model (whole training steps and generation), host
 (how long a layer keeps the host of a GPU busy), readme (rewrites README's tables), plot (draws
@@ -30,7 +30,10 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 def options(argv):
     parser = Parser("peftops bench", description=__doc__)
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default all"
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help=f"of {', '.join(ROWS)}; by default all",
     )
     common(parser)
     parser.add_argument(
@@ -56,15 +59,24 @@ def options(argv):
 
 
 def common(parser):
-    """What rows and model share."""
+    """Adds the options that rows and model share."""
     parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
     parser.add_argument(
-        "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and input"
+        "--dtype",
+        default="bf16",
+        choices=["bf16", "fp16", "fp32"],
+        help="of weights and input",
     )
     parser.add_argument(
-        "--dropout", type=probability, help="by default 0 and 0.1; few rows go without"
+        "--dropout",
+        type=probability,
+        help="by default 0 and 0.1; few rows go without",
     )
-    parser.add_argument("--quick", action="store_true", help="the smallest, in few rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smallest, in few rounds",
+    )
     parser.add_argument(
         "--out",
         type=folder,
@@ -73,14 +85,14 @@ def common(parser):
     )
 
 
-def shape(text):
+def shape(text: str) -> tuple[int, ...]:
     sizes = text.split(",")
     if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
         raise BadInput(f"--shape must be four whole numbers m,k,n,r, got {text!r}")
     return tuple(map(int, sizes))
 
 
-def backends(text):
+def backends(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in BACKENDS]:
         raise BadInput(f"--backend must be of {', '.join(BACKENDS)}, got {unknown[0]!r}")
@@ -100,40 +112,44 @@ def main(argv=None):
     o = options(argv)
     if unknown := [row for row in o.rows if row not in ROWS]:
         raise BadInput(
-            f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)} and {', '.join(COMMANDS)}"
+            f"there is no row {unknown[0]!r};"
+            f" there are {', '.join(ROWS)} and {', '.join(COMMANDS)}"
         )
     need("torch", "peft")
-    rows = [
-        importlib.import_module(f".{row}", __package__) for row in dict.fromkeys(o.rows or ROWS)
-    ]
-    device, dtype = find_device(o.device), torch_dtype(o.dtype)
-    possible(o, rows, device, dtype)
+    names = dict.fromkeys(o.rows or ROWS)
+    rows = [importlib.import_module(f".{row}", __package__) for row in names]
+    device = find_device(o.device)
+    dtype = torch_dtype(o.dtype)
+    refuse_impossible(o, rows, device, dtype)
     return run(o, rows, device, dtype)
 
 
-def possible(o, rows, device, dtype):
-    """BadInput where the peers, a backend or the shape that is asked for cannot be had."""
+def refuse_impossible(o, rows, device, dtype):
+    """BadInput where this machine lacks the peers, a backend or the memory for the shape."""
     from . import timing
     from .peers import known
 
-    o.peers = o.peers and known(o.peers)
+    if o.peers:
+        o.peers = known(o.peers)
     for name in o.backend:
         for row in rows:
             if why := unserved(name, row, device):
                 raise BadInput(f"--backend {name} cannot run here ({why})")
-    if o.shape:
-        (m, k, n, r), free = o.shape, timing.free(device)
-        least = dtype.itemsize * (
-            n * k + r * (k + n) + 2 * m * (k + n)
-        )  # weights, what goes in and out, gradients
-        if least > free:
-            raise BadInput(
-                f"--shape takes {least / 1e9:,.1f} GB at least, and {free / 1e9:,.1f} GB are free"
-            )
+    if not o.shape:
+        return
+    free = timing.free(device)
+    m, k, n, r = o.shape
+    weights = n * k + r * (k + n)
+    activations = 2 * m * (k + n)  # the input, the output and their gradients
+    least = dtype.itemsize * (weights + activations)
+    if least > free:
+        raise BadInput(
+            f"--shape takes {least / 1e9:,.1f} GB at least, and {free / 1e9:,.1f} GB are free"
+        )
 
 
 def unserved(name, row, device):
-    """Why a backend serves no op of a row on this device, or None."""
+    """Why a backend serves no op of a row on this device, or None if it serves one."""
     from peftops import backends
 
     for op in row.OPS:
@@ -147,7 +163,7 @@ def unserved(name, row, device):
 
 
 def run(o, rows, device, dtype):
-    """Holds the rows to the law, then measures, shows and keeps."""
+    """Checks that each row computes right, then measures, prints and stores its results."""
     from .measure import measure, show, unlawful
 
     for row in rows:
@@ -157,30 +173,48 @@ def run(o, rows, device, dtype):
     folder, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
-    if o.dropout and any(
-        problem.few for row in rows for _, problem in row.jobs(o, dtype, device)
-    ):
+    if o.dropout and any_few(o, rows, device, dtype):
         print("Few rows are measured without dropout, since they are a generation's.")
-    about, lines = results.describe(device), []
+    origin = results.describe(device)
+    lines = []
     with Progress() as progress:
         for row in rows:
-            for line in measure(row, o, dtype, device, progress, others=not o.shape):
+            fields = origin | {"row": row.__name__.rpartition(".")[2], "dtype": o.dtype}
+            for line in measure(
+                row,
+                o,
+                dtype,
+                device,
+                progress,
+                others=not o.shape,
+            ):
                 show(line)
                 lines.append(line)
                 if folder:
-                    here = about | {"row": row.__name__.rpartition(".")[2], "dtype": o.dtype}
-                    results.append(
-                        folder / f"{results.slug(about['device'])}.jsonl", here | line
-                    )
+                    file = folder / f"{results.slug(origin['device'])}.jsonl"
+                    results.append(file, fields | line)
     if absent := results.absentees(lines):
         print(f"Absent: {'; '.join(absent)}.")
     return 0
 
 
-def torch_dtype(name):
+def any_few(o, rows, device, dtype):
+    """Whether any of the problems has few rows."""
+    for row in rows:
+        for _, problem in row.jobs(o, dtype, device):
+            if problem.few:
+                return True
+    return False
+
+
+def torch_dtype(name: str):
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+    }[name]
 
 
 if __name__ == "__main__":

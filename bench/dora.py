@@ -1,5 +1,9 @@
-"""The row dora: a DoRA layer beside PEFT's and beside our LoRA, over 16 and 4 bits; and the norm alone."""
+"""The row dora: a DoRA layer over 16 and 4 bits, and the norm alone.
 
+The layer stands beside PEFT's and beside our LoRA.
+"""
+
+import itertools
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -28,49 +32,47 @@ PEERS = {
     "nf4, double": (nf4.THEIRS, nf4.PEER, f"{OURS}, frozen"),
 }
 SUFFIX = {"dense": "", "nf4, double": ", NF4"}
-ANOTHER = ", dropout_mode lora"  # which PEFT has not
+ANOTHER = ", dropout_mode lora"  # PEFT does not have this mode
 RANKS = 16, 64, 384
 NORMS = [(4096, 4096), *((n, k) for _, k, n, _ in lora.SMOL.values())]  # rows, columns
 HOST = "host time of DoRA, 2 rows of 16", lora.HOST[1]
-TARGETS = [  # layer, dropout, pass, who, and how much of their time ours may take; or how many µs on an H200
-    *(
-        (f"Llama-3.1-8B q, o{base}", 0.0, "forward + backward", LORA, 1.08)
-        for base in SUFFIX.values()
-    ),
-    *(
-        (f"Llama-3.1-8B q, o{base}{ANOTHER}", 0.1, "forward + backward", LORA, 1.08)
-        for base in SUFFIX.values()
-    ),
-    *(
-        (f"Llama-3.1-8B q, o{SUFFIX[base]}", p, "forward + backward", peer, 1 / times)
-        for base, peer in (("dense", "PEFT"), ("nf4, double", nf4.PEER))
-        for p, times in ((0.0, 1.6), (0.1, 2.2))
-    ),
-    *(
-        (f"Llama-3.1-8B q, o, one token{base}", 0.0, "forward", LORA, 1 / 0.95)
-        for base in SUFFIX.values()
-    ),
-    *(
-        (f"4096 × 4096, r = {r}", 0.0, "norm", MICROSECONDS, 15 if r <= 64 else 30)
-        for r in RANKS
-    ),
-]
 
 
-def layers(device, quick=False):
+def targets():
+    """(layer, dropout, pass, peer, most): ours may take `most` of the peer's time.
+
+    Where the peer is MICROSECONDS, ours may take that many on an H200.
+    """
+    layer = "Llama-3.1-8B q, o"
+    both = "forward + backward"
+    for suffix in SUFFIX.values():
+        yield layer + suffix, 0.0, both, LORA, 1.08
+        yield layer + suffix + ANOTHER, 0.1, both, LORA, 1.08
+        yield f"{layer}, one token{suffix}", 0.0, "forward", LORA, 1 / 0.95
+    for base, peer in (("dense", "PEFT"), ("nf4, double", nf4.PEER)):
+        yield layer + SUFFIX[base], 0.0, both, peer, 1 / 1.6
+        yield layer + SUFFIX[base], 0.1, both, peer, 1 / 2.2
+    for r in RANKS:
+        yield f"4096 × 4096, r = {r}", 0.0, "norm", MICROSECONDS, 15 if r <= 64 else 30
+
+
+TARGETS = list(targets())
+
+
+def layers(device: torch.device, quick: bool = False) -> dict:
     """{name: (m, k, n, r)} of the layers to measure."""
     if device.type == "cpu":
-        found = lora.SMOL | {"Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16)}
+        shapes = lora.SMOL | {"Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16)}
     else:
-        found = {name: (4096, k, n, 16) for name, (k, n) in lora.LLAMA.items()}
-        found |= {
-            f"{name}, one token": (1, k, n, 16) for name, (k, n) in lora.LLAMA.items() if k == n
-        }
-    return {name: found[name] for name in lora.QUICK[device.type]} if quick else found
+        shapes = {name: (4096, k, n, 16) for name, (k, n) in lora.LLAMA.items()}
+        for name, (k, n) in lora.LLAMA.items():
+            if k == n:
+                shapes[f"{name}, one token"] = 1, k, n, 16
+    return {name: shapes[name] for name in lora.QUICK[device.type]} if quick else shapes
 
 
 def jobs(o, dtype, device):
-    """(name, problem) of everything to measure: over either base, under dropout in either mode."""
+    """(name, problem) of everything to measure: over each base, and under dropout in each mode."""
     chosen = getattr(o, "layers", None) or layers(device, o.quick)
     for name, problem in lora.jobs(nf4.replaced(o, chosen), dtype, device):
         for base, suffix in SUFFIX.items():
@@ -80,37 +82,48 @@ def jobs(o, dtype, device):
 
 
 def contenders(problem, wanted):
-    """(labels, absent): who takes part in this problem, and why others do not."""
+    """(labels, absent): who takes part in this problem, and why others do not.
+
+    Args:
+        wanted: backends to measure beside the one in use.
+    """
     theirs = PEERS[problem.base] if problem.dora == "peft" else ()
     absent = {}
     if problem.base != "dense" and not find_spec("bitsandbytes"):
-        theirs, absent = (
-            [label for label in theirs if label.startswith(OURS)],
-            {"bitsandbytes": "is not installed"},
-        )
+        theirs = [label for label in theirs if label.startswith(OURS)]
+        absent["bitsandbytes"] = "is not installed"
     return [BASE, *theirs, LORA, OURS, *(f"{OURS}, {name}" for name in wanted)], absent
 
 
-def describe(problem, kind):
+def describe(problem, pass_name):
     """The ops, the backend and its product for a pass of ours."""
-    twice, m, k, n, r = problem.p and problem.dora == "peft", *problem.shape
+    m, k, n, r = problem.shape
+    twice = problem.p and problem.dora == "peft"  # PEFT's dropout takes two base products
+    p = 0.0 if twice else problem.p
     form = "dense" if problem.base == "dense" else "nf4"
-    op, backend, product = served_by(
-        problem.tensors[3], m, n, k, r, 0.0 if twice else problem.p, form
-    )
-    op = f"{op} + lora_bwd" if "backward" in kind else op
-    return {"op": f"dora_drop + {op}" if twice else op, "backend": backend, "path": product}
+    op, backend, product = served_by(problem.tensors[3], m, n, k, r, p, form)
+    if "backward" in pass_name:
+        op = f"{op} + lora_bwd"
+    if twice:
+        op = f"dora_drop + {op}"
+    return {"op": op, "backend": backend, "path": product}
 
 
-def cost(problem, backward=False):
-    """(flops, bytes): as those of LoRA; with a gradient, z is written forward and read backward, and in PEFT's dropout
-    another base product adds to y, and to dx, reading the weight and writing both halves of x again."""
-    (m, k, n, _), size = problem.shape, problem.dtype.itemsize
-    flops, moved = (lora if problem.base == "dense" else nf4).cost(problem, backward)
+def cost(problem, backward: bool = False) -> tuple[int, int]:
+    """(flops, bytes) of a pass: those of LoRA and what DoRA adds.
+
+    With a gradient, z is written forward and read backward. Under PEFT's dropout a second base
+    product adds to y, and one to dx. Each reads the weight, and writes both halves of x again.
+    """
+    m, k, n, _ = problem.shape
+    size = problem.dtype.itemsize
+    dense = problem.base == "dense"
+    flops, moved = (lora if dense else nf4).cost(problem, backward)
     passes = 2 if backward else 1
-    moved += 0 if problem.few else passes * size * m * n
+    if not problem.few:
+        moved += passes * size * m * n
     if problem.p and problem.dora == "peft":
-        weight = size if problem.base == "dense" else nf4.BYTES
+        weight = size if dense else nf4.BYTES
         flops += passes * 2 * m * k * n
         moved += passes * round(size * m * (3 * k + 2 * n) + weight * k * n)
     return flops, moved
@@ -118,85 +131,97 @@ def cost(problem, backward=False):
 
 def others(device, quick):
     """The norm alone, and layers on tensors so small that only Python's time is left."""
-    for n, k in [(256, 256)] if quick else NORMS:
-        for r in RANKS[:1] if quick else RANKS:
-            for base, suffix in SUFFIX.items():
-                name, absent = f"{n} × {k}, r = {r}{suffix}", {}
-                calls = norms(n, k, r, device, base != "dense", absent)
-                backend = backends.find(
-                    "dora_norm", torch.empty(0, dtype=torch.bfloat16, device=device)
-                )
-                about = {
-                    "op": "dora_norm",
-                    "backend": backend.__module__.split(".")[1],
-                    "absent": absent,
-                }
-                yield about | {"layer": name, "shape": (n, k, r), "dtype": "bf16"}, calls, None
+    cell = backends.find("dora_norm", torch.empty(0, dtype=torch.bfloat16, device=device))
+    backend = cell.__module__.split(".")[1]
+    shapes = [(256, 256)] if quick else NORMS
+    ranks = RANKS[:1] if quick else RANKS
+    for (n, k), r, (base, suffix) in itertools.product(shapes, ranks, SUFFIX.items()):
+        absent = {}
+        calls = norms(n, k, r, device, base != "dense", absent)
+        line = {
+            "layer": f"{n} × {k}, r = {r}{suffix}",
+            "shape": (n, k, r),
+            "dtype": "bf16",
+            "op": "dora_norm",
+            "backend": backend,
+            "absent": absent,
+        }
+        yield line, calls, None
     problem = lora.Problem(HOST[1], torch.float32, device, dora="peft")
     calls = lora.host(problem, (BASE, "PEFT", LORA, OURS))
-    yield {"layer": HOST[0], "shape": HOST[1], "dtype": "fp32", "op": "host"}, calls, ("eager",)
+    line = {
+        "layer": HOST[0],
+        "shape": HOST[1],
+        "dtype": "fp32",
+        "op": "host",
+    }
+    yield line, calls, ("eager",)
 
 
 def norms(n, k, r, device, packed, absent):
-    """{label: {"norm": calls}}: ours, plain torch, PEFT's, and a copy of w, which moves twice what a norm has to read.
+    """{label: {"norm": calls}} of ours, plain torch, PEFT's, and a copy of the weight.
 
-    Over 4 bits, everybody but us decodes the weight first, with bitsandbytes where it is there; the copy is of codes.
+    The copy moves twice the bytes that a norm must read. Over 4 bits it copies the codes, and
+    the others decode the weight first, with bitsandbytes if it is installed.
+
+    Args:
+        packed: whether the weight is in 4 bits.
+        absent: gets the reason if bitsandbytes is absent.
     """
     weights = [
         torch.randn(n, k, device=device).mul_(k**-0.5).bfloat16()
         for _ in range(copies(n * k * 2, device))
     ]
-    a, b = (
-        torch.randn(r, k, device=device) * k**-0.5,
-        torch.randn(n, r, device=device) * r**-0.5,
-    )
-    codes = [NF4Weight.quantize(w) for w in weights] if packed else weights
-    bytes_of = [q.codes for q in codes] if packed else weights
-    out, decode = torch.empty_like(bytes_of[0]), decoder(weights, codes, packed, absent)
+    a = torch.randn(r, k, device=device) * k**-0.5
+    b = torch.randn(n, r, device=device) * r**-0.5
+    quantized = [NF4Weight.quantize(w) for w in weights] if packed else weights
+    stored = [q.codes for q in quantized] if packed else weights
+    out = torch.empty_like(stored[0])
+    decode = decoders(weights, quantized, packed, absent)
     narrow = a.bfloat16(), b.bfloat16()
-    found = {
-        OURS: [
-            partial(F.dora_weight_norm, q, a, b, scaling=SCALING, dtype=torch.bfloat16)
-            for q in codes
-        ],
-        "torch": [partial(eager, get, *narrow) for get in decode],
-        "PEFT": [partial(eye, get, *adapter(a, b)) for get in decode],
-        COPY: [partial(out.copy_, t) for t in bytes_of],
+    ours = partial(F.dora_weight_norm, scaling=SCALING, dtype=torch.bfloat16)
+    calls = {
+        OURS: [partial(ours, q, a, b) for q in quantized],
+        "torch": [partial(norm_by_torch, get, *narrow) for get in decode],
+        "PEFT": [partial(norm_by_peft, get, *peft_modules(a, b)) for get in decode],
+        COPY: [partial(out.copy_, t) for t in stored],
     }
-    return {label: {"norm": calls} for label, calls in found.items()}
+    return {label: {"norm": norm} for label, norm in calls.items()}
 
 
-def decoder(weights, codes, packed, absent):
-    """For each weight, a call that gives it in 16 bits."""
+def decoders(weights, quantized, packed, absent):
+    """For each weight, a call that returns it in 16 bits."""
     if not packed:
         return [lambda w=w: w for w in weights]
     if not find_spec("bitsandbytes"):
         absent["bitsandbytes"] = "is not installed"
-        return [q.dequantize for q in codes]
+        return [q.dequantize for q in quantized]
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    made = [quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights]
-    return [partial(dequantize_4bit, *one) for one in made]
+    states = [quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights]
+    return [partial(dequantize_4bit, codes, state) for codes, state in states]
 
 
 @torch.no_grad()
-def eager(weight, a, b):
+def norm_by_torch(weight, a, b):
     return (weight() + SCALING * (b @ a)).norm(dim=1)
 
 
-def adapter(a, b):
-    """PEFT's modules, with adapters in fp32, its default."""
+def peft_modules(a, b):
+    """PEFT's modules for DoRA, A and B. The adapters are fp32, PEFT's default."""
     from peft.tuners.lora.dora import DoraLinearLayer
     from torch import nn
 
-    parts = [nn.Linear(*reversed(t.shape), bias=False, device="meta") for t in (a, b)]
-    for part, t in zip(parts, (a, b), strict=True):
-        part.weight = nn.Parameter(t)
-    return DoraLinearLayer(fan_in_fan_out=False), *parts
+    linears = []
+    for t in (a, b):
+        linear = nn.Linear(*reversed(t.shape), bias=False, device="meta")
+        linear.weight = nn.Parameter(t)
+        linears.append(linear)
+    return DoraLinearLayer(fan_in_fan_out=False), *linears
 
 
 @torch.no_grad()
-def eye(weight, dora, a, b):
-    """As its forward calls them."""
+def norm_by_peft(weight, dora, a, b):
+    """The calls that the forward of PEFT's layer makes."""
     delta = dora.get_lora_weight(lora_A=a, lora_B=b)
     return dora.get_weight_norm(weight(), delta.bfloat16(), SCALING)

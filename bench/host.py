@@ -1,8 +1,9 @@
-"""peftops bench host: how long a layer keeps the host busy before a GPU has all its work, with stock PEFT and peftops.
+"""peftops bench host: how long a layer keeps the host busy, with stock PEFT and with peftops.
 
-Without a GPU a stand-in takes the launches (bench/standin), on which torch's dispatcher and autograd, Triton's launcher
-and ours are the real ones; there PEFT over 4 bits stands on bitsandbytes' own Python, whose kernels cost a launch and
-nothing else. On a GPU layers have so few rows that it waits for the host.
+That is the time until a GPU has all work of the layer. On a GPU, layers have so few rows that the
+GPU waits for the host. Without a GPU, a stand-in takes the launches (bench/standin): torch's
+dispatcher and autograd, Triton's launcher and ours are the real ones. There, PEFT over 4 bits
+runs on bitsandbytes' own Python, with kernels that cost a launch and nothing else.
 """
 
 from functools import partial
@@ -13,36 +14,53 @@ from peftops.cli import BadInput, Parser, find_device, folder, need, probability
 from . import results, standin
 from .progress import Progress
 
-LAYERS = 16  # of a chain, each of which takes what the one before gives
-NAME, SHAPE = "Llama-3.1-8B q, o", (8192, 4096, 4096, 16)
+LAYERS = 16  # of a chain: each takes the output of the one before
+NAME = "Llama-3.1-8B q, o"
+SHAPE = (8192, 4096, 4096, 16)
 ROWS = 128  # on a GPU
-KINDS = {"lora": "", "nf4": ", NF4", "dora": ", DoRA", "nf4 dora": ", NF4, DoRA"}
-STOCK, NARROW, OURS = "PEFT", "PEFT, narrow adapters", "peftops"
-TRAIN, BACK, BOTH, TOKEN = (
-    "forward, with gradient",
-    "backward",
-    "forward + backward",
-    "one token",
-)
+SUFFIXES = {
+    "lora": "",
+    "nf4": ", NF4",
+    "dora": ", DoRA",
+    "nf4 dora": ", NF4, DoRA",
+}
+STOCK = "PEFT"
+NARROW = "PEFT, narrow adapters"
+OURS = "peftops"
+TRAIN = "forward, with gradient"
+BACK = "backward"
+BOTH = "forward + backward"
+TOKEN = "one token"
 TARGET = 0.85  # of PEFT's time, in every row
 
 
-def main(argv=None):
+def options(argv):
     parser = Parser("peftops bench host", description=__doc__)
     parser.add_argument(
-        "--device", help="by default cuda where there is a GPU, else the stand-in for one"
+        "--device",
+        help="by default cuda where there is a GPU, else the stand-in for one",
     )
     parser.add_argument(
-        "--dropout", type=probability, help="by default 0 and 0.1; tokens go without"
+        "--dropout",
+        type=probability,
+        help="by default 0 and 0.1; tokens go without",
     )
-    parser.add_argument("--quick", action="store_true", help="LoRA alone, in few rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="LoRA alone, in few rounds",
+    )
     parser.add_argument(
         "--out",
         type=folder,
         metavar="DIR",
         help="where to append results, by default bench/results",
     )
-    o = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    o = options(argv)
     need("torch", "peft", "triton")
     device = find_device(o.device)
     if standin.interpreted():
@@ -60,24 +78,26 @@ def main(argv=None):
 def run(o, device, where):
     from .measure import show
 
-    about = results.describe(device) | {"row": "host", "dtype": "bf16"}
-    device, kept = (
-        (enter(), bitsandbytes_on_standin()) if device.type == "cpu" else (device, None)
-    )
+    origin = results.describe(device) | {"row": "host", "dtype": "bf16"}
+    library = None
+    if device.type == "cpu":
+        device = enter()
+        library = bitsandbytes_on_standin()
     drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
+    methods = ["lora"] if o.quick else list(SUFFIXES)
+    rounds = 5 if o.quick else 15
     with Progress() as progress:
-        for line in measure(
-            device, list(KINDS)[: 1 if o.quick else None], drops, 5 if o.quick else 15, progress
-        ):
+        for line in measure(device, methods, drops, rounds, progress):
             show(line)
             if where:
-                results.append(where / f"{results.slug(about['device'])}.jsonl", about | line)
-    del kept  # a library's kernels go with it
+                file = where / f"{results.slug(origin['device'])}.jsonl"
+                results.append(file, origin | line)
+    del library  # its kernels live until here
     return 0
 
 
 def enter():
-    """The stand-in, on which launches and products cost what they cost the host of a GPU"""
+    """The stand-in, on which launches and products cost what they cost the host of a GPU."""
     import torch
 
     extension, driver = standin.enter()
@@ -87,7 +107,11 @@ def enter():
 
 
 def bitsandbytes_on_standin():
-    """Gives bitsandbytes kernels on the stand-in, where it is installed."""
+    """Gives bitsandbytes kernels on the stand-in, if it is installed.
+
+    Returns:
+        The torch library that holds the kernels, or None. They are gone when it is deleted.
+    """
     if not find_spec("bitsandbytes"):
         return None
     import bitsandbytes  # noqa: F401  defines its ops
@@ -99,74 +123,95 @@ def bitsandbytes_on_standin():
         extension.launch()
         return torch.empty(shape, dtype=dtype, device=like.device)
 
+    def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
+        return kernel(A, shape, dtype)
+
+    def dequantize_blockwise(A, absmax, code, blocksize, dtype):
+        return kernel(A, A.shape, dtype)
+
+    def gemv_4bit(A, B, shape, *_):
+        return kernel(A, (*A.shape[:-1], shape[0]), A.dtype)
+
     library = torch.library.Library("bitsandbytes", "IMPL")
-    kernels = {
-        "dequantize_4bit": lambda A, absmax, blocksize, quant_type, shape, dtype: kernel(
-            A, shape, dtype
-        ),
-        "dequantize_blockwise": lambda A, absmax, code, blocksize, dtype: kernel(
-            A, A.shape, dtype
-        ),
-        "gemv_4bit": lambda A, B, shape, *_: kernel(A, (*A.shape[:-1], shape[0]), A.dtype),
-    }
-    for name, function in kernels.items():
-        library.impl(name, function, "PrivateUse1")
+    for function in (dequantize_4bit, dequantize_blockwise, gemv_4bit):
+        library.impl(function.__name__, function, "PrivateUse1")
     return library
 
 
-def measure(device, kinds, drops, rounds, progress):
-    """A result for each kind of layer, dropout and pass, in milliseconds of one layer."""
+def measure(device, methods, drops, rounds, progress):
+    """A result for each method, dropout and pass, in milliseconds of one layer.
+
+    Args:
+        methods: keys of SUFFIXES.
+        drops: probabilities of dropout in training. One token goes without.
+    """
     import torch
 
     from .measure import finish, times
     from .timing import Contender
 
-    clock = torch.device("cpu")  # whose time is taken, whatever the device does meanwhile
+    clock = torch.device("cpu")  # measure the host's time, whatever the device does meanwhile
     rows = ROWS if device.type == "cuda" else SHAPE[0]
-    todo = [(kind, p) for kind in kinds for p in (*drops, None)]  # None: a token
-    for kind, p in progress.track(todo, len(todo), "host"):
-        absent, found = {}, {}
+    jobs = [(method, p) for method in methods for p in (*drops, None)]  # None: one token
+    for method, p in progress.track(jobs, len(jobs), "host"):
+        absent = {}
+        contenders = {}
         for label in (STOCK, NARROW, OURS):
             try:
-                calls = (
-                    token(device, kind, label)
-                    if p is None
-                    else training(device, rows, kind, label, p)
-                )
+                if p is None:
+                    calls = token(device, method, label)
+                else:
+                    calls = training(device, rows, method, label, p)
             except (ImportError, NotImplementedError) as error:
                 absent[label] = str(error)
                 continue
-            found[label] = Contender({name: [call] for name, call in calls.items()}, clock)
-        shape = (1 if p is None else rows, *SHAPE[1:])
+            passes = {name: [call] for name, call in calls.items()}
+            contenders[label] = Contender(passes, clock)
+        if OURS not in contenders:
+            continue
         line = {
-            "layer": NAME + KINDS[kind],
+            "layer": NAME + SUFFIXES[method],
             "op": "host",
-            "shape": shape,
+            "shape": (1 if p is None else rows, *SHAPE[1:]),
             "dropout": p or 0.0,
             "absent": absent,
         }
-        for name in found[OURS].calls if OURS in found else ():
-            measured, failed = times(found, name, rounds, clock, modes=("eager",))
+        for name in contenders[OURS].calls:
+            measured, failures = times(contenders, name, rounds, clock, modes=("eager",))
             measured["ms"] = {
-                who: [round(t / LAYERS, 6) for t in ms] for who, ms in measured["ms"].items()
+                label: [round(t / LAYERS, 6) for t in ms]
+                for label, ms in measured["ms"].items()
             }
-            yield finish(line, measured, failed)
+            yield finish(line, measured, failures)
 
 
-def training(device, rows, kind, label, p):
-    """{pass: call} of a chain of layers under autocast, as trainers run it"""
+def training(device, rows, method, label, p):
+    """{pass: call} of a chain of layers under autocast, as in training."""
     import torch
 
-    chain = [layer(device, kind, label, p) for _ in range(LAYERS)]
-    x = torch.empty(rows, SHAPE[1], device=device, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.empty(rows, SHAPE[2], device=device, dtype=torch.bfloat16)
-    wanted = [x] + [t for one in chain for t in one.parameters() if t.requires_grad]
+    chain = [layer(device, method, label, p) for _ in range(LAYERS)]
+    x = torch.empty(
+        rows,
+        SHAPE[1],
+        device=device,
+        dtype=torch.bfloat16,
+        requires_grad=True,
+    )
+    dy = torch.empty(
+        rows,
+        SHAPE[2],
+        device=device,
+        dtype=torch.bfloat16,
+    )
+    wanted = [x]
+    for module in chain:
+        wanted += [t for t in module.parameters() if t.requires_grad]
 
     def forward():
         y = x
         with torch.autocast(device.type, torch.bfloat16):
-            for one in chain:
-                y = one(y)
+            for module in chain:
+                y = module(y)
         return y
 
     backward = partial(torch.autograd.grad, inputs=wanted, grad_outputs=dy)
@@ -178,85 +223,98 @@ def training(device, rows, kind, label, p):
     }
 
 
-def token(device, kind, label):
-    """{pass: call} of a chain of layers that generates a token"""
+def token(device, method, label):
+    """{pass: call} of a chain of layers that generates a token."""
     import torch
 
-    chain = [layer(device, kind, label, 0.0).eval() for _ in range(LAYERS)]
+    chain = [layer(device, method, label, 0.0).eval() for _ in range(LAYERS)]
     x = torch.empty(1, SHAPE[1], device=device, dtype=torch.bfloat16)
 
     def generate():
         y = x
         with torch.no_grad():
-            for one in chain:
-                y = one(y)
+            for module in chain:
+                y = module(y)
 
     return {TOKEN: generate}
 
 
-def layer(device, kind, label, p):
-    """One layer of PEFT, stock or patched, without values"""
+def layer(device, method, label, p):
+    """One layer of PEFT, stock or patched. Its tensors have no values."""
     import peft
     import torch
     from torch import nn
 
     import peftops
 
-    (_, k, n, r), narrow = SHAPE, torch.bfloat16
+    _, k, n, r = SHAPE
+    narrow = torch.bfloat16
     model = nn.Module()
-    model.linear = packed(8, 8) if "nf4" in kind else nn.Linear(8, 8, bias=False)
+    model.linear = packed(8, 8) if "nf4" in method else nn.Linear(8, 8, bias=False)
     config = peft.LoraConfig(
-        r=r, lora_dropout=p, target_modules=["linear"], use_dora="dora" in kind
+        r=r,
+        lora_dropout=p,
+        target_modules=["linear"],
+        use_dora="dora" in method,
     )
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=label != NARROW)
-    one = model.base_model.model.linear
+    module = model.base_model.model.linear
 
     def parameter(*shape, dtype=narrow if label == NARROW else torch.float32):
         return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
-    one.base_layer = packed(k, n, device) if "nf4" in kind else one.base_layer
-    if "nf4" not in kind:
-        one.base_layer.weight = parameter(n, k, dtype=narrow).requires_grad_(False)
-    one.lora_A["default"].weight, one.lora_B["default"].weight = (
-        parameter(r, k),
-        parameter(n, r),
-    )
-    if "dora" in kind:
-        one.lora_magnitude_vector["default"].weight = parameter(n)
-    one.in_features, one.out_features = k, n
+    if "nf4" in method:
+        module.base_layer = packed(k, n, device)
+    else:
+        module.base_layer.weight = parameter(n, k, dtype=narrow).requires_grad_(False)
+    module.lora_A["default"].weight = parameter(r, k)
+    module.lora_B["default"].weight = parameter(n, r)
+    if "dora" in method:
+        module.lora_magnitude_vector["default"].weight = parameter(n)
+    module.in_features = k
+    module.out_features = n
     if label == OURS:
         peftops.patch(model)
-    return one
+    return module
 
 
 def packed(k, n, device="cpu"):
-    """bitsandbytes' layer of NF4 with nested scales, without values"""
+    """bitsandbytes' layer of NF4 with nested scales. Its tensors have no values."""
     import torch
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    one = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    linear = Linear4bit(
+        k,
+        n,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+    )
     blocks = n * k // 64
     empty = partial(torch.empty, device=device)
-    code, nested = (
-        empty(16),
-        QuantState(
-            empty(-(-blocks // 256)), blocksize=256, code=empty(256), dtype=torch.float32
-        ),
+    nested = QuantState(
+        empty(-(-blocks // 256)),
+        blocksize=256,
+        code=empty(256),
+        dtype=torch.float32,
     )
     state = QuantState(
         empty(blocks, dtype=torch.uint8),
         torch.Size((n, k)),
-        code,
+        empty(16),
         64,
         "nf4",
         torch.bfloat16,
         empty(()),
         nested,
     )
-    data = empty(n * k // 2, 1, dtype=torch.uint8)
-    one.weight = Params4bit(
-        data, requires_grad=False, quant_state=state, bnb_quantized=True, module=one
+    linear.weight = Params4bit(
+        empty(n * k // 2, 1, dtype=torch.uint8),
+        requires_grad=False,
+        quant_state=state,
+        bnb_quantized=True,
+        module=linear,
     )
-    one.quant_state = state
-    return one
+    linear.quant_state = state
+    return linear

@@ -1,4 +1,4 @@
-"""The row lora: one layer, forward and backward, beside its peers; and what Python alone takes."""
+"""The row lora: one layer, forward and backward, beside its peers; and Python's time alone."""
 
 import torch
 
@@ -22,11 +22,16 @@ LLAMA = {  # k and n of Llama-3.1, 8B and 70B
     "Llama-3.1-8B down": (14336, 4096),
     "Llama-3.1-70B q, o": (8192, 8192),
 }
-SWEEP = {"cpu": ("SmolLM2 gate, up", (576, 1536), (1, 4, 16, 64, 256, 1024))}
-SWEEP |= {"cuda": ("Llama-3.1-8B q, o", (4096, 4096), (1, 4, 16, 64, 256, 1024, 4096))}
-QUICK = {"cpu": ["SmolLM2 k, v"], "cuda": ["Llama-3.1-8B q, o", "Llama-3.1-8B q, o, one token"]}
+SWEEP = {  # a layer, its k and n, and the rows to measure it over
+    "cpu": ("SmolLM2 gate, up", (576, 1536), (1, 4, 16, 64, 256, 1024)),
+    "cuda": ("Llama-3.1-8B q, o", (4096, 4096), (1, 4, 16, 64, 256, 1024, 4096)),
+}
+QUICK = {
+    "cpu": ["SmolLM2 k, v"],
+    "cuda": ["Llama-3.1-8B q, o", "Llama-3.1-8B q, o, one token"],
+}
 HOST = "host time, 2 rows of 16", (2, 16, 16, 4)
-TARGETS = [  # layer, dropout, pass, who, and how much of their time ours may take
+TARGETS = [  # layer, dropout, pass, peer, and how much of its time ours may take
     ("Llama-3.1-70B q, o, one token", 0.0, "forward", BASE, 1.15),
     ("Llama-3.1-70B q, o, one token", 0.0, "forward", "PEFT", 1 / 3),
     ("Llama-3.1-8B q, o, one token", 0.0, "forward", "PEFT", 1 / 3),
@@ -37,29 +42,35 @@ TARGETS = [  # layer, dropout, pass, who, and how much of their time ours may ta
 ]
 
 
-def layers(device, quick=False):
+def layers(device: torch.device, quick: bool = False) -> dict:
     """{name: (m, k, n, r)} of the layers to measure."""
     if device.type == "cpu":
-        found = SMOL | {"Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16)}
+        shapes = SMOL | {"Llama-3.1-8B q, o, one token": (1, 4096, 4096, 16)}
     else:
-        found = {name: (8192, k, n, 16) for name, (k, n) in LLAMA.items()}
-        found |= {f"{name}, one token": (1, k, n, 16) for name, (k, n) in LLAMA.items()}
-        found |= {
-            f"{name}, 16 tokens": (16, k, n, 16) for name, (k, n) in LLAMA.items() if k == n
-        }
-    return {name: found[name] for name in QUICK[device.type]} if quick else found
+        shapes = {name: (8192, k, n, 16) for name, (k, n) in LLAMA.items()}
+        for name, (k, n) in LLAMA.items():
+            shapes[f"{name}, one token"] = 1, k, n, 16
+        for name, (k, n) in LLAMA.items():
+            if k == n:
+                shapes[f"{name}, 16 tokens"] = 16, k, n, 16
+    return {name: shapes[name] for name in QUICK[device.type]} if quick else shapes
 
 
 def jobs(o, dtype, device):
-    """(name, problem) of everything to measure: layers without and with dropout, and one layer over its rows."""
+    """(name, problem) of everything to measure.
+
+    That is each layer without and with dropout, and one layer over its rows.
+    """
     drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
-    chosen = (
-        {"as asked": o.shape}
-        if o.shape
-        else getattr(o, "layers", None) or layers(device, o.quick)
-    )
+    if o.shape:
+        chosen = {"as asked": o.shape}
+    else:
+        chosen = getattr(o, "layers", None) or layers(device, o.quick)
     for name, shape in chosen.items():
-        for p in drops if shape[0] > FEW else (0.0,):
+        if shape[0] <= FEW:
+            yield name, Problem(shape, dtype, device, 0.0)
+            continue
+        for p in drops:
             yield name, Problem(shape, dtype, device, p)
     if not o.shape and not o.quick:
         name, (k, n), rows = SWEEP[device.type]
@@ -67,16 +78,18 @@ def jobs(o, dtype, device):
             yield f"{name}, {m} rows", Problem((m, k, n, 16), dtype, device, 0.0)
 
 
-def cost(problem, backward=False):
-    """(flops, bytes). Forward: x, W, A and B are read once and y is written once; h stays in cache.
+def cost(problem: Problem, backward: bool = False) -> tuple[int, int]:
+    """(flops, bytes) of a pass.
 
-    Backward: dy is read twice, once for what has rank's size; x, W, A and B once; dx, dA and dB are written once.
+    Forward: x, W, A and B are read once and y is written once; h stays in cache.
+
+    Backward: dy is read twice, once for the products of rank r. x, W, A and B are read once. dx,
+    dA and dB are written once.
     """
-    (m, k, n, r), size = problem.shape, problem.dtype.itemsize
-    flops, moved = (
-        2 * m * (k * n + k * r + r * n),
-        size * (m * k + k * n + m * n) + 4 * r * (k + n),
-    )
+    m, k, n, r = problem.shape
+    size = problem.dtype.itemsize
+    flops = 2 * m * (k * n + k * r + r * n)
+    moved = size * (m * k + k * n + m * n) + 4 * r * (k + n)
     if backward:
         flops += 2 * m * (k * n + 2 * k * r + 2 * r * n)
         moved += size * (2 * m * n + 2 * m * k + k * n) + 8 * r * (k + n)
@@ -84,18 +97,26 @@ def cost(problem, backward=False):
 
 
 def contenders(problem, wanted):
-    """(labels, absent): who takes part in this problem, and why others do not."""
-    labels = [*peers.HERE, *(peers.GPU if problem.device.type == "cuda" else ())]
+    """(labels, absent): who takes part in this problem, and why others do not.
+
+    Args:
+        wanted: backends to measure beside the one in use.
+    """
+    gpu = problem.device.type == "cuda"
+    labels = list(peers.HERE)
+    if gpu:
+        labels += peers.GPU
     labels += [f"{OURS}, {name}" for name in wanted]
-    if not wanted and problem.few and problem.device.type == "cuda":
+    if not wanted and problem.few and gpu:
         labels += [f"{OURS}, {name}" for name in ("triton", "cuda") if served(name, problem)]
     absent = dict(peers.ABSENT)
-    if problem.device.type != "cuda":
+    if not gpu:
         absent |= dict.fromkeys(peers.GPU, "runs on a GPU")
     return labels, absent
 
 
 def served(backend, problem):
+    """Whether a backend has lora_gemv on the problem's device."""
     try:
         backends.choose("lora_gemv", backend, problem.device.type, False)
     except NotImplementedError:
@@ -103,12 +124,12 @@ def served(backend, problem):
     return True
 
 
-def describe(problem, kind):
+def describe(problem, pass_name):
     """The ops, the backend and its product for a pass of ours."""
     m, k, n, r = problem.shape
     op, backend, product = served_by(problem.tensors[3], m, n, k, r, problem.p)
     return {
-        "op": "lora_fwd + lora_bwd" if "backward" in kind else op,
+        "op": "lora_fwd + lora_bwd" if "backward" in pass_name else op,
         "backend": backend,
         "path": product,
     }
@@ -118,15 +139,17 @@ def others(device, quick):
     """Layers on tensors so small that only Python's time is left, in fp32."""
     name, sizes = HOST
     problem = Problem(sizes, torch.float32, device)
-    yield (
-        {"layer": name, "shape": sizes, "dtype": "fp32", "op": "host"},
-        host(problem, (BASE, "PEFT", OURS)),
-        ("eager",),
-    )
+    line = {
+        "layer": name,
+        "shape": sizes,
+        "dtype": "fp32",
+        "op": "host",
+    }
+    yield line, host(problem, (BASE, "PEFT", OURS)), ("eager",)
 
 
 def host(problem, labels):
-    """{label: {pass: call}}"""
+    """{label: {pass: calls}} of small layers, forward with and without a gradient."""
     weights, a, b, *_ = problem.tensors
     x = torch.randn(*problem.shape[:2], device=problem.device)
 
@@ -135,8 +158,13 @@ def host(problem, labels):
             with torch.no_grad():
                 layer(x)
 
-        return {"forward, no grad": [without], "forward, grad": [lambda: layer(x)]}
+        return {
+            "forward, no grad": [without],
+            "forward, grad": [lambda: layer(x)],
+        }
 
-    return {
-        label: passes(peers.BUILDERS[label](problem, weights[0], a, b)[0]) for label in labels
-    }
+    calls = {}
+    for label in labels:
+        layer, _ = peers.BUILDERS[label](problem, weights[0], a, b)
+        calls[label] = passes(layer)
+    return calls

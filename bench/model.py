@@ -1,10 +1,12 @@
-"""peftops bench model: a whole model's steps and generation, frozen, with stock PEFT and with peftops.
+"""peftops bench model: steps and generation of a whole model: frozen, with PEFT, with peftops.
 
-DoRA stands beside our LoRA too, and under dropout in the dropout_mode that PEFT has not. With --fuse, memory is shown.
-The model, its text and its steps are those of `peftops demo`.
+DoRA also stands beside our LoRA, and under dropout it is measured in the dropout_mode that PEFT
+does not have. With --fuse, memory is shown. The model, its text and its steps are those of
+`peftops demo`.
 """
 
 import copy
+from functools import partial
 
 from peftops.cli import BadInput, Parser, find_device, need, positive
 
@@ -12,7 +14,8 @@ from . import results
 from .__main__ import common, torch_dtype
 from .progress import Progress
 
-RANK, TOKENS = 16, 24  # of the adapters; in a generation
+RANK = 16  # of the adapters
+TOKENS = 24  # in a generation
 STEP = "step without optimizer"
 
 
@@ -20,13 +23,26 @@ def options(argv):
     parser = Parser("peftops bench model", description=__doc__)
     common(parser)
     parser.add_argument("--model", help="as in peftops demo")
-    parser.add_argument("--text", metavar="FILE", help="as in peftops demo")
     parser.add_argument(
-        "--method", default="lora", help="of peftops demo: lora, qlora, dora or qdora"
+        "--text",
+        metavar="FILE",
+        help="as in peftops demo",
     )
-    parser.add_argument("--rank", type=positive, default=RANK, help="of the adapters")
     parser.add_argument(
-        "--fuse", choices=("mlp",), help="beside ours also with peft.mlp.fuse, experimental"
+        "--method",
+        default="lora",
+        help="of peftops demo: lora, qlora, dora or qdora",
+    )
+    parser.add_argument(
+        "--rank",
+        type=positive,
+        default=RANK,
+        help="of the adapters",
+    )
+    parser.add_argument(
+        "--fuse",
+        choices=("mlp",),
+        help="beside ours also with peft.mlp.fuse, experimental",
     )
     return parser.parse_args(argv)
 
@@ -42,101 +58,143 @@ def main(argv=None):
     if len(METHODS.get(o.method, ())) != 2:
         able = ", ".join(method for method, labels in METHODS.items() if len(labels) == 2)
         raise BadInput(f"--method must be of {able}, got {o.method!r}")
-    device, dtype = find_device(o.device), torch_dtype(o.dtype)
-    refuse_folder(o.model), load_text(o.text)
-    for row in (lora, dora) if "dora" in o.method else (lora,):
+    device = find_device(o.device)
+    dtype = torch_dtype(o.dtype)
+    refuse_folder(o.model)
+    load_text(o.text)  # so that a bad file is refused at once
+    rows = [lora, dora] if "dora" in o.method else [lora]
+    for row in rows:
         if wrong := unlawful(row, dtype, device):
             print(wrong)
             return 1
     folder, why = results.keep(o)
     if why:
         print(f"Results are only shown, since {why}.")
-    about = results.describe(device) | {"row": "model", "dtype": o.dtype}
+    origin = results.describe(device) | {"row": "model", "dtype": o.dtype}
     with Progress() as progress:
         for line in measure(o, dtype, device, progress):
             show(line)
-            for title, key in (
-                (("at most", "peak_mb"), ("kept for backward", "saved_mb")) if o.fuse else ()
-            ):
-                sizes = ", ".join(
-                    f"{size:.0f} MB {label}" for label, size in line.get(key, {}).items()
-                )
-                if sizes:
-                    print(f"  {title}: {sizes}", flush=True)
+            if o.fuse:
+                show_memory(line)
             if folder:
-                results.append(folder / f"{results.slug(about['device'])}.jsonl", about | line)
+                file = folder / f"{results.slug(origin['device'])}.jsonl"
+                results.append(file, origin | line)
     return 0
 
 
+def show_memory(line):
+    for title, key in (("at most", "peak_mb"), ("kept for backward", "saved_mb")):
+        sizes = [f"{size:.0f} MB {label}" for label, size in line.get(key, {}).items()]
+        if sizes:
+            print(f"  {title}: {', '.join(sizes)}", flush=True)
+
+
 def measure(o, dtype, device, progress):
-    """A result for each dropout, under autocast as trainers do, and one for a generation of one sequence, without."""
-    from peftops.cli import demo_contenders as t
+    """A result for each dropout, and one for a generation of one sequence.
+
+    Steps run under autocast, as in training. The generation does not.
+    """
+    from peftops.cli import demo_contenders as training
     from peftops.integrations.peft import mlp, report
 
     from .dora import ANOTHER
-    from .measure import finish, times
     from .peers import BASE, FUSE, OURS
-    from .timing import Contender
 
-    kinds, rounds = contenders(o.method), 3 if o.quick else 9
-    base, tokenizer = t.load_model(o.model, dtype, device)
-    batch = t.chunks(tokenizer, t.load_text(o.text), device)[: t.SHAPE[0]]
-    width, name = base.config.hidden_size, (o.model or "SmolLM2-135M").rpartition("/")[2]
-    layer = f"{name}, all linear layers{'' if o.method == 'lora' else f', {o.method}'}"
-
-    def raced(calls, kind, rows, **about):
-        found = {label: Contender({kind: [call]}, device) for label, call in calls.items()}
-        line = {
-            "layer": layer,
-            "op": "model",
-            "absent": dict(missing),
-            "shape": (rows, width, width, o.rank),
-        } | about
-        return finish(line, *times(found, kind, rounds, device, modes=("eager",)))
-
-    def steps(models, **about):
-        calls = {label: step(model, batch, dtype) for label, model in models.items()}
-        if FUSE in models:
-            about["saved_mb"] = {
-                label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()
-            }
-        calls[BASE] = lambda: t.frozen_seconds(base, batch, dtype)
-        return raced(calls, STEP, batch.numel(), **about)
-
-    missing = t.absent(kinds.values())
-    kinds = {label: kind for label, kind in kinds.items() if kind not in missing}
-    drops = (o.dropout,) if o.dropout is not None else (0.0, 0.1)
+    demo_labels = contenders(o.method)
+    missing = training.absent(demo_labels.values())
+    demo_labels = {
+        label: demo_label
+        for label, demo_label in demo_labels.items()
+        if demo_label not in missing
+    }
+    base, tokenizer = training.load_model(o.model, dtype, device)
+    batch = training.chunks(tokenizer, training.load_text(o.text), device)[: training.SHAPE[0]]
+    common = {"layer": layer_name(o), "op": "model", "absent": missing}
+    race = partial(raced, o, device, base.config.hidden_size)
+    drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
     for p in progress.track(drops, len(drops), "steps of the model"):
         models = {
-            label: t.build(kind, copy.deepcopy(base), o.rank, p, 0).model
-            for label, kind in kinds.items()
+            label: training.build(demo_label, copy.deepcopy(base), o.rank, p, 0).model
+            for label, demo_label in demo_labels.items()
         }
         if o.fuse:
             models[FUSE] = mlp.fuse(copy.deepcopy(models[OURS]))
-        about = {"dropout": p, "path": ", ".join(report(models[OURS]).paths)}
-        yield steps(models, **about)
-        if p and kinds[OURS] in t.DORA:
-            other = {label: model for label, model in models.items() if label.startswith(OURS)}
-            other[OURS] = undropped_base(copy.deepcopy(models[OURS]))
-            yield steps(other, layer=layer + ANOTHER, **about)
-    calls = {label: generate(model, batch) for label, model in (models | {BASE: base}).items()}
-    yield raced(calls, f"generate {TOKENS} tokens", 1, dropout=0.0)
+        line = common | {
+            "dropout": p,
+            "path": ", ".join(report(models[OURS]).paths),
+        }
+        calls, memory = steps(models, base, batch, dtype)
+        yield race(line | memory, calls, STEP, batch.numel())
+        if p and demo_labels[OURS] in training.DORA:
+            own = {label: model for label, model in models.items() if label.startswith(OURS)}
+            own[OURS] = undropped_base(copy.deepcopy(models[OURS]))
+            calls, memory = steps(own, base, batch, dtype)
+            line["layer"] += ANOTHER
+            yield race(line | memory, calls, STEP, batch.numel())
+    models[BASE] = base
+    calls = {label: generate(model, batch) for label, model in models.items()}
+    yield race(common | {"dropout": 0.0}, calls, f"generate {TOKENS} tokens", 1)
 
 
-def contenders(method):
-    """{label: kind}: stock, ours, and beside our DoRA our LoRA."""
+def layer_name(o):
+    """What a result line names the model."""
+    name = (o.model or "SmolLM2-135M").rpartition("/")[2]
+    method = "" if o.method == "lora" else f", {o.method}"
+    return f"{name}, all linear layers{method}"
+
+
+def raced(o, device, width, line, calls, pass_name, rows):
+    """The line with what was measured of these calls."""
+    from .measure import finish, times
+    from .timing import Contender
+
+    contenders = {
+        label: Contender({pass_name: [call]}, device) for label, call in calls.items()
+    }
+    line = line | {
+        "absent": dict(line["absent"]),
+        "shape": (rows, width, width, o.rank),
+    }
+    rounds = 3 if o.quick else 9
+    return finish(line, *times(contenders, pass_name, rounds, device, modes=("eager",)))
+
+
+def steps(models, base, batch, dtype):
+    """({label: a call of one step}, the memory that is kept for backward if a model is fused)."""
+    from peftops.cli.demo_contenders import frozen_seconds
+
+    from .peers import BASE, FUSE
+
+    calls = {label: step(model, batch, dtype) for label, model in models.items()}
+    memory = {}
+    if FUSE in models:
+        memory["saved_mb"] = {
+            label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()
+        }
+    calls[BASE] = lambda: frozen_seconds(base, batch, dtype)
+    return calls, memory
+
+
+def contenders(method: str) -> dict[str, str]:
+    """{label: label of the demo}: stock PEFT and ours, and our LoRA if the method is DoRA."""
     from peftops.cli.demo_contenders import METHODS
 
     from .nf4 import PEER
     from .peers import LORA, OURS
 
-    plain = method.replace("dora", "lora")
-    kinds = {"PEFT" if plain == "lora" else PEER: METHODS[method][0], OURS: METHODS[method][1]}
-    return kinds if plain == method else kinds | {LORA: METHODS[plain][1]}
+    stock, ours = METHODS[method]
+    without_dora = method.replace("dora", "lora")
+    labels = {
+        "PEFT" if without_dora == "lora" else PEER: stock,
+        OURS: ours,
+    }
+    if without_dora != method:
+        labels[LORA] = METHODS[without_dora][1]
+    return labels
 
 
 def undropped_base(model):
-    """In place, DoRA layers as nn.LoRALinear in dropout_mode "lora"."""
+    """Replaces, in place, DoRA layers by nn.LoRALinear in dropout_mode "lora"."""
     from peftops.integrations.peft import lora_layers
     from peftops.nn import LoRALinear
 
@@ -148,7 +206,7 @@ def undropped_base(model):
 
 
 def step(model, batch, dtype):
-    """Forward and backward; gradients start from nothing, as after zero_grad."""
+    """A call that goes forward and backward. It starts without gradients, as after zero_grad."""
     from peftops.cli.demo_contenders import forward_backward
 
     def run():
@@ -159,19 +217,16 @@ def step(model, batch, dtype):
     return run
 
 
-def saved(model, run):
-    """Bytes of distinct memory, the model's own aside, that are kept for backward in this run of it."""
+def saved(model, run) -> int:
+    """Bytes that this run of a model keeps for backward, without the model's own memory."""
     import torch
 
-    own, kept = (
-        {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())},
-        {},
-    )
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
 
     def pack(t):
-        kept.setdefault(
-            t.untyped_storage().data_ptr(), t
-        )  # alive, so that no other takes its place
+        # It keeps the tensor alive, so that no other takes its address.
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -180,24 +235,17 @@ def saved(model, run):
 
 
 def generate(model, batch):
-    """TOKENS tokens, one at a time, after a short prompt."""
+    """A call that generates TOKENS tokens, one at a time, after a short prompt."""
     import torch
 
     model.eval()
     for layer in model.modules():
-        if hasattr(
-            layer, "support_avx512bf16_for_cpu"
-        ):  # bitsandbytes' kernel for evaluation, after which none trains
+        # The demo disables this kernel of bitsandbytes, since a layer that used it cannot train.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
             from bitsandbytes.functional import has_avx512bf16
 
             layer.support_avx512bf16_for_cpu = has_avx512bf16()
     prompt = batch[:1, :16]
-    options = {
-        "max_new_tokens": TOKENS,
-        "min_new_tokens": TOKENS,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
 
     def run():
         with torch.inference_mode():
@@ -205,7 +253,10 @@ def generate(model, batch):
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 use_cache=True,
-                **options,
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                do_sample=False,
+                pad_token_id=0,
             )
 
     return run

@@ -1,4 +1,7 @@
-"""peftops bench plot: draws the newest results as PNG and SVG: bars beside peers, the roofline, cost against rows."""
+"""peftops bench plot: draws the newest results as PNG and SVG.
+
+It draws bars of all peers, the roofline, and the time of a layer against its rows.
+"""
 
 import re
 from collections import defaultdict
@@ -11,8 +14,15 @@ from peftops.cli import BadInput, Parser, folder, named, need, replace
 from . import results
 from .peers import BASE, OURS
 
-COLOURS = {BASE: "#888888", "torch": "#c7b42e", "torch.compile": "#8c6d31", "PEFT": "#d62728"}
-COLOURS |= {"PEFT, narrow adapters": "#ff9896", "PEFT, compiled": "#e377c2", OURS: "#1f77b4"}
+COLOURS = {
+    BASE: "#888888",
+    "torch": "#c7b42e",
+    "torch.compile": "#8c6d31",
+    "PEFT": "#d62728",
+    "PEFT, narrow adapters": "#ff9896",
+    "PEFT, compiled": "#e377c2",
+    OURS: "#1f77b4",
+}
 OTHERS = (
     "#2ca02c",
     "#9467bd",
@@ -33,7 +43,7 @@ BARS = {
 }
 
 
-def main(argv=None):
+def options(argv):
     parser = Parser("peftops bench plot", description=__doc__)
     parser.add_argument(
         "--results",
@@ -43,9 +53,17 @@ def main(argv=None):
         help="where the results are",
     )
     parser.add_argument(
-        "--out", type=folder, metavar="DIR", default=Path("peftops-plots"), help="where to draw"
+        "--out",
+        type=folder,
+        metavar="DIR",
+        default=Path("peftops-plots"),
+        help="where to draw",
     )
-    o = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    o = options(argv)
     need("matplotlib")
     import matplotlib
 
@@ -56,51 +74,59 @@ def main(argv=None):
         "font.size": 9,
     }
     lines = [line for line in results.newest(o.results) if BASE in line["ratio"]]
-    figures = {name: partial(bars, *which) for name, which in BARS.items()} | {
-        "roofline": roofline,
-        "rows": rows,
-    }
-    drawn = []
+    figures = {name: partial(bars, family, title) for name, (family, title) in BARS.items()}
+    figures["roofline"] = roofline
+    figures["rows"] = rows
+    drawn = 0
     for device in sorted({line["device"] for line in lines}):
-        mine = [line for line in lines if line["device"] == device]
+        of_device = [line for line in lines if line["device"] == device]
         for name, draw in figures.items():
-            if figure := draw(mine, device):
-                for kind in ("png", "svg"):
-                    drawn.append(o.out / f"{results.slug(device)}-{name}.{kind}")
-                    save(figure, drawn[-1])
-                    print(drawn[-1])
+            figure = draw(of_device, device)
+            if figure is None:
+                continue
+            for suffix in (".png", ".svg"):
+                path = o.out / f"{results.slug(device)}-{name}{suffix}"
+                save(figure, path)
+                print(path)
+                drawn += 1
     if not drawn:
         raise BadInput(f"no line in {o.results} can be drawn")
     return 0
 
 
-def colours(lines):
-    """{contender: colour} of everyone in the lines."""
-    there = {peer for line in lines for peer in line["ratio"]} | {OURS}
-    more = sorted(there - set(COLOURS))
-    return {peer: COLOURS[peer] for peer in COLOURS if peer in there} | dict(
-        zip(more, cycle(OTHERS), strict=False)
-    )
+def colours(lines: list[dict]) -> dict[str, str]:
+    """{contender: colour} of all contenders in the lines."""
+    present = {peer for line in lines for peer in line["ratio"]} | {OURS}
+    colours = {peer: colour for peer, colour in COLOURS.items() if peer in present}
+    others = sorted(present - set(COLOURS))
+    return colours | dict(zip(others, cycle(OTHERS), strict=False))
 
 
 def save(figure, path):
     metadata = {"Date": None} if path.suffix == ".svg" else {}
-    replace(
-        path,
-        lambda beside: figure.savefig(
-            beside, format=path.suffix[1:], dpi=130, metadata=metadata
-        ),
-    )
+
+    def write(beside):
+        figure.savefig(
+            beside,
+            format=path.suffix[1:],
+            dpi=130,
+            metadata=metadata,
+        )
+
+    replace(path, write)
 
 
 def bars(family, title, lines, device):
-    """Time as a multiple of the frozen layer's, for each layer."""
+    """Time as a multiple of the frozen layer's, for each layer of a family."""
     from matplotlib import pyplot
 
     shown = [
-        line for line in lines if results.family(line) == family and not results.swept(line)
+        line
+        for line in lines
+        if results.family(line) == family
+        and not results.swept(line)
+        and line.get("op") not in (None, "host")
     ]
-    shown = [line for line in shown if line.get("op") not in (None, "host")]
     if not shown:
         return None
     peers = colours(shown)
@@ -110,7 +136,13 @@ def bars(family, title, lines, device):
     for i, peer in enumerate(peers):
         values = [multiple(line, peer) for line in shown]
         places = [j + (len(peers) / 2 - i - 0.5) * height for j in range(len(shown))]
-        axes.barh(places, values, height * 0.92, color=peers[peer], label=peer)
+        axes.barh(
+            places,
+            values,
+            height * 0.92,
+            color=peers[peer],
+            label=peer,
+        )
     names = [
         f"{line['layer']}, p = {line['dropout']}, {line['pass']}, {line['dtype']}"
         for line in shown
@@ -123,23 +155,27 @@ def bars(family, title, lines, device):
     return figure
 
 
-def multiple(line, peer):
+def multiple(line: dict, peer: str) -> float:
+    """The time of a contender as a multiple of the frozen layer's; 0 where it was not measured."""
     own = line["ratio"][BASE]
-    return own if peer == OURS else own / line["ratio"][peer] if peer in line["ratio"] else 0
+    if peer == OURS:
+        return own
+    return own / line["ratio"][peer] if peer in line["ratio"] else 0
 
 
 def roofline(lines, device):
-    """Operations a second against operations a byte, under what a copy and a matrix product reach on this device."""
+    """Operations a second against operations a byte.
+
+    A copy and a matrix product on this device set the limits.
+    """
     from matplotlib import pyplot
 
     shown = [line for line in lines if "roofline" in line]
     if not shown:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    top, slope = (
-        max(line["gemm_tflops"] for line in shown),
-        max(line["copy_gbps"] for line in shown) / 1000,
-    )
+    top = max(line["gemm_tflops"] for line in shown)
+    slope = max(line["copy_gbps"] for line in shown) / 1000
     least = min(line["flops"] / line["bytes"] for line in shown) / 2
     axes.plot(
         [least, top / slope, 4000],
@@ -147,15 +183,15 @@ def roofline(lines, device):
         color="#444444",
         label="copy, matrix product",
     )
-    for family, kind in sorted({(results.family(line), line["pass"]) for line in shown}):
-        mine = [
-            line for line in shown if (results.family(line), line["pass"]) == (family, kind)
-        ]
+    groups = defaultdict(list)
+    for line in shown:
+        groups[results.family(line), line["pass"]].append(line)
+    for (family, pass_name), group in sorted(groups.items(), key=lambda item: item[0]):
         axes.plot(
-            [line["flops"] / line["bytes"] for line in mine],
-            [line["tflops"] for line in mine],
+            [line["flops"] / line["bytes"] for line in group],
+            [line["tflops"] for line in group],
             MARKERS[family],
-            label=f"{kind}{TITLES[family]}",
+            label=f"{pass_name}{TITLES[family]}",
         )
     axes.set(
         xscale="log",
@@ -169,30 +205,30 @@ def roofline(lines, device):
 
 
 def rows(lines, device):
-    """Time of one layer against its rows, beside all others."""
+    """Time of one layer against its rows, for all contenders."""
     from matplotlib import pyplot
 
     groups = defaultdict(list)
     for line in lines:
-        found = re.fullmatch(r"(.*), (\d+) rows", line["layer"])
-        if found and line["pass"] == "forward" and not line["dropout"]:
-            groups[f"{found[1]}{TITLES[results.family(line)]}"].append(line)
+        match = re.fullmatch(r"(.*), (\d+) rows", line["layer"])
+        if match and line["pass"] == "forward" and not line["dropout"]:
+            groups[f"{match[1]}{TITLES[results.family(line)]}"].append(line)
     if not groups:
         return None
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(6 * len(groups), 4.2), squeeze=False
+        1,
+        len(groups),
+        figsize=(6 * len(groups), 4.2),
+        squeeze=False,
     )
-    for axis, (name, mine) in zip(axes[0], groups.items(), strict=True):
-        mine.sort(key=lambda line: line["shape"][0])
+    for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
+        group.sort(key=lambda line: line["shape"][0])
         for peer, colour in colours(lines).items():
-            points = [
-                (line["shape"][0], multiple(line, peer))
-                for line in mine
-                if peer in {OURS, *line["ratio"]}
-            ]
-            axis.plot(
-                *zip(*points, strict=True), "o-", color=colour, label=peer
-            ) if points else None
+            measured = [line for line in group if peer == OURS or peer in line["ratio"]]
+            if measured:
+                sizes = [line["shape"][0] for line in measured]
+                values = [multiple(line, peer) for line in measured]
+                axis.plot(sizes, values, "o-", color=colour, label=peer)
         axis.set(
             xscale="log",
             xlabel="rows",

@@ -1,4 +1,4 @@
-"""A progress bar on the terminal's error stream, and silence elsewhere."""
+"""A progress bar on standard error if that is a terminal. Otherwise it shows nothing."""
 
 import sys
 
@@ -24,4 +24,7 @@ class Progress:
             self.bar.stop()
 
     def track(self, items, total, what):
-        return self.bar.track(items, total=total, description=what) if self.bar else items
+        """The items, with a bar that advances at each of them."""
+        if not self.bar:
+            return items
+        return self.bar.track(items, total=total, description=what)

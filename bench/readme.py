@@ -1,5 +1,6 @@
 """peftops bench readme: rewrites README's tables from the newest results."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from peftops.cli import BadInput, Parser, named, replace
@@ -13,12 +14,20 @@ PEFT = {"of PEFT's time": ("PEFT", "PEFT + bitsandbytes")}
 
 
 class Table(NamedTuple):
+    """How the results of one family are shown.
+
+    Attributes:
+        title: what stands above the table.
+        first: the peers whose columns come first.
+        shares: {title of a column: peers}. The column shows our share of the time of the first of
+            these peers that was measured.
+        unit: the contender whose time is 1 in the table.
+    """
+
     title: str
-    first: tuple[str, ...]  # columns that come first
-    shares: dict[str, tuple[str, ...]] = (
-        PEFT  # {title: whose time it is a share of, the first who is there}
-    )
-    unit: str = BASE  # whose time times are multiples of
+    first: tuple[str, ...]
+    shares: dict[str, tuple[str, ...]] = PEFT
+    unit: str = BASE
 
 
 TABLES = {
@@ -43,12 +52,14 @@ TABLES = {
         PEFT | {"of our LoRA's time": (LORA,)},
     ),
     "norm": Table(
-        f"**DoRA's norm** of W + s·B·A, W (n, k): times as multiples of those of a {COPY} (of its codes, over 4 bits)",
+        "**DoRA's norm** of W + s·B·A, W (n, k): times as multiples of those of"
+        f" a {COPY} (of its codes, over 4 bits)",
         ("torch", "PEFT"),
         unit=COPY,
     ),
     "host": Table(
-        "**The host's time** of a layer on a GPU, on a stand-in for one that takes no time: multiples of PEFT's",
+        "**The host's time** of a layer on a GPU, on a stand-in for one that takes no time:"
+        " multiples of PEFT's",
         (NARROW,),
         {},
         unit=STOCK,
@@ -71,17 +82,23 @@ def main(argv=None):
     return 0
 
 
-def rewrite(target, folder):
-    """How many rows the tables have now."""
+def rewrite(target: Path, folder: Path) -> int:
+    """Replaces the tables in a file. Returns how many rows they have now.
+
+    Args:
+        target: a Markdown file that holds MARKS.
+        folder: where the results are.
+    """
     shown = [line for line in results.newest(folder) if in_table(line)]
     if not shown:
         raise BadInput(
-            f"no line in {folder} belongs into a table (a pass with backward, or few rows); README stays"
+            f"no line in {folder} belongs into a table"
+            " (a pass with backward, or few rows); README stays"
         )
     try:
-        text = target.read_text()
-        head, (_, tail) = text.split(MARKS[0])[0], text.split(MARKS[0])[1].split(MARKS[1])
-    except (OSError, IndexError, ValueError):
+        head, after = target.read_text().split(MARKS[0])[:2]
+        _, tail = after.split(MARKS[1])
+    except (OSError, ValueError):
         raise BadInput(f"{target} must exist and hold {MARKS[0]} and {MARKS[1]} once") from None
     body = "\n".join([MARKS[0], *tables(shown), MARKS[1]])
     replace(target, lambda beside: beside.write_text(head + body + tail))
@@ -89,72 +106,81 @@ def rewrite(target, folder):
 
 
 def tables(lines):
-    """Markdown: tables for each device, times as multiples of one contender's, and milliseconds on a GPU.
+    """The Markdown of a table for each device and family.
 
-    From the medians of ratios within a round, which a machine that slows down for a while does not move.
+    Times are multiples of one contender's; on a GPU milliseconds stand beside them. The multiples
+    are medians of the ratios within a round, so a machine that slows down for a while does not
+    move them.
     """
-    for name in sorted({line["device"] for line in lines}):
-        for family, kind in TABLES.items():
+    for device in sorted({line["device"] for line in lines}):
+        for family, layout in TABLES.items():
             shown = [
                 line
                 for line in lines
-                if line["device"] == name and results.family(line) == family
+                if line["device"] == device and results.family(line) == family
             ]
             if shown:
-                yield from table(name, shown, kind)
+                yield from table(device, shown, layout)
 
 
-def table(name, shown, kind):
-    gpu, last = (
-        any("driver" in line for line in shown),
-        max(shown, key=lambda line: line["date"]),
-    )
-    made = " / ".join(sorted({line["commit"] for line in shown}))
-    versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
-    driver = f", driver {last['driver']}" if gpu else ""
-    where = f"{name}{driver}, commit {made}, {last['date'][:10]}, {versions}"
-    yield f"\n{where}. {kind.title}:\n"
-    peers = [peer for peer in kind.first if any(peer in line["ratio"] for line in shown)]
-    peers += sorted({peer for line in shown for peer in line["ratio"]} - {kind.unit, *peers})
-    sizes = "n, k, r" if kind.unit == COPY else "m, k, n, r"
-    titles = ["layer", sizes, "dtype", "dropout", "pass", *peers, "**peftops**", *kind.shares]
-    titles += ["ms", "of the roofline", "path"] if gpu else []
+def table(device, shown, layout):
+    """The Markdown of one table, with a sentence above it and the absent peers below."""
+    gpu = any("driver" in line for line in shown)
+    yield f"\n{heading(device, shown, gpu)}. {layout.title}:\n"
+    peers = [peer for peer in layout.first if any(peer in line["ratio"] for line in shown)]
+    others = {peer for line in shown for peer in line["ratio"]} - {layout.unit, *peers}
+    peers += sorted(others)
+    sizes = "n, k, r" if layout.unit == COPY else "m, k, n, r"
+    titles = ["layer", sizes, "dtype", "dropout", "pass", *peers, "**peftops**"]
+    titles += layout.shares
+    if gpu:
+        titles += ["ms", "of the roofline", "path"]
     yield f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
-    yield from (f"| {' | '.join(cells(line, peers, gpu, kind))} |" for line in shown)
+    for line in shown:
+        yield f"| {' | '.join(cells(line, peers, gpu, layout))} |"
     absent = results.absentees(shown)
     yield f"\nAbsent: {'; '.join(absent)}.\n" if absent else ""
 
 
-def in_table(line):
-    """Without what only plots show: passes forward where there are backward ones too, and the sweep over rows."""
-    few = line["shape"][0] <= FEW
-    measured = (
-        results.family(line) in TABLES and TABLES[results.family(line)].unit in line["ratio"]
-    )
-    return measured and (line["pass"] != "forward" or few) and not results.swept(line)
+def heading(device, shown, gpu):
+    """What the results were measured with."""
+    last = max(shown, key=lambda line: line["date"])
+    commits = " / ".join(sorted({line["commit"] for line in shown}))
+    versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
+    driver = f", driver {last['driver']}" if gpu else ""
+    return f"{device}{driver}, commit {commits}, {last['date'][:10]}, {versions}"
 
 
-def cells(line, peers, gpu, kind):
-    mode = "graph_" if gpu and kind.unit in line.get("graph_ratio", {}) else ""
+def in_table(line: dict) -> bool:
+    """Whether a table shows the line.
+
+    Only plots show the sweep over rows, and passes forward that have one with backward beside them.
+    """
+    layout = TABLES.get(results.family(line))
+    if layout is None or layout.unit not in line["ratio"] or results.swept(line):
+        return False
+    return line["pass"] != "forward" or line["shape"][0] <= FEW
+
+
+def cells(line, peers, gpu, layout):
+    """The cells of one row. On a GPU the times are those of CUDA graphs, where there are some."""
+    mode = "graph_" if gpu and layout.unit in line.get("graph_ratio", {}) else ""
     ratio = line[f"{mode}ratio"]
-    own = ratio[kind.unit]
-    times = [f"{own / ratio[peer]:.2f}" if peer in ratio else "–" for peer in peers]
-    facts = [
+    own = ratio[layout.unit]
+    texts = [
         line["layer"],
         ", ".join(map(str, line["shape"])),
         line["dtype"],
         str(line["dropout"]),
         line["pass"],
     ]
-    way = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
-    found = [
-        next((ratio[peer] for peer in peers if peer in ratio), None)
-        for peers in kind.shares.values()
-    ]
-    shares = ["–" if share is None else f"{share:.2f}" for share in found]
-    extra = (
-        [f"{line[f'{mode}ms'][OURS][1]:.4g}", f"{line.get('roofline', 0):.0%}", way]
-        if gpu
-        else []
-    )
-    return [*facts, *times, f"**{own:.2f}**", *shares, *extra]
+    texts += [f"{own / ratio[peer]:.2f}" if peer in ratio else "–" for peer in peers]
+    texts.append(f"**{own:.2f}**")
+    for candidates in layout.shares.values():
+        share = next((ratio[peer] for peer in candidates if peer in ratio), None)
+        texts.append("–" if share is None else f"{share:.2f}")
+    if gpu:
+        texts.append(f"{line[f'{mode}ms'][OURS][1]:.4g}")
+        texts.append(f"{line.get('roofline', 0):.0%}")
+        texts.append(results.kernels_used(line))
+    return texts

@@ -1,4 +1,7 @@
-"""Where results are kept, as lines of JSON that are only ever added, and what each says of its machine."""
+"""Where results are kept: files of JSON lines, to which lines are only ever added.
+
+Each line names the machine, the commit and the versions that it was measured with.
+"""
 
 import datetime
 import json
@@ -16,62 +19,114 @@ RESULTS = HERE / "results"
 PACKAGES = "torch", "triton", "peft"
 EVENTS = "results.jsonl"  # of bench gpu, which keeps results beside it
 PARTIAL = "quick", "shape", "peers", "backend"  # options of runs that do not stand for a device
+KEY = "device", "row", "layer", "shape", "dtype", "dropout", "pass"
+NUMBER = int, float
+TYPES = {
+    "commit": str,
+    "date": str,
+    "device": str,
+    "row": str,
+    "layer": str,
+    "dtype": str,
+    "pass": str,
+    "versions": dict,
+    "shape": list,
+    "dropout": NUMBER,
+    "ms": dict,
+    "ratio": dict,
+}
+RATES = {  # in lines with a roofline
+    "roofline": NUMBER,
+    "flops": NUMBER,
+    "bytes": NUMBER,
+    "tflops": NUMBER,
+    "gemm_tflops": NUMBER,
+    "copy_gbps": NUMBER,
+}
+OPTIONAL = {
+    "absent": dict,
+    "graph_ms": dict,
+    "graph_ratio": dict,
+    "op": str,
+    "backend": str,
+    "path": str,
+}
+FAMILIES = {"qlora": "nf4", "dora": "dora", "qdora": "dora"}  # of a method of bench model
 
 
-def keep(o):
-    """(folder for results, None), or (None, why they are not kept), of the options of a command."""
+def keep(o) -> tuple[Path | None, str | None]:
+    """(folder for results, None), or (None, why they are not kept).
+
+    Args:
+        o: the options of a command.
+    """
     if o.out:
         return o.out, None
     partial = [f"--{name}" for name in PARTIAL if getattr(o, name, None)]
-    return (
-        (None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them")
-        if partial
-        else place()
-    )
+    if partial:
+        return None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them"
+    return place()
 
 
-def place():
+def place() -> tuple[Path | None, str | None]:
     """(folder for results, None), or (None, why they are not kept)."""
-    if not (HERE.parent / ".git").exists():
+    if not is_checkout():
         return None, "this is not a git checkout; --out DIR keeps them"
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
-    return (
-        (None, "the git tree has changes; --out DIR keeps them") if changed else (RESULTS, None)
-    )
+    if git(
+        "status",
+        "--porcelain",
+        "--",
+        ".",
+        ":!bench/results",
+        ":!README.md",
+    ):
+        return None, "the git tree has changes; --out DIR keeps them"
+    return RESULTS, None
 
 
-def git(*args):
+def is_checkout() -> bool:
+    return (HERE.parent / ".git").exists()
+
+
+def git(*args: str) -> str:
+    """What git prints in this checkout, or "unknown" if it fails."""
     try:
-        done = subprocess.run(["git", "-C", HERE.parent, *args], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", HERE.parent, *args],
+            capture_output=True,
+            text=True,
+        )
     except OSError:
         return "unknown"
     return done.stdout.strip() if not done.returncode else "unknown"
 
 
-def describe(device):
-    """What every line says: when, on what, with what."""
-    commit = (
-        git("rev-parse", "--short=12", "HEAD") if (HERE.parent / ".git").exists() else "unknown"
-    )
-    changed = commit != "unknown" and place()[1]
-    about = {
-        "commit": commit + "+changes" * bool(changed),
+def describe(device) -> dict:
+    """The fields that every line begins with: when, on what and with what it was measured."""
+    commit = git("rev-parse", "--short=12", "HEAD") if is_checkout() else "unknown"
+    if commit != "unknown" and place()[1]:
+        commit += "+changes"
+    origin = {
+        "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in PACKAGES},
     }
-    return about | {"driver": driver(), "cuda": cuda()} if device.type == "cuda" else about
+    if device.type == "cuda":
+        origin["driver"] = driver()
+        origin["cuda"] = cuda()
+    return origin
 
 
-def driver():
+def driver() -> str:
     """The version of NVIDIA's kernel module, or of AMD's."""
     for file, pattern in (
         ("/proc/driver/nvidia/version", r"(\d+\.[\d.]+)"),
         ("/sys/module/amdgpu/version", r"(\S+)"),
     ):
-        if Path(file).exists() and (found := re.search(pattern, Path(file).read_text())):
-            return found[1]
+        if Path(file).exists() and (match := re.search(pattern, Path(file).read_text())):
+            return match[1]
     return "unknown"
 
 
@@ -81,103 +136,84 @@ def cuda():
     return torch.version.cuda or torch.version.hip
 
 
-def beside(ratios):
-    """{peer: ours over theirs} in words"""
+def beside(ratios: dict[str, float]) -> str:
+    """{peer: ours over theirs} in words."""
     return ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in ratios.items())
+
+
+def kernels_used(line: dict) -> str:
+    """The backend and its product, where the line says them."""
+    return ", ".join(filter(None, (line.get("backend"), line.get("path"))))
 
 
 def slug(name):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def append(file, line):
-    """Adds a line, on a line of its own whatever the file ends with, and touches nothing that stands there."""
+def append(file: Path, line: dict) -> None:
+    """Adds a line. It starts a new line first if the file does not end with one."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
     with open(file, "a+b") as out:
         out.seek(0, 2)
         if out.tell():
             out.seek(-1, 2)
-            cut = out.read(1) != b"\n"
-        else:
-            cut = False
-        out.write(b"\n" * cut + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            if out.read(1) != b"\n":
+                text = b"\n" + text
+        out.write(text)
 
 
 def key(line):
-    """What a later line takes the place of."""
-    return tuple(line[name] if name != "shape" else tuple(line[name]) for name in KEY)
+    """A newer line with the same key replaces this one."""
+    return tuple(tuple(line[name]) if name == "shape" else line[name] for name in KEY)
 
 
-KEY = "device", "row", "layer", "shape", "dtype", "dropout", "pass"
-
-
-NUMBER = int, float
-TYPES = {
-    **dict.fromkeys(("commit", "date", "device", "row", "layer", "dtype", "pass"), str),
-    **{"versions": dict, "shape": list, "dropout": NUMBER, "ms": dict, "ratio": dict},
-}
-RATES = dict.fromkeys(
-    ("roofline", "flops", "bytes", "tflops", "gemm_tflops", "copy_gbps"), NUMBER
-)
-PERHAPS = {
-    "absent": dict,
-    "graph_ms": dict,
-    "graph_ratio": dict,
-    "op": str,
-    "backend": str,
-    "path": str,
-}
-
-
-def fault(line):
+def fault(line) -> str | None:
     """What is wrong with a line, or None."""
     if not isinstance(line, dict):
         return "it is no object"
-    wanted = (
-        TYPES
-        | (RATES if "roofline" in line else {})
-        | {name: PERHAPS[name] for name in PERHAPS if name in line}
-    )
-    for name, kind in wanted.items():
-        if not isinstance(line.get(name), kind):
-            return (
-                f"it has no {name}"
-                if name not in line
-                else f"its {name} is {json.dumps(line[name])[:60]}"
-            )
+    types = TYPES | {name: OPTIONAL[name] for name in OPTIONAL if name in line}
+    if "roofline" in line:
+        types |= RATES
+    for name, allowed in types.items():
+        if name not in line:
+            return f"it has no {name}"
+        if not isinstance(line[name], allowed):
+            return f"its {name} is {json.dumps(line[name])[:60]}"
     if len(line["shape"]) < 2 or not all(isinstance(size, int) for size in line["shape"]):
         return f"its shape is {line['shape']}"
     ratios = [*line["ratio"].values(), *line.get("graph_ratio", {}).values()]
     if not all(isinstance(ratio, NUMBER) and ratio > 0 for ratio in ratios):
         return "its ratios must be numbers above zero"
     times = [*line["ms"].values(), *line.get("graph_ms", {}).values()]
-    if not all(
-        isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms)
-        for ms in times
-    ):
+    if not all(is_spread(ms) for ms in times):
         return "its ms must be three numbers each"
     return None
 
 
-def newest(folder):
-    """The newest line of each kind in a folder."""
-    found = {}
+def is_spread(ms):
+    """Whether it is what timing.spread returns."""
+    return isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms)
+
+
+def newest(folder: Path) -> list[dict]:
+    """The newest line for each key in the files of a folder."""
+    lines = {}
     for file in sorted(path for path in folder.glob("*.jsonl") if path.name != EVENTS):
         for number, line in read(file):
             if why := fault(line):
                 raise BadInput(
                     f"{file}, line {number} is damaged ({why}); mend or delete that line"
                 )
-            found[key(line)] = max(
-                line, found.get(key(line), line), key=lambda line: line["date"]
-            )
-    if not found:
+            older = lines.get(key(line), line)
+            lines[key(line)] = max(line, older, key=lambda line: line["date"])
+    if not lines:
         raise BadInput(f"there are no results in {folder}; peftops bench lora makes some")
-    return list(found.values())
+    return list(lines.values())
 
 
 def read(file):
-    """(number, line) of each that is not blank."""
+    """(number, line) of each line that is not blank."""
     try:
         texts = file.read_bytes().split(b"\n")
     except OSError as error:
@@ -192,24 +228,23 @@ def read(file):
             ) from None
 
 
-def swept(line):
-    """Whether a line belongs to one layer's sweep over rows, which only a plot shows."""
+def swept(line: dict) -> bool:
+    """Whether a line belongs to the sweep of one layer over its rows. Only a plot shows those."""
     return line["layer"].endswith(" rows") and family(line) == "lora"
 
 
-METHODS = {"qlora": "nf4", "dora": "dora", "qdora": "dora"}
-
-
-def family(line):
-    """What a line is shown among: lora, nf4, dora, or DoRA's norms."""
-    if line["row"] == "model":  # whose layers say how it was trained
-        found = [METHODS[word] for word in line["layer"].split(", ") if word in METHODS]
-        return found[0] if found else "lora"
+def family(line: dict) -> str:
+    """The table that shows a line: lora, nf4, dora, host, or norm for DoRA's norms."""
+    if line["row"] == "model":  # the name of the layer says how the model was trained
+        for word in line["layer"].split(", "):
+            if word in FAMILIES:
+                return FAMILIES[word]
+        return "lora"
     return "norm" if line.get("op") == "dora_norm" else line["row"]
 
 
-def absentees(lines):
-    """A phrase for each reason: who was not there in any of the lines because of it."""
+def absentees(lines: list[dict]) -> list[str]:
+    """A phrase for each reason, with the peers that were absent because of it."""
     reasons = defaultdict(set)
     for line in lines:
         for peer, why in line.get("absent", {}).items():

@@ -9,56 +9,67 @@ from statistics import median, quantiles
 import torch
 
 SHORTEST = 0.005  # seconds of a sample
-STEADY, PATIENCE = (
-    0.05,
-    2.0,
-)  # warm is what repeats itself that closely, or has been tried for so many seconds
+STEADY = 0.05  # a pass is warm when two samples differ by no more than this share
+PATIENCE = 2.0  # seconds after which it counts as warm anyway
 ROUNDS_AT_LEAST = 5
 
 
 class Contender:
     """The passes of one layer, each as a list of calls: one for every copy of its weights.
 
-    Copies take turns, so that no cache holds what a call reads. A mode is "eager", or "graph": a CUDA graph of a turn.
+    Copies take turns, so that no cache holds what a call reads. A mode is "eager", or "graph": a
+    CUDA graph of one turn of all copies.
+
+    Args:
+        calls: {pass: calls}.
+        device: what runs them.
+        error: of the layer's output, for the result line.
     """
 
     def __init__(self, calls, device, error=None):
-        self.calls, self.device, self.error, self.runs = calls, device, error, {}
+        self.calls = calls
+        self.device = device
+        self.error = error
+        self.runs = {}  # (pass, mode): (function, how often a sample calls it)
 
-    def prepare(self, kind, mode):
-        """Warms a pass up until it is steady, and says how many calls make a sample."""
-        calls = self.calls[kind]
-        run = (
-            capture(calls, self.device)
-            if mode == "graph"
-            else lambda: [call() for call in calls]
-        )
+    def prepare(self, pass_name, mode):
+        """Warms a pass up until it is steady. Returns how many calls make a sample."""
+        calls = self.calls[pass_name]
+        if mode == "graph":
+            run = capture(calls, self.device)
+        else:
+
+            def run():  # the results live until the turn ends
+                return [call() for call in calls]
+
         for _ in range(3):
             run()
         once = max(sample(run, 2, self.device), 1e-7)
         turns = max(1, round(SHORTEST / once))
-        start, before = time.perf_counter(), float("inf")
+        start = time.perf_counter()
+        before = float("inf")
         while time.perf_counter() - start < PATIENCE:
             now = sample(run, turns, self.device)
             if abs(now - before) <= STEADY * before:
                 break
             before = now
-        self.runs[kind, mode] = run, turns
+        self.runs[pass_name, mode] = run, turns
         return turns * len(calls)
 
-    def sample(self, kind, mode):
+    def sample(self, pass_name, mode):
         """Seconds of one call."""
-        run, turns = self.runs[kind, mode]
-        return sample(run, turns, self.device) / len(self.calls[kind])
+        run, turns = self.runs[pass_name, mode]
+        return sample(run, turns, self.device) / len(self.calls[pass_name])
 
-    def peak(self, kind):
-        return peak_bytes(self.calls[kind][0], self.device)
+    def peak(self, pass_name):
+        return peak_bytes(self.calls[pass_name][0], self.device)
 
 
 def sample(run, repeats, device):
-    """Seconds of one call: by events on a GPU, by the clock elsewhere."""
+    """Seconds of one call of run: by events on a GPU, by the clock elsewhere."""
     if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
         begin.record()
         for _ in range(repeats):
@@ -73,10 +84,10 @@ def sample(run, repeats, device):
 
 
 def capture(calls, device):
-    """Replays a CUDA graph of these calls."""
+    """A function that replays a CUDA graph of these calls."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # what is lazy must have happened
+    with torch.cuda.stream(side):  # lazy initialization must not fall into the capture
         for _ in range(3):
             for call in calls:
                 call()
@@ -88,80 +99,104 @@ def capture(calls, device):
     return graph.replay
 
 
-def race(contenders, kind, mode, rounds, tick=lambda: None):
-    """{label: seconds of each round}, all of them taking turns round by round; and, in words, who cannot."""
-    times, absent = {}, {}
+def race(
+    contenders,
+    pass_name,
+    mode,
+    rounds,
+    tick=lambda: None,
+):
+    """Takes a sample of each contender in every round.
+
+    Args:
+        tick: is called after each round.
+
+    Returns:
+        seconds: {label: seconds of each round}.
+        failures: {label: why} of those that failed while they warmed up.
+    """
+    seconds = {}
+    failures = {}
     for label, contender in contenders.items():
         try:
-            contender.prepare(kind, mode)
-            times[label] = []
-        except Exception as error:  # somebody else's code, of which anything may be expected
-            absent[label] = said(error)
+            contender.prepare(pass_name, mode)
+            seconds[label] = []
+        except Exception as error:  # code of other packages may raise anything
+            failures[label] = said(error)
     for _ in range(max(rounds, ROUNDS_AT_LEAST)):
-        for label in times:
-            times[label].append(contenders[label].sample(kind, mode))
+        for label in seconds:
+            seconds[label].append(contenders[label].sample(pass_name, mode))
         tick()
-    return times, absent
+    return seconds, failures
 
 
 def said(error):
-    """What somebody else's code raised, in a line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+    """The first line of an error of another package."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
-def ratios(times, ours):
-    """{label: ours over theirs}: the median of the ratios within a round, which a slow minute does not move."""
-    pairs = {
-        label: zip(times[ours], theirs, strict=True)
-        for label, theirs in times.items()
-        if label != ours
-    }
-    return {label: round(median(a / b for a, b in pair), 4) for label, pair in pairs.items()}
+def ratios(seconds, ours):
+    """{label: ours over theirs}.
+
+    It is the median of the ratios within a round, so a slow minute does not move it.
+    """
+    medians = {}
+    for label, theirs in seconds.items():
+        if label != ours:
+            pairs = zip(seconds[ours], theirs, strict=True)
+            medians[label] = round(median(a / b for a, b in pairs), 4)
+    return medians
 
 
-def spread(seconds):
-    """Milliseconds: 20th, 50th, 80th percentile."""
+def spread(seconds: list[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile in milliseconds."""
     low, _, _, high = quantiles(seconds, n=5, method="inclusive")
     return [round(1000 * value, 5) for value in (low, median(seconds), high)]
 
 
-def copies(size, device):
-    """How many copies of a weight of so many bytes no cache of the device holds."""
+def copies(size: int, device: torch.device) -> int:
+    """How many copies of a weight of `size` bytes are too large for any cache of the device."""
     return max(1, min(16, -(-4 * cache(device) // max(size, 1))))
 
 
-def cache(device):
+def cache(device: torch.device) -> int:
     """Bytes of the largest cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20}
-    sizes = [
-        path.read_text().strip()
-        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
-    return max(
-        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units),
-        default=32 << 20,
-    )
+    largest = 0
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = file.read_text().strip()
+        if size[-1] in units:
+            largest = max(largest, int(size[:-1]) * units[size[-1]])
+    return largest or 32 << 20
 
 
-def free(device):
+def free(device: torch.device) -> int:
     """Bytes of memory that are not in use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return 1024 * int(
-            Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]
-        )
+        text = Path("/proc/meminfo").read_text()
+        return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
     except (OSError, IndexError):
         return 1 << 62
 
 
-def ceilings(device, dtype, quick=False):
-    """Bytes and operations a second of this device: of a copy, read and written counted, and of a matrix product, on a
-    CPU of the faster of one in this dtype and one in fp32."""
+def ceilings(device: torch.device, dtype: torch.dtype, quick: bool = False):
+    """(bytes a second of a copy, operations a second of a matrix product) of this device.
+
+    Bytes that are read and bytes that are written both count. On a CPU the product is the faster
+    of one in this dtype and one in fp32.
+    """
     big = device.type == "cuda"
-    size, width = (1 << 30, 8192) if big else (1 << 26, 512) if quick else (1 << 28, 2048)
+    if big:
+        size, width = 1 << 30, 8192
+    elif quick:
+        size, width = 1 << 26, 512
+    else:
+        size, width = 1 << 28, 2048
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
 
@@ -179,7 +214,10 @@ def ceilings(device, dtype, quick=False):
 
 
 def peak_bytes(call, device):
-    """How far the memory in use rises above what it was before the call, with the call's results alive."""
+    """How many bytes the memory in use rises above what it was before the call, or None.
+
+    It is None where the system does not tell. The first call warms up and does not count.
+    """
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -189,7 +227,9 @@ def peak_bytes(call, device):
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is used again, unseen
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # else the call could reuse memory that was freed before
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return None
@@ -199,5 +239,6 @@ def peak_bytes(call, device):
 
 
 def resident(field):
+    """Bytes of a field of /proc/self/status, such as VmRSS."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])

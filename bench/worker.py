@@ -1,4 +1,7 @@
-"""A contender in a process of its own: of another tree of peftops, or of a package that changes torch for everybody."""
+"""A contender in a process of its own.
+
+It belongs to another tree of peftops, or to a package that changes torch for its whole process.
+"""
 
 import contextlib
 import json
@@ -10,15 +13,17 @@ from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Another tree's peftops, and the benches of this one: they ask for nothing but its public names.
+# It imports the peftops of the other tree and the bench of this one. The bench uses only public
+# names of peftops, so this works.
 BOOTSTRAP = """
 import sys
 tree, bench = sys.argv[1:]
 if tree:
     sys.path.insert(0, tree)
     import importlib.util, peftops
-    place = bench + "/__init__.py"
-    spec = importlib.util.spec_from_file_location("peftops.bench", place, submodule_search_locations=[bench])
+    spec = importlib.util.spec_from_file_location(
+        "peftops.bench", bench + "/__init__.py", submodule_search_locations=[bench]
+    )
     sys.modules["peftops.bench"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["peftops.bench"])
 from peftops.bench.worker import serve
@@ -27,25 +32,39 @@ serve()
 
 
 class Remote:
-    """What peers.contender would return, made over there; Absent, with what was said there, where it fails."""
+    """Stands for a timing.Contender that lives in another process.
+
+    Args:
+        label: a key of peers.BUILDERS.
+        problem: the layer to build.
+        tree: the folder of another checkout; None for this one.
+
+    Raises:
+        Absent: the other process cannot build it. The text is that process' reason.
+    """
 
     def __init__(self, label, problem, tree=None):
         command = [sys.executable, "-c", BOOTSTRAP, str(tree or ""), str(HERE)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        about = {field.name: getattr(problem, field.name) for field in fields(problem)}
-        about |= {
-            "dtype": str(problem.dtype).removeprefix("torch."),
-            "device": str(problem.device),
-        }
-        self.calls, self.error = self.ask("build", label, about)
+        settings = {field.name: getattr(problem, field.name) for field in fields(problem)}
+        settings["dtype"] = str(problem.dtype).removeprefix("torch.")
+        settings["device"] = str(problem.device)
+        self.calls, self.error = self.ask("build", label, settings)
 
-    def ask(self, what, *args):
+    def ask(self, request, *args):
         from .peers import Absent
 
         try:
-            print(json.dumps([what, *args]), file=self.process.stdin, flush=True)
+            print(
+                json.dumps([request, *args]),
+                file=self.process.stdin,
+                flush=True,
+            )
             answer = json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
             self.close()
@@ -54,14 +73,14 @@ class Remote:
             raise Absent(answer["absent"])
         return answer["result"]
 
-    def prepare(self, kind, mode):
-        return self.ask("prepare", kind, mode)
+    def prepare(self, pass_name, mode):
+        return self.ask("prepare", pass_name, mode)
 
-    def sample(self, kind, mode):
-        return self.ask("sample", kind, mode)
+    def sample(self, pass_name, mode):
+        return self.ask("sample", pass_name, mode)
 
-    def peak(self, kind):
-        return self.ask("peak", kind)
+    def peak(self, pass_name):
+        return self.ask("peak", pass_name)
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -74,36 +93,43 @@ class Remote:
 
 
 def serve():
-    """Answers on what was standard output; whatever else is printed goes to standard error."""
+    """Answers the requests of a Remote, one line of JSON each.
+
+    Answers go to what was standard output. Everything else that is printed goes to standard error.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import torch
-
-    from .peers import Absent, Problem, contender
+    from .peers import Absent
     from .timing import said
 
     held = None
     for line in sys.stdin:
-        what, *args = json.loads(line)
+        request, *args = json.loads(line)
         try:
-            if what == "build":
-                label, about = args
-                about |= {
-                    "dtype": getattr(torch, about["dtype"]),
-                    "device": torch.device(about["device"]),
-                }
-                held = contender(label, Problem(**about | {"shape": tuple(about["shape"])}))
+            if request == "build":
+                held = build(*args)
                 result = list(held.calls), held.error
             else:
-                if (
-                    what == "sample"
-                ):  # whose threads may still be spinning, elsewhere, and caches are cold here
+                if request == "sample":
+                    # Threads of other contenders may still spin, and caches are cold here.
                     time.sleep(0.05)
                     held.sample(*args)
-                result = getattr(held, what)(*args)
+                result = getattr(held, request)(*args)
             answer = {"result": result}
         except Absent as error:
             answer = {"absent": str(error)}
-        except Exception as error:  # of somebody else's code, which may raise anything
+        except Exception as error:  # code of other packages may raise anything
             answer = {"absent": said(error)}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def build(label, settings):
+    """The contender, on a problem whose fields came as JSON."""
+    import torch
+
+    from .peers import Problem, contender
+
+    settings["shape"] = tuple(settings["shape"])
+    settings["dtype"] = getattr(torch, settings["dtype"])
+    settings["device"] = torch.device(settings["device"])
+    return contender(label, Problem(**settings))

@@ -41,13 +41,19 @@ LINES = 60  # of the table at the end
 def options(argv):
     parser = Parser("peftops bench gpu", description=__doc__)
     parser.add_argument(
-        "--device", default="cuda", help="cuda, cuda:1 …, or cpu for a rehearsal"
+        "--device",
+        default="cuda",
+        help="cuda, cuda:1 …, or cpu for a rehearsal",
     )
     parser.add_argument(
-        "--only", metavar="STAGE,…", help=f"of {', '.join(STAGES)}; by default all but tune"
+        "--only",
+        metavar="STAGE,…",
+        help=f"of {', '.join(STAGES)}; by default all but tune",
     )
     parser.add_argument(
-        "--tune", action="store_true", help="measure tiles too, and write them as tables"
+        "--tune",
+        action="store_true",
+        help="measure tiles too, and write them as tables",
     )
     parser.add_argument("--seconds", type=positive, default=540, help="of time, for everything")
     parser.add_argument(
@@ -94,9 +100,9 @@ def budget(stages, seconds):
 class Runner:
     """Runs stages and keeps their events in o.out, with a summary beside them."""
 
-    def __init__(self, o, about):
+    def __init__(self, o, origin):
         self.o = o
-        self.about = about
+        self.origin = origin
         self.stages = {}  # name: how many events of each state, and seconds
         self.failures = []
         self.misses = []
@@ -112,7 +118,8 @@ class Runner:
         code, had_events, stopped, errors = self.watch(stage, seconds)
         if stopped:
             self.event(
-                stage, {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"}
+                stage,
+                {"what": "time", "ok": False, "said": f"stopped after {seconds:.0f} s"},
             )
         elif code:
             last = (errors.strip().splitlines() or [f"exit {code}"])[-1]
@@ -127,9 +134,14 @@ class Runner:
     def watch(self, stage, seconds):
         """(exit code, whether events came, whether time ran out, the end of standard error)"""
         process = subprocess.Popen(
-            self.command(stage, seconds), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            cwd=self.working_folder(stage), start_new_session=True,
-        )  # fmt: skip
+            self.command(stage, seconds),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            cwd=self.working_folder(stage),
+            start_new_session=True,
+        )
         stopped = []
         timer = Timer(seconds, lambda: stopped.append(kill(process)))
         timer.start()
@@ -208,7 +220,10 @@ class Runner:
             file.write(json.dumps({"part": stage} | event, ensure_ascii=False) + "\n")
 
     def alike(self):
-        """The first of a kernel's failures in a dtype that say the same, and how many more."""
+        """The first of the failures of one kernel and dtype that say the same.
+
+        A count says how many more there are.
+        """
         groups = {}
         for failure in self.failures:
             stage, what, said = failure
@@ -222,7 +237,7 @@ class Runner:
             file.write(text)
 
     def keep(self):
-        summary = self.about | {
+        summary = self.origin | {
             "parts": self.stages,
             "failures": self.failures,
             "misses": self.misses,
@@ -232,8 +247,8 @@ class Runner:
         replace(self.o.out / "summary.json", lambda beside: beside.write_text(text))
 
     def table(self, seconds):
-        """At most LINES lines: stages, failures, missed targets, what is absent and why."""
-        yield f"{self.about['device']}, commit {self.about['commit']}, {seconds:.0f} s"
+        """At most LINES lines: stages, failures, missed targets, and what is absent and why."""
+        yield f"{self.origin['device']}, commit {self.origin['commit']}, {seconds:.0f} s"
         for stage, counts in self.stages.items():
             states = ", ".join(
                 f"{count} {name}"

@@ -29,7 +29,11 @@ def layer_of(k, n, p, device):
     torch.manual_seed(0)
     base = nn.Linear(k, n, device=device, dtype=torch.bfloat16)
     layer = peftops.nn.LoRALinear(
-        base, 8, lora_alpha=16, lora_dropout=p, init_lora_weights=False
+        base,
+        8,
+        lora_alpha=16,
+        lora_dropout=p,
+        init_lora_weights=False,
     )
     return layer.train()
 

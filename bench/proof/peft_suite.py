@@ -58,11 +58,15 @@ def pytest_terminal_summary(terminalreporter):
 
 def options(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m peftops.bench.proof.peft_suite", description=__doc__
+        prog="python -m peftops.bench.proof.peft_suite",
+        description=__doc__,
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "checkout", metavar="PEFT_CHECKOUT", type=Path, help="PEFT's sources, with tests/"
+        "checkout",
+        metavar="PEFT_CHECKOUT",
+        type=Path,
+        help="PEFT's sources, with tests/",
     )
     parser.add_argument(
         "tests",
@@ -75,11 +79,11 @@ def options(argv):
         default="Vanilla and LoRA",
         help="which tests, as pytest's -k, default %(default)s",
     )
-    found = parser.parse_args(argv)
-    for name in found.tests:
-        if not (found.checkout / name).exists():
-            parser.error(f"there is no {name} in {found.checkout}")
-    return found
+    o = parser.parse_args(argv)
+    for name in o.tests:
+        if not (o.checkout / name).exists():
+            parser.error(f"there is no {name} in {o.checkout}")
+    return o
 
 
 def outcomes(o, *plugin):
@@ -98,14 +102,16 @@ def outcomes(o, *plugin):
             "--disable-warnings",
         ]
         done = subprocess.run(
-            [*command, "-o", "addopts=", f"--junitxml={report}", *plugin], cwd=o.checkout
+            [*command, "-o", "addopts=", f"--junitxml={report}", *plugin],
+            cwd=o.checkout,
         )
         if not report.exists():
             sys.exit(f"pytest ended with exit code {done.returncode} and without a report")
         cases = list(ElementTree.parse(report).iter("testcase"))
     return {
         f"{case.get('classname')}::{case.get('name')}": next(
-            (c.tag for c in case if c.tag in OUTCOMES), "passed"
+            (c.tag for c in case if c.tag in OUTCOMES),
+            "passed",
         )
         for case in cases
     }
@@ -120,9 +126,9 @@ def main(argv=None):
         print(f"{name:10}" + "".join(f"{counts[outcome]:10}" for outcome in OUTCOMES))
     differ = [test for test in {**stock, **fused} if stock.get(test) != fused.get(test)]
     for test in differ:
-        print(
-            f"{test}: {stock.get(test, 'absent')} with PEFT, {fused.get(test, 'absent')} with peftops"
-        )
+        before = stock.get(test, "absent")
+        after = fused.get(test, "absent")
+        print(f"{test}: {before} with PEFT, {after} with peftops")
     if "passed" not in stock.values():
         print("no test passed with PEFT, so nothing was compared")
         return 1

@@ -32,14 +32,22 @@ def measure(registers, shared, stack, places, lines):
     used = count(r"\b(LDL|STL)|scratch_")
     hot = max(loops, key=lambda loop: (count(COUNTED["mma"], loop), -len(loop)), default=())
     return {
-        "registers": registers, "shared": shared, "spilled": stack if used else 0, "loop": len(hot),
-        "waits": count(r"WARPGROUP\.DEPBAR", hot), "reloads": sum(count(r"\b(LDL|STL)", loop) for loop in loops),
-        "instructions": len(lines), **{name: count(what) for name, what in COUNTED.items()},
-    }  # fmt: skip
+        "registers": registers,
+        "shared": shared,
+        "spilled": stack if used else 0,
+        "loop": len(hot),
+        "waits": count(r"WARPGROUP\.DEPBAR", hot),
+        "reloads": sum(count(r"\b(LDL|STL)", loop) for loop in loops),
+        "instructions": len(lines),
+        **{name: count(what) for name, what in COUNTED.items()},
+    }
 
 
 def innermost(places, lines):
-    """The instructions of each loop that holds no other, up to its branch backwards."""
+    """The instructions of each loop that holds no other.
+
+    A loop goes from the target of a branch backwards to that branch.
+    """
     index = {place: i for i, place in enumerate(places)}
     loops = []
     for i, line in enumerate(lines):
@@ -101,7 +109,7 @@ def limits(source, kernel, target, absent=()):
 
 
 def faults(numbers, limits, shared_limit, fast=True):
-    """What is wrong with a kernel, in words; limits are for those meant to be fast."""
+    """What is wrong with a kernel, in words. Only fast kernels must keep their limits."""
     if numbers["shared"] > shared_limit:
         yield f"shared memory {numbers['shared']} > {shared_limit} of the target"
     if limits is None:
@@ -109,6 +117,8 @@ def faults(numbers, limits, shared_limit, fast=True):
         return
     if numbers["instructions"] < SMALLEST and "instructions" not in limits:
         yield f"an empty kernel: {numbers['instructions']} instructions"
-    for name, (least, most) in limits.items() if fast else ():
+    if not fast:
+        return
+    for name, (least, most) in limits.items():
         if not least <= numbers[name] <= most:
             yield f"{name} {numbers[name]}, allowed {least}-{most}"

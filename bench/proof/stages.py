@@ -1,4 +1,7 @@
-"""The stages of `peftops bench gpu`. Each is a process that prints events as lines of JSON."""
+"""The stages of `peftops bench gpu`.
+
+Each runs in its own process and prints its events as lines of JSON.
+"""
 
 import json
 import shutil
@@ -104,7 +107,8 @@ def small(device):
 def sanitizer(o):
     """compute-sanitizer's memcheck and racecheck over a few cases."""
     tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
+        "compute-sanitizer",
+        path="/usr/local/cuda/bin",
     )
     if not tool:
         say("compute-sanitizer", True, "is not installed", absent=True)
@@ -193,9 +197,9 @@ def host(o):
             absent=True,
         )
         return
-    about = results.describe(o.device) | {"row": "host", "dtype": "bf16"}
-    for line in row.measure(o.device, row.KINDS, (0.0, 0.1), 5, Progress()):
-        results.append(o.out / "bench.jsonl", about | line)
+    origin = results.describe(o.device) | {"row": "host", "dtype": "bf16"}
+    for line in row.measure(o.device, list(row.SUFFIXES), (0.0, 0.1), 5, Progress()):
+        results.append(o.out / "bench.jsonl", origin | line)
         what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}"
         ratios = line["ratio"]
         took = 1000 * line["ms"][row.OURS][1]
@@ -211,7 +215,7 @@ def host(o):
 
 
 def bench(o):
-    """Layers and DoRA's norms beside their peers, targets first, until time is up."""
+    """Layers and DoRA's norms beside their peers, those with a target first, until time is up."""
     from .. import dora, lora, nf4
     from ..__main__ import torch_dtype
     from ..measure import unlawful
@@ -221,16 +225,19 @@ def bench(o):
     name = "bf16" if o.device.type == "cuda" else "fp32"
     dtype = torch_dtype(name)
     if wrong := unlawful(
-        SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})), dtype, o.device
+        SimpleNamespace(OPS=sorted({op for row in rows for op in row.OPS})),
+        dtype,
+        o.device,
     ):
         say("the law", False, wrong)
         return
-    about, lines = results.describe(o.device), []
+    origin = results.describe(o.device)
+    lines = []
     for row, line in measured(rows, o.device, dtype):
-        here = about | {"row": row.__name__.rpartition(".")[2], "dtype": name} | line
+        here = origin | {"row": row.__name__.rpartition(".")[2], "dtype": name} | line
         results.append(o.out / "bench.jsonl", here)
         lines.append(line)
-        kernels_used = ", ".join(filter(None, (line.get("backend"), line.get("path"))))
+        kernels_used = results.kernels_used(line)
         what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {kernels_used}"
         say(what, True, results.beside(line["ratio"]), misses=list(misses(line, row.TARGETS)))
         if time.monotonic() > o.end - 5:
@@ -271,11 +278,11 @@ def measured(rows, device, dtype):
 
 
 def misses(line, targets):
-    """By how much a line misses its targets, in words; of a CUDA graph where there is one."""
-    for layer, dropout, kind, peer, most in targets:
-        if (layer, dropout, kind) != (line["layer"], line["dropout"], line["pass"]):
+    """By how much a line misses its targets, in words; a CUDA graph counts where there is one."""
+    for layer, dropout, pass_name, peer, most in targets:
+        if (layer, dropout, pass_name) != (line["layer"], line["dropout"], line["pass"]):
             continue
-        where = f"{layer}, p = {dropout}, {kind}"
+        where = f"{layer}, p = {dropout}, {pass_name}"
         if peer == MICROSECONDS:
             took = 1000 * line.get("graph_ms", line["ms"])[OURS][1]
             if took > most:
@@ -288,10 +295,10 @@ def models(o):
     """Steps of whole models with random weights, eager first, until the time is up."""
     from . import whole
 
-    about = results.describe(o.device) | {"row": "model", "dtype": "bf16"}
+    origin = results.describe(o.device) | {"row": "model", "dtype": "bf16"}
     plans = whole.PLANS if o.device.type == "cuda" else whole.REHEARSED
     for line, losses in whole.measure(plans, o.device, o.end - 12):
-        results.append(o.out / "bench.jsonl", about | line)
+        results.append(o.out / "bench.jsonl", origin | line)
         said = f"{line['ms'][OURS][1]:.1f} ms, {results.beside(line['ratio'])}; losses {losses}"
         ratio = line["ratio"].get(whole.STOCK, 0)
         most = whole.TARGETS.get(line["layer"], float("inf"))
@@ -313,7 +320,10 @@ def stack(o):
     from .stack import LARGE, TINY, train
 
     measured = train(LARGE if o.device.type == "cuda" else TINY, o.device, o.end)
-    words = "{layers} layers, {parameters:.1f}B weights: {step_s:.2f} s a step of {tokens} tokens, {peak_gb:.2f} GB"
+    words = (
+        "{layers} layers, {parameters:.1f}B weights: {step_s:.2f} s a step of {tokens} tokens,"
+        " {peak_gb:.2f} GB"
+    )
     ok = measured.pop("ok")
     say("4-bit steps under 24 GB", ok, words.format(**measured), **measured)
 

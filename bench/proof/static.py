@@ -21,9 +21,16 @@ from ..progress import Progress
 from . import sass, static_cuda
 
 COLUMNS = {  # of the table: a number, and what it is called
-    "registers": "registers", "shared": "shared", "spilled": "spilled", "mma": "tensor core", "ldsm": "ldmatrix",
-    "async": "async copies", "wide": "16-byte loads", "fma": "fma", "loop": "loop",
-}  # fmt: skip
+    "registers": "registers",
+    "shared": "shared",
+    "spilled": "spilled",
+    "mma": "tensor core",
+    "ldsm": "ldmatrix",
+    "async": "async copies",
+    "wide": "16-byte loads",
+    "fma": "fma",
+    "loop": "loop",
+}
 
 
 def options(argv):
@@ -41,10 +48,15 @@ def options(argv):
         help="another triton, fetched by pip",
     )
     parser.add_argument(
-        "--jobs", type=positive, default=os.cpu_count(), help="processes at once"
+        "--jobs",
+        type=positive,
+        default=os.cpu_count(),
+        help="processes at once",
     )
     parser.add_argument(
-        "--rows", action="store_true", help="a line for each variant, instead of their ranges"
+        "--rows",
+        action="store_true",
+        help="a line for each variant, instead of their ranges",
     )
     return parser.parse_args(argv)
 
@@ -77,7 +89,8 @@ def main(argv=None):
     for row in failed:
         where = ", ".join(
             filter(
-                None, (row["kernel"], row["target"], row["case"], row["tile"], row["compiler"])
+                None,
+                (row["kernel"], row["target"], row["case"], row["tile"], row["compiler"]),
             )
         )
         print(f"{where}: {'; '.join(row['faults'])}")
@@ -142,10 +155,10 @@ def cuda_tasks():
 
 def cuda_rows(source, arch, kept):
     """Rows of one source on one architecture, read from `kept` where nothing has changed."""
-    about = [static_cuda.version(), arch, *static_cuda.FLAGS]
-    about += [Path(module.__file__).read_text() for module in (static_cuda, sass)]
+    compiled_by = [static_cuda.version(), arch, *static_cuda.FLAGS]
+    compiled_by += [Path(module.__file__).read_text() for module in (static_cuda, sass)]
     text = [file.read_text() for file in (source, *sorted(source.parent.glob("*.*h")))]
-    digest = hashlib.sha256(json.dumps([about, text]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps([compiled_by, text]).encode()).hexdigest()[:24]
     file = kept / f"{source.stem}-{digest}.json" if kept else None
     if file and file.exists():
         return json.loads(file.read_text())

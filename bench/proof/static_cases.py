@@ -59,7 +59,15 @@ CASES = [
     ),
     *(
         Case(
-            "cublas, delta first", op, 8192, 4096, 4096, 16, p=0.1, bias=True, product="cublas"
+            "cublas, delta first",
+            op,
+            8192,
+            4096,
+            4096,
+            16,
+            p=0.1,
+            bias=True,
+            product="cublas",
         )
         for op in BOTH
     ),
@@ -78,7 +86,16 @@ CASES = [
     *(Case("tma", op, 8192, 4096, 4096, 16, product="tma") for op in BOTH),
     *(
         Case(
-            "tma, dropout", op, 8192, 4096, 4096, 32, fp32=True, p=0.1, bias=True, product="tma"
+            "tma, dropout",
+            op,
+            8192,
+            4096,
+            4096,
+            32,
+            fp32=True,
+            p=0.1,
+            bias=True,
+            product="tma",
         )
         for op in BOTH
     ),
@@ -238,18 +255,39 @@ def tensors(c):
     if c.op != "dora_norm_bwd":
         need += [True, c.bias, c.gain, c.experts > 0]
     return {
-        "codes": codes, "table": table, "scales": scales, "size": c.n * c.k, "dtype": c.dtype, "w": make(c.n, c.k),
-        "bounds": make(15, dtype=WIDE), "order": make(16, dtype=torch.uint8),
-        "x": make(c.m, c.k), "base": base, "a": make(ra, c.k, dtype=narrow), "b": make(c.n, rb, dtype=narrow),
-        "scale": make(1, dtype=WIDE), "bias": make(c.n, dtype=narrow) if c.bias else None,
-        "gain": make(c.n, dtype=WIDE) if c.gain else None, "seed": make(1, dtype=torch.int64),
+        "codes": codes,
+        "table": table,
+        "scales": scales,
+        "size": c.n * c.k,
+        "dtype": c.dtype,
+        "w": make(c.n, c.k),
+        "bounds": make(15, dtype=WIDE),
+        "order": make(16, dtype=torch.uint8),
+        "x": make(c.m, c.k),
+        "base": base,
+        "a": make(ra, c.k, dtype=narrow),
+        "b": make(c.n, rb, dtype=narrow),
+        "scale": make(1, dtype=WIDE),
+        "bias": make(c.n, dtype=narrow) if c.bias else None,
+        "gain": make(c.n, dtype=WIDE) if c.gain else None,
+        "seed": make(1, dtype=torch.int64),
         "gate": make(c.m, c.experts, dtype=WIDE) if c.experts else None,
-        "form": c.form, "block": c.block, "p": c.p, "keep_z": c.gain,
-        "dy": make(c.m, c.n), "h": make(c.m, ra), "z": make(c.m, c.n if c.gain else 0),
+        "form": c.form,
+        "block": c.block,
+        "p": c.p,
+        "keep_z": c.gain,
+        "dy": make(c.m, c.n),
+        "h": make(c.m, ra),
+        "z": make(c.m, c.n if c.gain else 0),
         "bits": make(c.m, 4 * -(-c.k // 32) if c.p else 0, dtype=torch.uint8),
-        "need": need, "m": c.m, "k": c.k, "dn": make(c.n, dtype=WIDE), "n": make(c.n, dtype=WIDE),
-        "u": make(c.m, c.k), "v": make(c.m, c.k) if c.gain else None,
-    }  # fmt: skip
+        "need": need,
+        "m": c.m,
+        "k": c.k,
+        "dn": make(c.n, dtype=WIDE),
+        "n": make(c.n, dtype=WIDE),
+        "u": make(c.m, c.k),
+        "v": make(c.m, c.k) if c.gain else None,
+    }
 
 
 def four_bits(c, make):

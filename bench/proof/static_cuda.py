@@ -23,7 +23,8 @@ def architectures():
 
 def version():
     return re.search(
-        r"release (\S+),", subprocess.check_output(["nvcc", "--version"], text=True)
+        r"release (\S+),",
+        subprocess.check_output(["nvcc", "--version"], text=True),
     )[1]
 
 
@@ -50,7 +51,9 @@ def rows(source, arch):
         machine_code = sass.disassemble(Path(file.name).read_bytes())
     said = dict(
         re.findall(
-            r"Compiling entry function '(\S+)'[^\n]*\n(.*?Used [^\n]*)", done.stderr, re.S
+            r"Compiling entry function '(\S+)'[^\n]*\n(.*?Used [^\n]*)",
+            done.stderr,
+            re.S,
         )
     )
     text = source.read_text()
@@ -63,7 +66,11 @@ def rows(source, arch):
 def demangled(names):
     """{mangled: (kernel, arguments of its template)}"""
     done = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+        ["c++filt"],
+        input="\n".join(names),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     plain = done.stdout.replace("__nv_", "").replace("(int)", "").splitlines()
     matches = [re.search(r"(\w+)(?:<(.*)>)?\(", line) for line in plain]

@@ -136,7 +136,9 @@ def source_of(launch):
 
     Specialized as at a launch: aligned pointers, and integers that are 1 or divide by 16.
     """
-    signature, constants, aligned = {}, {}, {}
+    signature = {}
+    constants = {}
+    aligned = {}
     for at, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
         signature[param.name] = type_of(value, param)
@@ -185,7 +187,11 @@ def numbers(compiled, target):
             for what in ("count", "spill_count")
         )
         return sass.measure(
-            registers, shared, spilled, [], re.findall(r"^\t([a-z]\w+.*)", text, re.M)
+            registers,
+            shared,
+            spilled,
+            [],
+            re.findall(r"^\t([a-z]\w+.*)", text, re.M),
         )
     ((registers, stack, places, lines),) = sass.disassemble(compiled.asm["cubin"]).values()
     return sass.measure(registers, shared, stack, places, lines)
@@ -193,20 +199,22 @@ def numbers(compiled, target):
 
 def row(launch, measured):
     """A line of the table: what the launch is, its numbers, and what is wrong with them."""
-    kernel, target, case = launch.kernel, launch.target, launch.case
+    kernel = launch.kernel
+    target = launch.target
+    case = launch.case
     text = Path(inspect.getsourcefile(kernel.fn)).read_text()
     absent = [
         name for name, value in launch.arguments.items() if value is None or value is False
     ]
     limits = sass.limits(text, kernel.__name__, target, absent)
     faults = list(sass.faults(measured, limits, _gemm.SHARED[TARGETS[target][0]], case.fast))
-    about = {
+    names = {
         "kernel": kernel.__name__,
         "target": target,
         "case": f"{case.op}, {case.label}",
         "tile": launch.tile,
     }
-    return about | measured | {"faults": faults}
+    return names | measured | {"faults": faults}
 
 
 def worker(everything, share, shares, kept):
@@ -237,7 +245,8 @@ def compiled_row(launch, source, options, file):
         return row(launch, json.loads(file.read_text()))
     try:
         measured = numbers(
-            triton.compile(source, TARGETS[launch.target][2], options), launch.target
+            triton.compile(source, TARGETS[launch.target][2], options),
+            launch.target,
         )
     except Exception as error:  # what a compiler throws has many names
         nothing = dict.fromkeys([*sass.NUMBERS, "instructions"], 0)

@@ -32,8 +32,8 @@ def missing(device):
     """Why this device has no such product, or None."""
     if device.type != "cuda" and not _gemm.INTERPRET:
         return "needs a GPU"
-    kind, _ = _gemm.machine(device)
-    return None if kind in lora_tma.TILES else f"{kind} has no such kernel"
+    family, _ = _gemm.machine(device)
+    return None if family in lora_tma.TILES else f"{family} has no such kernel"
 
 
 def examine(device, end):
@@ -54,19 +54,24 @@ def examine(device, end):
 def proved(op, device, options):
     """(error, bound) of the worst shape"""
     pairs = []
+    shapes = PROVED if device.type == "cuda" else (REHEARSED,)
     with taken("tma"):
-        for shape in PROVED if device.type == "cuda" else (REHEARSED,):
+        for shape in shapes:
             t = tensors(*shape, torch.bfloat16, device, **options)
             pairs.append(check_case(op, "triton", [t[name] for name in NAMES[op]]))
     return max(
-        pairs, key=lambda pair: float("inf") if math.isnan(pair[0]) else pair[0] / pair[1]
+        pairs,
+        key=lambda pair: float("inf") if math.isnan(pair[0]) else pair[0] / pair[1],
     )
 
 
 def times(op, device, options):
     """{name: µs}: the op by TMA, and by cuBLAS with an epilogue; then what products() says."""
     t = tensors(
-        *(WIDE if device.type == "cuda" else REHEARSED), torch.bfloat16, device, **options
+        *(WIDE if device.type == "cuda" else REHEARSED),
+        torch.bfloat16,
+        device,
+        **options,
     )
     args = [t[name] for name in NAMES[op]]
     call = getattr(torch.ops.peftops, op)
@@ -91,23 +96,23 @@ def products(op, t, device):
     """
     x, dy = t["x"], t["dy"]
     forward = op == "lora_fwd"
-    rest = {}
+    update = {}
     if forward:
         left, of_base = x, weight_slices
         out = x.new_empty(dy.shape)
         b = t["b"].to(x.dtype)
-        rest = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]}
+        update = {"scale": t["scale"], "gain": t["gain"], "bias": t["bias"]}
     else:
         left, of_base = dy, weight_slices_bwd
         out = x.new_empty(x.shape)
         b = t["a"].to(x.dtype)
         if t["p"]:
-            rest["bits"] = t["bits"]
+            update["bits"] = t["bits"]
     (weight,) = of_base(t["base"], t["form"], t["block"], out.shape[1], left)
     _, w, turned = weight
 
     def run():
-        lora_tma.product(out, left, [weight], t["h"], b, not forward, **rest)
+        lora_tma.product(out, left, [weight], t["h"], b, not forward, **update)
 
     ours = least("tma", run, (), device)
     theirs = least("cublas", lambda: torch.mm(left, w if turned else w.T, out=out), (), device)

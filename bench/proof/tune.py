@@ -32,7 +32,7 @@ ROWS = [
 
 
 def tables(device, end):
-    """(table, entry, words) of each table's best, and how far our product is from cuBLAS."""
+    """(table, entry, words) of the best of each table, and how far our product is from cuBLAS."""
     gpu = _gemm.machine(device)[0]
     shape = WIDE if device.type == "cuda" else SMALL
     t = tensors(*shape, torch.bfloat16, device)
@@ -79,7 +79,7 @@ def tables(device, end):
 
 @contextmanager
 def taken(product):
-    """Inside, the Triton backend's 16-bit products are all "fused", "tma" or "cublas"."""
+    """Within it the Triton backend uses this 16-bit product: "fused", "tma" or "cublas"."""
     before = _gemm.choose_product
     put(vars(_gemm), "choose_product", lambda *args, **kwargs: product)
     try:

@@ -79,17 +79,22 @@ def measure(plans, device, end, rounds=5):
             return
         torch._dynamo.reset()
         ids = torch.randint(
-            96, TOKENS[plan.size], generator=torch.Generator().manual_seed(3)
+            96,
+            TOKENS[plan.size],
+            generator=torch.Generator().manual_seed(3),
         ).to(device)
-        kinds = {BASE: None} | contenders(plan.method)
-        kinds.pop(LORA, None)
-        missing = training.absent(kinds.values())
-        absent = {who: missing[kind] for who, kind in kinds.items() if kind in missing}
+        labels = {BASE: None} | contenders(plan.method)
+        labels.pop(LORA, None)
+        missing = training.absent(labels.values())
+        absent = {who: missing[label] for who, label in labels.items() if label in missing}
         calls, losses = {}, {}
-        for who in [who for who in kinds if who not in absent]:
+        for who in [who for who in labels if who not in absent]:
             try:
                 calls[who] = step(
-                    built(plan, kinds[who], device), ids, who == BASE, plan.compiled
+                    built(plan, labels[who], device),
+                    ids,
+                    who == BASE,
+                    plan.compiled,
                 )
                 losses[who] = calls[who]().item()
             except Exception as error:  # of somebody else's code, which may raise anything
@@ -104,18 +109,19 @@ def measure(plans, device, end, rounds=5):
         yield finish(line, *times(timed, STEP, rounds, device, modes=("eager",))), losses
 
 
-def built(plan, kind, device):
-    """The frozen model where kind is None, else the demo's contender with a B of noise."""
+def built(plan, label, device):
+    """The frozen model where label is None, else the demo's contender with a B that is not zero."""
     model = llama(plan.size, device).requires_grad_(False)
     layers = model.model.layers
-    if kind:
-        model = training.build(kind, model, RANK, plan.dropout, 1).model
+    if label:
+        model = training.build(label, model, RANK, plan.dropout, 1).model
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.01)
-    for layer in layers if plan.compiled else ():
-        layer.compile(mode=plan.compiled, dynamic=False)
+    if plan.compiled:
+        for layer in layers:
+            layer.compile(mode=plan.compiled, dynamic=False)
     return model.train()
 
 
@@ -144,7 +150,11 @@ def step(model, ids, frozen, compiled):
             torch.compiler.cudagraph_mark_step_begin()
         embedded = embed(ids).detach().requires_grad_(frozen)
         loss = training.forward_backward(
-            model, ids, torch.bfloat16, inputs_embeds=embedded, use_cache=False
+            model,
+            ids,
+            torch.bfloat16,
+            inputs_embeds=embedded,
+            use_cache=False,
         )
         for parameter in trained:
             parameter.grad = None
@@ -154,7 +164,7 @@ def step(model, ids, frozen, compiled):
 
 
 def agree(line, losses):
-    """Whether PEFT's loss and ours agree; true under dropout and where PEFT is absent."""
+    """Whether PEFT's loss and ours are equal; always so under dropout or where PEFT is absent."""
     ours = losses[OURS]
     stock = next((loss for who, loss in losses.items() if who not in (BASE, OURS)), ours)
     return bool(line["dropout"]) or abs(ours - stock) <= CLOSE * abs(stock)
