@@ -14,9 +14,10 @@ from . import names, values
 from .config import read_config, size_of_file
 from .header import Stored, read_header
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PART = re.compile(
+LORA_TENSOR = re.compile(
     r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB])|(B\.bias)|(magnitude_vector)(?:\.weight)?)"
 )
 NAMED = re.compile(
@@ -27,12 +28,13 @@ WRAPPERS = {
     "_orig_mod": "torch.compile",
     "_checkpoint_wrapped_module": "checkpoint_wrapper",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
-    "module": "DistributedDataParallel",  # only at the front: a model may have a module of this name
+    # Only at the front of a key: a model may have a module of this name.
+    "module": "DistributedDataParallel",
 }
-OPTIONAL = {
+OPTIONAL = {  # tensor -> the flag that asks for it
     "magnitude_vector": "use_dora",
     "B.bias": "lora_bias",
-}  # tensor -> the flag that asks for it
+}
 FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -48,6 +50,7 @@ class Adapter:
     """The two files of a folder.
 
     Attributes:
+        folder: where the files are.
         config: the fields of adapter_config.json, with PEFT's defaults.
         tensors: by key, in the order of the file.
         modules: module -> {A, B, B.bias or magnitude_vector: its tensor}.
@@ -91,13 +94,13 @@ class Adapter:
         self.unmet = answer["unmet"]
 
     def sort(self, key, stored):
-        """Puts a tensor where it belongs."""
+        """Adds a tensor to modules, or its key to others; and the key to named and wrapped."""
         for wrapper in wrappers(key):
             self.wrapped.setdefault(wrapper, []).append(key)
-        match = PART.fullmatch(key)
+        match = LORA_TENSOR.fullmatch(key)
         named = None if match else NAMED.fullmatch(key)
         if named:
-            match = PART.fullmatch(named[1] + named[3])
+            match = LORA_TENSOR.fullmatch(named[1] + named[3])
         if named and match:
             self.named[key] = named[2]
         is_of_module = bool(match) and self.add_to_module(match, stored)
@@ -105,14 +108,17 @@ class Adapter:
             self.others.append(key)
 
     def add_to_module(self, match, stored):
-        """False where the module has such a tensor already, which then stays."""
+        """Adds a tensor to its module. False if the module has such a tensor; that one stays."""
         module, *labels = match.groups()
         held = self.modules.setdefault(without_prefix(module), {})
         label = next(filter(None, labels))
         return held.setdefault(label, stored) is stored
 
     def question(self):
-        """For names.match: the modules of LoRA alone, since other methods have other rules."""
+        """The question for names.match.
+
+        Only a LoRA adapter asks about its modules: other methods have other rules.
+        """
         fields = FIELDS if self.is_lora else ("modules_to_save",)
         question = {name: None for name in FIELDS} | {"target_parameters": []}
         question |= {name: self.config.get(name) for name in fields}
@@ -138,14 +144,11 @@ class Adapter:
         return self.ranks.get(module, self.config["r"])
 
     def __str__(self):
-        dtypes = (
-            " and ".join({stored.dtype: None for stored in self.tensors.values()})
-            or "no tensors"
-        )
+        dtypes = " and ".join({stored.dtype: None for stored in self.tensors.values()})
         method = self.config["peft_type"]
         if self.is_lora:
             method = f"LoRA, rank {self.rank}, {len(self.modules)} modules"
-        text = f"{self.folder}: {method}, {dtypes}"
+        text = f"{self.folder}: {method}, {dtypes or 'no tensors'}"
         version = self.config.get("peft_version")
         return f"{text}, saved by PEFT {version}" if version else text
 
@@ -156,16 +159,20 @@ def without_prefix(key: str) -> str:
 
 
 def adapted_module(module):
-    """The module that PEFT was asked to adapt: it adapts parts of some, wraps others twice."""
+    """The module that PEFT was asked to adapt.
+
+    The name of a layer has .base_layer in it if PEFT adapts a part of that module, or wraps it
+    twice.
+    """
     return f"{module}.".partition(".base_layer.")[0].removesuffix(".")
 
 
 def wrappers(key):
     """The names of wrappers of modules in a key."""
-    if "_orig_mod" not in key and "module" not in key:  # as in most
+    if "_orig_mod" not in key and "module" not in key:  # true of most keys
         return []
-    parts = key.split(".")
-    held = [name for name in WRAPPERS if name in parts and name != "module"]
+    words = key.split(".")
+    held = [name for name in WRAPPERS if name in words and name != "module"]
     if key.startswith("module.") or without_prefix(key).startswith("module."):
         held.append("module")
     return held
@@ -196,23 +203,23 @@ def load(folder: Path) -> Adapter:
 
 
 def another_format(folder):
-    """What a message says of weights that are no safetensors; nothing where there are none."""
-    for file in folder.glob("adapter_model.*"):
-        return f", only {file.name}: save it as safetensors"
-    return ""
+    """What a message says of weights in another format; empty if there are none."""
+    file = next(folder.glob("adapter_model.*"), None)
+    return f", only {file.name}: save it as safetensors" if file else ""
 
 
 def faults(adapter: Adapter) -> Iterator[tuple[str, str]]:
     """(verdict, text) of what is wrong with the files, whoever loads them.
 
-    The verdict is "broken", or "note" where an adapter may be as it should.
+    The verdict is "broken", or "note" where the adapter may be as it should.
     """
     if not adapter.tensors:
         yield "broken", "no tensors are there"
     for wrapper, keys in adapter.wrapped.items():
         yield (
             "broken",
-            f"{listed(keys)}: {WRAPPERS[wrapper]} put {wrapper} there; strip {wrapper}. from the keys",
+            f"{listed(keys)}: {WRAPPERS[wrapper]} put {wrapper} there;"
+            f" strip {wrapper}. from the keys",
         )
     for key, stored in adapter.tensors.items():
         if stored.dtype not in values.BYTES:
@@ -249,12 +256,13 @@ def faults_of_modules(adapter):
             share = f"{len(zero)} of {len(adapter.modules)} modules"
             yield (
                 "note",
-                f"lora_{label} is all zero in {share}, {listed(zero)}: untrained, or lost in saving",
+                f"lora_{label} is all zero in {share}, {listed(zero)}:"
+                " untrained, or lost in saving",
             )
 
 
 def listed(keys: list[str]) -> str:
-    """The first, and how many more."""
+    """The first of these names, and how many more there are."""
     first = without_prefix(keys[0])
     return f"{first} and {len(keys) - 1} more" if len(keys) > 1 else first
 
@@ -279,7 +287,7 @@ def misshapen(adapter, module, tensors):
         return f"lora_A is {a.dtype} and lora_B {b.dtype}"
     if not a.bytes or not b.bytes:
         return f"lora_A is {a.shape} and lora_B {b.shape}: one is empty"
-    if adapter.config.get("use_bdlora"):  # it has blocks, which have other shapes
+    if adapter.config.get("use_bdlora"):  # BD-LoRA has blocks, with other shapes
         return None
     if min(len(a.shape), len(b.shape)) < 2 or a.shape[0] != b.shape[1]:
         return f"lora_A is {a.shape} and lora_B {b.shape}, which have no rank in common"

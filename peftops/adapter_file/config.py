@@ -21,7 +21,8 @@ def size_of_file(path: Path) -> int:
     """The size of a regular file in bytes.
 
     Raises:
-        ValueError: it is no file, or it is empty. A pipe or a device could block or never end.
+        ValueError: it is no regular file, since a pipe or a device could block or never end; or
+            it is empty.
     """
     try:
         status = path.stat()
@@ -58,6 +59,7 @@ def read_config(path: Path) -> dict:
 
 
 def parse(path):
+    """The JSON in the file, of which at most LARGEST bytes are read."""
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST).decode()
@@ -69,7 +71,7 @@ def parse(path):
 
 
 def reason(error):
-    """What the system says of an error, without the path, or else the whole text."""
+    """What the system says of an error, without the path. Other errors are told as they are."""
     return getattr(error, "strerror", None) or error
 
 
@@ -105,10 +107,12 @@ def is_flag(value):
 
 
 def list_of(is_allowed):
+    """A rule for lists whose items this rule allows."""
     return lambda value: isinstance(value, list) and all(map(is_allowed, value))
 
 
 def dict_of(is_allowed):
+    """A rule for dicts whose values this rule allows."""
     return lambda value: isinstance(value, dict) and all(map(is_allowed, value.values()))
 
 

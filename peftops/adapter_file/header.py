@@ -1,4 +1,4 @@
-"""What tensors a safetensors file holds, by its header."""
+"""Reads from the header of a safetensors file which tensors it holds."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from .._errors import sentence
 
 LONGEST = 1000  # characters of a key
-LARGEST_HEADER = 48 << 20  # bytes; that of factors for 61 layers of 384 experts has 25 MiB
+LARGEST_HEADER = 48 << 20  # bytes; with factors for 61 layers of 384 experts it has 25 MiB
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Stored:
 
 
 def read_header(path: Path, size: int) -> dict[str, Stored]:
-    """The tensors by key, in the order of the file. safetensors says whether the file is valid.
+    """The tensors by key, in the order of the file. The package safetensors checks the file.
 
     Args:
         path: the file.

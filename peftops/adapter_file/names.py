@@ -1,8 +1,8 @@
 """Which names of an adapter's modules its config matches, by PEFT's rules, in bounded time.
 
-A regex of a stranger may run for ever. Plain names are matched in this process. For everything
-else this file runs as a script, which is killed after SECONDS. So it imports nothing but the
-standard library.
+A regex that comes from somebody else may run for ever. Plain names are matched in this process.
+For everything else this file runs as a script, which is killed after SECONDS. So it imports
+nothing but the standard library.
 """
 
 import json
@@ -31,10 +31,15 @@ def match(question: dict) -> dict:
 
 
 def answer_of_script(question):
+    """What answer(question) returns, from a process that is killed after SECONDS."""
     command = [sys.executable, "-I", "-S", __file__]
     try:
         done = subprocess.run(
-            command, input=json.dumps(question), capture_output=True, text=True, timeout=SECONDS
+            command,
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"matching its names takes more than {SECONDS} seconds") from None
@@ -131,9 +136,8 @@ def target_rule(question):
     wanted = question["target_modules"]
     targeted = name_rule("target_modules", wanted)
     owners = tuple(f".{name}".rpartition(".")[0] for name in question["target_parameters"])
-    whole = frozenset(
-        wanted if isinstance(wanted, list) else ()
-    )  # for these PEFT ignores the layer
+    # PEFT ignores the layer of a module whose whole name is in the list.
+    whole = frozenset(wanted if isinstance(wanted, list) else ())
     layer = layer_rule(question["layers_pattern"])
     layers = question["layers_to_transform"]
     if isinstance(layers, int):
@@ -160,7 +164,7 @@ def target_rule(question):
 
 
 def name_rule(field, wanted):
-    """A function: is a name one of these, or does it end with one? A string is a regex."""
+    """A function that says whether a name is one of these or ends with one. A string is a regex."""
     if wanted is None:
         return lambda module: False
     if isinstance(wanted, list):

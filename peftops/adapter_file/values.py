@@ -9,7 +9,7 @@ import numpy
 
 CHUNK = 1 << 22  # bytes that are in memory at a time
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-EXPONENT = {  # the bits of it; where all of them are set, the number is infinite or NaN
+EXPONENT = {  # its bits; if all of them are set, the number is infinite or NaN
     "F64": 0x7FF << 52,
     "F32": 0xFF << 23,
     "F16": 0x1F << 10,
@@ -36,6 +36,7 @@ def look_at_values(path: Path, tensors: Iterable) -> None:
 
 
 def look_at_tensor(file, stored, pieces, buffer):
+    """Sets .finite and .zero of one tensor."""
     dtype = numpy.dtype(f"<u{BYTES[stored.dtype]}")
     mask = dtype.type(EXPONENT[stored.dtype])
     stored.finite = True
@@ -55,12 +56,16 @@ def look_at_tensor(file, stored, pieces, buffer):
 
 
 class Pieces:
-    """What to read of a file. The holes of a sparse file are skipped: they are zero."""
+    """What to read of a file. The holes of a sparse file are skipped: they are zero.
+
+    Attributes:
+        data, end: a range of the file without a hole.
+    """
 
     def __init__(self, handle):
         self.handle = handle
-        self.data = 0  # from here
-        self.end = 0  # to here there is no hole
+        self.data = 0
+        self.end = 0
 
     def of(self, stored):
         """(start, stop) of each piece of a tensor: whole entries, and at most CHUNK bytes."""
@@ -80,9 +85,9 @@ class Pieces:
             position = end
 
     def find_data(self, position):
-        """Sets data and end to those of the first data at position or later.
+        """Sets data and end to the first range without a hole at position or later.
 
-        All is data where the file system does not tell.
+        Where the file system does not tell, everything counts as data.
         """
         forever = 1 << 63
         self.data = position

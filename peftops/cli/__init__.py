@@ -1,28 +1,37 @@
-"""The commands: main(argv) of each returns the exit code. Functions do the heavy imports."""
+"""The commands, and what they share.
+
+main(argv) of each command returns the exit code. Heavy packages are imported inside functions, so
+that a command starts fast.
+"""
 
 import argparse
 import os
 import platform
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._errors import sentence  # noqa: F401  commands and bench import it from here
+
+if TYPE_CHECKING:
+    import torch
 
 SHOWN = 1000  # characters of a message
 
 
 class BadInput(Exception):
-    """One sentence for the user; the command ends with exit code 2."""
+    """One sentence for the user. The command ends with exit code 2."""
 
 
 @contextmanager
-def refusing(show=str):
+def refusing(show: Callable[[str], str] = str) -> Iterator[None]:
     """Turns a ValueError into BadInput. Wrap only the call whose errors are for the user.
 
     Args:
-        show: makes what the user reads of the error's text.
+        show: turns the text of the error into the text for the user.
     """
     try:
         yield
@@ -31,12 +40,16 @@ def refusing(show=str):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names the default of an option, unless it says nothing."""
+
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default == ()
         return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that raises BadInput instead of ending the process."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=Help, **kwargs)
 
@@ -44,27 +57,33 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def need(*packages):
-    """Raises BadInput with the command that mends it where a package is not installed."""
+def need(*packages: str) -> None:
+    """Raises BadInput if a package is not installed. The text has the pip command for it."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         *others, last = missing
-        names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-        raise BadInput(f"{names} not installed: pip install {' '.join(missing)}")
+        subject = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+        raise BadInput(f"{subject} not installed: pip install {' '.join(missing)}")
 
 
-def find_device(name=None):
-    """torch.device(name), or BadInput where it is not here. Default: the GPU, else the CPU."""
+def find_device(name: str | None = None) -> "torch.device":
+    """The device of this name, or without a name the GPU if there is one, else the CPU.
+
+    Raises:
+        BadInput: this machine has no such device.
+    """
     import torch
 
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"there is no device {name!r}; try cpu or cuda") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(
-            f"there is no device {name!r} on this machine; torch {torch.__version__} sees no such GPU"
+            f"there is no device {name!r} on this machine;"
+            f" torch {torch.__version__} sees no such GPU"
         )
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"device must be cpu or cuda, got {name!r}")
@@ -79,8 +98,8 @@ INSTRUCTIONS = {
 }
 
 
-def cpu_kernels():
-    """The instructions of the kernels that run on this CPU, or "no kernels"."""
+def cpu_kernels() -> str:
+    """The instructions that the kernels use on this CPU, or "no kernels"."""
     try:
         from peftops._C import cpu
     except ImportError:
@@ -89,8 +108,8 @@ def cpu_kernels():
     return INSTRUCTIONS.get(isa, isa)
 
 
-def device_name(device):
-    """What to call this device in a table; a CPU's instructions are a part of its name."""
+def device_name(device: "torch.device") -> str:
+    """The name of this device in a table. For a CPU it includes the instructions of the kernels."""
     if device.type == "cuda":
         import torch
 
@@ -98,64 +117,71 @@ def device_name(device):
     return f"{cpu_model()}, {cpu_kernels()}"
 
 
-def cpu_model():
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.partition(": ")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(": ")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def replace(path, write):
-    """write(beside) makes a file beside path. When it is whole it takes the place of path."""
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Replaces a file by a new one, so that no reader ever sees half of it.
+
+    Args:
+        path: the file.
+        write: write(beside) makes the new file beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     try:
         write(beside)
         with beside.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut may leave the name without the bytes
+            os.fsync(file.fileno())  # else after a power cut the file may be empty
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def named(text):
-    """A path, but not that of the current folder by the empty name."""
+def named(text: str) -> Path:
+    """The path of a folder. An empty text, which would be the current folder, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("must name a folder, got ''")
     return Path(text)
 
 
-def folder(text):
-    """The path of a folder that can be written to, or made; a try leaves nothing behind."""
+def folder(text: str) -> Path:
+    """The path of a folder that can be written to or made. The check leaves nothing behind."""
     path = named(text)
     try:
-        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        ancestors = path, *path.absolute().parents
+        nearest = next(ancestor for ancestor in ancestors if ancestor.exists())
         with tempfile.TemporaryDirectory(dir=nearest):
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
 
 
-def escaped(text):
-    """The text with escapes for line breaks and for what moves the cursor."""
+def escaped(text: str) -> str:
+    """The text with escapes for line breaks and for characters that move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(text):
-    """Text of somebody else for a message: short, and no character moves the cursor."""
+def one_line(text: str) -> str:
+    """Untrusted text for a message: cut to SHOWN characters, and no character moves the cursor."""
     return escaped(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
 
 
-def positive(text):
+def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
 
 
-def probability(text):
+def probability(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -1,5 +1,4 @@
-"""peftops check: whether a saved LoRA adapter loads in PEFT, vLLM and SGLang, and whether all
-of it counts there.
+"""peftops check: says whether PEFT, vLLM and SGLang load a saved LoRA adapter, and all of it.
 
 It reads the two files of the adapter and no model (peftops bench is about kernels). A
 finding is `broken`: the files contradict themselves; `refused`: loading raises; `dropped`: it
@@ -30,7 +29,10 @@ HEADS = "classifier", "score"  # PEFT adds both to modules_to_save, whichever th
 def options(argv):
     parser = Parser("peftops check", description=__doc__)
     parser.add_argument(
-        "adapter", metavar="ADAPTER", type=Path, help="a folder with adapter_config.json"
+        "adapter",
+        metavar="ADAPTER",
+        type=Path,
+        help="a folder with adapter_config.json",
     )
     parser.add_argument(
         "--for",
@@ -56,7 +58,7 @@ def main(argv=None):
 
 
 def report(adapter, targets):
-    """(target, verdict, text) of each finding. The target is "files" where all have it."""
+    """(target, verdict, text) of each finding. The target "files" stands for all targets."""
     findings = list(adapter_file.faults(adapter))
     broken = [("files", *finding) for finding in findings if finding[0] == "broken"]
     notes = [("files", *finding) for finding in findings if finding[0] != "broken"]
@@ -125,9 +127,8 @@ def not_loaded(adapter):
     """The tensors that PEFT would not load: it looks each module and key up by its name."""
     wrapped = {key for keys in adapter.wrapped.values() for key in keys}
     lora = [stored.key for tensors in adapter.modules.values() for stored in tensors.values()]
-    if bare := [
-        key for key in lora if not key.startswith(adapter_file.PREFIX) and key not in wrapped
-    ]:
+    keys = [key for key in lora if key not in wrapped]
+    if bare := [key for key in keys if not key.startswith(adapter_file.PREFIX)]:
         yield (
             "dropped",
             f"{listed(bare)}: the keys that PEFT loads begin with {adapter_file.PREFIX}",
@@ -162,7 +163,8 @@ def untargeted(adapter):
         if unmet := adapter.unmet[name]:
             yield (
                 "note",
-                f"{name}: no tensor is of {listed(list(map(str, unmet)))}, which the base model may lack",
+                f"{name}: no tensor is of {listed(list(map(str, unmet)))},"
+                " which the base model may lack",
             )
 
 
@@ -176,24 +178,26 @@ def unexpected(adapter):
     if base := [key for key in strange if of_base(key)]:
         yield (
             "note",
-            f"{listed(base)}: no part of a LoRA adapter; it replaces the weight of a base model that has it",
+            f"{listed(base)}: no part of a LoRA adapter;"
+            " it replaces the weight of a base model that has it",
         )
 
 
 def may_be_tied(module, config):
-    """Whether PEFT may have adapted it as tied to another: it is outside of all layers."""
-    return config.get("ensure_weight_tying") and not any(
-        name.isdigit() for name in module.split(".")
-    )
+    """Whether PEFT may have adapted the module because it is tied to another one.
+
+    Such a module is outside of all layers, so no part of its name is a number.
+    """
+    if not config.get("ensure_weight_tying"):
+        return False
+    return not any(name.isdigit() for name in module.split("."))
 
 
 def of_base(key):
     """Whether a base model may have such a weight."""
-    return (
-        key.startswith(adapter_file.PREFIX)
-        and ".lora_" not in key
-        and key.endswith((".weight", ".bias"))
-    )
+    if not key.startswith(adapter_file.PREFIX) or ".lora_" in key:
+        return False
+    return key.endswith((".weight", ".bias"))
 
 
 def expected(key, adapter):
@@ -228,7 +232,8 @@ def trained_tokens(adapter):
     ]:
         yield (
             "refused",
-            f"{wrong[0].key} is {wrong[0].shape}: trainable_token_indices has another number of rows",
+            f"{wrong[0].key} is {wrong[0].shape}:"
+            " trainable_token_indices has another number of rows",
         )
 
 

@@ -4,11 +4,14 @@ import re
 
 from ..adapter_file import listed
 
-MOVES_BASE = re.compile(
-    "pissa.*|olora|corda|loftq", re.IGNORECASE
-)  # inits that change the base
+# Initializations that change the base's weights.
+MOVES_BASE = re.compile("pissa.*|olora|corda|loftq", re.IGNORECASE)
 BASE_EMBEDDINGS = ".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight"
-UNREAD = {"arrow_config": "Arrow", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}
+UNREAD = {
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
 LACKED = {
     "alora_invocation_tokens": "aLoRA",
     "layer_replication": "replicated layers",
@@ -51,12 +54,14 @@ def for_vllm(adapter):
     if names - {"gate_up_proj", "down_proj"} or names == {"gate_up_proj"}:
         yield (
             "refused",
-            "target_parameters: vLLM takes down_proj of experts, with or without gate_up_proj, alone",
+            "target_parameters: vLLM takes down_proj of experts,"
+            " with or without gate_up_proj, alone",
         )
     elif names:
         yield (
             "note",
-            "target_parameters: served where vLLM's model stacks its experts, and dropped elsewhere",
+            "target_parameters: served where vLLM's model stacks its experts,"
+            " and dropped elsewhere",
         )
     if any(".lora_embedding_" in key for key in adapter.tensors):
         yield (
@@ -77,7 +82,8 @@ def for_sglang(adapter):
     if config.get("use_rslora"):
         yield (
             "dropped",
-            "use_rslora: SGLang scales by lora_alpha / r, so that the adapter counts √r times less",
+            "use_rslora: SGLang scales by lora_alpha / r,"
+            " so that the adapter counts √r times less",
         )
     if any(rank != config["r"] for rank in config["rank_pattern"].values()):
         yield "refused", "rank_pattern: SGLang has one rank for all layers"
@@ -114,7 +120,7 @@ def for_sglang(adapter):
 
 
 def foreign(config, server, verdict):
-    """What neither server computes. Not each of them says so."""
+    """The features of PEFT that neither server computes. Not each server says so."""
     for name, what in (LACKED | UNREAD).items():
         if config.get(name):
             yield verdict if name in LACKED else "dropped", f"{name}: {server} has no {what}"
@@ -122,5 +128,6 @@ def foreign(config, server, verdict):
     if isinstance(init, str) and MOVES_BASE.fullmatch(init):
         yield (
             verdict,
-            f"init_lora_weights {init!r}: PEFT changes the base's weights by it, {server} does not",
+            f"init_lora_weights {init!r}: PEFT changes the base's weights by it,"
+            f" {server} does not",
         )

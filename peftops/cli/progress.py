@@ -1,13 +1,21 @@
-"""How far a command is: bars in a terminal; elsewhere a plain line every few steps, so that a log shows life."""
+"""How far a command is.
+
+A terminal shows bars. A log gets a plain line every few steps, so that it shows life.
+"""
 
 import time
 
-LINES = 8  # at most, of a stage, where there is no terminal
+LINES = 8  # of a stage at most, where there is no terminal
 MEMORY = 300  # seconds; rich forgets the speed of steps that are older
 
 
 class Progress:
-    """with Progress(console) as progress: stage = progress.stage("train", 40); stage.advance("loss 2.3")"""
+    """Shows stages on a console.
+
+    with Progress(console) as progress:
+        stage = progress.stage("train", 40)
+        stage.advance("loss 2.3")
+    """
 
     def __init__(self, console):
         from rich import progress
@@ -20,7 +28,11 @@ class Progress:
             progress.TimeRemainingColumn(elapsed_when_finished=True),
             progress.TextColumn("{task.fields[note]}"),
         )
-        self.bars = progress.Progress(*columns, console=console, speed_estimate_period=MEMORY)
+        self.bars = progress.Progress(
+            *columns,
+            console=console,
+            speed_estimate_period=MEMORY,
+        )
 
     def __enter__(self):
         if self.console.is_terminal:
@@ -32,12 +44,13 @@ class Progress:
             self.bars.stop()
 
     def stage(self, description, total):
+        """A stage of `total` steps. Call its advance(note) after each step."""
         if self.console.is_terminal:
             return Bar(self.bars, description, total)
         return Lines(self.console, description, total)
 
     def track(self, description, items):
-        """The items, each of which is done when the next is asked for."""
+        """The items. Each counts as done when the next is asked for."""
         stage = self.stage(description, len(items))
         for item in items:
             yield item
@@ -45,6 +58,8 @@ class Progress:
 
 
 class Bar:
+    """A stage in a terminal."""
+
     def __init__(self, bars, description, total):
         self.bars = bars
         self.task = bars.add_task(description, total=total, note="")
@@ -54,6 +69,8 @@ class Bar:
 
 
 class Lines:
+    """A stage in a log."""
+
     def __init__(self, console, description, total):
         self.console = console
         self.description = description
@@ -63,15 +80,23 @@ class Lines:
 
     def advance(self, note=""):
         self.done += 1
-        if self.done % -(-self.total // LINES) and self.done < self.total:
+        interval = -(-self.total // LINES)
+        if self.done % interval and self.done < self.total:
             return
         took = time.monotonic() - self.start
         left = took / self.done * (self.total - self.done)
-        parts = [f"{self.description}: {self.done} of {self.total}"]
+        phrases = [f"{self.description}: {self.done} of {self.total}"]
         if note:
-            parts.append(note)
-        parts.append(f"{clock(left)} left" if self.done < self.total else f"took {clock(took)}")
-        self.console.print(", ".join(parts), highlight=False, soft_wrap=True)
+            phrases.append(note)
+        if self.done < self.total:
+            phrases.append(f"{clock(left)} left")
+        else:
+            phrases.append(f"took {clock(took)}")
+        self.console.print(
+            ", ".join(phrases),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def clock(seconds):

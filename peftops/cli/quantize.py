@@ -1,8 +1,7 @@
-"""peftops quantize: the linear layers of a transformers checkpoint in 4 bits, as transformers +
-bitsandbytes load them.
+"""peftops quantize: writes a transformers checkpoint with its linear layers in 4 bits.
 
-Shard by shard, so that memory holds little more than one. Run it again after an interruption
-and it goes on.
+transformers + bitsandbytes load the result. The command works shard by shard, so that memory
+holds little more than one. Run it again after an interruption and it goes on.
 """
 
 import math
@@ -17,21 +16,39 @@ PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # rich shows n
 def options(argv):
     parser = Parser("peftops quantize", description=__doc__)
     parser.add_argument(
-        "model", metavar="MODEL", type=Path, help="a folder with config.json and safetensors"
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="a folder with config.json and safetensors",
     )
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="a new folder, or one that was interrupted"
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="a new folder, or one that was interrupted",
     )
     parser.add_argument(
-        "--blocksize", type=int, default=64, help="elements that share a scale: 32, 64 … 4096"
+        "--blocksize",
+        type=int,
+        default=64,
+        help="elements that share a scale: 32, 64 … 4096",
     )
     parser.add_argument(
-        "--no-double-quant", action="store_true", help="keep the scales in fp32"
+        "--no-double-quant",
+        action="store_true",
+        help="keep the scales in fp32",
     )
     parser.add_argument(
-        "--quant-type", default="nf4", choices=["nf4", "fp4"], help="the table of the 16 codes"
+        "--quant-type",
+        default="nf4",
+        choices=["nf4", "fp4"],
+        help="the table of the 16 codes",
     )
-    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where to compute",
+    )
     return parser.parse_args(argv)
 
 
@@ -73,9 +90,8 @@ def run(o):
         output.take_back(o.out, model.shards)
         raise
     except (OSError, SafetensorError) as error:
-        raise BadInput(
-            f"stopped: {sentence(error)}; run it again to go on where it stopped"
-        ) from None
+        message = f"stopped: {sentence(error)}; run it again to go on where it stopped"
+        raise BadInput(message) from None
     show(o, model, worst_errors(written), links, console)
     return 0
 
@@ -90,7 +106,7 @@ def refuse_nested(o):
 
 
 def describe(o, model, device):
-    """What the result depends on: going on with something else would mix two models."""
+    """What the result depends on. A run that goes on must have the same, else two models mix."""
     from .. import __version__
 
     return {
@@ -120,7 +136,15 @@ def write_shards(o, model, device, console):
     columns = [description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     make = partial(quantize_weight, o, model)
     measure = partial(error_of_weight, model)
-    writer = ShardWriter(model, o.out, device, model.linear, make, measure, state_endings())
+    writer = ShardWriter(
+        model,
+        o.out,
+        device,
+        model.linear,
+        make,
+        measure,
+        state_endings(),
+    )
     written = {}
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("quantize", total=len(model.linear))
@@ -137,9 +161,8 @@ def quantize_weight(o, model, key, w):
     w = as_linear(model, key, w)
     refuse_infinite(key, w)
     q = NF4Weight.quantize(w, o.blocksize, not o.no_double_quant, o.quant_type)
-    state = {
-        name: t.to("cpu", copy=True) for name, t in q.state_dict(key).items()
-    }  # weights share tables
+    # The copies are separate: the tensors of all weights share their tables.
+    state = {name: t.to("cpu", copy=True) for name, t in q.state_dict(key).items()}
     try:
         NF4Weight.load(state, key)
     except ValueError as error:  # its scales are too large for fp32
@@ -153,13 +176,14 @@ def as_linear(model, key, w):
 
 
 def refuse_infinite(key, w):
-    """BadInput where values are not finite: they would spoil all others of the same scale."""
+    """BadInput if values are not finite: they would spoil all others of the same scale."""
     if all(end.isfinite() for end in w.aminmax()):
         return
     count = sum(piece.numel() - int(piece.isfinite().sum()) for piece in w.split(256))
     layer = key.removesuffix(".weight")
     raise BadInput(
-        f"{layer} cannot be quantized: {count} of its {w.numel()} weights are NaN or infinite in {w.dtype}"
+        f"{layer} cannot be quantized:"
+        f" {count} of its {w.numel()} weights are NaN or infinite in {w.dtype}"
     )
 
 
@@ -172,7 +196,10 @@ def error_of_weight(model, key, w, state):
 
 
 def distance(w, q):
-    """In pieces, since a layer in fp32 would be twice its size."""
+    """‖W − Ŵ‖ ÷ ‖W‖, or ‖Ŵ‖² where W is zero.
+
+    It works on pieces, since a whole layer in fp32 takes twice the memory of one in bf16.
+    """
     lost = 0
     whole = 0
     for a, b in zip(w.split(256), q.dequantize().split(256), strict=True):
@@ -219,9 +246,7 @@ def make_config(o, model):
     )
     config = {**model.config, "quantization_config": settings.to_dict()}
     if not config.get("dtype") and not config.get("torch_dtype"):
-        config["dtype"] = (
-            dtype  # else transformers would take that of the scales, which is fp32
-        )
+        config["dtype"] = dtype  # else transformers would take the dtype of the scales, fp32
     return config
 
 
@@ -229,12 +254,12 @@ def show(o, model, worst, links, console):
     console.print(table(worst))
     if model.kept:
         console.print(
-            f"{len(model.kept)} linear layers stay as they are: loading makes them of several tensors."
+            f"{len(model.kept)} linear layers stay as they are:"
+            " loading makes them of several tensors."
         )
     if links:
-        console.print(
-            one_line(f"{len(links)} links were not copied, such as {links[0].name}."), **PLAIN
-        )
+        text = f"{len(links)} links were not copied, such as {links[0].name}."
+        console.print(one_line(text), **PLAIN)
     before = sum((o.model / name).stat().st_size for name in model.shards)
     after = sum((o.out / name).stat().st_size for name in model.shards)
     sizes = f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB ({after / before:.1%})"
