@@ -1,4 +1,4 @@
-"""The CPU's kernels of lora: each instruction set, and what torch is not asked for."""
+"""LoRA's kernels for the CPU: every instruction set, no product by torch, and too little memory."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from peftops.testing.law import check
 
 
 def run(t, p, form):
-    """Forward and backward of a case's tensors"""
+    """Forward and backward of a case's tensors."""
     base = t["base"][0]
     weight = {"dense": base, "transposed": base.T, "given": F.Base("given", [base])}[form]
     for name in ("x", "a", "b"):
@@ -48,7 +48,7 @@ def test_more_rows_than_are_walked_at_once(isa, on_isa):
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """The names of what torch is asked to multiply by."""
+    """The names of torch's products, in the order of their calls."""
     names = []
 
     def watched(name):
@@ -81,10 +81,13 @@ import peftops.functional as F
 
 torch.set_num_threads(2)
 k = 2**20
-x, w, a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((70, k), (1, k), (1, k), (1, 1)))
-wide, ranks, many = w.repeat(70, 1), a.repeat(16, 1), b.repeat(70, 16)
-F.lora_linear(x[:, :64], w[:, :64], a[:, :64], b)  # threads are there
-calls = {  # what is left -> what takes more, the first of them in the middle of a team's work
+shapes = (70, k), (1, k), (1, k), (1, 1)
+x, w, a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)
+wide = w.repeat(70, 1)
+ranks = a.repeat(16, 1)
+many = b.repeat(70, 16)
+F.lora_linear(x[:, :64], w[:, :64], a[:, :64], b)  # starts the threads
+calls = {  # bytes left -> a call that needs more; the first fails while a team of threads works
     96 << 20: lambda: F.lora_linear(x, w, a, b),
     8 << 20: lambda: F.dora_weight_norm(wide, ranks, many),
 }
@@ -105,7 +108,8 @@ for left, call in calls.items():
     not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does"
 )
 def test_too_little_memory_is_an_error_and_no_crash():
-    script, environment = isa.again() + HUNGRY, os.environ | {"PYTHONPATH": ranks.python_path()}
+    script = isa.again() + HUNGRY
+    environment = os.environ | {"PYTHONPATH": ranks.python_path()}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )

@@ -1,4 +1,4 @@
-"""peftops quantize: keys, values, links and sizes of a checkpoint that must not spoil the result without a word."""
+"""peftops quantize: odd keys, values, links and sizes, which must not spoil the result silently."""
 
 import json
 import math
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from test_quantize import (
+from checkpoints import (
+    INDEX,
     Q,
     change_a_tensor,
     edit_index,
@@ -33,15 +34,18 @@ def model(tmp_path):
 
 
 def add(folder, tensors):
-    """In a shard of their own, which the index names."""
+    """Adds tensors to a checkpoint, in a shard of their own that the index names."""
     safetensors.save_file(tensors, folder / "more.safetensors", metadata={"format": "pt"})
     edit_index(
         lambda index: index["weight_map"].update(dict.fromkeys(tensors, "more.safetensors"))
     )(folder)
 
 
-STATES = [NF4Weight.quantize(torch.ones(64, 64), 64, double, name).state_dict(Q) for double in (0, 1)
-          for name in ("nf4", "fp4")]  # fmt: skip
+STATES = [
+    NF4Weight.quantize(torch.ones(64, 64), 64, double, quant_type).state_dict(Q)
+    for double in (False, True)
+    for quant_type in ("nf4", "fp4")
+]
 STRAY = sorted({key for state in STATES for key in state} - {Q})
 
 
@@ -52,14 +56,13 @@ STRAY = sorted({key for state in STATES for key in state} - {Q})
 @pytest.mark.parametrize("flat", [[], ["--no-double-quant"]], ids=["double", "flat"])
 def test_no_key_of_the_source_takes_the_place_of_ours(model, key, flat, capsys):
     add(model, {key: torch.ones(64)})
-    assert f"is already quantized, or was in part: it holds {key}" in refused(
-        capsys, model, model.parent / "out", *flat
-    )
+    error = refused(capsys, model, model.parent / "out", *flat)
+    assert f"is already quantized, or was in part: it holds {key}" in error
     assert not (model.parent / "out").exists()
 
 
 @pytest.mark.parametrize("flat", [[], ["--no-double-quant"]], ids=["double", "flat"])
-def test_what_is_quantized_already_is_told_so_once(model, flat, capsys):
+def test_a_quantized_model_is_refused(model, flat, capsys):
     out = model.parent / "out"
     assert main(["quantize", str(model), str(out), *flat]) == 0
     assert "already quantized" in refused(capsys, out, model.parent / "again")
@@ -75,8 +78,8 @@ def test_keys_that_are_no_part_of_a_state_are_copied(model):
     }
     add(model, more)
     assert main(["quantize", str(model), str(model.parent / "out")]) == 0
-    made = tensors(model.parent / "out")
-    same({key: made[key] for key in more}, more)
+    written = tensors(model.parent / "out")
+    same({key: written[key] for key in more}, more)
 
 
 def test_nan_is_the_worst_error_whichever_layer_has_it():
@@ -108,29 +111,28 @@ def test_a_weight_that_is_not_finite_is_named_and_counted_once(model, values, fl
     change_a_tensor(Q, spoil)(model)
     out = model.parent / "out"
     error = refused(capsys, model, out, *flat)
-    words = f"{Q.removesuffix('.weight')} cannot be quantized: {len(values)} of its 4096 weights are NaN or infinite"
-    assert words in error and error.count("NaN") == 1
-    held = files(out)
-    assert (
-        "unfinished.json" in held
-        and refused(capsys, model, out, *flat) == error
-        and files(out) == held
-    )
+    layer = Q.removesuffix(".weight")
+    reason = f"{len(values)} of its 4096 weights are NaN or infinite"
+    assert f"{layer} cannot be quantized: {reason}" in error and error.count("NaN") == 1
+    before = files(out)
+    assert "unfinished.json" in before
+    assert refused(capsys, model, out, *flat) == error
+    assert files(out) == before
 
 
 def test_values_that_overflow_in_the_dtype_of_the_model_are_named(model, capsys):
     change_a_tensor(Q, lambda w: w.float().index_fill_(0, torch.tensor([0]), 1e38))(model)
     set_config(model, dtype="float16")
-    assert "64 of its 4096 weights are NaN or infinite in torch.float16" in refused(
-        capsys, model, model.parent / "out"
-    )
+    error = refused(capsys, model, model.parent / "out")
+    assert "64 of its 4096 weights are NaN or infinite in torch.float16" in error
 
 
 def in_one_file(model):
-    held = tensors(model)
+    """Puts all tensors of a checkpoint into one file, without an index."""
+    merged = tensors(model)
     for file in model.glob("*.safetensors*"):
         file.unlink()
-    safetensors.save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(merged, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_nothing_stays_where_the_first_shard_is_refused(model, capsys):
@@ -145,9 +147,8 @@ def test_metadata_may_be_null(model):
     out = model.parent / "out"
     assert main(["quantize", str(model), str(out)]) == 0
     size = sum(t.nbytes for t in tensors(out).values())
-    assert json.loads((out / "model.safetensors.index.json").read_text())["metadata"] == {
-        "total_size": size
-    }
+    index = json.loads((out / INDEX).read_text())
+    assert index["metadata"] == {"total_size": size}
 
 
 def test_links_and_hidden_files_are_not_copied(model, tmp_path, capsys):
@@ -161,26 +162,22 @@ def test_links_and_hidden_files_are_not_copied(model, tmp_path, capsys):
     (model / "additional_chat_templates" / "notes.txt").symlink_to(secret / "notes.txt")
     assert main(["quantize", str(model), str(tmp_path / "out")]) == 0
     assert "4 links were not copied, such as inside.json" in capsys.readouterr().out
-    made = files(tmp_path / "out")
-    assert not [name for name, content in made.items() if b"secret" in content]
-    assert (
-        not {".env", "notes.txt", "inside.json", "nowhere.json"} & made.keys()
-        and "tokenizer.json" in made
-    )
+    written = files(tmp_path / "out")
+    assert not [name for name, content in written.items() if b"secret" in content]
+    assert not {".env", "notes.txt", "inside.json", "nowhere.json"} & written.keys()
+    assert "tokenizer.json" in written
     shutil.rmtree(model / "additional_chat_templates")
     (model / "additional_chat_templates").symlink_to(secret)
     assert main(["quantize", str(model), str(tmp_path / "again")]) == 0
-    assert not [
-        name for name, content in files(tmp_path / "again").items() if b"secret" in content
-    ]
+    written = files(tmp_path / "again")
+    assert not [name for name, content in written.items() if b"secret" in content]
 
 
 def test_a_snapshot_of_the_hubs_cache_is_a_model(model, tmp_path):
-    """Its files are links to blobs/ of the same repository, and to nothing else."""
-    snapshot, blobs = (
-        tmp_path / "models--a--b" / "snapshots" / "1f",
-        tmp_path / "models--a--b" / "blobs",
-    )
+    """Its files are links into blobs/ of the same repository; only such links are followed."""
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "1f"
+    blobs = repository / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for i, file in enumerate(file for file in sorted(model.iterdir()) if file.is_file()):
@@ -195,12 +192,14 @@ def test_a_snapshot_of_the_hubs_cache_is_a_model(model, tmp_path):
 
 
 def test_code_of_others_does_not_run(model, tmp_path, monkeypatch):
-    """A known model with code beside it is made by transformers' own class, and nobody is asked."""
+    """transformers' own class makes a known model, whatever code lies beside it; no question."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    maps = {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}
     set_config(
-        model, auto_map=maps, architectures=["Unknown"], attn_implementation="evil/kernel"
+        model,
+        auto_map={"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"},
+        architectures=["Unknown"],
+        attn_implementation="evil/kernel",
     )
     assert main(["quantize", str(model), str(tmp_path / "out")]) == 0
     assert not (tmp_path / "ran").exists()
@@ -212,7 +211,7 @@ def test_what_is_not_a_model_class_is_not_called(model, tmp_path):
 
 
 LAYERS = 4
-GROWTH = 2.2  # twice, and a tenth of it for calls that depend on the clock
+GROWTH = 2.2  # twice, and a tenth more for calls that depend on the clock
 
 
 def test_twice_the_keys_of_a_file_take_twice_the_calls(tmp_path):
