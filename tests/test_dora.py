@@ -1,4 +1,4 @@
-"""dora_linear and its norm: what test_ops.py cannot see of them."""
+"""dora_linear and dora_weight_norm: their formulas; test_ops.py tests the ops."""
 
 import pytest
 import torch
@@ -16,21 +16,21 @@ def leaves(m=70, k=64, n=48, r=8, dtype=torch.float32, bias=1.0):
         torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (r, k), (n, r), (m, n))
     )
     w = torch.randn(n, k, generator=generator).to(dtype)
-    magnitude, bias = (
-        torch.randn(n, generator=generator) * 8,
-        bias * torch.randn(n, generator=generator),
-    )
+    magnitude = torch.randn(n, generator=generator) * 8
+    bias = bias * torch.randn(n, generator=generator)
     return [x, a, b, magnitude, bias], w, dy
 
 
 def formula(x, w, a, b, magnitude, bias, keep, p, mode, detach=True):
-    """The docstring, in torch"""
+    """The formula in the docstring of dora_linear, in torch."""
     norm = (w + 0.5 * b @ a).norm(dim=1)
     norm = norm.detach() if detach else norm
     dropped = x * keep / (1 - p)
     base = dropped if mode == "peft" else x
-    y = magnitude / norm * (base @ w.T + 0.5 * dropped @ a.T @ b.T) + bias
-    return y.to(x.dtype) + (x - dropped) @ w.T if mode == "peft" else y.to(x.dtype)
+    y = (magnitude / norm * (base @ w.T + 0.5 * dropped @ a.T @ b.T) + bias).to(x.dtype)
+    if mode == "peft":
+        y = y + (x - dropped) @ w.T
+    return y
 
 
 def trained(call, tensors, dy):
@@ -40,16 +40,15 @@ def trained(call, tensors, dy):
 
 
 def compared(tensors, w, dy, mode, p, detach=True, weight=None):
-    """What we make of it, what the formula makes of it in the same dtype, and in double"""
+    """Outputs and gradients of dora_linear, and of the formula in the same dtype and in double."""
     seed = torch.manual_seed(3) and torch.randint(2**62, (1,))
     keep = F.dropout_mask(seed, *tensors[0].shape, p)
     options = {"scaling": 0.5, "dropout_p": p, "dropout_mode": mode, "detach_norm": detach}
 
     def ours(x, a, b, magnitude, bias):
         torch.manual_seed(3)
-        return F.dora_linear(
-            x, w if weight is None else weight, a, b, magnitude, bias, **options
-        )
+        base = w if weight is None else weight
+        return F.dora_linear(x, base, a, b, magnitude, bias, **options)
 
     def plain(x, a, b, magnitude, bias):
         return formula(x, w.to(x.dtype), a, b, magnitude, bias, keep, p, mode, detach)
@@ -83,7 +82,8 @@ def test_over_a_4_bit_weight(mode, p, double_quant):
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(p, detach, mode):
     (x, a, b, m, bias), w, _ = leaves(5, 8, 6, 3)
-    w, tensors = w.double(), [t.double().requires_grad_() for t in (x, a, b, m, bias)]
+    w = w.double()
+    tensors = [t.double().requires_grad_() for t in (x, a, b, m, bias)]
     norm = F.dora_weight_norm(w, tensors[1], tensors[2]).detach()
 
     def call(*tensors):
@@ -93,9 +93,8 @@ def test_gradcheck(p, detach, mode):
         )
 
     options = {"norm": norm} if detach else {"detach_norm": False}
-    assert torch.autograd.gradcheck(
-        call, tensors, check_forward_ad=True
-    ) and torch.autograd.gradgradcheck(call, tensors)
+    assert torch.autograd.gradcheck(call, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, tensors)
 
 
 def test_a_magnitude_that_is_the_norm_is_lora():
@@ -111,12 +110,12 @@ def test_a_magnitude_that_is_the_norm_is_lora():
 )
 @pytest.mark.parametrize("form", ["dense", "transposed", "nf4"])
 def test_a_norm_is_right_to_a_rounding(form, dtype, most):
-    w, a, b = (
-        torch.randn(40, 3000).to(dtype),
-        torch.randn(16, 3000).to(dtype) / 55,
-        torch.randn(40, 16).to(dtype),
-    )
-    weight, w = {"dense": (w, w), "transposed": (w.T.contiguous().T, w), "nf4": (None, w)}[form]
+    w = torch.randn(40, 3000).to(dtype)
+    a = torch.randn(16, 3000).to(dtype) / 55
+    b = torch.randn(40, 16).to(dtype)
+    weight = w
+    if form == "transposed":
+        weight = w.T.contiguous().T
     if form == "nf4":
         weight = NF4Weight.quantize(w)
         w = weight.dequantize()
@@ -127,45 +126,44 @@ def test_a_norm_is_right_to_a_rounding(form, dtype, most):
 
 
 def test_a_base_is_computed_in_its_own_dtype():
-    w, a, b = torch.randn(40, 96).bfloat16(), torch.randn(4, 96), torch.randn(40, 4)
-    assert torch.equal(
-        F.dora_weight_norm(F.Base("dense", [w]), a, b), F.dora_weight_norm(w, a, b)
-    )
+    w = torch.randn(40, 96).bfloat16()
+    a = torch.randn(4, 96)
+    b = torch.randn(40, 4)
+    norm = F.dora_weight_norm(F.Base("dense", [w]), a, b)
+    assert torch.equal(norm, F.dora_weight_norm(w, a, b))
 
 
 def test_a_norm_survives_cancellation():
-    """B·A ≈ -(1 - 1e-3)·W, where the sum of squares expanded has no digit left."""
-    a, b = torch.randn(16, 2048).bfloat16(), torch.randn(64, 16).bfloat16()
+    """s·B·A ≈ -(1 - 1e-3)·W: expanding the square of the sum would leave no correct digit."""
+    a = torch.randn(16, 2048).bfloat16()
+    b = torch.randn(64, 16).bfloat16()
     w = (b.double() @ a.double()).bfloat16()
     scale = torch.tensor([-(1 - 1e-3)])
     exact = (w.double() + scale.double() * (b.double() @ a.double())).norm(dim=1)
-    near = F.dora_weight_norm(w, a, b, scaling=scale).double()
-    assert (
-        exact.max() < 0.01 * w.double().norm(dim=1).min()
-        and ((near - exact).abs() / exact).max() <= 5e-6
-    )
+    norm = F.dora_weight_norm(w, a, b, scaling=scale).double()
+    assert exact.max() < 0.01 * w.double().norm(dim=1).min()
+    assert ((norm - exact).abs() / exact).max() <= 5e-6
 
 
 def test_a_large_bias_costs_the_magnitude_nothing():
-    """The gradient is a sum of dy·z, and z is not found again in y."""
+    """The magnitude's gradient is a sum of dy·z, and z is kept, not recovered from y."""
     out, same, exact = compared(*leaves(dtype=torch.bfloat16, bias=0.0), "lora", 0.0)
     large, _, truth = compared(*leaves(dtype=torch.bfloat16, bias=6400.0), "lora", 0.0)
-    assert error(large[4], truth[4]) <= bound(same[4], exact[4]) and torch.equal(
-        large[4], out[4]
-    )
+    assert error(large[4], truth[4]) <= bound(same[4], exact[4])
+    assert torch.equal(large[4], out[4])
 
 
 def test_rows_that_are_zero_and_magnitudes_that_are_not_positive():
     (x, a, b, m, bias), w, dy = leaves()
-    w[3], b[3], m[4], m[5] = 0, 0, 0, -2.0
+    w[3] = 0
+    b[3] = 0
+    m[4] = 0
+    m[5] = -2.0
     x, a, b, m = (t.requires_grad_() for t in (x, a, b, m))
     y = F.dora_linear(x, w, a, b, m, bias)
     y.backward(dy)
-    assert (
-        torch.equal(y[:, 3:5], bias[3:5].expand(len(y), 2))
-        and m.grad[3] == 0
-        and m.grad[4] != 0
-    )
+    assert torch.equal(y[:, 3:5], bias[3:5].expand(len(y), 2))
+    assert m.grad[3] == 0 and m.grad[4] != 0
     assert all(t.grad.isfinite().all() for t in (x, a, b, m))
     opposite = F.dora_linear(x, w, a, b, -m, None)
     assert torch.equal(opposite, -F.dora_linear(x, w, a, b, m, None))
@@ -173,12 +171,11 @@ def test_rows_that_are_zero_and_magnitudes_that_are_not_positive():
 
 def test_nan_stays_in_its_row():
     (x, a, b, m, bias), w, _ = leaves()
-    w[7, 5], b[9, 0] = float("nan"), float("nan")
+    w[7, 5] = b[9, 0] = float("nan")
     assert F.dora_weight_norm(w, a, b).isnan().nonzero().flatten().tolist() == [7, 9]
     y = F.dora_linear(x, w, a, b, m, bias)
-    assert (
-        y.isnan().any(0).nonzero().flatten().tolist() == [7, 9] and y[:, [7, 9]].isnan().all()
-    )
+    assert y.isnan().any(0).nonzero().flatten().tolist() == [7, 9]
+    assert y[:, [7, 9]].isnan().all()
 
 
 @pytest.mark.parametrize("mode, p", MODES)
@@ -188,20 +185,20 @@ def test_every_bit_is_determined(mode, p):
 
 
 @pytest.mark.parametrize("mode, p", MODES)
-def test_keeps_what_lora_keeps_and_one_z(mode, p):
+def test_saves_one_z_more_than_lora(mode, p):
     (x, a, b, m, bias), w, _ = leaves()
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
-    ):
-        F.dora_linear(
-            x, w, *(t.requires_grad_() for t in (a, b, m, bias)), dropout_p=p, dropout_mode=mode
-        )
+    trainable = [t.requires_grad_() for t in (a, b, m, bias)]
+    saved = {}
+
+    def save(t):
+        return saved.setdefault(t.data_ptr(), t)
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+        F.dora_linear(x, w, *trainable, dropout_p=p, dropout_mode=mode)
     own = {t.data_ptr() for t in (x, w, a, b, m, bias)}
-    large = [t for pointer, t in kept.items() if pointer not in own and t.numel() > 48 * 8]
-    assert [t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)] == [
-        (70, 48)
-    ]
+    large = [t for pointer, t in saved.items() if pointer not in own and t.numel() > 48 * 8]
+    shapes = [t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)]
+    assert shapes == [(70, 48)]
 
 
 def test_bad_input_is_named():

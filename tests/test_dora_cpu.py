@@ -1,4 +1,4 @@
-"""The CPU column of dora: what a case of test_ops.py is too small to show."""
+"""DoRA's kernels for the CPU, on shapes for which the cases of test_ops.py are too small."""
 
 import isa
 import pytest
@@ -25,17 +25,12 @@ def isa(request, on_isa, monkeypatch):
 def norm(w, a, b, form="dense", scale=0.7):
     base = [w.T.contiguous() if form == "transposed" else w]
     wide = torch.promote_types(w.dtype, torch.float32)
-    return call(
-        "dora_norm", "cpu", [w[:0], base, a, b, torch.tensor([scale], dtype=wide), form, 0]
-    )[0]
+    scale = torch.tensor([scale], dtype=wide)
+    return call("dora_norm", "cpu", [w[:0], base, a, b, scale, form, 0])[0]
 
 
-def exact_and_same(w, a, b, scale=0.7):
-    exact, same = [
-        (w.to(d) + scale * (b.to(d) @ a.to(d))).norm(dim=1)
-        for d in (torch.float64, torch.float32)
-    ]
-    return exact, same
+def formula(w, a, b, dtype, scale=0.7):
+    return (w.to(dtype) + scale * (b.to(dtype) @ a.to(dtype))).norm(dim=1)
 
 
 @pytest.mark.parametrize("op", ["dora_norm", "dora_norm_bwd", "dora_drop", "dora_mix"])
@@ -46,58 +41,59 @@ def test_law(op, isa):
                 assert err <= most, f"{dtype}, {label}"
 
 
-def each(n, exact):
-    """Norms in parts of what they should be, so that no row hides behind a larger one."""
-    return (n / exact).float()
+def relative(norms, exact):
+    """Each norm over its exact value, so that no row hides behind a larger one."""
+    return (norms / exact).float()
 
 
 @pytest.mark.parametrize("form", ["dense", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_row_is_exact(dtype, form, isa):
-    """As if it were rounded once, and where b·a leaves a thousandth of a weight as well as torch in fp32."""
+    """As exact as one rounding; where b·a leaves 1/1000 of a weight, as exact as torch in fp32."""
     n, k, r = 67, 14336, 16
     w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
-    exact, _ = exact_and_same(w, a, b)
+    exact = formula(w, a, b, torch.float64)
     ones = torch.ones_like(exact)
-    assert error(each(norm(w, a, b, form), exact), ones) <= bound(
-        each(exact.float(), exact), ones
-    )
+    out = relative(norm(w, a, b, form), exact)
+    assert error(out, ones) <= bound(relative(exact.float(), exact), ones)
     w = (-0.7 / (1 - 1e-3) * (b.double() @ a.double())).to(dtype)
-    exact, same = exact_and_same(w, a, b)
-    assert error(each(norm(w, a, b, form), exact), ones) <= bound(each(same, exact), ones)
+    exact = formula(w, a, b, torch.float64)
+    same = formula(w, a, b, torch.float32)
+    out = relative(norm(w, a, b, form), exact)
+    assert error(out, ones) <= bound(relative(same, exact), ones)
 
 
 @pytest.mark.parametrize("label", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype, label):
     t = lora(0, 700, 331, 9, dtype, **VARIANTS[label])
-    args, before, seen = (
-        [t[name] for name in ("x", "base", "a", "b", "scale", "form", "block")],
-        torch.get_num_threads(),
-        [],
-    )
+    args = [t[name] for name in ("x", "base", "a", "b", "scale", "form", "block")]
+    before = torch.get_num_threads()
+    norms = []
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            seen.append(call("dora_norm", "cpu", args)[0])
+            norms.append(call("dora_norm", "cpu", args)[0])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(seen[0], other) for other in seen[1:]) and seen[0].isfinite().all()
+    assert all(torch.equal(norms[0], other) for other in norms[1:])
+    assert norms[0].isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["dense", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_a_number_stays_in_its_row(dtype, form, isa):
+def test_nan_and_infinity_stay_in_their_rows(dtype, form, isa):
     n, k, r = 71, 133, 5
     w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
     clean = norm(w, a, b, form)
     w[2, 0] = w[35, 70] = w[70, 132] = float("nan")
-    w[3, 5], b[36, 4] = float("inf"), float("-inf")
-    touched, rest = [2, 35, 70, 3, 36], torch.ones(n, dtype=torch.bool)
-    rest[touched] = False
-    n = norm(w, a, b, form)
-    assert torch.equal(n[rest], clean[rest])
-    assert n[touched[:3]].isnan().all() and n[touched[3:]].isinf().all()
+    w[3, 5] = float("inf")
+    b[36, 4] = float("-inf")
+    untouched = torch.ones(n, dtype=torch.bool)
+    untouched[[2, 35, 70, 3, 36]] = False
+    norms = norm(w, a, b, form)
+    assert torch.equal(norms[untouched], clean[untouched])
+    assert norms[[2, 35, 70]].isnan().all() and norms[[3, 36]].isinf().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,21 +106,20 @@ def test_the_gradient_is_a_sum_over_parts_of_the_base(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_dropout(dtype, isa):
     t = lora(5, 133, 3, 1, dtype, p=0.5)
-    x, v = t["x"], t["x"].flip(0)
-    dropped, rest, bits = call("dora_drop", "cpu", [x, t["seed"], 0.0])
-    assert torch.equal(dropped, x) and not rest.any() and (bits == 255).all()
-    for other in (v, None):
+    x = t["x"]
+    dropped, remainder, bits = call("dora_drop", "cpu", [x, t["seed"], 0.0])
+    assert torch.equal(dropped, x) and not remainder.any() and (bits == 255).all()
+    for other in (x.flip(0), None):
         args = [x, other, t["bits"], 0.0]
-        (out,), (same,), (exact,) = (
-            call("dora_mix", "cpu", args),
-            *(call("dora_mix", "reference", a) for a in (args, double(args))),
-        )
+        (out,) = call("dora_mix", "cpu", args)
+        (same,) = call("dora_mix", "reference", args)
+        (exact,) = call("dora_mix", "reference", double(args))
         assert error(out, exact) <= bound(same, exact)
 
 
 def test_the_mask_is_that_of_the_product():
     t = lora(70, 300, 24, 4, torch.bfloat16, p=0.3)
-    names = (
+    names = [
         "x",
         "base",
         "a",
@@ -137,12 +132,9 @@ def test_the_mask_is_that_of_the_product():
         "form",
         "block",
         "p",
-    )
+    ]
     bits = call("lora_fwd", "cpu", [*(t[name] for name in names), False])[2]
     with backend("cpu"):
-        dropped, rest, same = torch.ops.peftops.dora_drop(t["x"], t["seed"], 0.3)
-    assert (
-        torch.equal(bits, same)
-        and (dropped == 0).any()
-        and torch.equal(rest[dropped == 0], t["x"][dropped == 0])
-    )
+        dropped, remainder, same = torch.ops.peftops.dora_drop(t["x"], t["seed"], 0.3)
+    assert torch.equal(bits, same) and (dropped == 0).any()
+    assert torch.equal(remainder[dropped == 0], t["x"][dropped == 0])

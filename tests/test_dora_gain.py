@@ -1,4 +1,4 @@
-"""Layers with use_dora: that no gain is of other weights, whoever moves them."""
+"""Layers with use_dora: the gain that a layer keeps always fits its weights, whoever moves them."""
 
 import copy
 
@@ -18,11 +18,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def computed(layer):
-    """How often its norm was, until now"""
+    """How often the layer has computed its norm."""
     return vars(layer)["_peftops_norms"]
 
 
 def right(layer):
+    """Whether the layer's gain is that of its weights."""
     weight, a, b, scaling = layer.operands("default")
     norm = F.dora_weight_norm(
         weight, a.detach(), b.detach(), scaling=scaling, dtype=layer.computes_in()
@@ -31,16 +32,18 @@ def right(layer):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_norms_are_computed_in_all_calls_but_those_of_one_position(base):
-    new, counts = layer(base), []
+def test_only_calls_of_one_position_without_gradients_reuse_a_norm(base):
+    new = layer(base)
+    counts = []
     before = computed(new)
-    for grad, shape in (
+    calls = [
         (True, (2, 5, 64)),
         (True, (2, 1, 64)),
         (False, (2, 5, 64)),
         (False, (2, 1, 64)),
         (False, (64,)),
-    ):
+    ]
+    for grad, shape in calls:
         with torch.set_grad_enabled(grad):
             new(torch.randn(shape))
         counts.append(computed(new) - before)
@@ -48,17 +51,17 @@ def test_norms_are_computed_in_all_calls_but_those_of_one_position(base):
 
 
 class Raw(torch.optim.Optimizer):
-    """Writes where no version counter sees it, as kernels on raw pointers do."""
+    """Writes where no version counter notices, as kernels on raw pointers do."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
 
     def step(self):
         for group in self.param_groups:
-            raw(group["params"])
+            write_raw(group["params"])
 
 
-def raw(parameters):
+def write_raw(parameters):
     for p in parameters:
         p.detach().numpy()[...] += 0.1
 
@@ -75,7 +78,7 @@ def by_hand(new):
 
 @torch.no_grad()
 def interpolated(new):
-    """As optimizers without a schedule do when they change between training and evaluation"""
+    """Moves weights as schedule-free optimizers do between training and evaluation."""
     for p in adapters(new):
         p.lerp_(torch.ones_like(p), 0.1)
 
@@ -91,24 +94,23 @@ def other_data(new):
 
 
 def averaged(new):
-    """As averages of weights do, before an evaluation"""
+    """Moves weights as averages of weights do before an evaluation."""
     for p in adapters(new):
         p.data.copy_((p.data + 0.1).clone())
 
 
 def flat(new):
-    """As an optimizer does that holds one buffer, of which parameters are parts"""
+    """Moves weights as an optimizer does whose parameters are slices of one buffer."""
     buffer = torch.cat([p.data.flatten() for p in adapters(new)])
-    for p, part in zip(
-        adapters(new), buffer.split([p.numel() for p in adapters(new)]), strict=True
-    ):
-        p.data = part.view(p.shape)
+    slices = buffer.split([p.numel() for p in adapters(new)])
+    for p, values in zip(adapters(new), slices, strict=True):
+        p.data = values.view(p.shape)
     new(torch.randn(2, 3, 64))
     buffer += 0.1
 
 
 def of_copies(new):
-    """A step of torch's own optimizer over copies, which are copied back"""
+    """Takes a step of torch's optimizer on copies, and copies them back."""
     copies = [p.detach().clone().requires_grad_() for p in adapters(new)]
     for p in copies:
         p.grad = torch.ones_like(p)
@@ -122,7 +124,7 @@ def by_gradients(new):
     step(new, optimizer)
 
 
-MOVES = {  # how, and whether it shows from outside
+MOVES = {  # name: (a function that moves weights, whether the layer can notice)
     "an optimizer": (by_gradients, True),
     "an optimizer's kernel on raw pointers": (lambda new: Raw(adapters(new)).step(), True),
     "by hand": (by_hand, True),
@@ -158,70 +160,79 @@ MOVES = {  # how, and whether it shows from outside
     ),
     "in .data": (in_data, False),
     "averaged": (averaged, False),
-    "raw pointers": (lambda new: raw(adapters(new)), False),
+    "raw pointers": (lambda new: write_raw(adapters(new)), False),
     "a flat buffer": (flat, False),
-    "copies": (
-        of_copies,
-        True,
-    ),  # their optimizer shows, though it holds none of these parameters
+    # noticed by the optimizer's step, though it holds none of these parameters
+    "copies": (of_copies, True),
 }
 
 
 def expected(new, x):
+    """The layer's output with a norm that is computed now."""
     weight, a, b, scaling = new.operands("default")
+    bias = new.base_layer.bias
     with torch.no_grad():
-        return F.dora_linear(
-            x, weight, a, b, magnitude(new), new.base_layer.bias, scaling=scaling
-        )
+        return F.dora_linear(x, weight, a, b, magnitude(new), bias, scaling=scaling)
 
 
 @pytest.mark.parametrize("move", MOVES)
 def test_a_norm_is_never_stale(move):
-    """After each way to move weights, in calls that train, evaluate, and generate, with a norm kept from before"""
-    new, prompt, token = layer(), torch.randn(2, 40, 64), torch.randn(2, 1, 64)
-    change, shows = MOVES[move]
+    """The layer holds a norm, weights move, and then it trains, evaluates or generates."""
+    new = layer()
+    prompt = torch.randn(2, 40, 64)
+    token = torch.randn(2, 1, 64)
+    change, noticed = MOVES[move]
 
     def call(x, train=False):
         with torch.set_grad_enabled(train):
             return new(x).detach()
 
-    for kinds in (
-        "train",
-        "prompt token",
-        "prompt",
-        "token" if shows else "prompt token",
-        "refresh token",
-    ):
-        call(prompt), call(token)
+    sequences = [
+        ["train"],
+        ["prompt", "token"],
+        ["prompt"],
+        ["token"] if noticed else ["prompt", "token"],
+        ["refresh", "token"],
+    ]
+    for sequence in sequences:
+        call(prompt)
+        call(token)
         before = expected(new, token)
         change(new)
         assert not torch.equal(expected(new, token), before)
-        for kind in kinds.split():
-            if kind == "refresh":
+        for action in sequence:
+            if action == "refresh":
                 peftops.refresh(nn.Sequential(new))
                 continue
-            x = token if kind == "token" else prompt
-            assert torch.equal(call(x, kind == "train"), expected(new, x)), (kinds, kind)
+            x = token if action == "token" else prompt
+            y = call(x, train=action == "train")
+            assert torch.equal(y, expected(new, x)), (sequence, action)
 
 
 def test_a_call_with_other_parameters():
-    new, prompt, token = layer(), torch.randn(2, 5, 64), torch.randn(2, 1, 64)
+    new = layer()
+    prompt = torch.randn(2, 5, 64)
+    token = torch.randn(2, 1, 64)
     other = {name: p.detach() + 0.1 for name, p in new.named_parameters() if "lora_" in name}
     twin = copy.deepcopy(new)
     twin.load_state_dict(other, strict=False)
     for x in (prompt, token):
         with torch.no_grad():
-            new(prompt), new(token)
+            new(prompt)
+            new(token)
             assert torch.equal(torch.func.functional_call(new, other, x), expected(twin, x))
             assert torch.equal(new(token), expected(new, token))
 
 
 def test_a_tangent_of_the_magnitude():
-    """With a gain kept from before, which has none"""
-    new, token, v = layer(), torch.randn(2, 1, 64), torch.randn(48)
+    """The gain that the layer keeps has no tangent, so that it must be computed again."""
+    new = layer()
+    token = torch.randn(2, 1, 64)
+    v = torch.randn(48)
     name = "lora_magnitude_vector.default.weight"
     with torch.no_grad():
-        new(torch.randn(2, 5, 64)), new(token)
+        new(torch.randn(2, 5, 64))
+        new(token)
 
     def f(m):
         return torch.func.functional_call(new, {name: m}, token)
@@ -235,22 +246,22 @@ def test_a_tangent_of_the_magnitude():
         z = x @ weight.T + scaling * (x @ a.T) @ b.T
         return v.to(dtype) / (weight + scaling * b @ a).norm(dim=1) * z
 
-    found = [
+    tangents = [
         torch.func.jvp(f, (magnitude(new),), (v,))[1],
         functional.jvp(f, magnitude(new), v)[1],
     ]
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(magnitude(new).detach(), v)
-        found.append(forward_ad.unpack_dual(f(dual)).tangent)
-    for tangent in found:
-        assert error(tangent.detach(), formula(torch.float64)) <= bound(
-            formula(torch.float32), formula(torch.float64)
-        )
+        tangents.append(forward_ad.unpack_dual(f(dual)).tangent)
+    exact = formula(torch.float64)
+    for tangent in tangents:
+        assert error(tangent.detach(), exact) <= bound(formula(torch.float32), exact)
 
 
 def test_a_change_of_mode_is_a_change():
-    """Where averages of weights come in and go out again"""
-    new, token = layer(), torch.randn(2, 1, 64)
+    """train() and eval() drop the gain, as averages of weights are swapped in and out there."""
+    new = layer()
+    token = torch.randn(2, 1, 64)
     with torch.no_grad():
         for mode in (False, True):
             new(torch.randn(2, 5, 64))
@@ -259,7 +270,7 @@ def test_a_change_of_mode_is_a_change():
             assert torch.equal(new(token), expected(new, token))
 
 
-def test_casts_keep_a_norm_of_its_own():
+def test_a_cast_layer_has_a_norm_of_its_own():
     for change in (lambda new: new.to(torch.bfloat16), lambda new: nn.Sequential(new).half()):
         new = layer()
         change(new)
@@ -267,26 +278,26 @@ def test_casts_keep_a_norm_of_its_own():
 
 
 def test_a_backward_after_an_evaluation():
-    """What a call that trains has saved is not what a later one keeps."""
-    new, x = layer(), torch.randn(2, 5, 64)
+    """A later call must not overwrite what a call with gradients has saved for backward."""
+    new = layer()
+    x = torch.randn(2, 5, 64)
     y = new(x)
     with torch.no_grad():
-        new(x), in_data(new), new(x)
+        new(x)
+        in_data(new)
+        new(x)
     y.sum().backward()
     assert magnitude(new).grad.isfinite().all()
 
 
 @torch.no_grad()
 def test_checked_norms_finds_a_stale_one():
-    new, token = layer(), torch.randn(2, 1, 64)
+    new = layer()
+    token = torch.randn(2, 1, 64)
     new(torch.randn(2, 5, 64))
     in_data(new)
-    with (
-        checked_norms(),
-        pytest.raises(
-            RuntimeError, match="dora: the norm of default is of other weights; call"
-        ),
-    ):
+    message = "dora: the norm of default is of other weights; call"
+    with checked_norms(), pytest.raises(RuntimeError, match=message):
         new(token)
     peftops.refresh(nn.Sequential(new))
     with checked_norms():
@@ -298,23 +309,24 @@ def test_a_copy_keeps_its_own():
     twin = copy.deepcopy(new)
     with torch.no_grad():
         by_hand(twin)
-        new(torch.randn(2, 5, 64)), twin(torch.randn(2, 5, 64))
+        new(torch.randn(2, 5, 64))
+        twin(torch.randn(2, 5, 64))
     assert right(twin) and right(new) and not torch.equal(gain(twin), gain(new))
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_compiled_layer_of_a_frozen_adapter(base):
-    """Its prompt's graph leaves the norm that its tokens' graph reads, also where weights are swapped unseen."""
+    """The graph of prompts writes the norm that the graph of tokens reads.
+
+    This holds also where weights are swapped unnoticed.
+    """
     torch._dynamo.reset()
-    new, prompt, token = (
-        layer(base).requires_grad_(False),
-        torch.randn(2, 5, 64),
-        torch.randn(2, 1, 64),
-    )
-    calls = torch.compile(new, fullgraph=True, backend="aot_eager")
+    new = layer(base).requires_grad_(False)
+    prompt = torch.randn(2, 5, 64)
+    token = torch.randn(2, 1, 64)
+    compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for _ in range(3):
-            assert torch.equal(calls(prompt), expected(new, prompt)) and torch.equal(
-                calls(token), expected(new, token)
-            )
+            assert torch.equal(compiled(prompt), expected(new, prompt))
+            assert torch.equal(compiled(token), expected(new, token))
             in_data(new)

@@ -1,4 +1,4 @@
-"""Layers with use_dora: they are the function, compile, and learn; test_dora_gain.py is on what they keep."""
+"""Layers with use_dora: numbers, compilation, training; test_dora_gain.py tests their gain."""
 
 import copy
 
@@ -22,11 +22,8 @@ BASES = {
 
 def layer(base="dense", dtype=torch.float32, **options):
     torch.manual_seed(0)
-    new = LoRALinear(
-        BASES[base](dtype),
-        4,
-        **{"lora_alpha": 6, "init_lora_weights": False, "use_dora": True} | options,
-    )
+    defaults = {"lora_alpha": 6, "init_lora_weights": False, "use_dora": True}
+    new = LoRALinear(BASES[base](dtype), 4, **defaults | options)
     with torch.no_grad():
         magnitude(new).mul_(torch.linspace(0.5, 2, 48))
     return new
@@ -54,25 +51,25 @@ def sgd(layer, rate=1e-3):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("mode, p", [("lora", 0.3), ("peft", 0.3), ("peft", 0.0)])
 def test_is_the_function(mode, p, base):
-    new, x = layer(base, lora_dropout=p, dropout_mode=mode), torch.randn(70, 64)
+    new = layer(base, lora_dropout=p, dropout_mode=mode)
+    x = torch.randn(70, 64)
     torch.manual_seed(1)
     y = new(x)
     torch.manual_seed(1)
     weight, a, b, scaling = new.operands("default")
+    bias = new.base_layer.bias
     options = {"scaling": scaling, "dropout_p": p, "dropout_mode": mode}
-    assert torch.equal(
-        y, F.dora_linear(x, weight, a, b, magnitude(new), new.base_layer.bias, **options)
-    )
+    assert torch.equal(y, F.dora_linear(x, weight, a, b, magnitude(new), bias, **options))
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_in_fp64_it_is_exact(base):
-    new, x = layer(base), torch.randn(5, 64)
+    new = layer(base)
+    x = torch.randn(5, 64)
     y = new(x)
     new.double()
-    w, a, b = (
-        t.detach().double() for t in (new.base_layer.weight, *new.operands("default")[1:3])
-    )
+    _, a, b, _ = new.operands("default")
+    w, a, b = (t.detach().double() for t in (new.base_layer.weight, a, b))
     if base == "nf4":
         codes = new.base_layer.base(torch.float64)
         w = decode(codes.tensors, codes.block, 48 * 64).view(48, 64)
@@ -99,14 +96,12 @@ def test_starts_as_its_base_does():
 
 @pytest.mark.parametrize("base", BASES)
 def test_one_graph_for_all_steps(base):
-    torch._dynamo.reset()  # else it counts on what tests before it have compiled
+    torch._dynamo.reset()  # earlier tests have compiled graphs, which would be reused
     counter = CompileCounterWithBackend("aot_eager")
     new = layer(base, lora_dropout=0.1)
-    compiled, optimizer, x = (
-        torch.compile(new, fullgraph=True, backend=counter),
-        sgd(new, 0.1),
-        torch.randn(70, 64),
-    )
+    compiled = torch.compile(new, fullgraph=True, backend=counter)
+    optimizer = sgd(new, 0.1)
+    x = torch.randn(70, 64)
     for _ in range(3):
         optimizer.zero_grad()
         compiled(x).square().sum().backward()
@@ -122,7 +117,10 @@ def test_one_graph_for_all_steps(base):
 
 @pytest.mark.parametrize("cast", ["to", "data"])
 def test_a_magnitude_learns_in_bf16(cast):
-    """A step of 1e-4 of a bf16 number is no step; trainers that cast every parameter have frozen it so (trl#7268)."""
+    """A relative step of 1e-4 does not change a bf16 number.
+
+    Trainers that cast every parameter have frozen the magnitude in this way (trl#7268).
+    """
     new = layer(dtype=torch.bfloat16, lora_dropout=0.0)
     if cast == "to":
         new.to(torch.bfloat16)
@@ -142,7 +140,7 @@ def test_a_magnitude_learns_in_bf16(cast):
     assert magnitude(new).dtype is torch.float32 and ((moved - 2e-3).abs() < 1e-5).all()
 
 
-def test_an_optimizer_that_has_stepped_before_a_magnitude_is_widened():
+def test_a_magnitude_is_widened_after_a_step_of_its_optimizer():
     new = layer(dtype=torch.bfloat16, lora_dropout=0.0)
     for p in new.parameters():
         p.data = p.data.to(torch.bfloat16)
@@ -151,21 +149,17 @@ def test_an_optimizer_that_has_stepped_before_a_magnitude_is_widened():
     optimizer.step()
     new(torch.randn(5, 64).bfloat16()).sum().backward()
     optimizer.step()
-    kept = optimizer.state[magnitude(new)]
-    assert (
-        magnitude(new).dtype is kept["exp_avg"].dtype is torch.float32
-        and magnitude(new).isfinite().all()
-    )
+    state = optimizer.state[magnitude(new)]
+    assert magnitude(new).dtype is state["exp_avg"].dtype is torch.float32
+    assert magnitude(new).isfinite().all()
 
 
 def test_learns():
     new = layer(lora_dropout=0.1, init_lora_weights=True)
     x, target = torch.randn(64, 64), torch.randn(64, 48)
-    optimizer, losses, start = (
-        torch.optim.Adam(new.parameters(), 0.02),
-        [],
-        magnitude(new).detach().clone(),
-    )
+    optimizer = torch.optim.Adam(new.parameters(), 0.02)
+    start = magnitude(new).detach().clone()
+    losses = []
     for _ in range(40):
         loss = (new(x) - target).square().mean()
         losses.append(loss.item())
@@ -180,11 +174,8 @@ def test_in_double():
     x = torch.randn(70, 64)
     same = new(x)
     exact = copy.deepcopy(new).double()(x.double())
-    assert (
-        exact.dtype is torch.float64
-        and error(same, exact) < 1e-5
-        and magnitude(new.double()).dtype is torch.float64
-    )
+    assert exact.dtype is torch.float64 and error(same, exact) < 1e-5
+    assert magnitude(new.double()).dtype is torch.float64
 
 
 def test_bad_options_are_named():
@@ -213,7 +204,8 @@ def train(model, x):
 
 def work(rank):
     for make in (lambda: nn.Linear(64, 48), lambda: LinearNF4.from_linear(nn.Linear(64, 48))):
-        model = nn.Sequential(LoRALinear(make(), 4, lora_alpha=6, use_dora=True, init_lora_weights=False))
+        options = {"lora_alpha": 6, "use_dora": True, "init_lora_weights": False}
+        model = nn.Sequential(LoRALinear(make(), 4, **options))
         x = torch.randn(80, 64)
         sharded = copy.deepcopy(model)
         expected = train(model, x)

@@ -1,4 +1,7 @@
-"""torch.export, strict and not: a graph of ATen's operations alone, for any number of rows, and the layer's numbers."""
+"""torch.export, strict and not: the graph has ATen's operations only, and takes any number of rows.
+
+Its numbers are those of the layer.
+"""
 
 import copy
 import operator
@@ -16,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def foreign(program):
-    """What is called in a graph, but for ATen's operations and arithmetic on sizes."""
+    """The functions in a graph that are neither ATen's operations nor arithmetic on sizes."""
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return {
         target
@@ -56,14 +59,12 @@ LAYERS = {
 
 
 def in_double(layer):
-    """The same over the dense weight that a 4-bit one stands for"""
+    """The same layer in fp64; a 4-bit weight becomes the dense weight that it stands for."""
     wide = copy.deepcopy(layer)
     if isinstance(base := getattr(wide, "base_layer", None), LinearNF4):
         wide.base_layer = linear(torch.float64)
-        wide.base_layer.weight.data, wide.base_layer.bias.data = (
-            base.dequantize(torch.float64),
-            base.bias.double(),
-        )
+        wide.base_layer.weight.data = base.dequantize(torch.float64)
+        wide.base_layer.bias.data = base.bias.double()
         wide.base_layer.requires_grad_(False)
     return wide.double()
 
@@ -88,12 +89,14 @@ def test_layers(name, dtype, strict):
     wide = in_double(layer)
     for shape in ((2, 2, 64), (3, 21, 64), (5, 40, 64)):
         x = torch.randn(shape, dtype=dtype)
-        y, same, exact = called(program.module(), x), called(layer, x), called(wide, x.double())
+        y = called(program.module(), x)
+        same = called(layer, x)
+        exact = called(wide, x.double())
         assert y.dtype is dtype and error(y, exact) <= bound(same, exact)
 
 
 def test_a_weight_that_is_dequantized():
-    """As PEFT does where it computes DoRA's norm itself"""
+    """PEFT dequantizes a weight where it computes DoRA's norm itself."""
 
     class Dense(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""LinearNF4: numbers forward and backward, formats, errors, and casts that change no code or scale."""
+"""LinearNF4: numbers forward and backward, formats, errors; casts spare its codes and scales."""
 
 import copy
 

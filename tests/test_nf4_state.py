@@ -1,4 +1,4 @@
-"""What is saved of a 4-bit weight is what bitsandbytes saves, and what cannot be one is refused by the key."""
+"""The state of a 4-bit weight is bitsandbytes' state, and a damaged one is refused by its key."""
 
 import json
 import random
@@ -22,10 +22,9 @@ def saved(double=True, shape=(24, 40), **options):
 
 
 def packed(state):
-    return torch.tensor(
-        list(state if isinstance(state, bytes) else json.dumps(state).encode()),
-        dtype=torch.uint8,
-    )
+    """A JSON value, or bytes, as the tensor that bitsandbytes saves."""
+    text = state if isinstance(state, bytes) else json.dumps(state).encode()
+    return torch.tensor(list(text), dtype=torch.uint8)
 
 
 def unpacked(tensors):
@@ -37,17 +36,16 @@ def values(tensors):
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_the_state_is_bitsandbytes(double, kind):
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_state_is_bitsandbytes(double, quant_type):
     bnb = pytest.importorskip("bitsandbytes.functional")
     w = torch.randn(24, 64).half()
     codes, state = bnb.quantize_4bit(
-        w, blocksize=64, quant_type=kind, compress_statistics=double
+        w, blocksize=64, quant_type=quant_type, compress_statistics=double
     )
-    theirs = {"weight": codes} | {
-        f"weight.{key}": t for key, t in state.as_dict(packed=True).items()
-    }
-    ours = NF4Weight.quantize(w, 64, double, kind).state_dict()
+    theirs = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    theirs["weight"] = codes
+    ours = NF4Weight.quantize(w, 64, double, quant_type).state_dict()
     assert set(ours) == set(theirs)
     for key, t in theirs.items():
         assert torch.equal(ours[key], t) and ours[key].dtype == t.dtype, key
@@ -66,16 +64,16 @@ def test_round_trip(double):
 def test_codes_may_be_stored_as_another_type(storage):
     tensors = saved()
     tensors["weight"] = tensors["weight"].flatten().view(storage)[:, None]
-    assert torch.equal(
-        values(tensors), values(tensors | {"weight": tensors["weight"].view(torch.uint8)})
-    )
+    as_bytes = tensors | {"weight": tensors["weight"].view(torch.uint8)}
+    assert torch.equal(values(tensors), values(as_bytes))
 
 
 def test_memory_that_is_not_aligned():
-    tensors, moved = saved(), {}
+    tensors = saved()
+    moved = {}
     for key, t in tensors.items():
-        room = torch.empty(t.numel() * t.element_size() + t.element_size(), dtype=torch.uint8)
-        moved[key] = room[t.element_size() :].view(t.dtype).view(t.shape).copy_(t)
+        memory = torch.empty(t.nbytes + t.element_size(), dtype=torch.uint8)
+        moved[key] = memory[t.element_size() :].view(t.dtype).view(t.shape).copy_(t)
     assert torch.equal(values(moved), values(tensors))
     assert all(t.data_ptr() % 16 == 0 for t in NF4Weight.load(moved).base)
 
@@ -85,25 +83,26 @@ CASTS = torch.bfloat16, torch.float16, torch.float64
 
 @pytest.mark.parametrize("cast", CASTS, ids=str)
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_state_that_was_cast_with_its_model(kind, double, cast):
-    """Scales are the rounded ones. The table of four bits is that of the kind, as in bitsandbytes."""
-    tensors = saved(double, quant_type=kind)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_state_that_was_cast_with_its_model(quant_type, double, cast):
+    """Scales stay rounded; the table of 16 values is that of the quant_type, as in bitsandbytes."""
+    tensors = saved(double, quant_type=quant_type)
     narrow = {key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()}
     rounded = {key: t.float() if t.is_floating_point() else t for key, t in narrow.items()}
     rounded["weight.quant_map"] = tensors["weight.quant_map"]
-    assert narrow["weight.quant_map"].dtype is cast and torch.equal(
-        values(narrow), values(rounded)
-    )
+    assert narrow["weight.quant_map"].dtype is cast
+    assert torch.equal(values(narrow), values(rounded))
     assert all(t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base)
 
 
 def state_with(**changes):
-    return lambda tensors: {
-        STATE: packed(
-            {k: v for k, v in {**unpacked(tensors), **changes}.items() if v != "gone"}
-        )
-    }
+    """Changes members of the JSON object; "gone" removes one."""
+
+    def change(tensors):
+        state = unpacked(tensors) | changes
+        return {STATE: packed({k: v for k, v in state.items() if v != "gone"})}
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def state_with(**changes):
         (state_with(nested_offset="gone"), "nested_offset in .* got None"),
     ],
 )
-def test_what_is_damaged_is_refused_by_its_key(change, message):
+def test_a_damaged_state_is_refused_by_its_key(change, message):
     tensors = saved()
     tensors |= change(tensors)
     with pytest.raises((ValueError, TypeError), match=message):
@@ -176,19 +175,19 @@ def test_what_is_damaged_is_refused_by_its_key(change, message):
 
 
 def mutate(tensors, chance):
-    """Some bytes, a length, a dtype or a key that is not what it was."""
+    """Changes a byte, a length, a dtype or a key."""
     key = chance.choice(list(tensors))
     t = tensors[key].clone()
-    kind = chance.randrange(6)
-    if kind == 0:
+    choice = chance.randrange(6)
+    if choice == 0:
         t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(256)
-    elif kind == 1:
+    elif choice == 1:
         t = t[: chance.randrange(len(t) + 1)] if t.dim() else t[None]
-    elif kind == 2:
+    elif choice == 2:
         t = t.to(chance.choice([torch.float16, torch.int64, torch.uint8, torch.bool]))
-    elif kind == 3:
+    elif choice == 3:
         t = torch.cat([t, t[: chance.randrange(1, 9)]])
-    elif kind == 4:
+    elif choice == 4:
         return {other: v for other, v in tensors.items() if other != key}
     else:
         return tensors | {chance.choice(list(tensors)): t}
@@ -197,24 +196,22 @@ def mutate(tensors, chance):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_a_thousand_mutations(double):
-    """Each is loaded, and then dequantized within bounds, or refused in words that name a key."""
-    chance, tensors, seen = (
-        random.Random(7),
-        saved(double, shape=(24, 41)),
-        {"loaded": 0, "refused": 0},
-    )
+    """Each loads and reads no byte out of bounds, or is refused in words that name a key."""
+    chance = random.Random(7)
+    tensors = saved(double, shape=(24, 41))
+    counts = {"loaded": 0, "refused": 0}
     for _ in range(500):
         changed = mutate(tensors, chance)
         try:
             weight = NF4Weight.load(changed)
         except (ValueError, TypeError) as error:
             assert re.match(r"nf4: .*weight", str(error)), str(error)
-            seen["refused"] += 1
+            counts["refused"] += 1
         else:
             for dtype in (torch.float32, torch.bfloat16):
                 assert weight.dequantize(dtype).shape == weight.shape
-            seen["loaded"] += 1
-    assert min(seen.values()) > 50, seen
+            counts["loaded"] += 1
+    assert min(counts.values()) > 50, counts
 
 
 UNDER_ASAN = """
@@ -230,8 +227,8 @@ print("clean")
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx512"])
-def test_mutations_do_not_read_where_nothing_is(isa):
-    """The same under AddressSanitizer, which sees a byte too many."""
+def test_mutations_read_no_byte_out_of_bounds(isa):
+    """Runs test_a_thousand_mutations under AddressSanitizer."""
     compiled = pytest.importorskip("peftops._C")
     pybind11 = pytest.importorskip("pybind11")
     if not hasattr(compiled, isa) or not shutil.which("g++"):
@@ -239,24 +236,12 @@ def test_mutations_do_not_read_where_nothing_is(isa):
     root = Path(__file__).parents[1]
     sources = [root / "tests/nf4_alone.cpp", root / "csrc/cpu/nf4.cpp"]
     includes = [root / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-march=x86-64-v4"] if isa == "avx512" else []
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-g",
-        "-shared",
-        "-fPIC",
-        "-fopenmp",
-        "-fsanitize=address",
-        f"-DISA={isa}",
-    ]
-    command += [
-        "-ffp-contract=off",
-        *flags,
-        *(f"-I{folder}" for folder in includes),
-        *map(str, sources),
-    ]
+    flags = "-std=c++17 -O1 -g -shared -fPIC -fopenmp -fsanitize=address -ffp-contract=off"
+    command = ["g++", *flags.split(), f"-DISA={isa}"]
+    if isa == "avx512":
+        command.append("-march=x86-64-v4")
+    command += [f"-I{folder}" for folder in includes]
+    command += map(str, sources)
     read = [*sources, *(root / "csrc/cpu").glob("*.h"), *(root / "csrc").glob("*.h")]
     library = build.made(
         "alone.so", read, command, lambda target: build.call(*command, "-o", target)

@@ -1,4 +1,4 @@
-"""LoRALinear: a drop-in for nn.Linear, and PEFT's layer by another name."""
+"""LoRALinear: it replaces nn.Linear, and has the parameters and names of PEFT's layer."""
 
 import copy
 
@@ -17,16 +17,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def layer(dtype=torch.float32, base=None, **options):
     torch.manual_seed(0)
     base = base or nn.Linear(16, 24, dtype=dtype)
-    return LoRALinear(base, 4, **{"lora_alpha": 6, "init_lora_weights": False} | options)
+    defaults = {"lora_alpha": 6, "init_lora_weights": False}
+    return LoRALinear(base, 4, **defaults | options)
 
 
 def formula(layer, x):
-    """The docstring, in torch."""
+    """The formula in the docstring of LoRALinear, in torch."""
     name = layer.adapter_name
     return layer.base_layer(x) + layer.scaling * layer.lora_B[name](layer.lora_A[name](x))
 
 
 def trained(module, x, call=None):
+    """The output, and the gradients of x and of all parameters that have one."""
     x = x.detach().requires_grad_()
     module.zero_grad()
     y = (module if call is None else call)(x)
@@ -36,13 +38,13 @@ def trained(module, x, call=None):
 
 def test_is_its_base_until_trained():
     base = nn.Linear(16, 24)
-    expected = base(x := torch.randn(3, 5, 16))
+    x = torch.randn(3, 5, 16)
+    expected = base(x)
     exact = torch.nn.functional.linear(x.double(), base.weight.double(), base.bias.double())
     new = LoRALinear(base, 4, lora_alpha=8)
     assert error(new(x), exact) <= bound(expected, exact)
-    assert (
-        new.lora_A["default"].weight.abs().sum() > 0 and not new.lora_B["default"].weight.any()
-    )
+    assert new.lora_A["default"].weight.abs().sum() > 0
+    assert not new.lora_B["default"].weight.any()
     assert [name for name, p in new.named_parameters() if p.requires_grad] == [
         "lora_A.default.weight",
         "lora_B.default.weight",
@@ -55,15 +57,15 @@ def test_a_drop_in_for_linear(bias, options):
     model = nn.Sequential(
         nn.Linear(8, 16), nn.GELU(), layer(base=nn.Linear(16, 24, bias=bias), **options)
     )
-    lora = model[2]
-    assert lora.scaling == 6 / (2 if "use_rslora" in options else 4)
+    assert model[2].scaling == (6 / 2 if "use_rslora" in options else 6 / 4)
     x = torch.randn(2, 7, 8)
 
     def plain(model):
         return lambda x: formula(model[2], model[1](model[0](x)))
 
     wide = copy.deepcopy(model).double()
-    exact, same = trained(wide, x.double(), plain(wide)), trained(model, x, plain(model))
+    exact = trained(wide, x.double(), plain(wide))
+    same = trained(model, x, plain(model))
     assert error(trained(model, x), exact) <= bound(same, exact)
 
 
@@ -110,10 +112,10 @@ def test_dropout_is_that_of_the_seed():
 )
 def test_dtypes(dtype, cast, adapter):
     model = layer(dtype, autocast_adapter_dtype=cast, lora_bias=True)
-    assert {p.dtype for p in (*model.lora_A.parameters(), *model.lora_B.parameters())} == {
-        adapter
-    }
-    wide, narrow = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
+    parameters = *model.lora_A.parameters(), *model.lora_B.parameters()
+    assert {p.dtype for p in parameters} == {adapter}
+    wide = copy.deepcopy(model).double()
+    narrow = copy.deepcopy(model).to(dtype)
     x = torch.randn(70, 16, dtype=dtype)
     exact = trained(wide, x.double(), lambda x: formula(wide, x))
     same = trained(narrow, x, lambda x: formula(narrow, x))
@@ -123,7 +125,8 @@ def test_dtypes(dtype, cast, adapter):
 
 
 def test_autocast():
-    model, x = layer(lora_bias=True), torch.randn(5, 16)
+    model = layer(lora_bias=True)
+    x = torch.randn(5, 16)
 
     def autocast(call):
         def run(x):
@@ -144,11 +147,13 @@ def test_autocast():
 def test_compiles_whole_with_dropout_and_dynamic_batch(compiler):
     torch._dynamo.reset()
     model = layer(lora_dropout=0.3, lora_bias=True)
-    counter, frames = CompileCounterWithBackend(compiler), []
+    counter = CompileCounterWithBackend(compiler)
+    frames = []
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     with torch._inductor.config.patch(fallback_random=True):  # eager's random numbers
         for batch in (30, 50, 80):
-            x, runs = torch.randn(batch, 7, 16), []
+            x = torch.randn(batch, 7, 16)
+            runs = []
             for call in (compiled, model):
                 torch.manual_seed(1)
                 runs.append(trained(model, x, call))
@@ -160,7 +165,8 @@ def test_compiles_whole_with_dropout_and_dynamic_batch(compiler):
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_changing_scaling_recompiles_at_most_once(dynamic):
     torch._dynamo.reset()
-    model, x = layer(lora_bias=True), torch.randn(5, 16)
+    model = layer(lora_bias=True)
+    x = torch.randn(5, 16)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
     for scaling in (1.0, 0.5, 0.25, 3.0):
@@ -172,9 +178,8 @@ def test_changing_scaling_recompiles_at_most_once(dynamic):
 
 def test_moves_with_its_model():
     model = layer(lora_dropout=0.1).bfloat16()
-    assert {t.dtype for t in model.state_dict().values()} == {
-        torch.bfloat16
-    } and model.scaling == 1.5
+    assert {t.dtype for t in model.state_dict().values()} == {torch.bfloat16}
+    assert model.scaling == 1.5
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     other = layer(lora_dropout=0.1).bfloat16()
     other.load_state_dict(model.state_dict())
@@ -210,11 +215,12 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(
-    "kind, message, change", ERRORS, ids=[message for _, message, _ in ERRORS]
+    "error_class, message, change", ERRORS, ids=[message for _, message, _ in ERRORS]
 )
-def test_errors(kind, message, change):
-    with pytest.raises(kind, match=message):
-        LoRALinear(**{"base_layer": nn.Linear(16, 24), "r": 4, "lora_alpha": 8} | change)
+def test_errors(error_class, message, change):
+    options = {"base_layer": nn.Linear(16, 24), "r": 4, "lora_alpha": 8}
+    with pytest.raises(error_class, match=message):
+        LoRALinear(**options | change)
 
 
 @pytest.fixture
@@ -224,14 +230,13 @@ def peft():
 
 
 def theirs(peft, base, cast=True, **config):
-    """PEFT's layer of `base`."""
+    """PEFT's layer over `base`, and its config."""
     torch.manual_seed(7)
     model = nn.Sequential()
     model.add_module("lin", copy.deepcopy(base))
     config = peft.LoraConfig(target_modules=["lin"], **config)
-    return peft.get_peft_model(
-        model, config, autocast_adapter_dtype=cast
-    ).base_model.model.lin, config
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=cast)
+    return model.base_model.model.lin, config
 
 
 CONFIGS = [
@@ -260,23 +265,18 @@ def test_from_config_is_pefts_layer(peft, config, conv, dtype, cast):
     torch.manual_seed(7)
     ours = LoRALinear.from_config(base, config, "model.lin", autocast_adapter_dtype=cast)
     assert list(ours.state_dict()) == list(expected.state_dict())
-    for ours_parameter, parameter in zip(ours.parameters(), expected.parameters(), strict=True):
-        assert ours_parameter.dtype == parameter.dtype and torch.equal(
-            ours_parameter, parameter
-        )
-        assert ours_parameter.requires_grad == parameter.requires_grad
+    for p, q in zip(ours.parameters(), expected.parameters(), strict=True):
+        assert p.dtype == q.dtype and torch.equal(p, q)
+        assert p.requires_grad == q.requires_grad
     assert (ours.scaling, ours.r) == (expected.scaling["default"], expected.r["default"])
     assert repr(ours.lora_dropout) == repr(expected.lora_dropout)
 
 
 def test_from_config_names_what_it_refuses(peft):
-    for option in ({"alora_invocation_tokens": [1]}, {"use_qalora": True}):
-        with pytest.raises(
-            ValueError, match=f"LoRALinear: {next(iter(option))} is not supported"
-        ):
-            LoRALinear.from_config(
-                nn.Linear(16, 24), peft.LoraConfig(task_type="CAUSAL_LM", **option)
-            )
+    for option, value in (("alora_invocation_tokens", [1]), ("use_qalora", True)):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **{option: value})
+        with pytest.raises(ValueError, match=f"LoRALinear: {option} is not supported"):
+            LoRALinear.from_config(nn.Linear(16, 24), config)
     with pytest.raises(ValueError, match="got 'pissa'"):
         LoRALinear.from_config(nn.Linear(16, 24), peft.LoraConfig(init_lora_weights="pissa"))
 
@@ -288,8 +288,10 @@ def test_from_peft_shares_and_equals(peft, options):
     assert {name: p.data_ptr() for name, p in ours.named_parameters()} == {
         name: p.data_ptr() for name, p in stock.named_parameters()
     }
-    x, wide = torch.randn(70, 16), copy.deepcopy(stock).double()
-    exact, same = trained(wide, x.double()), trained(stock, x)
+    x = torch.randn(70, 16)
+    wide = copy.deepcopy(stock).double()
+    exact = trained(wide, x.double())
+    same = trained(stock, x)
     assert error(trained(ours, x), exact) <= bound(same, exact)
 
 

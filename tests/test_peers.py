@@ -1,4 +1,7 @@
-"""Peers: each is called as its package wants it, computes the same, or is named as absent with the reason."""
+"""Peers of the bench: each is called as its package wants, and computes the same or is absent.
+
+An absent one is named with the reason.
+"""
 
 import textwrap
 from dataclasses import replace
@@ -15,16 +18,17 @@ pytest.importorskip("peft")
 CPU = torch.device("cpu")
 SMALL = Problem((70, 32, 48, 4), torch.bfloat16, CPU)
 ONE = Problem((1, 32, 48, 4), torch.bfloat16, CPU)
+SINGLE = Problem((70, 32, 48, 4), torch.float32, CPU)
 
 
 def test_peers_compute_the_same():
-    for problem in (SMALL, ONE, Problem((70, 32, 48, 4), torch.float32, CPU)):
+    for problem in (SMALL, ONE, SINGLE):
         for label in peers.HERE:
-            if "compile" in label or (problem.dtype is torch.float32 and "narrow" in label):
+            if "compile" in label or (problem is SINGLE and "narrow" in label):
                 continue
             assert peers.contender(label, problem).error < peers.WRONG, label
     with pytest.raises(Absent, match="fp32 anyway"):
-        peers.contender("PEFT, narrow adapters", Problem((70, 32, 48, 4), torch.float32, CPU))
+        peers.contender("PEFT, narrow adapters", SINGLE)
 
 
 def test_a_peer_that_computes_something_else_is_not_measured(monkeypatch):
@@ -46,12 +50,14 @@ def test_peers_are_named_alone_or_between_commas():
         peers.known(["PEFT,nobody"])
 
 
-FAKES = {  # what each peer's package offers, as far as it is called: plain torch under its names
+# The part of each peer's package that is called, in plain torch under the package's names.
+FAKES = {
     "unsloth": """
         class LoRA_W(torch.autograd.Function):
             @staticmethod
             def forward(ctx, X, W, W_quant, A, B, S):
-                ctx.save_for_backward(X, W, A, B); ctx.S = S; assert X.dim() == 3
+                assert X.dim() == 3
+                ctx.save_for_backward(X, W, A, B)
                 return X @ W.T + S * (X @ A.T.to(X.dtype) @ B.T.to(X.dtype))
             @staticmethod
             def backward(ctx, dY):
@@ -63,7 +69,8 @@ FAKES = {  # what each peer's package offers, as far as it is called: plain torc
         class LoRA_O(torch.autograd.Function):
             @staticmethod
             def forward(ctx, X, X_drop, W, bias, W_quant, A, B, s, lora_bias, magnitude):
-                ctx.save_for_backward(W, A, B); assert X.dim() == 3 and X_drop is bias is magnitude is None
+                assert X.dim() == 3 and X_drop is bias is magnitude is None
+                ctx.save_for_backward(W, A, B)
                 return X @ W.T + s * (X @ A.T @ B.T)
             @staticmethod
             def backward(ctx, dY):
@@ -72,7 +79,9 @@ FAKES = {  # what each peer's package offers, as far as it is called: plain torc
         sys.modules["axolotl.kernels.lora"] = module(LoRA_O=LoRA_O)
     """,
     "lorafusion": """
-        def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+        def fused_linear_lora(
+            x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None
+        ):
             assert x.dim() == 3
             return x @ linear_w.T + alpha * (x @ lora_a.T @ lora_b.T)
         sys.modules["lorafusion.ops.lora_v1"] = module(fused_linear_lora=fused_linear_lora)
@@ -80,22 +89,36 @@ FAKES = {  # what each peer's package offers, as far as it is called: plain torc
     "vllm": """
         class LoRAKernelMeta:
             @classmethod
-            def make(cls, max_loras, max_num_tokens, device): return cls()
-            def prepare_tensors(self, mapping): assert mapping.dtype == torch.int32
-            def meta_args(self, token_nums, specialize_active_lora): return (token_nums,)
-        def lora_shrink(inputs, weights, out, tokens, scaling): out.copy_(scaling * (inputs @ weights[0][0].T)[None])
+            def make(cls, max_loras, max_num_tokens, device):
+                return cls()
+            def prepare_tensors(self, mapping):
+                assert mapping.dtype == torch.int32
+            def meta_args(self, token_nums, specialize_active_lora):
+                return (token_nums,)
+        def lora_shrink(inputs, weights, out, tokens, scaling):
+            out.copy_(scaling * (inputs @ weights[0][0].T)[None])
         def lora_expand(inputs, weights, out, tokens, offset_start=0, add_inputs=False):
             out += (inputs[0] @ weights[0][0].float().T).to(out.dtype)
-        names = dict(LoRAKernelMeta=LoRAKernelMeta, lora_shrink=lora_shrink, lora_expand=lora_expand)
-        sys.modules["vllm.lora.ops.triton_ops"] = module(**names)
+        sys.modules["vllm.lora.ops.triton_ops"] = module(
+            LoRAKernelMeta=LoRAKernelMeta, lora_shrink=lora_shrink, lora_expand=lora_expand
+        )
     """,
     "sglang": """
         from dataclasses import dataclass
         @dataclass
         class LoRABatchInfo:
-            use_cuda_graph: bool; bs: int; num_segments: int; seg_indptr: object; weight_indices: object
-            lora_ranks: object; scalings: object; max_len: int; seg_lens: object; permutation: object
-        def a_fwd(x, weights, info, stack_num=1): return x @ weights[0].T
+            use_cuda_graph: bool
+            bs: int
+            num_segments: int
+            seg_indptr: object
+            weight_indices: object
+            lora_ranks: object
+            scalings: object
+            max_len: int
+            seg_lens: object
+            permutation: object
+        def a_fwd(x, weights, info, stack_num=1):
+            return x @ weights[0].T
         def b_fwd(x, weights, info, base_output=None):
             return base_output.add_(x @ weights[0].T, alpha=info.scalings.item())
         sys.modules["sglang.srt.lora.utils"] = module(LoRABatchInfo=LoRABatchInfo)
@@ -104,8 +127,12 @@ FAKES = {  # what each peer's package offers, as far as it is called: plain torc
     """,
     "flashinfer": """
         class SegmentGEMMWrapper:
-            def __init__(self, buffer): pass
-            def run(self, x, weights, batch_size, weight_column_major, out=None, seg_lens=None, seg_indptr=None):
+            def __init__(self, buffer):
+                pass
+            def run(
+                self, x, weights, batch_size, weight_column_major,
+                out=None, seg_lens=None, seg_indptr=None,
+            ):
                 assert weight_column_major and seg_indptr.dtype == torch.int64
                 return x @ weights[0].T
         sys.modules["flashinfer.gemm"] = module(SegmentGEMMWrapper=SegmentGEMMWrapper)
@@ -115,40 +142,43 @@ FAKE = """
 import sys, types, torch
 print("a banner that nobody asked for")
 def module(**names):
-    made = types.ModuleType("made"); made.__dict__.update(names); return made
-for name in {parents}: sys.modules.setdefault(name, module(__path__=[]))
+    made = types.ModuleType("made")
+    made.__dict__.update(names)
+    return made
+for name in {parents}:
+    sys.modules.setdefault(name, module(__path__=[]))
 """
 
 
 @pytest.mark.parametrize("label", FAKES)
 def test_a_peer_of_its_own_process(label, tmp_path):
-    """Its call is the one that its package takes, whatever that prints; none of them is here, so their fakes are."""
+    """Calls each peer in a fake of its package, as none is installed; ignores what that prints."""
     parents = {name.rpartition(".")[0] for name in FAKES[label].split('"')[1::2]}
     parents |= {".".join(name.split(".")[:i]) for name in parents for i in range(2, 6)}
     (tmp_path / label).mkdir()
     code = FAKE.format(parents=sorted(parents - {label, ""})) + textwrap.dedent(FAKES[label])
     (tmp_path / label / "__init__.py").write_text(code)
-    serving, p = (
-        label in ("vllm", "sglang", "flashinfer"),
-        0.1 if label == "lorafusion" else 0.0,
-    )
-    remote = Remote(
-        label, ONE if serving else Problem(SMALL.shape, SMALL.dtype, CPU, p), tmp_path
-    )
+    serving = label in ("vllm", "sglang", "flashinfer")
+    problem = ONE if serving else SMALL
+    if label == "lorafusion":
+        problem = Problem(SMALL.shape, SMALL.dtype, CPU, 0.1)
+    remote = Remote(label, problem, tmp_path)
     try:
-        assert remote.error is None if label == "lorafusion" else remote.error < peers.WRONG
-        for kind in remote.calls:
-            assert remote.prepare(kind, "eager") >= 1 and remote.sample(kind, "eager") > 0
-        assert (
-            list(remote.calls) == ["forward"] if serving else ["forward", "forward + backward"]
-        )
+        if label == "lorafusion":
+            assert remote.error is None
+        else:
+            assert remote.error < peers.WRONG
+        for call in remote.calls:
+            assert remote.prepare(call, "eager") >= 1 and remote.sample(call, "eager") > 0
+        if serving:
+            assert list(remote.calls) == ["forward"]
+        else:
+            assert list(remote.calls) == ["forward", "forward + backward"]
         with pytest.raises(Absent, match="KeyError"):
             remote.prepare("sideways", "eager")
     finally:
         remote.close()
-    unfit = (
-        ONE if label in ("unsloth", "axolotl") else SMALL
-    )  # lorafusion's backward needs dropout
+    unfit = ONE if label in ("unsloth", "axolotl") else SMALL  # lorafusion needs dropout
     with pytest.raises(Absent, match=r"made for|needs dropout"):
         Remote(label, unfit, tmp_path)
 
@@ -169,7 +199,8 @@ def test_another_tree_is_measured_with_the_benches_of_this_one(tmp_path):
         Remote(OURS, SMALL, tmp_path)
 
 
-TELLING = """
+# A peftops whose patch() raises a description of the model that it is given.
+DESCRIBING = """
 class nn:
     class LinearNF4:
         def from_linear(layer, double_quant):
@@ -178,13 +209,14 @@ class nn:
 
 def patch(model):
     layer, = model
-    raise RuntimeError(f"{getattr(layer.base_layer, 'base', 'dense')}; {type(layer.lora_variant['default'])}")
+    base = getattr(layer.base_layer, "base", "dense")
+    raise RuntimeError(f"{base}; {type(layer.lora_variant['default'])}")
 """
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "nf4, double"])
 def test_another_process_builds_the_same_problem(base, tmp_path):
     (tmp_path / "peftops").mkdir()
-    (tmp_path / "peftops" / "__init__.py").write_text(TELLING)
+    (tmp_path / "peftops" / "__init__.py").write_text(DESCRIBING)
     with pytest.raises(Absent, match=f"{base}; .*DoraLinearVariant"):
         Remote(OURS, replace(SMALL, base=base, dora="peft"), tmp_path)

@@ -1,4 +1,4 @@
-"""How a replay finds its plan, and how a plan is made of the notes of a call."""
+"""How a replay finds its plan, and how the notes of a call become a plan."""
 
 import pytest
 import torch
@@ -16,35 +16,46 @@ def forget():
     _replay.forget()
 
 
-def test_a_kind_is_planned_when_it_comes_again_and_at_most_once():
-    asked, plan = [], _C.Plan([], False, [], None, [], None, None)
+def plan_of(*steps, watched=None):
+    """A plan of these steps, which makes no memory and returns nothing."""
+    return _C.Plan([], False, [], None, [*steps], watched, None)
 
-    def first(wanted, x):
-        asked.append(wanted)
-        if len(x) == 3 and asked == [False, True]:
+
+def test_like_calls_are_planned_the_second_time_and_once():
+    """`requests` notes for each run of the launcher whether a plan was asked for."""
+    requests = []
+    plan = plan_of()
+
+    def launcher(wanted, x):
+        requests.append(wanted)
+        if len(x) == 3 and requests == [False, True]:
             raise MemoryError
         return (), plan if len(x) == 2 else None
 
-    replay = _C.Replay(first, {}, lambda: None, 8)
+    replay = _C.Replay(launcher, {}, lambda: None, 8)
     for _ in range(4):
         replay(torch.empty(2))
-    assert asked == [False, True] and replay.plans() == 1  # then it is played
-    del asked[:]
+    assert requests == [False, True] and replay.plans() == 1  # then the plan is played
+    del requests[:]
     replay(torch.empty(3))
     with pytest.raises(MemoryError):
         replay(torch.empty(3))
     for _ in range(3):
         replay(torch.empty(3))
-    assert asked == [False, True, True, False, False]  # of which is known now that it has none
+    assert requests == [False, True, True, False, False]  # known now: there is no plan
 
 
-def test_what_tells_kinds_apart():
-    asked, plan = [], _C.Plan([], False, [], None, [], None, None)
-    replay = _C.Replay(
-        lambda wanted, *args: (asked.append(wanted), ((), plan))[1], {}, lambda: None, 99
-    )
+def test_which_calls_are_unlike():
+    requests = []
+    plan = plan_of()
+
+    def launcher(wanted, *args):
+        requests.append(wanted)
+        return (), plan
+
+    replay = _C.Replay(launcher, {}, lambda: None, 99)
     x = torch.empty(4, 4, dtype=torch.bfloat16)
-    kinds = [
+    calls = [
         (x,),
         (x.half(),),
         (x.short(),),
@@ -54,8 +65,6 @@ def test_what_tells_kinds_apart():
         (x, 1.0),
         (x, True),
         (x, None),
-    ]
-    kinds += [
         (x, [x.clone()]),
         (x, [x.clone(), 1]),
         (x, x.clone()),
@@ -63,37 +72,38 @@ def test_what_tells_kinds_apart():
         (x, 0.5),
         (x, torch.float32),
     ]
-    for args in kinds:
-        del asked[:]
+    for args in calls:
+        del requests[:]
         for _ in range(3):
             replay(*args)
-        assert asked == [False, True], args  # met, planned, played
-    for odd in (
+        assert requests == [False, True], args  # the third call plays the plan
+    for unplanned in (
         torch.empty(17)[1:],
         torch.empty(4, 4).T,
         torch._neg_view(torch.empty(4)),
         x.to("meta"),
         object(),
     ):
-        del asked[:]
+        del requests[:]
         for _ in range(3):
-            replay(odd)
-        assert asked == [False] * 3, odd  # for which the launcher runs every time
+            replay(unplanned)
+        assert requests == [False] * 3, unplanned  # the launcher runs every time
 
 
 def test_plans_do_not_grow_for_ever():
-    plan = _C.Plan([], False, [], None, [], None, None)
+    plan = plan_of()
     replay = _C.Replay(lambda wanted, x: ((), plan if wanted else None), {}, lambda: None, 3)
     for m in range(20):
-        replay(torch.empty(m)), replay(torch.empty(m))
+        replay(torch.empty(m))
+        replay(torch.empty(m))
         assert 1 <= replay.plans() <= 3
 
 
-def test_an_error_of_a_step_is_the_errors_of_the_call():
+def test_an_error_of_a_step_is_raised_by_the_call():
     def fail(x):
         raise MemoryError("all is full")
 
-    plan = _C.Plan([], False, [], None, [("call", fail, [("slot", 0)], None)], None, None)
+    plan = plan_of(("call", fail, [("slot", 0)], None))
     replay = _C.Replay(lambda wanted, x: ((), plan), {}, lambda: None, 8)
     x = torch.ones(4)
     assert replay(x) == replay(x) == ()
@@ -105,52 +115,50 @@ def test_an_error_of_a_step_is_the_errors_of_the_call():
 
 
 def test_arguments_of_a_call_are_made_anew():
-    """Slots, transposes, views of what the plan made, lists and constants, in a call with names."""
-    seen = []
+    """Slots, transposes, views of memory of the plan, lists and constants, some by keyword."""
+    calls = []
 
-    def see(x, turned, *, view, items, number):
-        seen.append((x, turned, view, items, number))
+    def note(x, turned, *, view, items, number):
+        calls.append((x, turned, view, items, number))
         view.fill_(7)
 
-    operands = [("slot", 0), ("turned", 0), ("strided", 1, ((2, 2), (4, 1), 4))]
-    operands += [("list", [("slot", 0), ("constant", None)]), ("constant", 5)]
+    operands = [
+        ("slot", 0),
+        ("turned", 0),
+        ("strided", 1, ((2, 2), (4, 1), 4)),
+        ("list", [("slot", 0), ("constant", None)]),
+        ("constant", 5),
+    ]
+    step = "call", note, operands, ("view", "items", "number")
     fresh = [(((3, 4), (4, 1)), {"dtype": torch.float32, "device": torch.device("cpu")})]
-    plan = _C.Plan(
-        fresh,
-        True,
-        [],
-        None,
-        [("call", see, operands, ("view", "items", "number"))],
-        None,
-        None,
-    )
+    plan = _C.Plan(fresh, True, [], None, [step], None, None)
     replay = _C.Replay(lambda wanted, x: (None, plan), {}, lambda: None, 8)
-    replay(torch.ones(2, 3)), replay(torch.ones(2, 3))
+    replay(torch.ones(2, 3))
+    replay(torch.ones(2, 3))
     x = torch.randn(2, 3)
     y = replay(x)
-    ((got, turned, view, items, number),) = seen
-    assert (
-        got is x
-        and torch.equal(turned, x.T)
-        and items[0] is x
-        and items[1] is None
-        and number == 5
-    )
+    ((first, turned, view, items, number),) = calls
+    assert first is x and torch.equal(turned, x.T)
+    assert items[0] is x and items[1] is None
+    assert number == 5
     assert view.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
     assert torch.equal(y[1:, :2], torch.full((2, 2), 7.0))
 
 
 def test_a_plan_waits_while_somebody_watches():
-    watching, ran = [True], []
-    steps = [("call", lambda x: ran.append("plan"), [("slot", 0)], None)]
-    plan = _C.Plan([], False, [], None, steps, lambda: bool(watching), None)
+    watching = [True]
+    ran = []
+    step = "call", lambda x: ran.append("plan"), [("slot", 0)], None
+    plan = plan_of(step, watched=lambda: bool(watching))
 
-    def first(wanted, x):
+    def launcher(wanted, x):
         ran.append("launcher")
         return (), plan
 
-    replay, x = _C.Replay(first, {}, lambda: None, 8), torch.ones(4)
-    replay(x), replay(x), replay(x)
+    replay = _C.Replay(launcher, {}, lambda: None, 8)
+    x = torch.ones(4)
+    for _ in range(3):
+        replay(x)
     watching.clear()
     replay(x)
     assert ran == ["launcher", "launcher", "launcher", "plan"]
@@ -163,23 +171,24 @@ def notes_of(body, *inputs, out=None):
     return notes
 
 
-def test_what_torch_does_unnoted_makes_no_plan():
+def test_a_call_of_torch_that_is_not_noted_makes_no_plan():
     x = torch.ones(4)
-    for body in (
+    bodies = [
         lambda: x.add_(1),
         lambda: x.sum().item(),
         lambda: torch.mm(x[None], x[:, None]),
-    ):
-        assert (
-            notes_of(lambda body=body: (noted(print, "a step"), body()), x).plan(True) is None
-        )
+    ]
+    for body in bodies:
+        notes = notes_of(lambda body=body: (noted(print, "a step"), body()), x)
+        assert notes.plan(True) is None
     assert notes_of(lambda: noted(print, "a step"), x).plan(True) is not None
     assert notes_of(lambda: None, x).plan(True) is None  # nothing to play
     assert _replay.noting() is None
 
 
 def test_memory_of_somebody_else_makes_no_plan():
-    x, elsewhere = torch.ones(4), torch.ones(4)
+    x = torch.ones(4)
+    elsewhere = torch.ones(4)
     with pytest.raises(Unplanned, match="somebody else"):
         Numbered(notes_of(lambda: noted(print, elsewhere), x)).plan(True)
     with pytest.raises(Unplanned, match="view of an input"):
@@ -188,20 +197,21 @@ def test_memory_of_somebody_else_makes_no_plan():
         Numbered(notes_of(lambda: noted(print, x), x, x[1:]))
 
 
-def test_temporaries_of_calls_are_tensors_and_of_launches_a_scratch():
-    x, y = torch.ones(8), torch.empty(8)
+def test_calls_get_tensors_for_temporaries_and_launches_a_scratch():
+    x = torch.ones(8)
+    y = torch.empty(8)
     kept = []
 
     def body():
-        first, second, third = x.new_empty(100), x.new_empty(3), x.new_empty(2, 2)
+        first = x.new_empty(100)
+        second = x.new_empty(3)
+        third = x.new_empty(2, 2)
         noted(kept.append, second)
-        _replay.noting().launch(
-            None, 1, (1, 1, 1), 32, 0, [("pointer", first), ("pointer", third)], None
-        )
+        pointers = [("pointer", first), ("pointer", third)]
+        _replay.noting().launch(None, 1, (1, 1, 1), 32, 0, pointers, None)
 
     written = Numbered(notes_of(body, x, out=y))
-    assert [t.numel() for t in written.temporaries] == [3] and [
-        t.numel() for t in written.scratch
-    ] == [100, 4]
+    assert [t.numel() for t in written.temporaries] == [3]
+    assert [t.numel() for t in written.scratch] == [100, 4]
     _, *launch = written.launch(*written.notes.steps[1][1:])
     assert launch[-1] == [(0, 3, 0), (1, 4, 0)]  # after x, y and the tensor of the call

@@ -1,4 +1,4 @@
-"""The stand-in for a GPU: what is launched there by replays, and how long the host takes."""
+"""The stand-in for a GPU: what replays launch on it, and how long the host takes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ OPS = "lora_fwd", "lora_bwd", "lora_gemv", "lora_mask", "nf4_quantize", "nf4_deq
 OPS += "dora_norm", "dora_drop", "dora_mix"
 
 
-def alone(*command):
-    """What a process prints in which Triton does not interpret."""
+def run(*command):
+    """The output of a Python process in which Triton does not interpret."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=env, cwd=HERE.parent
@@ -33,25 +33,25 @@ def built():
 
 
 def compare(shapes, ops, tma=False):
-    told = json.dumps({"shapes": shapes, "ops": ops, "tma": tma})
-    lines = alone(str(HERE / "launches_on_standin.py"), told).splitlines()
+    arguments = json.dumps({"shapes": shapes, "ops": ops, "tma": tma})
+    lines = run(str(HERE / "launches_on_standin.py"), arguments).splitlines()
     assert len(lines) >= 5 * len(shapes) * len(ops) // 2
     for label, planned, same, events in map(json.loads, lines):
         assert same and events and planned == 1, label
 
 
 def test_replays_launch_what_launchers_launch(built):
-    """The same functions with the same grids and parameters, and the same products, in the same order."""
+    """The same functions, grids, parameters and products, in the same order."""
     compare([(256, 512, 384, 16)], ("lora_fwd", "lora_bwd", "lora_gemv", "dora_norm"))
 
 
 def test_replays_give_kernels_their_workspace(built):
-    """TMA's descriptors lie in it."""
+    """The workspace holds TMA's descriptors."""
     compare([(256, 512, 384, 16)], ("lora_fwd",), tma=True)
 
 
 @pytest.mark.slow
-def test_replays_launch_what_launchers_launch_for_every_op_and_kind_of_shape(built):
+def test_replays_launch_what_launchers_launch_for_every_op_and_shape(built):
     compare(
         [(256, 512, 384, 16), (200, 264, 520, 40), (1, 512, 384, 16), (8192, 4096, 4096, 16)],
         OPS,
@@ -59,10 +59,9 @@ def test_replays_launch_what_launchers_launch_for_every_op_and_kind_of_shape(bui
 
 
 def test_bench_host(built, tmp_path):
-    """LoRA's rows: each says what a layer takes of the host, ours beside PEFT's."""
-    told = alone(
-        "-m", "peftops", "bench", "host", "--quick", "--dropout", "0.1", "--out", str(tmp_path)
-    )
+    """Each line of LoRA has the host's time for a layer of ours and of PEFT."""
+    options = "--quick", "--dropout", "0.1", "--out", str(tmp_path)
+    shown = run("-m", "peftops", "bench", "host", *options)
     (file,) = tmp_path.glob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["pass"] for line in lines] == [
@@ -77,7 +76,7 @@ def test_bench_host(built, tmp_path):
             "PEFT, narrow adapters",
             "peftops",
         }
-        assert 0 < line["ms"]["peftops"][1] < 10 and f"{line['pass']}: " in told
+        assert 0 < line["ms"]["peftops"][1] < 10 and f"{line['pass']}: " in shown
 
 
 def test_bench_host_does_not_run_where_triton_interprets(built):

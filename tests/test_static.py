@@ -1,4 +1,4 @@
-"""peftops bench static: what it counts, and that each thing it is there to refuse is refused."""
+"""peftops bench static: what it counts, and that it refuses each fault that it looks for."""
 
 import re
 import shutil
@@ -54,18 +54,20 @@ def bare_kernel(X):
     assert sass.limits(text, "good_kernel", "sm_90", ["GAIN"])["waits"] == (0, 1)
     assert sass.limits(text, "good_kernel", "gfx942")["registers"] == (8, 300)
     assert sass.limits(text, "bare_kernel", "sm_90") is None
-    cuda = "// limits: mma 16-\ntemplate <int M>\n__global__ void __launch_bounds__(256) a_kernel(int x) {"
+    cuda = """// limits: mma 16-
+template <int M>
+__global__ void __launch_bounds__(256) a_kernel(int x) {"""
     assert sass.limits(cuda, "a_kernel", "sm_80") == {"mma": (16, inf)}
 
 
 def test_every_kernel_has_limits():
-    found = 0
+    count = 0
     for path in KERNELS:
         text = path.read_text()
         for name in names_in(text):
             assert sass.limits(text, name, "sm_90"), f"{path.name}: {name}"
-            found += 1
-    assert found > 12
+            count += 1
+    assert count > 12
 
 
 @pytest.mark.parametrize(
@@ -81,8 +83,9 @@ def test_every_kernel_has_limits():
         (None, {}, "no limits stand above it"),
     ],
 )
-def test_what_exceeds_its_limits_is_named(limits, changes, words):
-    assert faults(limits or {}) == [] and faults(limits, **changes) == [words]
+def test_each_excess_is_named(limits, changes, words):
+    assert faults(limits or {}) == []
+    assert faults(limits, **changes) == [words]
 
 
 def test_slow_variants_need_only_fit_and_exist():
@@ -101,19 +104,17 @@ def test_loops_and_their_instructions():
         "@P1 BRA 0x0",
         "EXIT",
     ]
-    places = [16 * i for i in range(8)]
-    found = sass.measure(40, 128, 8, places, lines)
-    assert (
-        found["loop"] == 3 and found["waits"] == 1 and found["mma"] == 1 and found["fma"] == 1
-    )
-    assert found["spilled"] == 8 and found["reloads"] == 0  # the outer loop holds another
-    assert (
-        sass.measure(40, 0, 8, places[:2], lines[:2])["spilled"] == 0
-    )  # a stack that nothing uses
+    addresses = [16 * i for i in range(8)]
+    counts = sass.measure(40, 128, 8, addresses, lines)
+    assert counts["loop"] == 3 and counts["waits"] == 1
+    assert counts["mma"] == 1 and counts["fma"] == 1
+    assert counts["spilled"] == 8 and counts["reloads"] == 0  # LDL is in the outer loop
+    without_stack = sass.measure(40, 0, 8, addresses[:2], lines[:2])
+    assert without_stack["spilled"] == 0  # no instruction uses the stack
 
 
 def child(code):
-    """Triton in a process that does not interpret it."""
+    """The output of this code in a process in which Triton does not interpret."""
     command = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
@@ -128,9 +129,10 @@ features = lambda launches: {feature for launch in launches for feature in launc
 assert features(few) == features(every) and len(few) < len(every) / 3
 print(len({launch.kernel.__name__ for launch in few}), len({launch.target for launch in few}))
 """)
-    kernels = {
-        name for path in KERNELS if path.suffix == ".py" for name in names_in(path.read_text())
-    }
+    kernels = set()
+    for path in KERNELS:
+        if path.suffix == ".py":
+            kernels |= names_in(path.read_text())
     assert out.split() == [str(len(kernels)), "7"]
 
 
@@ -152,7 +154,9 @@ def product_kernel(OUT, A, B, N: tl.constexpr):
     at = o[:, None] * N + o[None, :]
     acc = tl.zeros((N, N), tl.float32)
     for i in range(N):
-        acc += tl.load(A + o * N + i)[:, None].to(tl.float32) * tl.load(B + i * N + o)[None, :].to(tl.float32)
+        a = tl.load(A + o * N + i)[:, None].to(tl.float32)
+        b = tl.load(B + i * N + o)[None, :].to(tl.float32)
+        acc += a * b
     tl.store(OUT + at, acc)
 
 # limits: wide 1-
@@ -164,7 +168,7 @@ def copy_kernel(OUT, A, N: tl.constexpr):
 
 
 def test_planted_kernels_are_refused(tmp_path):
-    """An FMA in a decode, a product without tensor cores, a copy by less than 16 bytes, a tile that does not fit."""
+    """Refuses an FMA in decode, a product without tensor cores, narrow copies, too large a tile."""
     (tmp_path / "planted.py").write_text(PLANTED)
     out = child(f"""
 import sys
@@ -179,10 +183,13 @@ half, single, byte = "*bf16", "*fp32", "*u8"
 def ask(kernel, signature, options, aligned=True, shared=99 << 10):
     constants = {{(len(signature),): 128}}
     signature = dict(zip(kernel.arg_names, [*signature, "constexpr"]))
-    places = {{(i,): [["tt.divisibility", 16]] for i in range(len(signature) - 1)}} if aligned else {{}}
-    source = ASTSource(kernel, signature, constants, places)
-    found = s.numbers(triton.compile(source, s.TARGETS["sm_90"][2], options), "sm_90")
-    print(kernel.__name__, list(sass.faults(found, sass.limits(text, kernel.__name__, "sm_90"), shared)))
+    attributes = {{}}
+    if aligned:
+        attributes = {{(i,): [["tt.divisibility", 16]] for i in range(len(signature) - 1)}}
+    source = ASTSource(kernel, signature, constants, attributes)
+    numbers = s.numbers(triton.compile(source, s.TARGETS["sm_90"][2], options), "sm_90")
+    limits = sass.limits(text, kernel.__name__, "sm_90")
+    print(kernel.__name__, list(sass.faults(numbers, limits, shared)))
 
 decode = [single, byte, single, single, single]
 ask(planted.decode_kernel, decode, {{"enable_fp_fusion": True}})
@@ -209,7 +216,9 @@ __global__ void __launch_bounds__(1024) greedy_kernel(float* out, const float* i
     for (int i = 0; i < 128; ++i) held[i] = held[i] * held[(i + 1) % 128] + j;
   for (int i = 0; i < 128; ++i) out[i * n + threadIdx.x] = held[i];
 }
-template <class T> __global__ void bare_kernel(T* out) { out[threadIdx.x] = out[threadIdx.x + 1] * T(3); }
+template <class T> __global__ void bare_kernel(T* out) {
+  out[threadIdx.x] = out[threadIdx.x + 1] * T(3);
+}
 template __global__ void bare_kernel<float>(float*);
 """)
     greedy, bare = sorted(
@@ -223,7 +232,7 @@ template __global__ void bare_kernel<float>(float*);
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
 def test_cuda_kernels_of_the_project(capsys, monkeypatch):
-    """On one architecture, with what was measured before; .ci/run asks for all of them, and for Triton's."""
+    """On one architecture; .ci/run covers all of them, and Triton's kernels."""
     monkeypatch.setattr(static_cuda, "architectures", lambda: ["90"])
     monkeypatch.setattr(static, "triton_rows", lambda *args: [])
     code, out, _ = run(capsys, "bench", "static")
@@ -232,23 +241,13 @@ def test_cuda_kernels_of_the_project(capsys, monkeypatch):
 
 def test_a_fault_fails_the_command(capsys, monkeypatch):
     row = GOOD | dict.fromkeys(("ldsm", "async", "loop", "reloads"), 0)
-    row |= {
-        "compiler": "c",
-        "kernel": "k",
-        "target": "t",
-        "case": "",
-        "tile": "",
-        "faults": ["mma 0, allowed 1-9"],
-    }
+    row |= {"compiler": "c", "kernel": "k", "target": "t", "case": "", "tile": ""}
+    row["faults"] = ["mma 0, allowed 1-9"]
     monkeypatch.setattr(static, "triton_rows", lambda *args: [row])
     monkeypatch.setattr(static, "cuda_tasks", list)
     code, out, _ = run(capsys, "bench", "static", "--jobs", "1")
-    assert (
-        code == 1
-        and "k, t, c: mma 0, allowed 1-9" in out
-        and "1 kernels, 1 beyond" in out
-        and "no nvcc" in out
-    )
+    assert code == 1 and "k, t, c: mma 0, allowed 1-9" in out
+    assert "1 kernels, 1 beyond" in out and "no nvcc" in out
 
 
 def test_architectures_are_those_of_the_build():

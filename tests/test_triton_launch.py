@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels without Triton's bookkeeping, on a stand-in for what Triton compiles."""
+"""Launches of Triton's kernels that skip Triton's bookkeeping, on a stand-in for a kernel."""
 
 from types import SimpleNamespace
 
@@ -11,24 +11,29 @@ from peftops.triton._launch import Launched, cdiv, power_of_2
 
 
 class Kernel:
-    """What triton.jit makes, as far as a launch asks it: it notes what it has to find out, and what runs at once."""
+    """Stands for what triton.jit makes: notes launches by Triton, and direct runs that skip it."""
 
     arg_names = "OUT", "X", "W", "M", "BM", "EVEN"
 
     def __init__(self):
-        self.found_out, self.at_once, self.workspace, self.given = [], [], 0, []
+        self.launches = []
+        self.runs = []
+        self.workspace = 0  # bytes
+        self.workspaces = []
 
     def run(self, *args):
         if self.workspace:
-            self.given.append(_allocation._allocator.get()(self.workspace, 128, None))
-        self.at_once.append(args)
+            self.workspaces.append(_allocation._allocator.get()(self.workspace, 128, None))
+        self.runs.append(args)
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            self.found_out.append((grid, args, options))
-            made = SimpleNamespace(global_scratch_size=self.workspace)
+            self.launches.append((grid, args, options))
             return SimpleNamespace(
-                run=self.run, function="function", packed_metadata="metadata", metadata=made
+                run=self.run,
+                function="function",
+                packed_metadata="metadata",
+                metadata=SimpleNamespace(global_scratch_size=self.workspace),
             )
 
         return launch
@@ -46,42 +51,33 @@ def kernel(monkeypatch):
 
 
 def call(kernel, *args, grid=(4,), **options):
-    """Whether Triton had to find out."""
-    before = len(kernel.kernel.found_out)
+    """Calls the kernel, and returns whether Triton launched it."""
+    before = len(kernel.kernel.launches)
     kernel[grid](*args, **{"EVEN": True, "BM": 16, "num_warps": 4} | options)
-    return len(kernel.kernel.found_out) > before
+    return len(kernel.kernel.launches) > before
 
 
-def test_alike_arguments_run_at_once(kernel):
-    launched, (out, x), w = (
-        Launched(kernel),
-        torch.zeros(2, 64),
-        (torch.zeros(8), torch.zeros(8, dtype=torch.uint8)),
-    )
-    assert call(launched, out, x, w, 8) and not kernel.at_once
-    other = torch.ones(64), None
-    assert not call(launched, other[0], x, w, 8, grid=(5, 2))
-    ((*grid, stream, function, metadata, enter, leave, hook), rest) = (
-        kernel.at_once[0][:9],
-        kernel.at_once[0][9:],
-    )
-    assert grid == [5, 2, 1] and (stream, function, metadata) == (
-        "stream of -1",
-        "function",
-        "metadata",
-    )
+def test_like_arguments_skip_triton(kernel):
+    launched = Launched(kernel)
+    out, x = torch.zeros(2, 64)
+    w = torch.zeros(8), torch.zeros(8, dtype=torch.uint8)
+    assert call(launched, out, x, w, 8) and not kernel.runs
+    other = torch.ones(64)
+    assert not call(launched, other, x, w, 8, grid=(5, 2))
+    grid = kernel.runs[0][:3]
+    stream, function, metadata, enter, leave, hook = kernel.runs[0][3:9]
+    args = kernel.runs[0][9:]  # in the order of the kernel's parameters
+    assert grid == (5, 2, 1)
+    assert (stream, function, metadata) == ("stream of -1", "function", "metadata")
     assert enter is leave is hook is None
-    assert (
-        rest[0] is other[0] and rest[1] is x and rest[2] is w and rest[3:] == (8, 16, True)
-    )  # as the kernel has them
+    assert args[0] is other and args[1] is x and args[2] is w
+    assert args[3:] == (8, 16, True)
 
 
-def test_what_is_not_alike_is_found_out(kernel):
-    launched, (out, x), w = (
-        Launched(kernel),
-        torch.zeros(2, 64),
-        (torch.zeros(8), torch.zeros(8)),
-    )
+def test_triton_launches_unlike_arguments(kernel):
+    launched = Launched(kernel)
+    out, x = torch.zeros(2, 64)
+    w = torch.zeros(8), torch.zeros(8)
     call(launched, out, x, w, 8)
     for args in (
         (out, x, w, 9),
@@ -92,33 +88,34 @@ def test_what_is_not_alike_is_found_out(kernel):
     ):
         assert call(launched, *args) and not call(launched, *args)
     for options in ({"BM": 32}, {"num_warps": 8}, {"EVEN": False}):
-        assert call(launched, out, x, w, 8, **options) and not call(
-            launched, out, x, w, 8, **options
-        )
-    odd = torch.zeros(65)[1:]
-    assert call(launched, out, odd, w, 8) and call(
-        launched, out, odd, w, 8
-    )  # Triton compiles another for it
+        assert call(launched, out, x, w, 8, **options)
+        assert not call(launched, out, x, w, 8, **options)
+    unaligned = torch.zeros(65)[1:]  # Triton compiles another kernel for it
+    assert call(launched, out, unaligned, w, 8)
+    assert call(launched, out, unaligned, w, 8)
 
 
-def test_a_kernel_that_asks_for_a_workspace_gets_one_and_nobody_else_notices(kernel):
-    mine = lambda size, alignment, stream: None  # noqa: E731
-    triton.set_allocator(mine)
+def test_a_kernel_gets_its_workspace_and_the_allocator_stays(kernel):
+    def allocator(size, alignment, stream):
+        return None
+
+    triton.set_allocator(allocator)
     try:
         kernel.workspace = 512
-        launched, x = Launched(kernel), torch.zeros(4)
+        launched = Launched(kernel)
+        x = torch.zeros(4)
         for _ in range(3):
             call(launched, x, x, (x,), 8)
-        assert [(t.numel(), t.dtype, t.device) for t in kernel.given] == [
-            (512, torch.uint8, x.device)
-        ] * 2
-        assert _allocation._allocator.get() is mine
+        workspaces = [(t.numel(), t.dtype, t.device) for t in kernel.workspaces]
+        assert workspaces == [(512, torch.uint8, x.device)] * 2
+        assert _allocation._allocator.get() is allocator
     finally:
         triton.set_allocator(_allocation._NULL_ALLOCATOR)
 
 
 def test_a_profiler_sees_every_launch(kernel, monkeypatch):
-    launched, args = Launched(kernel), (torch.zeros(4), torch.zeros(4), (torch.zeros(4),), 8)
+    launched = Launched(kernel)
+    args = torch.zeros(4), torch.zeros(4), (torch.zeros(4),), 8
     call(launched, *args)
     for hook in (lambda metadata: None, SimpleNamespace(calls=[print])):
         monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
@@ -128,9 +125,10 @@ def test_a_profiler_sees_every_launch(kernel, monkeypatch):
         assert not call(launched, *args)
 
 
-def test_what_is_kept_does_not_grow_for_ever(kernel, monkeypatch):
+def test_the_cache_of_launches_is_bounded(kernel, monkeypatch):
     monkeypatch.setattr("peftops.triton._launch.MOST", 3)
-    launched, x = Launched(kernel), torch.zeros(4)
+    launched = Launched(kernel)
+    x = torch.zeros(4)
     for m in range(20):
         assert call(launched, x, x, x, m) and len(launched.kept) <= 3
 

@@ -1,4 +1,4 @@
-"""The product for Hopper, whose tiles TMA brings, in Triton's interpreter: the law, and when it is taken."""
+"""The product for Hopper with tiles loaded by TMA, in Triton's interpreter: law and choice."""
 
 import pytest
 import torch
@@ -25,16 +25,17 @@ OPTIONS = [
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes of what TMA's kernel makes, which is taken wherever TMA can read what there is."""
-    found, product = [], lora_tma.product
+    """Takes TMA's kernel wherever it can read the operands, and notes its outputs' shapes."""
+    shapes = []
+    product = lora_tma.product
 
-    def noting(out, *args, **named):
-        found.append(tuple(out.shape))
+    def note(out, *args, **named):
+        shapes.append(tuple(out.shape))
         product(out, *args, **named)
 
     monkeypatch.setattr(_gemm, "choose_product", lambda *args, **kwargs: "tma")
-    monkeypatch.setattr(lora_tma, "product", noting)
-    return found
+    monkeypatch.setattr(lora_tma, "product", note)
+    return shapes
 
 
 def assert_law(op, t):
@@ -45,14 +46,14 @@ def assert_law(op, t):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("op", NAMES)
 def test_law(op, options, taken):
-    for at, (m, k, n, r) in enumerate(SHAPES):
-        dtype = torch.float16 if at == 1 else torch.bfloat16
+    for i, (m, k, n, r) in enumerate(SHAPES):
+        dtype = torch.float16 if i == 1 else torch.bfloat16
         assert_law(op, lora(m, k, n, r, dtype, **options))
         assert taken.pop() == (m, n if op == "lora_fwd" else k) and not taken
 
 
 @pytest.mark.parametrize("op", NAMES)
-def test_what_tma_cannot_read_is_multiplied_otherwise(op, taken):
+def test_another_kernel_takes_what_tma_cannot_read(op, taken):
     for k, n, r in ((40, 48, 4), (40, 44, 8), (44, 48, 8)):
         assert_law(op, lora(5, k, n, r, torch.bfloat16))
     assert not taken
@@ -65,34 +66,24 @@ def test_gates_are_left_to_another_kernel(taken):
 
 @pytest.mark.parametrize("op", NAMES)
 def test_parts_of_a_weight_in_4_bits(op, taken, monkeypatch):
-    """Each writes its own columns, and reads those of gain, bias, mask and adapter."""
-    launched, kernel = [], lora_tma.tma_kernel
+    """Each launch writes its own columns, and reads those of gain, bias, mask and adapter."""
+    first_columns = []
+    kernel = lora_tma.tma_kernel
 
-    class Counted:
+    class Noted:
         def __getitem__(self, grid):
-            return lambda *args, **named: (
-                launched.append(args[15]) or kernel[grid](*args, **named)
-            )
+            def launch(*args, **named):
+                first_columns.append(args[15])
+                return kernel[grid](*args, **named)
 
-    monkeypatch.setattr(lora_tma, "tma_kernel", Counted())
+            return launch
+
+    monkeypatch.setattr(lora_tma, "tma_kernel", Noted())
     monkeypatch.setattr(lora_product, "SCRATCH", 2 * 264 * 20)
-    assert_law(
-        op,
-        lora(
-            37,
-            264,
-            136,
-            16,
-            torch.bfloat16,
-            form="nf4",
-            p=0.3,
-            gain=op == "lora_fwd",
-            bias=True,
-        ),
-    )
-    assert launched == (
-        list(range(0, 136, 32)) if op == "lora_fwd" else list(range(0, 264, 64))
-    )
+    options = {"form": "nf4", "p": 0.3, "gain": op == "lora_fwd", "bias": True}
+    assert_law(op, lora(37, 264, 136, 16, torch.bfloat16, **options))
+    columns = range(0, 136, 32) if op == "lora_fwd" else range(0, 264, 64)
+    assert first_columns == list(columns)
 
 
 def test_everything_dropped(taken):
@@ -102,7 +93,8 @@ def test_everything_dropped(taken):
 
 
 def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
-    half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+    half = torch.empty(0, dtype=torch.bfloat16)
+    single = torch.empty(0)
     monkeypatch.setattr(_gemm, "machine", lambda device: ("sm_90", 132))
 
     def described(x, n=4096, k=4096, form="dense"):
@@ -111,16 +103,11 @@ def test_it_is_taken_where_it_was_measured_to_pay(monkeypatch):
     assert described(half) == "cuBLAS + epilogue"
     monkeypatch.setitem(_gemm.TMA, "sm_90", 0.05)  # an epilogue costs 367 / 4096, 9 %
     assert described(half) == described(half, form="transposed") == "TMA"
-    assert (
-        described(half, k=8192)
-        == described(half, n=4100)
-        == described(single)
-        == "cuBLAS + epilogue"
-    )
-    assert (
-        described(half, form="nf4") == "dequantize + TMA"
-        and described(half, k=8192, form="nf4") == "dequantize + cuBLAS"
-    )
+    assert described(half, k=8192) == "cuBLAS + epilogue"
+    assert described(half, n=4100) == "cuBLAS + epilogue"
+    assert described(single) == "cuBLAS + epilogue"
+    assert described(half, form="nf4") == "dequantize + TMA"
+    assert described(half, k=8192, form="nf4") == "dequantize + cuBLAS"
 
 
 def test_tiles(monkeypatch):

@@ -1,6 +1,7 @@
-"""Writes nf4.json beside it: what bitsandbytes 0.50 makes of a few small tensors on a CPU. Run where it is installed.
+"""Writes nf4.json beside this file: what bitsandbytes 0.50 makes of small tensors on a CPU.
 
-Codes and scales are bytes in hexadecimal, and of the dequantized values there is the SHA-256.
+Codes and scales are bytes in hexadecimal; the dequantized values are a SHA-256. Running it needs
+bitsandbytes.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ CASES = [  # shape, block, type, double quantization, dtype
 
 
 def weight(shape, dtype):
-    """Numbers that need no generator: the fractional parts of multiples of √2, and one large one."""
+    """Fractional parts of multiples of √2, which need no generator, and one larger number."""
     count = torch.Size(shape).numel()
     w = (torch.arange(1, count + 1, dtype=torch.float64) * 2**0.5).frac() - 0.5
     w[count // 3] *= 3
@@ -37,23 +38,18 @@ def digest(t):
 def main():
     import bitsandbytes.functional as bnb
 
-    found = []
-    for shape, block, kind, double, dtype in CASES:
+    vectors = []
+    for shape, block, quant_type, double, dtype in CASES:
         w = weight(shape, dtype)
         codes, state = bnb.quantize_4bit(
-            w, blocksize=block, quant_type=kind, compress_statistics=double
+            w, blocksize=block, quant_type=quant_type, compress_statistics=double
         )
         scales = [state.absmax]
         if double:
             scales += [state.state2.absmax, state.offset]
-        found.append(
-            [
-                text(codes),
-                [text(t.flatten()) for t in scales],
-                digest(bnb.dequantize_4bit(codes, state)),
-            ]
-        )
-    Path(__file__).with_suffix(".json").write_text(json.dumps(found) + "\n")
+        values = digest(bnb.dequantize_4bit(codes, state))
+        vectors.append([text(codes), [text(t.flatten()) for t in scales], values])
+    Path(__file__).with_suffix(".json").write_text(json.dumps(vectors) + "\n")
 
 
 if __name__ == "__main__":
