@@ -1,8 +1,10 @@
-"""Run as a process: what ops launch on the stand-in for a GPU, replayed and not, as a line of JSON for each case.
+"""Run as a process: compares what ops launch on the stand-in for a GPU with what replays launch.
 
-Its argument is a JSON object: the shapes, the ops, and whether TMA's product is taken where it can be.
+Its argument is a JSON object: the shapes, the ops, and whether TMA's product is taken where it can
+be.
 
-A line: [label, whether there was a plan, whether both launch the same, how many launches and products].
+It prints a line of JSON for each case: [label, number of plans, whether both launch the same,
+number of launches and products].
 """
 
 import ctypes
@@ -22,43 +24,74 @@ from peftops.testing.law import every, function  # noqa: E402
 from peftops.triton import _gemm  # noqa: E402
 
 DEVICE = torch.device(standin.NAME)
-BYTES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "u64": 8}
+BYTES = {
+    "i1": 1,
+    "i8": 1,
+    "u8": 1,
+    "i16": 2,
+    "i32": 4,
+    "u32": 4,
+    "fp32": 4,
+    "i64": 8,
+    "u64": 8,
+}
 driver.standin_launches.restype = ctypes.c_ulong
 POINTERS = {}  # function -> which of its parameters are pointers
 
 
-def told(self, load=CompiledKernel._init_handles):
-    """Has the driver know the parameters of what it loads."""
-    fresh = self.module is None
+def parameter_types(signature):
+    """The types of a kernel's parameters as Triton names them; those of pointers begin with *."""
+    types = []
+    for entry in signature.values():
+        if isinstance(entry, tuple):
+            types += entry
+        else:
+            types.append(entry)
+    types = [name for name in types if name != "constexpr"]
+    return [*types, "*", "*"]  # Triton's two scratch buffers
+
+
+def load_and_tell(self, load=CompiledKernel._init_handles):
+    """Loads a kernel, and tells the driver the sizes of its parameters."""
+    is_new = self.module is None
     load(self)
-    if fresh:
-        kinds = []
-        for kind in self.src.signature.values():
-            kinds += [
-                one
-                for one in (kind if isinstance(kind, tuple) else (kind,))
-                if one != "constexpr"
-            ]
-        kinds += ["*"] * 2
-        sizes = bytes(8 if kind[0] == "*" else BYTES[kind] for kind in kinds)
+    if is_new:
+        types = parameter_types(self.src.signature)
+        pointers = [name[0] == "*" for name in types]
+        sizes = bytes(8 if name[0] == "*" else BYTES[name] for name in types)
         driver.standin_tell(ctypes.c_void_p(self.function), len(sizes), sizes)
-        POINTERS[self.function] = [kind[0] == "*" for kind in kinds]
+        POINTERS[self.function] = pointers
 
 
-CompiledKernel._init_handles = told
+CompiledKernel._init_handles = load_and_tell
 
 
-def moved(arg):
-    """The same on the stand-in, without values"""
+def on_standin(arg):
+    """An argument with its tensors on the stand-in, without values."""
     if isinstance(arg, list):
-        return [moved(item) for item in arg]
-    return (
-        torch.empty(arg.shape, dtype=arg.dtype, device=DEVICE) if torch.is_tensor(arg) else arg
-    )
+        return [on_standin(item) for item in arg]
+    if torch.is_tensor(arg):
+        return torch.empty(arg.shape, dtype=arg.dtype, device=DEVICE)
+    return arg
 
 
-def happened(call, args):
-    """What a call launched and multiplied, with names in the place of addresses"""
+class Addresses:
+    """Names addresses by the tensor that they are in, so that two calls can be compared."""
+
+    def __init__(self, tensors):
+        self.names = {t.data_ptr(): f"tensor {i}" for i, t in enumerate(tensors)}
+        self.sizes = {t.data_ptr(): t.nbytes for t in tensors}
+        self.others = {0: "none"}
+
+    def name(self, address):
+        for start, name in self.names.items():
+            if 0 <= address - start < self.sizes[start]:
+                return f"{name} + {address - start}"
+        return self.others.setdefault(address, f"other {len(self.others)}")
+
+
+def events_of(call, args):
+    """What a call launches and multiplies, in order, with names in the place of addresses."""
     extension.hold(True)
     driver.standin_note(1)
     before = driver.standin_launches()
@@ -66,40 +99,52 @@ def happened(call, args):
     words = ctypes.POINTER(ctypes.c_uint64)()
     words = words[: driver.standin_noted(ctypes.byref(words))]
     tensors = [t for t in _replay.tensors([*args, *every(outputs)]) if t.numel()]
-    names = {t.data_ptr(): f"tensor {i}" for i, t in enumerate(tensors)}
-
-    def name(address):
-        near = [start for start in names if 0 <= address - start < sizes[start]]
-        return (
-            f"{names[near[0]]} + {address - near[0]}"
-            if near
-            else others.setdefault(address, f"other {len(others)}")
-        )
-
-    sizes = {t.data_ptr(): t.nbytes for t in tensors}
-    others, events, at = {0: "none"}, [], 0
+    addresses = Addresses(tensors)
     products = extension.noted()
+    events = []
+    launches = 0
+    at = 0
     while at < len(words):
-        while products and products[0][0] - before == len(
-            [e for e in events if e[0] == "launch"]
-        ):
-            events.append(multiplied(products.pop(0), name))
+        while products and products[0][0] - before == launches:
+            events.append(product_event(products.pop(0), addresses))
         function, *shape, count = words[at : at + 7]
         values = words[at + 7 : at + 7 + count]
-        held = [
-            name(v) if pointer else v
-            for v, pointer in zip(values, POINTERS[function], strict=True)
+        arguments = [
+            addresses.name(value) if is_pointer else value
+            for value, is_pointer in zip(values, POINTERS[function], strict=True)
         ]
-        events.append(("launch", function, shape, held))
+        events.append(("launch", function, shape, arguments))
+        launches += 1
         at += 7 + count
-    events += [multiplied(product, name) for product in products]
+    events += [product_event(product, addresses) for product in products]
     driver.standin_note(0)
     extension.hold(False)
     return events
 
 
-def multiplied(note, name):
-    return "product", [name(value) if i % 4 == 0 else value for i, value in enumerate(note[1:])]
+def product_event(note, addresses):
+    """A product that torch computed; every fourth value of its note is an address."""
+    values = [
+        addresses.name(value) if i % 4 == 0 else value for i, value in enumerate(note[1:])
+    ]
+    return "product", values
+
+
+def compare(call, label, args):
+    """Prints whether a call launches the same unreplayed, recorded and replayed."""
+    args = on_standin(args)
+    with _replay.paused():
+        expected = events_of(call, args)
+    _replay.forget()
+    events_of(call, args)
+    recorded = events_of(call, args)
+    plans = call.direct.plans()
+    with torch.no_grad():
+        replays = [events_of(call, on_standin(args)) for _ in range(2)]
+    same = expected == recorded and all(replayed == expected for replayed in replays)
+    print(json.dumps([label, plans, same, len(expected)]), flush=True)
+    if not same:
+        print(expected, recorded, replays[0], sep="\n", file=sys.stderr)
 
 
 def main(shapes, ops=CASES, tma=False):
@@ -109,21 +154,7 @@ def main(shapes, ops=CASES, tma=False):
         call = function(op)
         for shape in shapes:
             for label, args in CASES[op](tuple(shape), torch.bfloat16):
-                args = moved(args)
-                with _replay.paused():
-                    expected = happened(call, args)
-                _replay.forget()
-                recorded = [happened(call, args) for _ in range(2)][1]
-                planned = call.direct.plans()
-                with torch.no_grad():
-                    replayed = [happened(call, moved(args)) for _ in range(2)]
-                ran = expected == recorded and all(one == expected for one in replayed)
-                print(
-                    json.dumps([f"{op} {shape} {label}", planned, ran, len(expected)]),
-                    flush=True,
-                )
-                if not ran:
-                    print(expected, recorded, replayed[0], sep="\n", file=sys.stderr)
+                compare(call, f"{op} {shape} {label}", args)
 
 
 main(**json.loads(sys.argv[1]))

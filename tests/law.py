@@ -1,15 +1,21 @@
-"""The one tolerance of this project (law 4), for one tensor or many: assert error(out, exact) <= bound(same, exact).
+"""The one tolerance of this project (law 4), for one tensor or many.
 
-`exact` is computed in float64, `same` in the dtype of `out` by somebody we trust: the reference, or stock PEFT. Many
-tensors share the bound of the worst, since what is one rounding in one of them may be another's whole value.
+    assert error(out, exact) <= bound(same, exact)
 
-One operation rounds so many numbers that its worst error is nearly the same in every order of sums. The error of a
-chain (a whole model, a block, forward and backward) is not: what the first layers round, later ones may multiply.
-There `same` is one draw, and a second order of stock's own sums may break a bound that the first one set. So a chain
-is judged by several: assert error(out, exact) <= chain_bound(orders(run), exact), where run() gives `same`.
+`exact` is computed in float64. `same` is computed in the dtype of `out` by code that we trust: the
+reference, or stock PEFT. Many tensors share the bound of the worst one, since what is one rounding
+in one tensor may be the whole value of another.
 
-What is assumed: the errors of all correct orders of sums, ours among them, are draws of one distribution, and the
-largest of ORDERS draws shows its scale. The constants are those of the one tolerance.
+One operation rounds so many numbers that its worst error is nearly the same in every order of
+sums. The error of a chain (a whole model, a block, forward and backward) is not: later layers may
+multiply what the first layers round. There `same` is one draw, and stock's own sums in a second
+order may break the bound that the first order set. So several draws judge a chain:
+
+    assert error(out, exact) <= chain_bound(orders(run), exact)
+
+where run() computes `same`. This assumes that the errors of all correct orders of sums, ours among
+them, are draws of one distribution, and that the largest of ORDERS draws shows its scale. The
+constants are those of the one tolerance.
 """
 
 import torch
@@ -19,35 +25,36 @@ from peftops.testing import law
 
 ORDERS = 8
 aten = torch.ops.aten
-PRODUCTS = {
-    op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
-}  # of which linear and matmul are made
+# linear and matmul are made of these
+PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
 
 
 def error(out, exact):
+    """The error of a tensor, or the worst error of many."""
     if isinstance(out, torch.Tensor):
         return law.error(out, exact)
     return worst(law.error(*pair) for pair in zip(out, exact, strict=True))
 
 
 def bound(same, exact):
+    """The largest error that the tolerance allows."""
     if isinstance(same, torch.Tensor):
         return law.bound(same, same, exact)
     return worst(law.bound(a, a, b) for a, b in zip(same, exact, strict=True))
 
 
 def chain_bound(draws, exact):
+    """The largest bound that one of the draws allows."""
     return worst(bound(same, exact) for same in draws)
 
 
 def worst(values):
-    return (
-        torch.tensor(list(values), dtype=torch.float64).max().item()
-    )  # NaN is worst, which max() may overlook
+    """The largest value, or NaN if there is one: Python's max() may overlook it."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
 
 
 def orders(run):
-    """What run() gives in ORDERS orders of sums, its own first."""
+    """The results of run() in ORDERS orders of sums, the original order first."""
     draws = [run()]
     for seed in range(1, ORDERS):
         with Reordered(seed):

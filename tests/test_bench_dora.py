@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import run
 from peftops.bench import compare, dora, measure, model, nf4, peers, readme, results, timing
 from peftops.bench.peers import BASE, COPY, FUSE, LORA, OURS, Problem
-from test_bench import CPU, line_of
-from test_cli import run, tiny  # noqa: F401  a fixture
+from result_lines import result_line
 
 from peftops import NF4Weight
 from peftops.nn import LoRALinear
 
 pytest.importorskip("peft")
+CPU = torch.device("cpu")
 SMALL = Problem(
     (70, 64, 48, 4), torch.bfloat16, CPU, dora="peft"
 )  # blocks of bitsandbytes end with rows
@@ -134,7 +135,7 @@ def test_costs():
 
 
 @pytest.mark.parametrize("method", ["dora", "qdora"])
-def test_model(capsys, tmp_path, tiny, monkeypatch, method):  # noqa: F811
+def test_model(capsys, tmp_path, tiny, monkeypatch, method):
     if method == "qdora":
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(timing, "SHORTEST", 1e-4)
@@ -172,7 +173,7 @@ def test_model(capsys, tmp_path, tiny, monkeypatch, method):  # noqa: F811
     assert {results.family(line) for line in (plain, other, generated)} == {"dora"}
 
 
-def test_the_other_dropout_mode_shares_the_adapters(tiny):  # noqa: F811
+def test_the_other_dropout_mode_shares_the_adapters(tiny):
     base, _ = tiny.load_model(None, torch.float32, CPU)
     built = tiny.build("DoRA, peftops", base, 4, 0.5, 0).model
     before = {id(p) for p in built.parameters() if p.requires_grad}
@@ -185,16 +186,16 @@ def test_readme_has_tables_of_dora_and_its_norm(tmp_path):
     target = tmp_path / "README.md"
     target.write_text(" ".join(readme.MARKS))
     ratio = {BASE: 1.2, "PEFT": 0.5, LORA: 1.05}
-    results.append(tmp_path / "a.jsonl", line_of())
-    results.append(tmp_path / "a.jsonl", line_of(row="dora", ratio=ratio))
+    results.append(tmp_path / "a.jsonl", result_line())
+    results.append(tmp_path / "a.jsonl", result_line(row="dora", ratio=ratio))
     results.append(
         tmp_path / "a.jsonl",
-        line_of(row="model", layer="m, all linear layers, qdora", ratio=ratio),
+        result_line(row="model", layer="m, all linear layers, qdora", ratio=ratio),
     )
     norm = {"layer": "64 × 32, r = 8", "shape": [64, 32, 8], "op": "dora_norm", "pass": "norm"}
     results.append(
         tmp_path / "a.jsonl",
-        line_of(row="dora", ratio={COPY: 2.0, "PEFT": 0.25, "torch": 0.5}, **norm),
+        result_line(row="dora", ratio={COPY: 2.0, "PEFT": 0.25, "torch": 0.5}, **norm),
     )
     assert readme.rewrite(target, tmp_path) == 4
     plain, layers, norms = target.read_text().split("**DoRA")

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run
 from peftops.bench import peers, timing
 from peftops.bench.proof import gpu as command
 from peftops.bench.proof import layers, matrix, stack, stages, whole
-from test_cli import run
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.nn import LinearNF4, LoRALinear

@@ -1,11 +1,18 @@
-"""peftops check on adapters that a fuzzer broke: soon an answer or one line of refusal, and nothing raw in it."""
+"""peftops check on adapters that a fuzzer broke: it soon answers or refuses in one printable line."""
 
-import json
-import os
 import random
 import signal
 
 import pytest
+from broken_adapters import (
+    CONFIG,
+    MUTATIONS,
+    WEIGHTS_FILE,
+    header_of,
+    tensors,
+    write,
+    write_mutated,
+)
 
 from peftops.adapter_file import names
 from peftops.cli import BadInput, check
@@ -13,369 +20,21 @@ from peftops.cli import BadInput, check
 safetensors = pytest.importorskip("safetensors")
 
 CASES = 1200
-HUGE = 1 << 40  # bytes of a sparse file
 SECONDS = 20  # of one case, on a busy machine
-CONFIG = {
-    "peft_type": "LORA",
-    "peft_version": "0.15.0",
-    "task_type": "CAUSAL_LM",
-    "r": 4,
-    "lora_alpha": 8,
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "lora_bias": False,
-    "init_lora_weights": True,
-    "target_modules": ["q_proj", "v_proj"],
-    "exclude_modules": None,
-    "modules_to_save": ["lm_head"],
-    "layers_to_transform": [0, 1],
-    "layers_pattern": "layers",
-    "rank_pattern": {"v_proj": 4},
-    "alpha_pattern": {"q_proj": 16},
-    "trainable_token_indices": {"embed_tokens": [3, 4]},
-    "target_parameters": None,
-    "megatron_config": None,
-}
-EXPLOSIVE = ["(.|.)*!", "(.+.?)+!", r"(\w|\W|.)*!", "((.*)*)*!"]
-HALVES = [
-    "(",
-    ")",
-    "a)(b",
-    "[",
-    "(?P<x>a)(?P<x>b)",
-    "(?i)q",
-    "*",
-    "\\",
-    "(?<=a*)b",
-    "(?:" * 3000,
-]
-TEXTS = [
-    "",
-    "\x1b[2J",
-    "q_proj\nfiles   ok",
-    "\r\x00",
-    "\ud800",
-    "\u202eq",
-    "\u2028",
-    "q" * 5000,
-    "\x9b31m",
-    "√",
-]
-NUMBERS = [0, -1, 1.5, 1e400, -1e400, float("nan"), 10**30, 2**63, True, 4.0]
-VALUES = [
-    None,
-    [],
-    {},
-    [[]],
-    [None],
-    {"": {}},
-    {"a": None},
-    "LORA",
-    "LOHA",
-    "IA3",
-    "ADALORA",
-    "all-linear",
-    "99.9",
-]
 
 
-def random_value(draw):
-    pool = draw.choice([EXPLOSIVE, HALVES, TEXTS, NUMBERS, VALUES])
-    value = draw.choice(pool)
-    return draw.choice(
-        [
-            value,
-            value,
-            value,
-            [value],
-            {str(value): value},
-            {"v_proj": value},
-            [value, "q_proj"],
-        ]
-    )
-
-
-def nested(draw, size):
-    opening, closing = draw.choice([("[", "]"), ('{"a":', "}")])
-    return opening * size + "1" + closing * size
-
-
-def tensors():
-    """(key, dtype, shape) of a whole adapter that fits CONFIG."""
-    for layer in range(2):
-        for name in ("q_proj", "v_proj"):
-            front = f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
-            yield f"{front}A.weight", "F32", [4, 8]
-            yield f"{front}B.weight", "F32", [6, 4]
-    yield "base_model.model.lm_head.weight", "BF16", [4, 6]
-    yield (
-        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
-        "F16",
-        [2, 8],
-    )
-
-
-def header_of(entries):
-    """A header that fits its entries, and how many bytes of numbers follow it."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, dtype, shape in entries:
-        size = {"F32": 4, "F16": 2, "BF16": 2}[dtype]
-        for length in shape:
-            size *= length
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    return header, end
-
-
-def written(folder, config, header, numbers, length=None):
-    """Writes both files; config and header may be text already."""
-    for name, value in (("adapter_config.json", config), ("adapter_model.safetensors", header)):
-        text = value if isinstance(value, bytes) else json.dumps(value).encode()
-        if name.endswith(".safetensors"):
-            text = (
-                (len(text) if length is None else length).to_bytes(8, "little") + text + numbers
-            )
-        (folder / name).write_bytes(text)
-
-
-def change_config(draw, case):
-    for _ in range(draw.randint(1, 3)):
-        name = draw.choice([*CONFIG, *CONFIG, draw.choice(TEXTS)])
-        case["config"][name] = random_value(draw)
-    if draw.random() < 0.1:
-        del case["config"][draw.choice(list(case["config"]))]
-
-
-def change_config_text(draw, case):
-    text = bytearray(json.dumps(case["config"]).encode())
-    for _ in range(draw.randint(1, 4)):
-        place = draw.randrange(len(text))
-        cut = place + draw.choice([0, 1, 1, 9])
-        text[place:cut] = draw.choice(
-            [b"", bytes([draw.randrange(256)]), b'"', b"\\ud800", b"NaN", b"9" * 5000]
-        )
-    case["config"] = bytes(text)
-
-
-def explode(draw, case):
-    """A regex that takes for ever in one of the fields that PEFT matches with the names of modules."""
-    regex = draw.choice(EXPLOSIVE)
-    fields = {
-        "exclude_modules": regex,
-        "modules_to_save": [regex],
-        "layers_pattern": [regex],
-        "rank_pattern": {regex: 4},
-    }
-    name = draw.choice(list(fields))
-    case["config"][name] = fields[name]
-
-
-def nest_config(draw, case):
-    deep = nested(draw, draw.choice([20, 900, 990, 100_000]))
-    text = json.dumps(case["config"])[:-1]
-    case["config"] = f'{text}, "{draw.choice(list(CONFIG))}": {deep}}}'.encode()
-
-
-def change_header(draw, case):
-    key = draw.choice([name for name in case["header"] if name != "__metadata__"])
-    entry = case["header"][key]
-    wrong = [*NUMBERS, *VALUES, *TEXTS]
-    offsets = [
-        [draw.choice(NUMBERS), 128],
-        [0, 10**9],
-        [128, 0],
-        [0.0, 128.0],
-        "0",
-        [],
-        [0, 1, 2],
-    ]
-    shapes = [
-        [4.0, 8],
-        [-4, -8],
-        [2**62, 4],
-        [],
-        [0],
-        [0, 8],
-        [1] * 3000,
-        "48",
-        None,
-        [True, 8],
-        [8, 4],
-        [5, 8],
-    ]
-    changes = [
-        lambda: entry.update(shape=draw.choice(shapes)),
-        lambda: entry.update(data_offsets=draw.choice(offsets)),
-        lambda: entry.update(
-            dtype=draw.choice(["F64", "I8", "F8_E4M3", "BOOL", "f32", "U128", *wrong])
-        ),
-        lambda: entry.pop(draw.choice(list(entry))),
-        lambda: entry.update({"extra": random_value(draw)}),
-        lambda: case["header"].update({key: draw.choice(wrong)}),
-        lambda: case["header"].update(__metadata__=draw.choice(wrong)),
-    ]
-    draw.choice(changes)()
-
-
-def change_keys(draw, case):
-    old = draw.choice(list(case["header"]))
-    places = [
-        old.replace(".", f".{word}.", 1) for word in ("_orig_mod", "module", "\n", "\x1b[1A")
-    ]
-    ends = [
-        old + draw.choice(TEXTS),
-        draw.choice(TEXTS) + old,
-        old.replace("lora_A", "lora_embedding_A"),
-    ]
-    others = [
-        old.replace(".weight", ".default.weight"),
-        old.partition(".")[2],
-        draw.choice(TEXTS),
-        ".lora_A.weight",
-    ]
-    new = draw.choice(
-        [*places, *ends, *others, "a.lora_A" * 100 + ".weight", "." * 900, ".lora_" * 150]
-    )
-    case["header"] = {
-        (new if key == old else key): entry for key, entry in case["header"].items()
-    }
-
-
-def change_header_text(draw, case):
-    text = bytearray(json.dumps(case["header"]).encode())
-    for _ in range(draw.randint(1, 4)):
-        place = draw.randrange(len(text))
-        text[place : place + draw.choice([0, 1, 1, 5])] = bytes(
-            [draw.randrange(256)]
-        ) * draw.choice([1, 1, 0])
-    case["header"] = bytes(text)
-
-
-def nest_header(draw, case):
-    case["header"] = (
-        draw.choice(["", '{"a":']).encode()
-        + nested(draw, draw.choice([10, 120, 1000, 200_000])).encode()
-    )
-
-
-def change_numbers(draw, case):
-    numbers = bytearray(case["numbers"])
-    for _ in range(draw.randint(1, 9)):
-        numbers[draw.randrange(len(numbers))] = draw.choice([0x7F, 0xFF, 0x80, 0])
-    case["numbers"] = bytes(numbers) if draw.random() < 0.8 else bytes(len(numbers))
-
-
-def truncate(draw, case):
-    whole = case["numbers"]
-    case["numbers"] = (
-        whole[: draw.randrange(len(whole))] if draw.random() < 0.7 else whole + b"x"
-    )
-    case["length"] = draw.choice([None, None, 0, 1, 2**63, 2**64 - 1, 100_000_001, 50])
-
-
-def special_file(draw, case):
-    """A file that is none, or one that never ends."""
-    kinds = [
-        "fifo",
-        "device",
-        "full",
-        "folder",
-        "loop",
-        "missing",
-        "empty",
-        "sparse",
-        "proc",
-        "socket",
-    ]
-    case["special"] = (
-        draw.choice(kinds),
-        draw.choice(["adapter_config.json", "adapter_model.safetensors"]),
-    )
-
-
-def make_special(folder, kind, name):
-    path = folder / name
-    if kind == "sparse":
-        os.truncate(path, HUGE)
-        return
-    path.unlink()
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "empty":
-        path.touch()
-    elif kind == "socket":
-        os.mknod(path, 0o140600)
-    elif kind != "missing":
-        path.symlink_to(
-            {
-                "device": "/dev/zero",
-                "full": "/dev/tty",
-                "proc": "/proc/self/maps",
-                "loop": name,
-            }[kind]
-        )
-
-
-def sparse_tensor(draw, case):
-    """A tensor as large as a disk, of which no byte is written."""
-    rows = 1 << draw.choice([30, 33, 36])
-    entries = [
-        (key, dtype, [rows, 8] if "0.self_attn.q_proj.lora_A" in key else s)
-        for key, dtype, s in tensors()
-    ]
-    case["header"], size = header_of(entries)
-    case["sparse"] = size
-
-
-MUTATIONS = {
-    change_config: 6,
-    change_config_text: 3,
-    explode: 0.4,
-    nest_config: 1,
-    change_header: 5,
-    change_keys: 4,
-    change_header_text: 3,
-    nest_header: 1,
-    change_numbers: 2,
-    truncate: 2,
-    special_file: 1,
-    sparse_tensor: 1,
-}
-
-
-def mutated(draw, folder):
-    """Writes an adapter with one kind of harm done to it, and returns which."""
-    header, size = header_of(tensors())
-    case = {
-        "config": json.loads(json.dumps(CONFIG)),
-        "header": header,
-        "numbers": b"\x3f" * size,
-        "length": None,
-    }
-    [mutate] = draw.choices(list(MUTATIONS), MUTATIONS.values())
-    mutate(draw, case)
-    written(folder, case["config"], case["header"], case["numbers"], case["length"])
-    if "sparse" in case:
-        path = folder / "adapter_model.safetensors"
-        start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-        os.truncate(path, start + case["sparse"])
-    if "special" in case:
-        make_special(folder, *case["special"])
-    return mutate.__name__
-
-
-def checked(folder, target=None):
-    """(exit code or None for a refusal, what is printed) of one call; nothing else may be raised."""
+def run_check(folder, target=None):
+    """(exit code, or None for a refusal; the refusal) of one call. Nothing else may be raised."""
+    argv = [str(folder)]
+    if target:
+        argv += ["--for", target]
     try:
-        return check.main([str(folder), *(["--for", target] if target else [])]), ""
+        return check.main(argv), ""
     except BadInput as error:
         return None, f"{error}\n"
 
 
-def valid(path):
+def is_valid(path):
     """Whether safetensors takes a file."""
     try:
         with safetensors.safe_open(path, "numpy"):
@@ -386,7 +45,7 @@ def valid(path):
 
 @pytest.fixture
 def bell():
-    """signal.alarm fails the test, wherever it hangs."""
+    """Lets signal.alarm fail the test, wherever it hangs."""
 
     def ring(*_):
         pytest.fail(f"no answer after {SECONDS} seconds")
@@ -400,27 +59,29 @@ def bell():
 def test_broken_adapters_get_an_answer(tmp_path, capsys, monkeypatch, bell):
     monkeypatch.setattr(names, "SECONDS", 0.2)
     header, size = header_of(tensors())
-    written(tmp_path, CONFIG, header, b"\x3f" * size)
-    checked(tmp_path)  # imports what takes seconds
+    write(tmp_path, CONFIG, header, b"\x3f" * size)
+    run_check(tmp_path)  # imports what takes seconds
     capsys.readouterr()
     draw = random.Random(0)
-    codes, timed_out = {}, 0
+    codes = {}  # mutation -> exit codes
+    timed_out = 0
     for i in range(CASES):
         folder = tmp_path / str(i)
         folder.mkdir()
-        kind = mutated(draw, folder)
+        mutation = write_mutated(draw, folder)
+        case = i, mutation
         signal.alarm(SECONDS)
-        code, refusal = checked(folder, draw.choice([None, *check.TARGETS]))
+        code, refusal = run_check(folder, draw.choice([None, *check.TARGETS]))
         signal.alarm(0)
-        said = capsys.readouterr().out
-        assert (code is None) == (not said) and refusal.count("\n") == (code is None), (i, kind)
-        lines = (said or refusal).removesuffix("\n").split("\n")
-        assert [line for line in lines if not line.isprintable()] == [], (i, kind)
-        assert all(
-            line.startswith(("files ", "peft ", "vllm ", "sglang ")) for line in lines[1:]
-        ), (i, kind)
-        assert code is None or valid(folder / "adapter_model.safetensors"), (i, kind)
-        codes.setdefault(kind, set()).add(code)
+        out = capsys.readouterr().out
+        assert (code is None) == (not out), case
+        assert refusal.count("\n") == (code is None), case
+        lines = (out or refusal).removesuffix("\n").split("\n")
+        assert [line for line in lines if not line.isprintable()] == [], case
+        for line in lines[1:]:
+            assert line.startswith(("files ", "peft ", "vllm ", "sglang ")), case
+        assert code is None or is_valid(folder / WEIGHTS_FILE), case
+        codes.setdefault(mutation, set()).add(code)
         timed_out += "seconds" in refusal
     assert codes.keys() == {mutate.__name__ for mutate in MUTATIONS}
     assert set.union(*codes.values()) == {0, 1, None}

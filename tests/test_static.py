@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from peftops.bench.proof import sass, static, static_cuda
-from test_cli import run
 
 ROOT = Path(__file__).parent.parent
 KERNELS = [*(ROOT / "peftops/triton").glob("*.py"), *(ROOT / "csrc/cuda").glob("*.cu")]
