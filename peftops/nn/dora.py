@@ -1,13 +1,15 @@
-"""DoRA's gain, magnitude / norm: made in every call but those that generate, which read what is kept of the prompt's.
+"""DoRA's gain, magnitude / norm, and when a layer may reuse one.
 
-Weights move in more ways than anybody can watch: optimizers over flat copies, averages, `.data`, raw pointers. So a
-call that trains, or that reads more than one position, computes its norm, at the price of one more read of the weight.
-A generated token would pay that price in full. It takes the gain of the prompt's call, if its stamp is unchanged.
+A weight can change without a layer's notice: optimizers over flat copies, averages, `.data`, raw
+pointers. So a call that trains, or that has more than one position, computes its norm. This costs
+one more read of the weight. For a generated token that would be the price of the whole layer, so it
+takes the gain that the prompt's call has kept, if the stamp of that gain is unchanged.
 """
 
 import sys
 import weakref
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -24,56 +26,58 @@ from ..ops.lora_formula import by_formula
 PLAIN = torch.Tensor, nn.Parameter
 HALF = torch.bfloat16, torch.float16
 CHECKING = []  # one entry for each checked_norms() that some thread is inside of
-WIDENED = {}  # by id, references to magnitudes that somebody had cast to 16 bits
-_moves = (
-    0  # steps of optimizers and changes of mode, after either of which no kept norm is trusted
-)
+WIDENED = {}  # id of a magnitude that `widened` made fp32 -> a weak reference to it
+# Counts steps of optimizers and changes of mode. No norm that was kept before either is trusted.
+_moves = 0
 
 
 class Magnitude(nn.Module):
     """The lengths of a weight's rows, under the key of PEFT's layer."""
 
-    def __init__(self, weight):
+    def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
 
 class Normed(nn.Module):
-    """A layer with lora_A, lora_B and lora_magnitude_vector of each adapter, and so with gains to keep.
+    """A layer that keeps the gains of its DoRA adapters.
 
-    A magnitude stays in fp32, whatever the model is cast to: in bf16 a step is too small to change it.
+    It has lora_A, lora_B and lora_magnitude_vector of each adapter. A magnitude stays in fp32 when
+    the model is cast to 16 bits: in bf16, an optimizer's step is too small to change it.
     """
 
     def operands(self, name):
-        """(weight, lora_A, lora_B, scaling) for dora_weight_norm of one adapter; None where it has no norm."""
+        """(weight, lora_A, lora_B, scaling) for dora_weight_norm of one adapter.
+
+        None where the adapter has no norm.
+        """
         raise NotImplementedError
 
     def computes_in(self):
         """The dtype of the product that the norm is for."""
         raise NotImplementedError
 
-    def magnitudes(self):
-        return (
-            dict(self._modules["lora_magnitude_vector"].items())
-            if "lora_magnitude_vector" in self._modules
-            else {}
-        )
+    def magnitudes(self) -> dict[str, nn.Module]:
+        """{name of an adapter: its Magnitude} of the DoRA adapters."""
+        if "lora_magnitude_vector" not in self._modules:
+            return {}
+        return dict(self._modules["lora_magnitude_vector"].items())
 
-    def keep_gains(self):
-        """From now on, gains of all adapters are kept; what has been kept before is refreshed."""
+    def keep_gains(self) -> None:
+        """From now on, keeps the gains of all adapters. Those kept before are refreshed."""
         if loaded not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(loaded)
         self.refresh_gains()
 
-    def forget_gains(self):
-        for key in [
-            key for key, hook in self._load_state_dict_post_hooks.items() if hook is loaded
-        ]:
-            del self._load_state_dict_post_hooks[key]
+    def forget_gains(self) -> None:
+        """Undoes keep_gains."""
+        for key, hook in [*self._load_state_dict_post_hooks.items()]:
+            if hook is loaded:
+                del self._load_state_dict_post_hooks[key]
         Normed.drop_gains(self)
 
-    def drop_gains(self):
-        """What calls have left; the layer may be of another class already."""
+    def drop_gains(self) -> None:
+        """Removes what calls have left on the layer, whose class may be another already."""
         for magnitude in Normed.magnitudes(self).values():
             magnitude._buffers.pop("gain", None)
             magnitude._non_persistent_buffers_set.discard("gain")
@@ -81,27 +85,34 @@ class Normed(nn.Module):
         vars(self).pop("_peftops_norms", None)
 
     @torch.no_grad()
-    def refresh_gains(self):
-        """Those of all adapters whose weights are whole outside of a forward."""
+    def refresh_gains(self) -> None:
+        """Computes the gains of all adapters whose weights are whole outside of a forward."""
         for name, magnitude in self.magnitudes().items():
-            weight, operands = widened(magnitude), self.operands(name)
+            weight = widened(magnitude)
+            operands = self.operands(name)
             magnitude.gain_of = None
-            if operands is not None and ready(tensors_of(operands[0]), weight, *operands[1:3]):
-                keep(
-                    magnitude,
-                    self.computed(type(self), weight, operands),
-                    stamp(weight, *operands),
-                )
+            if operands is None:
+                continue
+            base_weight, a, b, _ = operands
+            if ready(tensors_of(base_weight), weight, a, b):
+                gain = self.computed(type(self), weight, operands)
+                keep(magnitude, gain, stamp(weight, *operands))
 
-    def gain(self, kind, name, x, *operands):
-        """(n,), differentiable in the magnitude; operands: weight, lora_A, lora_B and scaling of this call.
+    def gain(self, layer_class, name, x, *operands):
+        """The gain (n,) of one adapter for a call with x, differentiable in the magnitude.
 
-        kind: the layer's class when the call began, which another thread may replace before it ends.
+        Args:
+            layer_class: the layer's class when the call began. Another thread may change it before
+                the call ends.
+            name: the adapter.
+            x: the input (..., k); only its shape is read.
+            operands: weight, lora_A, lora_B and scaling of this call.
+
+        Raises:
+            RuntimeError: inside checked_norms, the kept gain is of other weights.
         """
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
-        weight = magnitude._parameters[
-            "weight"
-        ]  # of a module's attributes the one that every token reads
+        weight = magnitude._parameters["weight"]  # every token reads it; __getattr__ is slower
         if weight.dtype in HALF:
             weight = widened(magnitude)
         _, a, b, _ = operands
@@ -109,9 +120,9 @@ class Normed(nn.Module):
             weight.requires_grad or a.requires_grad or b.requires_grad
         )
         if training or by_formula():
-            return kind.computed(self, kind, weight, operands)
+            return layer_class.computed(self, layer_class, weight, operands)
         if torch.compiler.is_compiling():
-            return kind.traced_gain(self, kind, magnitude, weight, x, operands)
+            return layer_class.traced_gain(self, layer_class, magnitude, weight, x, operands)
         now = stamp(weight, *operands)
         known = (
             now is not None
@@ -119,36 +130,42 @@ class Normed(nn.Module):
             and one_position(x)
             and not sharded()
         )
-        kept = (
-            magnitude._buffers.get("gain") if known else None
-        )  # unpatch may have taken it away meanwhile
-        if kept is not None:
-            if CHECKING and not same(kept, kind.computed(self, kind, weight, operands)):
-                raise RuntimeError(
-                    f"dora: the norm of {name} is of other weights; call peftops.refresh after a change"
-                )
-            return kept
-        gain = kind.computed(self, kind, weight, operands)
-        keep(magnitude, gain, now)
-        return gain
+        # unpatch in another thread may have taken the buffer away by now.
+        kept = magnitude._buffers.get("gain") if known else None
+        if kept is None:
+            gain = layer_class.computed(self, layer_class, weight, operands)
+            keep(magnitude, gain, now)
+            return gain
+        if CHECKING and not same(
+            kept, layer_class.computed(self, layer_class, weight, operands)
+        ):
+            raise RuntimeError(
+                f"dora: the norm of {name} is of other weights; "
+                "call peftops.refresh after a change"
+            )
+        return kept
 
-    def traced_gain(self, kind, magnitude, weight, x, operands):
-        """Under torch.compile no stamp can be compared: what is kept serves one position of a frozen adapter."""
+    def traced_gain(self, layer_class, magnitude, weight, x, operands):
+        """The gain under torch.compile, where no stamp can be compared.
+
+        A kept gain serves one position of a frozen adapter; all other calls compute theirs.
+        """
         _, a, b, _ = operands
         frozen = "gain" in magnitude._buffers and not (a.requires_grad or b.requires_grad)
         if frozen and one_position(x):
             return magnitude.gain
-        gain = kind.computed(self, kind, weight, operands)
+        gain = layer_class.computed(self, layer_class, weight, operands)
         if frozen:
             magnitude.gain.copy_(gain)
         return gain
 
-    def computed(self, kind, weight, operands):
+    def computed(self, layer_class, weight, operands):
+        """The gain of these weights, computed now. `report` counts it outside of torch.compile."""
         if not torch.compiler.is_compiling():
             vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
-        return weight / norm_of(*operands, kind.computes_in(self))
+        return weight / norm_of(*operands, layer_class.computes_in(self))
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True):
         moved()
         return super().train(mode)
 
@@ -157,36 +174,44 @@ class Normed(nn.Module):
         super()._apply(fn, recurse)
         for magnitude, before in kept.items():
             now = magnitude.weight
-            if now.dtype in HALF and before.dtype not in HALF:
-                now.data = now.data.to(before.dtype) if now.is_meta else before.to(now.device)
+            if now.dtype not in HALF or before.dtype in HALF:
+                continue
+            if now.is_meta:
+                now.data = now.data.to(before.dtype)
+            else:
+                now.data = before.to(now.device)
         if any("gain" in magnitude._buffers for magnitude in kept):
             self.refresh_gains()
         return self
 
 
 def norm_of(weight, a, b, scaling, dtype):
-    """Constant, since the weight is frozen and the adapters are detached.
+    """The norm (n,), a constant: the weight is frozen and the adapters are detached.
 
     Autocast is left only where it is on: an exported graph would hold the context.
     """
-    a, b = a.detach(), b.detach()  # of forward-mode AD too
+    a, b = a.detach(), b.detach()  # this keeps forward-mode AD out, too
     if dtype is torch.float32:
         a, b = a.float(), b.float()
-    kind = a.device.type
-    with (
-        torch.autocast(kind, enabled=False)
-        if torch.is_autocast_enabled(kind)
-        else nullcontext()
-    ):
-        return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
+    device_type = a.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            norm = dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype)
+            return no_zeros(norm)
+    return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
 
 
 def same(a, b):
+    """Whether two gains are equal; NaN equals itself."""
     return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def keep(magnitude, gain, of):
-    """In place, where graphs read it. No graph of autograd has saved it: a call that trains has a gain of its own."""
+def keep(magnitude, gain, gain_stamp):
+    """Copies a gain and its stamp to the magnitude.
+
+    It is copied in place where a buffer fits, since graphs read that buffer. Autograd has not saved
+    the buffer for any backward: a call that trains has a gain of its own.
+    """
     kept = magnitude._buffers.get("gain")
     if kept is None or (kept.device, kept.dtype, kept.shape) != (
         gain.device,
@@ -197,11 +222,14 @@ def keep(magnitude, gain, of):
             kept = torch.empty_like(gain)
         magnitude.register_buffer("gain", kept, persistent=False)
     kept.copy_(gain)
-    magnitude.gain_of = of
+    magnitude.gain_of = gain_stamp
 
 
 def stamp(magnitude, weight, a, b, scaling):
-    """What a gain is of, as far as it shows from outside; None for what shows nothing."""
+    """Identifies the weights that a gain is of, as far as versions and addresses show.
+
+    None where they do not show a change: a gain without a stamp is never reused.
+    """
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
         return None  # views that somebody has made for this call
     try:
@@ -220,14 +248,20 @@ def one_position(x):
 
 
 def sharded():
-    """Whether FSDP2 is at work in this process: what it gathers has the versions of what it gathered before."""
+    """Whether FSDP2 is at work in this process.
+
+    What it gathers has the same versions as what it gathered before, so stamps show no change.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return hasattr(fsdp, "FSDPModule") and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def ready(weights, *others):
-    """Whether a norm can be made of these outside a forward: FSDP2 and ZeRO-3 have sharded none, no hook has to bring
-    one, and weights are frozen, as those of a fused layer are."""
+    """Whether a norm can be computed of these outside of a forward.
+
+    The weights must be frozen, as those of a fused layer are, and there: not on the meta device,
+    sharded by FSDP2 or ZeRO-3, or brought by a hook.
+    """
     device = weights[0].device
     if device.type == "meta" or any(t.requires_grad for t in weights):
         return False
@@ -238,13 +272,14 @@ def ready(weights, *others):
 
 
 def tensors_of(weight):
+    """The tensors that a weight consists of: several for a Base in 4 bits."""
     return weight.tensors if hasattr(weight, "tensors") else (weight,)
 
 
 def widened(magnitude):
-    """Its weight in fp32, which a magnitude that somebody has cast behind our back gets again.
+    """The magnitude's weight in fp32. A parameter that somebody has cast to 16 bits is cast back.
 
-    Under a policy of FSDP2 the cast may be for this call alone, and the parameter is left alone.
+    Under a policy of FSDP2 the cast may be for this call alone, so the parameter is left alone.
     """
     weight = magnitude.weight
     if weight.dtype not in HALF:
@@ -258,39 +293,51 @@ def widened(magnitude):
     return weight
 
 
-def follow(optimizer, args, kwargs):
-    """Widens what an optimizer has kept of a magnitude from before it was widened."""
+def widen_state(optimizer, args, kwargs):
+    """Before a step: casts to fp32 what the optimizer keeps of magnitudes that `widened` cast."""
     for weight in [reference() for reference in WIDENED.values()]:
         state = {} if weight is None else optimizer.state.get(weight, {})
         for key, value in state.items():
-            if (
-                isinstance(value, torch.Tensor)
-                and value.dtype in HALF
-                and value.shape == weight.shape
-            ):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.dtype in HALF and value.shape == weight.shape:
                 state[key] = value.float()
 
 
 def moved(*args):
+    """No kept norm is trusted any more. A hook after each step of an optimizer, too."""
     global _moves
     _moves += 1
 
 
-register_optimizer_step_pre_hook(follow)
+register_optimizer_step_pre_hook(widen_state)
 register_optimizer_step_post_hook(moved)
 
 
 def loaded(layer, incompatible_keys):
+    """A hook after load_state_dict: the gains follow the new weights."""
     layer.refresh_gains()
 
 
-def refresh(model):
-    """Computes the norms of all DoRA layers of a model anew, and returns the model.
+def refresh(model: nn.Module) -> nn.Module:
+    """Computes the norms of all DoRA layers of a model anew.
 
-    Calls that train, and calls of more than one position, compute the norm themselves. What is kept from them serves
-    the tokens that follow, until an optimizer steps, the model's mode changes, or a weight does in a way that torch
-    counts. So refresh is only needed before a call of a single position (as the first token of an empty prompt), or
-    before a compiled one with a frozen adapter, where weights were written through `.data` or a raw pointer.
+    The norm of row n is ‖W[n] + scaling · (B·A)[n]‖₂.
+
+    Calls that train, and calls of more than one position, compute the norm themselves. The tokens
+    that follow reuse it, until an optimizer steps, the model's mode changes, or a weight changes in
+    a way that torch counts. So refresh is only needed where weights were written through `.data` or
+    a raw pointer, and then only before a call of a single position (such as the first token of an
+    empty prompt) or a compiled call with a frozen adapter.
+
+    Args:
+        model: a model with patched PEFT layers or LoRALinear layers, changed in place. Layers
+            without DoRA are skipped.
+
+    Returns:
+        The model.
+
+    Source: Liu et al., DoRA, arXiv 2402.09353.
     """
     for layer in model.modules():
         if isinstance(layer, Normed) and layer.magnitudes():
@@ -299,8 +346,14 @@ def refresh(model):
 
 
 @contextmanager
-def checked_norms():
-    """Inside, a DoRA layer that would take a kept norm computes it, and raises RuntimeError where another is kept."""
+def checked_norms() -> Iterator[None]:
+    """Inside, a DoRA layer that would reuse a norm computes it too, and compares the two.
+
+    It finds a missing `refresh`. Calls cost as much as if no norm were kept.
+
+    Raises:
+        RuntimeError: in a layer's call, where the kept norm is not that of its weights.
+    """
     CHECKING.append(True)
     try:
         yield

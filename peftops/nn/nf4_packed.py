@@ -1,63 +1,64 @@
-"""PackedNF4: what a module does to own a weight in 4 bits that nothing but a state dict can change."""
+"""PackedNF4: a module that owns a weight in 4 bits, which only a state dict can change."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional import Base
 from ..ops.nf4 import NF4Weight
 
 
 class PackedNF4(nn.Module):
-    """Codes and scales of an NF4Weight, of whatever `shape` a subclass has.
+    """Holds codes and scales of an NF4Weight. A subclass gives it a `shape`.
 
-    They are frozen parameters of integers, so that FSDP2 shards them and no cast to another dtype, that of a mixed
-    precision policy included, changes a bit of them: scales in fp32 are held as int32. Tables are buffers.
+    They are frozen parameters of integers, so FSDP2 shards them, and no cast to another dtype
+    changes a bit of them, a mixed precision policy included. Scales in fp32 are held as int32.
+    Tables are buffers.
     """
 
-    def hold(self, base, dtype, blocksize, quant_type):
-        """Takes the tensors of an NF4Weight for its own, without a copy of the large ones."""
+    def hold(
+        self, base: list[Tensor], dtype: torch.dtype, blocksize: int, quant_type: str
+    ) -> None:
+        """Takes the tensors of an NF4Weight for its own. The large ones are not copied.
+
+        Args:
+            base: NF4Weight.base: codes, table, then scales.
+            dtype: that of the weight before it was quantized.
+            blocksize: elements that share a scale.
+            quant_type: "nf4" or "fp4".
+        """
         codes, table, absmax, *nested = base
         nested_absmax, nested_table, offset = nested or (None, None, None)
-        self.weight_dtype, self.blocksize, self.quant_type = dtype, blocksize, quant_type
+        self.weight_dtype = dtype
+        self.blocksize = blocksize
+        self.quant_type = quant_type
         self.double_quant = bool(nested)
-        for name, t in (
-            ("weight", codes.view(-1, 1)),
-            ("absmax", absmax),
-            ("nested_absmax", nested_absmax),
-        ):
-            whole = t.view(torch.int32) if t is not None and t.dtype is torch.float32 else t
-            self.register_parameter(
-                name, None if t is None else nn.Parameter(whole, requires_grad=False)
-            )
-        for name, t in (
-            ("quant_map", table),
-            ("nested_quant_map", nested_table),
-            ("nested_offset", offset),
-        ):
-            self.register_buffer(
-                name, None if t is None else t.clone()
-            )  # the tables of all layers are one tensor
+        self.register_parameter("weight", frozen(codes.view(-1, 1)))
+        self.register_parameter("absmax", frozen(absmax))
+        self.register_parameter("nested_absmax", frozen(nested_absmax))
+        self.register_buffer("quant_map", own_copy(table))
+        self.register_buffer("nested_quant_map", own_copy(nested_table))
+        self.register_buffer("nested_offset", own_copy(offset))
 
-    def base(self, dtype=torch.float32):
+    def base(self, dtype: torch.dtype = torch.float32) -> Base:
         """What lora_linear takes for the weight, where x is of this dtype."""
-        parts, small = self._parameters, self._buffers
-        tensors = [parts["weight"], small["quant_map"]]
+        parameters, tables = self._parameters, self._buffers
+        tensors = [parameters["weight"], tables["quant_map"]]
         if self.double_quant:
-            nested = parts["nested_absmax"].view(torch.float32)
+            nested = parameters["nested_absmax"].view(torch.float32)
             tensors += [
-                parts["absmax"],
+                parameters["absmax"],
                 nested,
-                small["nested_quant_map"],
-                small["nested_offset"],
+                tables["nested_quant_map"],
+                tables["nested_offset"],
             ]
         else:
-            tensors.append(parts["absmax"].view(torch.float32))
+            tensors.append(parameters["absmax"].view(torch.float32))
         if dtype is torch.float64:
             tensors = [t.double() if t.is_floating_point() else t for t in tensors]
         return Base("nf4", tensors, self.blocksize)
 
     @property
-    def quantized(self):
+    def quantized(self) -> NF4Weight:
         """The weight as an NF4Weight, of the same bytes."""
         codes, table, *scales = self.base().tensors
         return NF4Weight(
@@ -70,14 +71,29 @@ class PackedNF4(nn.Module):
             self.quant_type,
         )
 
-    def dequantize(self, dtype=None):
-        """Ŵ, in the dtype it had before or in another."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Ŵ, in this dtype or, for None, in the one that the weight had before."""
         return self.quantized.dequantize(dtype)
 
     def _apply(self, fn, recurse=True):
-        small = {id(t) for t in self._buffers.values() if t is not None}
+        tables = {id(t) for t in self._buffers.values() if t is not None}
 
-        def whole(t):
-            return fn(t.view(torch.int32)).view(torch.float32) if id(t) in small else fn(t)
+        def keep_bits(t):
+            if id(t) in tables:
+                return fn(t.view(torch.int32)).view(torch.float32)
+            return fn(t)
 
-        return super()._apply(whole, recurse)
+        return super()._apply(keep_bits, recurse)
+
+
+def frozen(t):
+    """A parameter of integers with the tensor's bits, or None."""
+    if t is None:
+        return None
+    bits = t.view(torch.int32) if t.dtype is torch.float32 else t
+    return nn.Parameter(bits, requires_grad=False)
+
+
+def own_copy(table):
+    """A copy, since all layers are given the same table, or None."""
+    return None if table is None else table.clone()

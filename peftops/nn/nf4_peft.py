@@ -1,8 +1,11 @@
-"""What PEFT does over bitsandbytes' 4-bit layers because it knows the names of their classes, for LinearNF4 too.
+"""Lets PEFT do over LinearNF4 what it does over bitsandbytes' 4-bit layers.
 
-PEFT asks whether the class of a weight is called Params4bit. Our weight is a plain parameter of bytes. So a method of
-PEFT that reads or replaces the weight finds an nn.Linear in the place of a LinearNF4 while it runs, and what it leaves
-there is quantized. Counts of parameters and LoftQ for a quantized base have answers of their own.
+PEFT knows those by the name of the weight's class, Params4bit. Our weight is a plain parameter of
+bytes. So PEFT's methods that read or replace the weight are wrapped: while one runs, the LinearNF4
+is an nn.Linear in fp32, and what the method leaves there is quantized. The counts of parameters and
+LoftQ over a quantized base are replaced.
+
+Functions that make wrappers take the stock function and return what stands in its place.
 """
 
 import functools
@@ -16,15 +19,23 @@ from torch import nn
 
 INITS = "olora_init", "pissa_init", "mica_init", "corda_init", "orthogonal_init", "lora_ga_init"
 LOFTQ = (
-    "LinearNF4: init_lora_weights='loftq' must have a base that is not quantized yet; over this one call "
-    "peft.replace_lora_weights_loftq, which reads the weight there was from its file"
+    "LinearNF4: init_lora_weights='loftq' must have a base that is not quantized yet; "
+    "over this one call peft.replace_lora_weights_loftq, which reads the weight there was "
+    "from its file"
 )
-HIRA = "LinearNF4: HiRA must have a base of nn.Linear or bitsandbytes' Linear4bit, for each forward reads the weight"
-_lock, _met = threading.Lock(), set()
+HIRA = (
+    "LinearNF4: HiRA must have a base of nn.Linear or bitsandbytes' Linear4bit, "
+    "for each forward reads the weight"
+)
+_lock = threading.Lock()
+_met = set()  # holds LinearNF4 once PEFT's functions are wrapped
 
 
 def meet(layer, packed):
-    """Wraps PEFT's functions once, where PEFT is imported. layer: LinearNF4, packed: the class of all in 4 bits."""
+    """Wraps PEFT's functions, once and only if PEFT is imported.
+
+    layer: LinearNF4. packed: PackedNF4, the class of all modules that own a weight in 4 bits.
+    """
     if _met or not hasattr(sys.modules.get("peft"), "replace_lora_weights_loftq"):
         return
     with _lock:
@@ -34,60 +45,73 @@ def meet(layer, packed):
 
 
 def wrap_all(layer, packed):
-    def module(name):
-        """A part of PEFT, some of which nobody has imported yet; None where this version has none."""
-        try:
-            return import_module(f"peft.{name}")
-        except ImportError:
-            return None
-
-    lora, peft = module("tuners.lora.layer").LoraLayer, sys.modules["peft"]
+    """Wraps all functions of PEFT that read, replace or count the weight of a base layer."""
+    peft = sys.modules["peft"]
+    lora = peft_module("tuners.lora.layer").LoraLayer
     for name in INITS:
         wrap(lora, name, on_dense(layer))
     wrap(lora, "loftq_init", refuse(layer, LOFTQ))
-    for kind in below(module("tuners.tuners_utils").BaseTunerLayer):
-        for name in sorted({"merge", "unmerge"} & set(vars(kind))):
-            wrap(kind, name, on_dense(layer))
-    for kind in (peft.PeftModel, peft.PeftMixedModel):
-        wrap(kind, "get_nb_trainable_parameters", count(packed))
+    for tuner_class in subclasses(peft_module("tuners.tuners_utils").BaseTunerLayer):
+        for name in sorted({"merge", "unmerge"} & set(vars(tuner_class))):
+            wrap(tuner_class, name, on_dense(layer))
+    for model_class in (peft.PeftModel, peft.PeftMixedModel):
+        wrap(model_class, "get_nb_trainable_parameters", count(packed))
     wrap(
-        getattr(module("tuners.hira.layer"), "HiraLayer", None),
+        getattr(peft_module("tuners.hira.layer"), "HiraLayer", None),
         "update_layer",
         refuse(layer, HIRA),
     )
     wrap(
-        getattr(module("helpers"), "KappaTuneSelector", None),
+        getattr(peft_module("helpers"), "KappaTuneSelector", None),
         "_compute_kappas",
         condition(layer),
     )
-    wrap(module("tuners.lora.corda"), "target_modules", each_dense(layer))
-    wrap(module("tuners.lora.corda"), "collect_eigens_for_layer", argument_dense(layer))
-    stock = getattr(module("utils.quantization_utils"), "resolve_quantization_backend", None)
-    for holder in [held for name, held in [*sys.modules.items()] if name.startswith("peft.")]:
-        if stock is not None and vars(holder).get("resolve_quantization_backend") is stock:
-            wrap(holder, "resolve_quantization_backend", backend(layer))
+    corda = peft_module("tuners.lora.corda")
+    wrap(corda, "target_modules", each_dense(layer))
+    wrap(corda, "collect_eigens_for_layer", argument_dense(layer))
+    wrap_imported("utils.quantization_utils", "resolve_quantization_backend", backend(layer))
     redirect(peft.replace_lora_weights_loftq, layer)
 
 
+def peft_module(name):
+    """A module of PEFT, imported if it is not yet; None where this version has none."""
+    try:
+        return import_module(f"peft.{name}")
+    except ImportError:
+        return None
+
+
+def wrap_imported(home, name, around):
+    """Wraps a function of the module `home` in all modules of PEFT that have imported it."""
+    stock = getattr(peft_module(home), name, None)
+    if stock is None:
+        return
+    for module_name, holder in [*sys.modules.items()]:
+        if module_name.startswith("peft.") and vars(holder).get(name) is stock:
+            wrap(holder, name, around)
+
+
 def wrap(holder, name, around):
-    """Puts around(stock) in the place of a function; PEFT of another version may not have it."""
+    """Puts around(stock) in the place of a function, if this version of PEFT has it."""
     stock = getattr(holder, name, None)
     if stock is not None:
         setattr(holder, name, functools.wraps(stock)(around(stock)))
 
 
-def below(kind):
-    """All classes of PEFT that derive from one."""
-    for child in kind.__subclasses__():
+def subclasses(cls):
+    """All classes of PEFT that derive from this one."""
+    for child in cls.__subclasses__():
         if child.__module__.startswith("peft."):
             yield child
-        yield from below(child)
+        yield from subclasses(child)
 
 
 @contextmanager
 def dense(base):
-    """A LinearNF4 that is an nn.Linear in float32 for a while; what was changed then is quantized."""
-    kind, codes, dtype = type(base), base._parameters["weight"], base.weight_dtype
+    """Inside, a LinearNF4 is an nn.Linear in fp32. At the end, a changed weight is quantized."""
+    layer_class = type(base)
+    codes = base._parameters["weight"]
+    dtype = base.weight_dtype
     before = base.dequantize(torch.float32)
     base.__class__ = nn.Linear
     base._parameters["weight"] = nn.Parameter(before.clone(), requires_grad=False)
@@ -95,7 +119,7 @@ def dense(base):
         yield
         after = base._parameters["weight"].detach()
     finally:
-        base.__class__ = kind
+        base.__class__ = layer_class
         base._parameters["weight"] = codes
     if not torch.equal(after, before):
         base.quantize(after.contiguous())
@@ -103,7 +127,7 @@ def dense(base):
 
 
 def on_dense(layer):
-    """For a method of a PEFT layer, whose base it reads or changes."""
+    """For a method of a PEFT layer that reads or changes the base's weight."""
 
     def around(stock):
         def method(self, *args, **options):
@@ -126,7 +150,7 @@ def on_dense(layer):
 
 
 def each_dense(layer):
-    """For the function by which CorDA finds linear layers, whose sizes it reads before it asks for the next."""
+    """For CorDA's iterator over linear layers. The caller reads each weight before the next."""
 
     def around(stock):
         def target_modules(model, config):
@@ -143,7 +167,7 @@ def each_dense(layer):
 
 
 def argument_dense(layer):
-    """For a function of a linear layer, which it reads."""
+    """For a function that reads the weight of the linear layer that it is given."""
 
     def around(stock):
         def function(linear, *args, **options):
@@ -158,6 +182,8 @@ def argument_dense(layer):
 
 
 def refuse(layer, reason):
+    """For a method of a PEFT layer that cannot work over LinearNF4: ValueError with the reason."""
+
     def around(stock):
         def method(self, *args, **options):
             if isinstance(self.get_base_layer(), layer):
@@ -170,18 +196,20 @@ def refuse(layer, reason):
 
 
 def count(packed):
-    """Elements of a weight for its codes, and no scales, as PEFT counts those of bitsandbytes."""
+    """For the counts of parameters: the elements of a weight instead of its codes and scales.
+
+    This is how PEFT counts layers of bitsandbytes.
+    """
 
     def around(stock):
         def get_nb_trainable_parameters(self):
-            trainable, every = stock(self)
-            held = {id(m.weight): m for m in self.modules() if isinstance(m, packed)}
-            for module in held.values():
-                parts = module.weight, module.absmax, module.nested_absmax
-                every += torch.Size(module.shape).numel() - sum(
-                    t.numel() for t in parts if t is not None
-                )
-            return trainable, every
+            trainable, total = stock(self)
+            owners = {id(m.weight): m for m in self.modules() if isinstance(m, packed)}
+            for owner in owners.values():
+                total += torch.Size(owner.shape).numel()
+                for t in (owner.weight, owner.absmax, owner.nested_absmax):
+                    total -= 0 if t is None else t.numel()
+            return trainable, total
 
         return get_nb_trainable_parameters
 
@@ -189,7 +217,7 @@ def count(packed):
 
 
 class Backend:
-    """How PEFT's methods other than LoRA read a LinearNF4's weight and put back what they made of it."""
+    """How PEFT's methods other than LoRA read and replace a LinearNF4's weight."""
 
     supports_merge = True
     backend_name = "peftops nf4"
@@ -209,6 +237,8 @@ class Backend:
 
 
 def backend(layer):
+    """For the function that chooses PEFT's backend for a quantized base layer."""
+
     def around(stock):
         def resolve_quantization_backend(base_layer, **options):
             return Backend() if isinstance(base_layer, layer) else stock(base_layer, **options)
@@ -219,10 +249,11 @@ def backend(layer):
 
 
 class Others:
-    """A model without the modules of a class, for who walks through it."""
+    """A model whose named_modules() leaves out the modules of a class."""
 
     def __init__(self, model, layer):
-        self.model, self.layer = model, layer
+        self.model = model
+        self.layer = layer
 
     def named_modules(self):
         return [
@@ -234,22 +265,24 @@ class Others:
 
 
 def condition(layer):
-    """KappaTune's condition numbers, which would be those of the codes."""
+    """For KappaTune, which would compute the condition numbers of the codes."""
 
     def around(stock):
         def _compute_kappas(self):
-            model, done = self.model, self._condition_numbers is not None
+            model = self.model
+            is_known = self._condition_numbers is not None
             self.model = Others(model, layer)
             try:
                 stock(self)
             finally:
                 self.model = model
-            for name, module in [] if done else model.named_modules():
-                if (
-                    isinstance(module, layer)
-                    and max(module.shape) <= self.max_dim_size_to_analyze
-                ):
-                    values = torch.linalg.svdvals(module.dequantize(torch.float32))
+            if is_known:
+                return
+            for name, linear in model.named_modules():
+                if not isinstance(linear, layer):
+                    continue
+                if max(linear.shape) <= self.max_dim_size_to_analyze:
+                    values = torch.linalg.svdvals(linear.dequantize(torch.float32))
                     self._condition_numbers[name] = (values[0] / (values[-1] + 1e-8)).item()
 
         return _compute_kappas
@@ -258,7 +291,10 @@ def condition(layer):
 
 
 def redirect(function, layer):
-    """Changes what a function does for those too who imported it before. Its code may know nothing of this module."""
+    """Makes replace_lora_weights_loftq call `loftq`, also for those who have imported it already.
+
+    So its code is replaced in place. The new code sees only the globals of PEFT's module.
+    """
 
     def forwarded(peft_model, model_path=None, adapter_name="default", callback=None):
         return _peftops_loftq(peft_model, model_path, adapter_name, callback)  # noqa: F821
@@ -273,23 +309,31 @@ def redirect(function, layer):
 
 @torch.no_grad()
 def loftq(stock, peft, layer, peft_model, model_path, adapter_name, callback):
-    """peft.replace_lora_weights_loftq for a model whose base is of LinearNF4: the best adapters for what was lost."""
-    ours = {name: m for name, m in peft_model.named_modules() if hasattr(m, "lora_A")}
-    ours = {name: m for name, m in ours.items() if isinstance(m.get_base_layer(), layer)}
-    if not ours:
+    """peft.replace_lora_weights_loftq over LinearNF4: B·A closest to what quantization lost.
+
+    stock: PEFT's function, for models without LinearNF4. peft: the globals of its module.
+    """
+    adapted = {}
+    for full_name, module in peft_model.named_modules():
+        if hasattr(module, "lora_A") and isinstance(module.get_base_layer(), layer):
+            adapted[full_name] = module
+    if not adapted:
         return stock(peft_model, model_path, adapter_name, callback)
-    files, prefix = peft["_SafetensorLoader"](peft_model, model_path), "base_model.model."
-    for full, module in ours.items():
-        if not full.startswith(prefix):
+    files = peft["_SafetensorLoader"](peft_model, model_path)
+    prefix = "base_model.model."
+    for full_name, module in adapted.items():
+        if not full_name.startswith(prefix):
             raise TypeError("The passed model does not appear to be a valid PeftModel")
-        name, base = full.removeprefix(prefix), module.get_base_layer()
+        name = full_name.removeprefix(prefix)
+        base = module.get_base_layer()
         weight = files.get_tensor(f"{name}.weight").to(base.weight.device, torch.float32)
         weight = weight.T if getattr(base, "columns", False) else weight
         lost = weight - base.dequantize().float()
-        made = peft["_low_rank_decomposition"](lost, reduced_rank=module.r[adapter_name])
-        a, b = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        factors = peft["_low_rank_decomposition"](lost, reduced_rank=module.r[adapter_name])
+        a = module.lora_A[adapter_name].weight
+        b = module.lora_B[adapter_name].weight
         before = a.data, b.data
-        a.data, b.data = made["R"], made["L"]
+        a.data, b.data = factors["R"], factors["L"]
         if callback and not callback(peft_model, name):
             a.data, b.data = before
     return None
