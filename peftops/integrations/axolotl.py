@@ -8,13 +8,15 @@ KERNELS = "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding
 
 
 class PeftopsPlugin(BasePlugin):
-    """PeftopsCallback for axolotl's trainers. axolotl's own LoRA kernels, which call no layer, are switched off."""
+    """Adds PeftopsCallback to axolotl's trainers.
+
+    It switches axolotl's own LoRA kernels off: they read the adapters and call no layer.
+    """
 
     def register(self, cfg):
         for name in KERNELS:
             cfg[name] = False
 
     def add_callbacks_pre_trainer(self, cfg, model):
-        return [
-            PeftopsCallback()
-        ]  # not patch(model): for DPO and its like the trainer makes the adapters
+        # Not patch(model): for DPO and its like the trainer makes the adapters later.
+        return [PeftopsCallback()]

@@ -17,7 +17,7 @@ DEVICES = "CPU", "CUDA"
 _library = None
 
 
-def enable():
+def enable() -> Enabled:
     """From now on, or inside `with enable():`, bitsandbytes runs on our kernels.
 
     Its ops quantize_4bit, dequantize_4bit and gemm_4bit, and all that calls them, such as
@@ -44,8 +44,8 @@ def enable():
     return Enabled(disable)
 
 
-def disable():
-    """Puts bitsandbytes' own kernels back."""
+def disable() -> None:
+    """Puts bitsandbytes' own kernels back, if `enable` has replaced them."""
     global _library
     if _library is not None:
         _library._destroy()  # the dispatcher has kept what was there before
@@ -54,21 +54,22 @@ def disable():
 
 @functools.cache
 def shared_table(quant_type, device):
-    """One for all calls, of which none hands it out"""
+    """One table for all calls. No call returns it."""
     with torch.inference_mode(False):
         return four_bits(quant_type, device)
 
 
+# The ops of bitsandbytes, with the arguments of its own.
 def quantize_4bit(A, blocksize, quant_type, quant_storage):
     codes, absmax = nf4_quantize(A, *bounds(shared_table(quant_type, A.device)), blocksize)
     return codes.view(quant_storage)[:, None], absmax
 
 
 def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
-    codes, table = A.contiguous().view(torch.uint8), shared_table(quant_type, A.device)
-    return nf4_dequantize(
-        codes, table, [absmax.float()], blocksize, math.prod(shape), dtype
-    ).view(shape)
+    codes = A.contiguous().view(torch.uint8)
+    table = shared_table(quant_type, A.device)
+    flat = nf4_dequantize(codes, table, [absmax.float()], blocksize, math.prod(shape), dtype)
+    return flat.view(shape)
 
 
 def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
@@ -91,11 +92,8 @@ def gemm_4bit(
     scales = [absmax.float()]
     if absmax_8bit is not None:
         scales = [absmax_8bit, *scales, absmax_code.float(), absmax_offset.float().reshape(())]
-    base = Base(
-        "nf4",
-        [B.contiguous().view(torch.uint8), shared_table(quant_type, A.device), *scales],
-        blocksize,
-    )
+    codes = B.contiguous().view(torch.uint8)
+    base = Base("nf4", [codes, shared_table(quant_type, A.device), *scales], blocksize)
     n, k = shapeB
     return lora_linear(A, base, *no_delta(k, n, A.dtype, A.device), bias).to(A.dtype)
 

@@ -1,16 +1,15 @@
-"""Liger-Kernel's fused cross entropy multiplies by the weight of a model's head itself, past an adapter on it."""
+"""Liger-Kernel's fused cross entropy reads the weight of a model's head, and skips its adapter."""
 
 from peft.tuners.lora.layer import LoraLayer
 
 
 def untrained(model):
-    """Names of the LoRA layers that this keeps from training (huggingface/trl#4612)."""
-    heads = {
-        id(module.get_output_embeddings())
-        for module in model.modules()
-        if getattr(module.forward, "__module__", "").startswith("liger_kernel.")
-        and hasattr(module, "lm_head")
-    }
+    """Names of the LoRA layers that do not train because of it (huggingface/trl#4612)."""
+    heads = set()
+    for module in model.modules():
+        home = getattr(module.forward, "__module__", "")
+        if home.startswith("liger_kernel.") and hasattr(module, "lm_head"):
+            heads.add(id(module.get_output_embeddings()))
     return [
         name
         for name, layer in model.named_modules()

@@ -1,4 +1,7 @@
-"""A training run under a launcher, for test_distributed.py: it dies after two steps, or goes on from where it died."""
+"""A training run under a launcher, for test_distributed.py.
+
+It dies after two steps, or resumes a run that did.
+"""
 
 import os
 import signal
@@ -14,11 +17,10 @@ import peftops
 
 
 def start(method):
-    """A sharded model and its optimizer; the plugin reads what the launcher made of its configuration."""
+    """A sharded model and its optimizer. The plugin reads the launcher's configuration."""
     plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2 and "transformer" in plugin.auto_wrap_policy.__name__, (
-        plugin
-    )
+    assert plugin.fsdp_version == 2, plugin
+    assert "transformer" in plugin.auto_wrap_policy.__name__, plugin
     model = by_accelerate(peftops.patch(pair(method, lora_dropout=0.3)[1]), plugin)
     return model, adam(model)
 
@@ -33,8 +35,9 @@ def main(folder, dies):
             save(model, optimizer, f"{folder}/{method}")
             continue
         load(model, optimizer, f"{folder}/{method}")
-        rest, whole = steps(model, optimizer, 2, first=2), steps(*start(method), 4)
-        assert rest == whole[2:], (method, rest, whole)
+        resumed = steps(model, optimizer, 2, first=2)
+        uninterrupted = steps(*start(method), 4)
+        assert resumed == uninterrupted[2:], (method, resumed, uninterrupted)
     if dies:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""What each of two ranks does for test_distributed.py: patched PEFT models on two devices against stock PEFT on one."""
+"""What each of two ranks does for test_distributed.py.
+
+Patched PEFT models on two devices are compared with stock PEFT on one.
+"""
 
 import copy
 import os
@@ -58,7 +61,7 @@ def trained(model):
 
 
 def step(model, tokens):
-    """Loss and gradients, of the whole batch where each rank has a part of it."""
+    """Loss and gradients. Where each rank has half of the batch, they are those of all of it."""
     model.zero_grad()
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -87,7 +90,7 @@ def adam(model):
 
 
 def by_accelerate(model, plugin=None):
-    """As accelerate wraps for FSDP2, which on a CPU its Accelerator refuses to."""
+    """Wraps a model for FSDP2 as accelerate does, whose Accelerator refuses to on a CPU."""
     plugin = plugin or FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
     )
@@ -103,66 +106,76 @@ def by_blocks(model, **options):
     return fully_shard(model, **options)
 
 
-def by_parts(model):
-    """As a policy that wraps each trained module by itself."""
+def by_trained_modules(model):
+    """Wraps each trained module by itself, as some policies do, and then the blocks."""
     for layer in lora_layers(model).values():
-        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            for module in part.values():
+        for adapters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            for module in adapters.values():
                 fully_shard(module)
     return by_blocks(model)
 
 
-def ranked():
-    """What a launcher tells accelerate."""
+def set_variables_of_launcher():
+    """Sets the environment variables that a launcher sets for accelerate."""
     os.environ |= {
         "RANK": str(dist.get_rank()),
         "LOCAL_RANK": str(dist.get_rank()),
         "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
     }
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
 
 
 def by_ddp(model):
-    ranked()
+    set_variables_of_launcher()
     wrapped = Accelerator(cpu=True).prepare(model)
     assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
     return wrapped
 
 
 def assert_law(method, wrap, first, checkpointing, calls=None):
-    """One step of a batch that ranks share, patched first or wrapped first."""
+    """One step of a batch that the ranks share follows the law, patched first or wrapped first.
+
+    calls: the reason why all calls are PEFT's own; None: they are fused.
+    """
     stock, ours = pair(method)
     if checkpointing:
         for model in (stock, ours):
             model.gradient_checkpointing_enable(CHECKPOINTING)
-    exact, same = step(exactly(stock), TOKENS), orders(partial(step, stock, TOKENS))
+    exact = step(exactly(stock), TOKENS)
+    same = orders(partial(step, stock, TOKENS))
     ours = wrap(peftops.patch(ours)) if first else peftops.patch(wrap(ours))
     before = peftops.report(ours)
-    out, count = step(ours, TOKENS[dist.get_rank() :][:1]), len(lora_layers(ours))
-    for part in (slice(0, 1), slice(1, None)):
-        limit = chain_bound([draw[part] for draw in same], exact[part])
-        assert error(out[part], exact[part]) <= limit, (method, wrap, first, checkpointing)
-    report, times = peftops.report(ours), 2 if checkpointing else 1
+    out = step(ours, TOKENS[dist.get_rank() :][:1])
+    for piece in (slice(0, 1), slice(1, None)):  # the loss, and the gradients
+        limit = chain_bound([draw[piece] for draw in same], exact[piece])
+        assert error(out[piece], exact[piece]) <= limit, (method, wrap, first, checkpointing)
+    report = peftops.report(ours)
+    count = len(lora_layers(ours))
+    times = 2 if checkpointing else 1
     assert report.calls == {calls or "fused": count * times}, report
     assert (before.fused, report.fused) == ((0, 0) if calls else (count, count)), report
 
 
 def assert_trains_alike(method, wrap, **config):
-    """Three steps of Adam, of one batch on all ranks, whose mean is the gradient of one process to the bit."""
-    _, one = pair(method, **config)
-    two = copy.deepcopy(one)
-    one = peftops.patch(one)
-    two = wrap(peftops.patch(two))
-    expected, losses = steps(one, adam(one)), steps(two, adam(two))
+    """Three steps of Adam give the same bits as in one process.
+
+    All ranks have the same batch, so that the mean of their gradients is that of one process.
+    """
+    _, single = pair(method, **config)
+    shared = copy.deepcopy(single)
+    single = peftops.patch(single)
+    shared = wrap(peftops.patch(shared))
+    expected = steps(single, adam(single))
+    losses = steps(shared, adam(shared))
     assert torch.equal(torch.stack(losses), torch.stack(expected)), (
         method,
         wrap,
         losses,
         expected,
     )
-    assert all(
-        torch.equal(whole(p), q) for p, q in zip(trained(two), trained(one), strict=True)
-    ), (method, wrap)
+    for p, q in zip(trained(shared), trained(single), strict=True):
+        assert torch.equal(whole(p), q), (method, wrap)
 
 
 def each(wrap, orders=(True, False)):
@@ -189,7 +202,8 @@ def fsdp2(rank):
 
 def assert_law_of_mlps(method, first):
     stock, ours = pair(method)
-    exact, same = step(exactly(stock), TOKENS), orders(partial(step, stock, TOKENS))
+    exact = step(exactly(stock), TOKENS)
+    same = orders(partial(step, stock, TOKENS))
 
     def fused(model):
         return mlp.fuse(peftops.patch(model, strict=True), strict=True)
@@ -201,42 +215,43 @@ def assert_law_of_mlps(method, first):
 
 
 def assert_law_in_bf16(method):
-    """Nothing of a group that FSDP2 gathers in bf16 is of another dtype, magnitudes included."""
+    """FSDP2 gathers all of a group in bf16, magnitudes included."""
     stock, ours = pair(method)
-    exact, found = step(exactly(stock), TOKENS), []
+    exact = step(exactly(stock), TOKENS)
+    results = []
     for model in (stock, peftops.patch(ours)):
         by_blocks(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        found.append(step(model, TOKENS))
-    same, out = found
+        results.append(step(model, TOKENS))
+    same, out = results
     assert error(out, exact) <= bound(same, exact), method
 
 
 def saved(rank):
-    """PEFT saves of a sharded model what it saves of a whole one, to the byte; a checkpoint of shards goes on."""
+    """PEFT saves the same bytes of a sharded model and of a whole one. Sharded training resumes."""
     folder = Path(sys.argv[2])
     for method in METHODS:
-        _, one = pair(method)
-        two, later = copy.deepcopy(one), copy.deepcopy(one)
-        one, two, later = (
-            peftops.patch(one),
-            *(by_accelerate(peftops.patch(model)) for model in (two, later)),
-        )
-        optimizer, other = adam(two), adam(later)
-        steps(one, adam(one)), steps(two, optimizer)
+        _, single = pair(method)
+        sharded = by_accelerate(peftops.patch(copy.deepcopy(single)))
+        resumed = by_accelerate(peftops.patch(copy.deepcopy(single)))
+        peftops.patch(single)
+        optimizer = adam(sharded)
+        resumed_optimizer = adam(resumed)
+        steps(single, adam(single))
+        steps(sharded, optimizer)
         state = get_model_state_dict(
-            two, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if rank == 0:
-            one.save_pretrained(folder / "one")
-            two.save_pretrained(folder / "two", state_dict=state)
+            single.save_pretrained(folder / "single")
+            sharded.save_pretrained(folder / "sharded", state_dict=state)
             files = [
                 (folder / name / "adapter_model.safetensors").read_bytes()
-                for name in ("one", "two")
+                for name in ("single", "sharded")
             ]
             assert files[0] == files[1], method
-        save(two, optimizer, folder / method)
-        load(later, other, folder / method)
-        assert steps(later, other) == steps(two, optimizer), method
+        save(sharded, optimizer, folder / method)
+        load(resumed, resumed_optimizer, folder / method)
+        assert steps(resumed, resumed_optimizer) == steps(sharded, optimizer), method
 
 
 def save(model, optimizer, folder):
@@ -252,8 +267,11 @@ def load(model, optimizer, folder):
 
 
 def as_launched(**options):
-    """As under `accelerate launch`; on a CPU an Accelerator's state knows no FSDP, though its code works there."""
-    ranked()
+    """(accelerator, plugin) as under `accelerate launch`.
+
+    On a CPU, an Accelerator's state does not take FSDP, though its code works there.
+    """
+    set_variables_of_launcher()
     accelerator = Accelerator(cpu=True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options
@@ -264,7 +282,7 @@ def as_launched(**options):
 
 
 def checkpoints(rank):
-    """What Trainer calls for its checkpoints, which are of adapters alone, and for an adapter to keep."""
+    """What Trainer calls for its checkpoints, which hold only adapters, and to save an adapter."""
     losses = {}
     for form, whole, methods in (
         ("sharded_state_dict", False, METHODS),
@@ -274,23 +292,25 @@ def checkpoints(rank):
         for method in methods:
             folder = Path(sys.argv[2]) / f"{form} {method}"
             models = [peftops.patch(pair(method)[1]) for _ in range(2)]
-            (one, first), (two, second) = (
+            (saved, optimizer), (loaded, loaded_optimizer) = (
                 accelerator.prepare(model, adam(model)) for model in models
             )
-            found = steps(one, first)
-            assert losses.setdefault(method, found) == found
-            save_fsdp_model(plugin, accelerator, one, folder, adapter_only=True)
-            save_fsdp_optimizer(plugin, accelerator, first, one, folder)
-            load_fsdp_model(plugin, accelerator, two, folder, adapter_only=True)
-            load_fsdp_optimizer(plugin, accelerator, second, two, folder, adapter_only=True)
-            assert steps(two, second) == steps(one, first), (form, method)
+            first = steps(saved, optimizer)
+            assert losses.setdefault(method, first) == first
+            save_fsdp_model(plugin, accelerator, saved, folder, adapter_only=True)
+            save_fsdp_optimizer(plugin, accelerator, optimizer, saved, folder)
+            load_fsdp_model(plugin, accelerator, loaded, folder, adapter_only=True)
+            load_fsdp_optimizer(
+                plugin, accelerator, loaded_optimizer, loaded, folder, adapter_only=True
+            )
+            expected = steps(saved, optimizer)
+            assert steps(loaded, loaded_optimizer) == expected, (form, method)
             kept = [
                 get_peft_model_state_dict(model, accelerator.get_state_dict(model))
-                for model in (one, two)
+                for model in (saved, loaded)
             ]
-            assert kept[0].keys() == kept[1].keys() and all(
-                map(torch.equal, *(state.values() for state in kept))
-            )
+            assert kept[0].keys() == kept[1].keys()
+            assert all(map(torch.equal, *(state.values() for state in kept)))
             accelerator.free_memory()
 
 
@@ -308,12 +328,12 @@ PLANS = {  # what is split over ranks, and what calls count as
     "both": (
         {
             f"{LAYERS}.{name}": style()
-            for layer, part, style in (
+            for layer, adapter, style in (
                 ("up_proj", "lora_B.default", ColwiseParallel),
                 ("gate_proj", "lora_B.default", ColwiseParallel),
                 ("down_proj", "lora_A.default", RowwiseParallel),
             )
-            for name in (f"{layer}.base_layer", f"{layer}.{part}")
+            for name in (f"{layer}.base_layer", f"{layer}.{adapter}")
         },
         {"fused": 8, "hooks on a part": 6},
     ),
@@ -321,9 +341,11 @@ PLANS = {  # what is split over ranks, and what calls count as
 
 
 def fallbacks(rank):
-    """A layer whose adapter's modules do more than multiply, gather or split, is PEFT's own."""
+    """PEFT runs a layer whose adapter's modules do more than multiply, such as gather or split."""
     for method in METHODS:
-        assert_law(method, by_parts, True, True, calls="adapter layer is not nn.Linear")
+        assert_law(
+            method, by_trained_modules, True, True, calls="adapter layer is not nn.Linear"
+        )
     model = peftops.patch(pair("lora")[1])
     fully_shard(model.base_model.model.model.layers[1].mlp.up_proj)
     with pytest.raises(
@@ -342,7 +364,8 @@ def fallbacks(rank):
         for first in (True, False):
             stock, ours = pair("lora")
             mesh = init_device_mesh("cpu", (2,))
-            exact, same = step(exactly(stock), TOKENS), orders(partial(step, stock, TOKENS))
+            exact = step(exactly(stock), TOKENS)
+            same = orders(partial(step, stock, TOKENS))
             if first:
                 peftops.patch(ours)
             parallelize_module(ours, mesh, plan)

@@ -1,4 +1,4 @@
-"""Models of many architectures, tiny and random: every LoRA layer is fused, and one step is stock PEFT's."""
+"""Tiny models of many architectures: every LoRA layer is fused, and one step is stock PEFT's."""
 
 import copy
 from collections import Counter
@@ -18,21 +18,39 @@ import peftops
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GROUPED = SMALL | {"num_key_value_heads": 1}
 HEADS = GROUPED | {"head_dim": 16}
 HYBRID = HEADS | {
-    "layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 2, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-}  # fmt: skip
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 SLIDING = HEADS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {
-    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0,
-}  # fmt: skip
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 IMAGE = {"image_size": 16, "patch_size": 8}
 
@@ -85,8 +103,8 @@ MODELS = {  # model class: config class, its options
             "num_heads": 2,
             "vocab_size": 64,
             "dropout_rate": 0.0,
-        }
-        | {"decoder_start_token_id": 0},
+            "decoder_start_token_id": 0,
+        },
     ),
     "BertForSequenceClassification": ("BertConfig", SMALL | UNDROPPED),
     "ViTForImageClassification": ("ViTConfig", SMALL | UNDROPPED | IMAGE),
@@ -95,15 +113,15 @@ MODELS = {  # model class: config class, its options
         {"image_token_index": 63, "image_seq_length": 4},
     ),
 }
-EXPERTS = {
+EXPERTS = {  # models of whose experts PEFT makes adapters, too
     "Qwen3NextForCausalLM",
     "DeepseekV3ForCausalLM",
     "MixtralForCausalLM",
-}  # whose adapters PEFT makes too
+}
 
 
 def options_of(name, options):
-    """Those of a config; of one that is made of two, the two."""
+    """The options of a config. Llava's has two configs inside."""
     if "Llava" not in name:
         return options
     vision = {key: SMALL[key] for key in SMALL if "size" in key or "num" in key} | IMAGE
@@ -123,23 +141,17 @@ def build(name):
     base = getattr(transformers, name)(config)
     base.set_experts_implementation("eager")  # the others know no float64
     model = adapted(base, target_modules="all-linear")
-    for (
-        key,
-        p,
-    ) in (
-        model.named_parameters()
-    ):  # no near-zero gradients, of which only noise would be compared
+    # Large enough that no gradient is near zero: there, only noise would be compared.
+    for key, p in model.named_parameters():
         if "norm" not in key and "ln_" not in key:
             torch.nn.init.normal_(p, std=1.0 if "embed" in key or "wte" in key else 0.1)
     return model
 
 
 def inputs_of(name):
-    pixels, tokens, labels = (
-        torch.randn(2, 3, 16, 16),
-        TOKENS.clamp(3, 62),
-        torch.tensor([0, 1]),
-    )
+    pixels = torch.randn(2, 3, 16, 16)
+    tokens = TOKENS.clamp(3, 62)
+    labels = torch.tensor([0, 1])
     if name.startswith("ViT"):
         return {"pixel_values": pixels, "labels": labels}
     if name.startswith("Bert"):
@@ -164,20 +176,21 @@ def step(model, inputs):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_is_fused_and_a_step_is_stock(name):
-    """But those of experts and of their routers, whose weights are in no nn.Linear."""
-    model, inputs = build(name), inputs_of(name)
+    """Except layers of experts and of their routers, whose weights are in no nn.Linear."""
+    model = build(name)
+    inputs = inputs_of(name)
     patched = peftops.patch(copy.deepcopy(model))
-    exact, same, out = (
-        step(exactly(model), inputs),
-        orders(lambda: step(model, inputs)),
-        step(patched, inputs),
-    )
-    assert list(out) == list(same[0]) and sum("lora_" in key for key in out) >= 8
-    assert error(out.values(), exact.values()) <= chain_bound(
-        [draw.values() for draw in same], exact.values()
-    )
-    kinds = Counter(type(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
-    experts, report = kinds.pop(ParamWrapper, 0), peftops.report(patched)
-    assert (report.fused, set(report.calls)) == (kinds.pop(Linear), {"fused"}) and not kinds
+    exact = step(exactly(model), inputs)
+    same = orders(lambda: step(model, inputs))
+    out = step(patched, inputs)
+    assert list(out) == list(same[0])
+    assert sum("lora_" in key for key in out) >= 8
+    limit = chain_bound([draw.values() for draw in same], exact.values())
+    assert error(out.values(), exact.values()) <= limit
+    layers = Counter(type(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
+    experts = layers.pop(ParamWrapper, 0)
+    report = peftops.report(patched)
+    assert report.fused == layers.pop(Linear) and not layers
+    assert set(report.calls) == {"fused"}
     assert report.reasons == ({"layer is lora.layer.ParamWrapper": experts} if experts else {})
     assert bool(experts) == (name in EXPERTS)

@@ -1,4 +1,4 @@
-"""bitsandbytes on our kernels: the same bits, the same products, and its own kernels back afterwards."""
+"""bitsandbytes on our kernels: same bits, same products, and its own kernels back afterwards."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from peftops.integrations import bitsandbytes as integration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMATS = [
-    (kind, double, block)
-    for kind in ("nf4", "fp4")
+    (quant_type, double, block)
+    for quant_type in ("nf4", "fp4")
     for double in (True, False)
     for block in (64, 128)
 ]
@@ -41,9 +41,9 @@ def bodies(monkeypatch):
     return calls
 
 
-def quantized(w, kind, double, block):
+def quantized(w, quant_type, double, block):
     return bnb.functional.quantize_4bit(
-        w, quant_type=kind, compress_statistics=double, blocksize=block
+        w, quant_type=quant_type, compress_statistics=double, blocksize=block
     )
 
 
@@ -52,29 +52,27 @@ def bits(codes, state):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind, double, block", FORMATS)
-def test_quantizes_and_dequantizes_the_same_bits(kind, double, block, dtype, bodies):
+@pytest.mark.parametrize("quant_type, double, block", FORMATS)
+def test_quantizes_and_dequantizes_the_same_bits(quant_type, double, block, dtype, bodies):
     w = torch.randn(48, 256, dtype=dtype)
-    codes, state = quantized(w, kind, double, block)
-    expected, back = bits(codes, state), bnb.functional.dequantize_4bit(codes, state)
+    codes, state = quantized(w, quant_type, double, block)
+    expected = bits(codes, state)
+    dense = bnb.functional.dequantize_4bit(codes, state)
     integration.enable()
     try:
-        codes, state = quantized(w, kind, double, block)
+        codes, state = quantized(w, quant_type, double, block)
         out = bits(codes, state)
-        assert list(out) == list(expected) and all(
-            torch.equal(out[key], expected[key]) for key in out
-        )
-        assert torch.equal(bnb.functional.dequantize_4bit(codes, state), back)
-        given = torch.empty_like(back)
+        assert list(out) == list(expected)
+        assert all(torch.equal(out[key], expected[key]) for key in out)
+        assert torch.equal(bnb.functional.dequantize_4bit(codes, state), dense)
+        given = torch.empty_like(dense)
         bnb.functional.dequantize_4bit(codes, state, out=given)
-        assert torch.equal(given, back)
+        assert torch.equal(given, dense)
     finally:
         integration.disable()
-    assert (
-        bodies["quantize_4bit"] == 1
-        and bodies["dequantize_4bit"] >= 1
-        and bodies["dequantize_4bit.out"] == 1
-    )
+    assert bodies["quantize_4bit"] == 1
+    assert bodies["dequantize_4bit"] >= 1
+    assert bodies["dequantize_4bit.out"] == 1
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
@@ -88,17 +86,19 @@ def test_other_storage(storage, enabled):
 
 
 def layer(dtype, double=True):
+    """A Linear4bit."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(128, 96, dtype=dtype)
-    made = bnb.nn.Linear4bit(128, 96, compute_dtype=dtype)
-    made.weight = bnb.nn.Params4bit(
+    linear4bit = bnb.nn.Linear4bit(128, 96, compute_dtype=dtype)
+    linear4bit.weight = bnb.nn.Params4bit(
         linear.weight.data, quant_type="nf4", compress_statistics=double
     ).to("cpu")
-    made.bias = linear.bias
-    return made
+    linear4bit.bias = linear.bias
+    return linear4bit
 
 
 def trained(module, x):
+    """y, and the gradients of x and of the bias."""
     x = x.clone().requires_grad_()
     module.zero_grad()
     y = module(x)
@@ -110,7 +110,8 @@ def trained(module, x):
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear4bit_trains(dtype, double, rows, bodies):
-    module, x = layer(dtype, double), torch.randn(rows, 128, dtype=dtype)
+    module = layer(dtype, double)
+    x = torch.randn(rows, 128, dtype=dtype)
     same = trained(module, x)
     wide = torch.nn.Linear(128, 96, dtype=torch.float64)
     wide.weight.data = bnb.functional.dequantize_4bit(
@@ -126,7 +127,8 @@ def test_linear4bit_trains(dtype, double, rows, bodies):
     finally:
         integration.disable()
     assert [t.dtype for t in out] == [t.dtype for t in same]
-    assert error(out, exact) <= bound(same, exact) and bodies["gemm_4bit"] == 2
+    assert error(out, exact) <= bound(same, exact)
+    assert bodies["gemm_4bit"] == 2
 
 
 def test_autocast(enabled):

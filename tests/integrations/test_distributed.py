@@ -1,4 +1,4 @@
-"""Two ranks equal one process; what they save is the same; one that dies ends the other, and training goes on."""
+"""Two ranks compute and save what one process does. If one dies, both end, and training resumes."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_on_two_ranks(case, tmp_path):
 
 
 def launch(folder, *args):
-    """Two ranks under accelerate's launcher, with README's configuration, on the machine's best kernels."""
+    """Runs launched.py on two ranks under accelerate, with README's configuration."""
     (config,) = re.findall(
         r"^```yaml\n(# fsdp2.yaml\n.*?)^```$", README.read_text(), re.M | re.S
     )
@@ -57,17 +57,21 @@ def test_a_rank_that_is_killed_ends_the_other_and_training_goes_on(tmp_path):
 @pytest.mark.parametrize("first", [True, False], ids=["patched first", "marked first"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_zero3_is_pefts_own(method, first):
-    """A stand-in: DeepSpeed marks parameters, of which none is whole outside of the calls of its hooks."""
+    """Parameters are marked and emptied as DeepSpeed does, whose hooks fill them for a call."""
     stock, ours = pair(method)
     if first:
         peftops.patch(ours, strict=True)
-    whole, norms = {p: p.data for p in ours.parameters()}, peftops.report(ours).norms
+    whole = {p: p.data for p in ours.parameters()}
+    norms = peftops.report(ours).norms
     for p in whole:
-        p.ds_id, p.data = 0, p.data.new_empty(0)
+        p.ds_id = 0
+        p.data = p.data.new_empty(0)
     report = peftops.report(peftops.refresh(peftops.patch(ours)))
-    assert report.reasons == {ZERO3: 14} and report.norms == norms
+    assert report.reasons == {ZERO3: 14}
+    assert report.norms == norms
     for p, data in whole.items():
         p.data = data
     with torch.no_grad():
         out, expected = (model(input_ids=TOKENS).logits for model in (ours, stock))
-    assert torch.equal(out, expected) and peftops.report(ours).calls == {ZERO3: 14}
+    assert torch.equal(out, expected)
+    assert peftops.report(ours).calls == {ZERO3: 14}

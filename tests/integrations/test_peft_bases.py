@@ -1,4 +1,4 @@
-"""Bases whose product only they can compute: they are called as PEFT calls them, and the delta on top is ours."""
+"""Bases whose product only they can compute: PEFT's call of the base, and our delta on top."""
 
 import copy
 import importlib.util
@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 K, N = 16, 24
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP32 = torch.float32
+BF16 = torch.bfloat16
+FP16 = torch.float16
 QUANTIZERS = {
     "eetq": "eetq.EetqLinear",
     "hqq": "hqq.core.quantize.HQQLinear",
@@ -39,7 +41,7 @@ QUANTIZERS = {
 
 
 class Quantized(nn.Module):
-    """A linear layer in the shape of those that quantizers make. It computes in x's dtype, or always in its own."""
+    """A linear layer like those of quantizers. It computes in one dtype, or in x's."""
 
     infeatures, outfeatures = K, N
 
@@ -49,15 +51,14 @@ class Quantized(nn.Module):
         self.computes = computes
 
     def forward(self, x):
-        with torch.autocast(
-            "cpu", BF16, enabled=torch.is_autocast_enabled("cpu") and self.computes is None
-        ):
+        autocast = torch.is_autocast_enabled("cpu") and self.computes is None
+        with torch.autocast("cpu", BF16, enabled=autocast):
             x = x.to(self.computes or x.dtype)
             return nn.functional.linear(x, self.qweight.to(x.dtype) / 512)
 
 
 class Wide(nn.Module):
-    """A base layer that computes as it does, in a model of float64."""
+    """Computes what a base layer does in its own dtype, in a model of float64."""
 
     def __init__(self, base, dtype):
         super().__init__()
@@ -68,18 +69,18 @@ class Wide(nn.Module):
 
 
 def stock_class(name, monkeypatch):
-    """PEFT's class of that name; where its quantizer is not installed, defined as it would be if it were."""
+    """PEFT's class of that name. If its quantizer is not installed, PEFT is told that it is."""
     if name == "Linear":
         return peft.tuners.lora.Linear
     home = HOMES[name]
     if home == "bnb":
         pytest.importorskip("bitsandbytes")
     if home in QUANTIZERS and not importlib.util.find_spec(home):
-        path, _, wanted = QUANTIZERS[home].rpartition(".")
-        parts = path.split(".")
-        for i in range(len(parts)):
-            monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), ModuleType(parts[i]))
-        setattr(sys.modules[path], wanted, type(wanted, (), {}))
+        module_name, _, class_name = QUANTIZERS[home].rpartition(".")
+        words = module_name.split(".")
+        for i, word in enumerate(words):
+            monkeypatch.setitem(sys.modules, ".".join(words[: i + 1]), ModuleType(word))
+        setattr(sys.modules[module_name], class_name, type(class_name, (), {}))
     module = import_module(f"peft.tuners.lora.{home}")
     if not hasattr(module, name):
         monkeypatch.setattr(f"peft.import_utils.is_{home}_available", lambda: True)
@@ -90,12 +91,12 @@ def stock_class(name, monkeypatch):
     return getattr(module, name)
 
 
-def lora(kind, base, dtype=FP32, **config):
-    """A model of one layer of PEFT's class `kind`."""
+def lora(layer_class, base, dtype=FP32, **config):
+    """A model of one layer of this class of PEFT."""
     config = peft.LoraConfig(init_lora_weights=False, **config)
-    return Net(
-        kind(base.requires_grad_(False), "default", config=config, r=4, lora_alpha=6).to(dtype)
-    )
+    base = base.requires_grad_(False)
+    layer = layer_class(base, "default", config=config, r=4, lora_alpha=6)
+    return Net(layer.to(dtype))
 
 
 def base_of(name, computes=None):
@@ -113,19 +114,21 @@ def exactly(model, x, autocast=None):
     base = Wide(layer.base_layer, x.dtype)
     for name in {"base_layer", "quant_linear_module"} & set(layer._modules):
         setattr(layer, name, base)
-    for part in (layer.lora_A, layer.lora_B):
-        part.double()
+    layer.lora_A.double()
+    layer.lora_B.double()
     return pass_of(model, x.double(), autocast)
 
 
 def assert_law(model, x, autocast=None):
-    exact, same = exactly(model, x, autocast), pass_of(model, x, autocast)
+    exact = exactly(model, x, autocast)
+    same = pass_of(model, x, autocast)
     patched = peftops.patch(copy.deepcopy(model), strict=True)
     out = pass_of(patched, x, autocast)
     assert [t.dtype for t in out] == [t.dtype for t in same]
     assert error(out, exact) <= bound(same, exact)
     report = peftops.report(patched)
-    assert report.calls == {OWN: 1} and (report.fused, report.fallback) == (1, 0)
+    assert report.calls == {OWN: 1}
+    assert (report.fused, report.fallback) == (1, 0)
     return report
 
 
@@ -148,10 +151,10 @@ def test_is_stock_peft(name, case, monkeypatch):
     dtype, adapter, computes, autocast = case
     if name == "TorchaoLoraLinear" and computes:
         pytest.skip("its base is an nn.Linear, which computes in x's dtype")
-    kind = stock_class(name, monkeypatch)
+    layer_class = stock_class(name, monkeypatch)
     for p, rows in ((0.3, 70), (0.0, 5)):
         base = base_of(name, computes)
-        model = lora(kind, base if autocast else base.to(dtype), adapter, lora_dropout=p)
+        model = lora(layer_class, base if autocast else base.to(dtype), adapter, lora_dropout=p)
         assert_law(model, torch.randn(2, rows, K, dtype=dtype), autocast)
 
 
@@ -164,26 +167,24 @@ def test_a_bias_of_the_adapter(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Linear", *HOMES])
 def test_dtype_where_a_gpu_runs_autocast(name, monkeypatch):
-    """Asked without a device, as some of PEFT's layers ask, torch tells of CUDA's autocast."""
+    """Some of PEFT's layers ask for autocast without a device, and get CUDA's."""
     asks = torch.is_autocast_enabled
     monkeypatch.setattr(
         torch, "is_autocast_enabled", lambda *device: asks(*(device or ["cpu"]))
     )
-    model, x = lora(stock_class(name, monkeypatch), base_of(name, FP16)), torch.randn(70, K)
+    model = lora(stock_class(name, monkeypatch), base_of(name, FP16))
+    x = torch.randn(70, K)
     if name == "TorchaoLoraLinear":
         model.lin.base_layer = Quantized(FP16)
     assert_law(model, x, BF16)
-    assert pass_of(peftops.patch(model), x, BF16)[0].dtype is (
-        FP32 if name in WIDENING else FP16
-    )
+    expected = FP32 if name in WIDENING else FP16
+    assert pass_of(peftops.patch(model), x, BF16)[0].dtype is expected
 
 
 def int8(dtype):
     bnb = pytest.importorskip("bitsandbytes")
-    linear, layer = (
-        nn.Linear(K, N, dtype=dtype),
-        bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False),
-    )
+    linear = nn.Linear(K, N, dtype=dtype)
+    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(
         linear.weight.data, requires_grad=False, has_fp16_weights=False
     ).to("cpu")
@@ -219,7 +220,8 @@ def test_of_the_quantizers_that_are_installed(name, dtype, p, monkeypatch):
     model = adapted(net, False, target_modules=["lin"], lora_dropout=p)
     layer = model.base_model.model.lin
     assert type(layer).__name__ == name
-    layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+    layer.lora_A.to(dtype)
+    layer.lora_B.to(dtype)
     report = assert_law(model, torch.randn(70, K, dtype=dtype))
     assert "base's own product: base " in str(report)
 
@@ -228,8 +230,9 @@ def test_of_the_quantizers_that_are_installed(name, dtype, p, monkeypatch):
 def test_hooks_of_the_base_layer_run(hook):
     model, x = single(), torch.randn(7, 16)
     HOOKS[hook](model.base_model.model.lin.base_layer)
-    plainly, hooked = pass_of(single(), x), pass_of(model, x)
-    assert not all(map(torch.equal, plainly, hooked))
+    without_hook = pass_of(single(), x)
+    with_hook = pass_of(model, x)
+    assert not all(map(torch.equal, without_hook, with_hook))
     assert "hooks on the base layer" in str(assert_law(model, x))
 
 
@@ -242,7 +245,7 @@ def tensor_subclass(layer):
 
 
 class Fp8(nn.Linear):
-    """A weight of 8 bits that is no codes."""
+    """A layer whose weight is of float8."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -266,7 +269,8 @@ def test_linear_layers_that_are_not_nn_linear(change, p, monkeypatch):
     change(model.base_model.model.lin.base_layer)
     assert_law(model, x)
     patched = peftops.patch(copy.deepcopy(model))
-    pass_of(model, x), pass_of(patched, x)
+    pass_of(model, x)
+    pass_of(patched, x)
     grads = [m.base_model.model.lin.base_layer.weight.grad for m in (patched, model)]
     if change is trained_subclass:
         exact = exactly_trained(model, x)
@@ -289,23 +293,27 @@ def test_every_reason_has_a_case():
 
 @pytest.mark.parametrize("name", HOMES)
 def test_copies_pickles_and_undoes(name, monkeypatch):
-    kind = stock_class(name, monkeypatch)
-    model, x = peftops.patch(lora(kind, base_of(name))), torch.randn(5, K)
-    expected, file = model(x), io.BytesIO()
+    layer_class = stock_class(name, monkeypatch)
+    model = peftops.patch(lora(layer_class, base_of(name)))
+    x = torch.randn(5, K)
+    expected = model(x)
+    file = io.BytesIO()
     exact = peftops.unpatch(copy.deepcopy(model)).double()(x.double())
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert type(other.lin) is type(model.lin)
         assert error(other(x), exact) <= bound(expected, exact)
-    assert isinstance(model.lin, Fused) and type(peftops.unpatch(model).lin) is kind
+    assert isinstance(model.lin, Fused)
+    assert type(peftops.unpatch(model).lin) is layer_class
 
 
 @pytest.mark.parametrize(
     "name", ["EetqLoraLinear", "GPTQLoraLinear", "IncLoraLinear", "TeLinear"]
 )
 def test_merging_is_pefts_own(name, monkeypatch):
-    model, refusals = lora(stock_class(name, monkeypatch), Quantized()), []
+    model = lora(stock_class(name, monkeypatch), Quantized())
+    refusals = []
     for each in (model, peftops.patch(copy.deepcopy(model))):
         with pytest.raises((AttributeError, NotImplementedError)) as refusal:
             each.lin.merge()
@@ -314,15 +322,17 @@ def test_merging_is_pefts_own(name, monkeypatch):
 
 
 def test_a_compiled_model_is_one_graph():
-    model, x = lora(peft.tuners.lora.Linear, Quantized()), torch.randn(70, K)
-    exact, same = exactly(model, x), pass_of(model, x)
+    model = lora(peft.tuners.lora.Linear, Quantized())
+    x = torch.randn(70, K)
+    exact = exactly(model, x)
+    same = pass_of(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(peftops.patch(model), fullgraph=True, backend="aot_eager")
     assert error(pass_of(compiled, x), exact) <= bound(same, exact)
 
 
 def test_rows_of_a_report_are_of_a_dtype_that_layers_compute_in():
-    """Codes of 8 bits tell none, so the adapter does."""
+    """Codes of 8 bits have no such dtype, so the adapter's is taken."""
     for dtype in (torch.int8, torch.float8_e4m3fn):
         model = lora(peft.tuners.lora.Linear, Quantized(), BF16)
         model.lin.base_layer.weight = nn.Parameter(torch.empty(N, K).to(dtype), False)

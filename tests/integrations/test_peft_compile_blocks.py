@@ -1,4 +1,4 @@
-"""torch.compile of whole decoder blocks of a patched model: one graph, for all batch sizes, and one more an adapter."""
+"""torch.compile of whole decoder blocks: one graph for all batch sizes, one more per adapter."""
 
 import copy
 from functools import partial
@@ -16,10 +16,9 @@ from tiny import METHODS, exactly, install_our_mask, pair
 import peftops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MANY, FEW = (
-    (3, 6, 3),
-    (2,),
-)  # sizes of a batch, times 24 tokens; of 1 torch itself makes a graph of its own
+# Sizes of a batch, times 24 tokens. For a size of 1, torch itself makes a graph of its own.
+MANY = (3, 6, 3)
+FEW = (2,)
 
 
 @pytest.fixture(autouse=True)
@@ -59,38 +58,40 @@ def step(block, x):
 def test_one_graph_for_all_batch_sizes(method, p, monkeypatch):
     install_our_mask(monkeypatch)
     stock, ours = pair(method, lora_dropout=p)
-    exact, stock, model = Block(exactly(stock)), Block(stock), peftops.patch(ours, strict=True)
+    exact = Block(exactly(stock))
+    stock = Block(stock)
+    model = peftops.patch(ours, strict=True)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(Block(model), fullgraph=True, backend=counter)
-    for size in MANY + FEW if p else MANY:  # few rows are another op where nothing is dropped
+    sizes = MANY + FEW if p else MANY  # without dropout, few rows are another op
+    for size in sizes:
         x = torch.randn(size, 24, 32)
-        out, right = step(compiled, x), step(exact, x.double())
-        for ours, truth, *draws in zip(
-            out, right, *orders(partial(step, stock, x)), strict=True
-        ):
+        out = step(compiled, x)
+        truths = step(exact, x.double())
+        same = orders(partial(step, stock, x))
+        for ours, truth, *draws in zip(out, truths, *same, strict=True):
             assert error(ours, truth) <= chain_bound(draws, truth)
-    assert counter.frame_count == 1 and peftops.report(model).calls == {}
+    assert counter.frame_count == 1
+    assert peftops.report(model).calls == {}
 
 
 def graphs(model):
-    """How many there are after each call, where an adapter of the same shape is added and the two take turns."""
+    """How many graphs there are after each call, while two adapters of one shape take turns."""
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    counter, found = CompileCounterWithBackend("aot_eager"), []
+    counter = CompileCounterWithBackend("aot_eager")
+    counts = []
     compiled = torch.compile(Block(model), backend=counter)
     for name in ("default", "other", "default", "other", "default"):
         model.set_adapter(name)
         step(compiled, torch.randn(3, 24, 32))
-        found.append(counter.frame_count)
-    return found
+        counts.append(counter.frame_count)
+    return counts
 
 
 @pytest.mark.parametrize("method", ["lora", "qdora"])
 def test_adapters_that_take_turns_compile_no_more_than_stock(method):
-    """Stock of LoRA, since stock of DoRA is many graphs."""
-    expected, found = (
-        graphs(pair("lora")[0]),
-        graphs(peftops.patch(pair(method)[1], strict=True)),
-    )
-    assert (
-        all(a <= b for a, b in zip(found, expected, strict=True)) and found[-1] == found[2]
-    ), (found, expected)
+    """Stock is LoRA in any case, since stock DoRA makes many graphs."""
+    expected = graphs(pair("lora")[0])
+    counts = graphs(peftops.patch(pair(method)[1], strict=True))
+    assert all(a <= b for a, b in zip(counts, expected, strict=True)), (counts, expected)
+    assert counts[-1] == counts[2], (counts, expected)

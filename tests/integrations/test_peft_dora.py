@@ -19,18 +19,19 @@ from peftops.nn import LinearNF4, LoRALinear, checked_norms
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def dora(kind="llama", dtype=torch.float32, **options):
-    """Magnitudes near the norm, as training leaves them"""
-    model = tiny(kind, dtype=dtype, use_dora=True, **options)
+def dora(architecture="llama", dtype=torch.float32, **options):
+    """A model whose magnitudes are near the norm, as training leaves them."""
+    model = tiny(architecture, dtype=dtype, use_dora=True, **options)
     for layer in lora_layers(model).values():
         base = layer.base_layer.weight.float()
-        length = (base if kind == "llama" else base.T).norm(dim=1)
+        length = (base if architecture == "llama" else base.T).norm(dim=1)
         magnitude = layer.lora_magnitude_vector["default"].weight
         magnitude.data.copy_(length * torch.linspace(0.8, 1.2, len(length)))
     return model
 
 
 def gains(model):
+    """The kept gains, by the name of their module."""
     return {
         name: module.gain
         for name, module in model.named_modules()
@@ -39,7 +40,8 @@ def gains(model):
 
 
 def assert_law(model, **options):
-    exact, same = step(exactly(model)), orders(lambda: step(model, **options))
+    exact = step(exactly(model))
+    same = orders(lambda: step(model, **options))
     patched = peftops.patch(copy.deepcopy(model), strict=True)
     out = step(patched, **options)
     for ours, truth, *draws in zip(out, exact, *same, strict=True):
@@ -48,11 +50,11 @@ def assert_law(model, **options):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_step(kind, dtype, p, monkeypatch):
+def test_one_step(architecture, dtype, p, monkeypatch):
     install_our_mask(monkeypatch)
-    assert_law(dora(kind, dtype, lora_dropout=p, autocast_adapter_dtype=False))
+    assert_law(dora(architecture, dtype, lora_dropout=p, autocast_adapter_dtype=False))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -61,11 +63,11 @@ def test_autocast(p, monkeypatch):
     assert_law(dora(dtype=torch.bfloat16, lora_dropout=p), autocast=torch.bfloat16)
 
 
-def net(kind):
-    """Two layers under PEFT's DoRA, over a base of this kind."""
+def net(base_class):
+    """Two layers under PEFT's DoRA. base_class: "dense", "LinearNF4" or "bitsandbytes"."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
-    if kind == "bitsandbytes":
+    if base_class == "bitsandbytes":
         bnb = pytest.importorskip("bitsandbytes")
         for i in (0, 2):
             old = base[i]
@@ -75,9 +77,8 @@ def net(kind):
             base[i].load_state_dict(old.state_dict())
         base = base.to("cpu")
     model = adapted(base, target_modules=["0", "2"], use_dora=True)
-    if (
-        kind == "LinearNF4"
-    ):  # stock PEFT knows no such layer when it makes its own, only to read its weight
+    # Stock PEFT makes no layer over a LinearNF4, but can read its weight.
+    if base_class == "LinearNF4":
         for i in ("0", "2"):
             layer = model.base_model.model[int(i)]
             layer.base_layer = LinearNF4.from_linear(layer.base_layer)
@@ -87,14 +88,13 @@ def net(kind):
 
 
 def twenty(model, dtype):
-    """Losses, and parameters after twenty steps of Adam"""
+    """Losses, and parameters after twenty steps of SGD."""
     generator = torch.Generator().manual_seed(1)
-    x, target = (
-        torch.randn(70, 64, generator=generator),
-        torch.randn(70, 32, generator=generator),
-    )
+    x = torch.randn(70, 64, generator=generator)
+    target = torch.randn(70, 32, generator=generator)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.SGD(parameters, 0.05), []
+    optimizer = torch.optim.SGD(parameters, 0.05)
+    losses = []
     torch.manual_seed(2)
     for _ in range(20):
         optimizer.zero_grad()
@@ -106,10 +106,10 @@ def twenty(model, dtype):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["dense", "LinearNF4", "bitsandbytes"])
-def test_twenty_steps(kind, p, monkeypatch):
+@pytest.mark.parametrize("base_class", ["dense", "LinearNF4", "bitsandbytes"])
+def test_twenty_steps(base_class, p, monkeypatch):
     install_our_mask(monkeypatch)
-    model = net(kind)
+    model = net(base_class)
     for layer in lora_layers(model).values():
         layer.lora_dropout["default"] = nn.Dropout(p) if p else nn.Identity()
     exact = twenty(in_double(model), torch.float64)
@@ -118,29 +118,29 @@ def test_twenty_steps(kind, p, monkeypatch):
         out = twenty(patched, torch.float32)
     same = twenty(model, torch.float32)
     assert error(out, exact) <= bound(same, exact)
-    assert out[0][-1] < out[0][0] and set(peftops.report(patched).calls) == {"fused"}
+    assert out[0][-1] < out[0][0]
+    assert set(peftops.report(patched).calls) == {"fused"}
     assert peftops.report(patched).norms == 2 * 21
 
 
 def in_double(model):
-    """Stock PEFT over the dense weight that the 4-bit one stands for"""
+    """Stock PEFT over the dequantized weight."""
     model = copy.deepcopy(model)
     for layer in lora_layers(model).values():
         base = layer.base_layer
         if type(base) is not nn.Linear:
             weight = peft.utils.integrations.dequantize_module_weight(base)
             layer.base_layer = nn.Linear(base.in_features, base.out_features)
-            layer.base_layer.weight.data, layer.base_layer.bias.data = (
-                weight.float(),
-                base.bias.data.float(),
-            )
+            layer.base_layer.weight.data = weight.float()
+            layer.base_layer.bias.data = base.bias.data.float()
             layer.base_layer.requires_grad_(False)
     return model.double()
 
 
 def test_a_checkpoint_is_pefts(tmp_path):
     model = peftops.patch(dora(), strict=True)
-    expected, keys = logits(model), list(model.state_dict())
+    expected = logits(model)
+    keys = list(model.state_dict())
     assert keys == list(peftops.unpatch(copy.deepcopy(model)).state_dict())
     model.save_pretrained(tmp_path)
     other = peftops.patch(dora())
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_pefts(tmp_path):
 
 
 def test_a_trained_base_is_pefts_own():
-    """Whether it was trained before patch or is since; norms are kept again where it is frozen again."""
+    """Trained before patch or only since. When it is frozen again, norms are kept again."""
     x = torch.randn(3, 16)
     for late in (False, True):
         model = single(use_dora=True)
@@ -167,9 +167,8 @@ def test_a_trained_base_is_pefts_own():
         assert torch.equal(model(x), stock(x))
         model(x).sum().backward()
         optimizer.step()
-        assert base.weight.grad.any() and set(peftops.report(model).calls) == {
-            "base weight is trained"
-        }
+        assert base.weight.grad.any()
+        assert set(peftops.report(model).calls) == {"base weight is trained"}
         base.requires_grad_(False)
         peftops.refresh(model)
         with checked_norms():
@@ -177,23 +176,26 @@ def test_a_trained_base_is_pefts_own():
         assert peftops.report(model).calls["fused"] == 1
 
 
+def state_of(model):
+    """Class and attributes of each module."""
+    return {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
+
+
 def test_unpatch_leaves_nothing():
     model = dora()
-    before = {
-        name: (type(module), dict(vars(module))) for name, module in model.named_modules()
-    }
+    before = state_of(model)
     buffers = [name for name, _ in model.named_buffers()]
     assert gains(peftops.patch(model, strict=True))
     peftops.unpatch(model)
-    assert {
-        name: (type(module), dict(vars(module))) for name, module in model.named_modules()
-    } == before
+    assert state_of(model) == before
     assert [name for name, _ in model.named_buffers()] == buffers
 
 
 def test_another_adapter_after_patch():
-    """Each has its norm."""
-    model, x, found = peftops.patch(net("dense")), torch.randn(70, 64), []
+    """Each adapter has its own norm."""
+    model = peftops.patch(net("dense"))
+    x = torch.randn(70, 64)
+    results = []
     model.add_adapter(
         "other",
         peft.LoraConfig(r=3, use_dora=True, target_modules=["0", "2"], init_lora_weights=False),
@@ -203,25 +205,28 @@ def test_another_adapter_after_patch():
         model.set_adapter(name)
         stock.set_adapter(name)
         with checked_norms():
-            found.append((model(x), stock(x), exactly(stock)(x.double())))
-    out, same, exact = map(list, zip(*found, strict=True))
+            results.append((model(x), stock(x), exactly(stock)(x.double())))
+    out, same, exact = map(list, zip(*results, strict=True))
     assert error(out, exact) <= bound(same, exact)
     assert peftops.report(model).calls == {"fused": 6}
 
 
 def test_weights_that_are_loaded_from_meta():
-    stock, x = single(use_dora=True), torch.randn(5, 16)
+    stock = single(use_dora=True)
+    x = torch.randn(5, 16)
     patched = peftops.patch(copy.deepcopy(stock).to("meta"))
     patched.load_state_dict(stock.state_dict(), assign=True)
     exact = exactly(stock)(x.double())
     assert error(patched(x), exact) <= bound(stock(x), exact)
-    assert peftops.report(patched).calls == {"fused": 1} and len(gains(patched)) == 1
+    assert peftops.report(patched).calls == {"fused": 1}
+    assert len(gains(patched)) == 1
 
 
 def test_merges_as_before():
     model = peftops.patch(dora(), strict=True)
     stock = peftops.unpatch(copy.deepcopy(model))
-    merged, expected = copy.deepcopy(model).merge_and_unload(), stock.merge_and_unload()
+    merged = copy.deepcopy(model).merge_and_unload()
+    expected = stock.merge_and_unload()
     assert torch.equal(logits(merged), logits(expected))
     model.merge_adapter()
     logits(model)
@@ -242,29 +247,30 @@ def test_embeddings_and_convolutions_are_pefts_own():
     )
     model = adapted(base, target_modules=["emb", "lin"], use_dora=True)
     x = torch.arange(12).view(2, 6)
-    expected, image = model(x), torch.randn(2, 4, 9)
+    expected = model(x)
+    image = torch.randn(2, 4, 9)
     got = peftops.patch(model)(x)
     exact = exactly(peftops.unpatch(copy.deepcopy(model)))(x)
     assert error(got, exact) <= bound(expected, exact)
-    assert (
-        str(peftops.report(model)).startswith("1/2 LoRA layers fused")
-        and peftops.report(model).reasons
-    )
+    assert str(peftops.report(model)).startswith("1/2 LoRA layers fused")
+    assert peftops.report(model).reasons
     first = convolution.base_model.model[0]
     same = first(image)
     peftops.patch(convolution)
-    assert torch.equal(first(image), same) and peftops.report(convolution).fallback == 1
+    assert torch.equal(first(image), same)
+    assert peftops.report(convolution).fallback == 1
 
 
 def test_a_magnitude_that_a_trainer_casts():
-    """TRL casts what it trains over a 4-bit base to bf16; stock PEFT's magnitude then stays where it is."""
+    """TRL casts adapters over a 4-bit base to bf16. Stock PEFT's magnitude then never moves."""
 
     def moved(model):
         for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.to(torch.bfloat16)
         model.to(torch.bfloat16)
-        peftops.patch(model) if model is ours else None
+        if model is ours:
+            peftops.patch(model)
         magnitudes = [p for name, p in model.named_parameters() if "magnitude" in name]
         before = [p.detach().float().clone() for p in magnitudes]
         optimizer = torch.optim.AdamW(magnitudes, 1e-5, weight_decay=0.0)
@@ -276,7 +282,8 @@ def test_a_magnitude_that_a_trainer_casts():
         return torch.cat(changed).float().mean()
 
     stock, ours = dora(), dora()
-    assert moved(stock) < 0.05 and moved(ours) > 0.95
+    assert moved(stock) < 0.05
+    assert moved(ours) > 0.95
 
 
 def test_from_config_and_from_peft():
@@ -298,6 +305,7 @@ def test_from_config_and_from_peft():
     assert list(ours.state_dict()) == list(theirs.state_dict())
     x = torch.randn(5, 64)
     shared = LoRALinear.from_peft(theirs.eval())
-    exact, same = copy.deepcopy(theirs).double()(x.double()), theirs(x)
+    exact = copy.deepcopy(theirs).double()(x.double())
+    same = theirs(x)
     assert error(shared(x), exact) <= bound(same, exact)
     assert shared.lora_magnitude_vector["default"] is theirs.lora_magnitude_vector["default"]

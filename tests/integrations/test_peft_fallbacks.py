@@ -1,4 +1,4 @@
-"""What peftops does not run is PEFT's own to the bit, errors included, and is counted by its reason."""
+"""What peftops does not run, PEFT runs: to the bit, errors included, and counted by reason."""
 
 import copy
 import inspect
@@ -38,7 +38,8 @@ def lin(model):
     return model.base_model.model.lin
 
 
-def part(model, name):
+def adapter_module(model, name):
+    """lora_A, lora_B, lora_dropout or lora_magnitude_vector."""
     return getattr(lin(model), name)["default"]
 
 
@@ -50,8 +51,8 @@ def several(model):
     model.base_model.set_adapter(["default", "other"])
 
 
-def turn_into(module, kind):
-    module.__class__ = kind
+def turn_into(module, cls):
+    module.__class__ = cls
 
 
 def shadow_forward(module):
@@ -98,14 +99,14 @@ def mapped(model, x):
     return torch.func.vmap(lin(model))(x)
 
 
-CASES = {  # reason: what is done to the model, how it is called, options of the model
+CASES = {  # reason -> what is done to the model, how it is called, options of the model
     "extra arguments": (None, mixed),
     "adapters disabled": (None, disabled),
     "merged": (lambda model: model.merge_adapter(), plain),
     "several active adapters": (several, plain),
     "no active adapter": (lambda model: lin(model).set_adapter([]), plain),
     "DoRA with a bias or hooks of its own": (
-        lambda model: part(model, "lora_magnitude_vector").register_forward_hook(
+        lambda model: adapter_module(model, "lora_magnitude_vector").register_forward_hook(
             lambda *args: None
         ),
         plain,
@@ -118,16 +119,16 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
         {"use_dora": True},
     ),
     "adapter layer is not nn.Linear": (
-        lambda model: turn_into(part(model, "lora_B"), Sub),
+        lambda model: turn_into(adapter_module(model, "lora_B"), Sub),
         plain,
     ),
     "dropout is AlphaDropout(p=0.3, inplace=False)": (
-        lambda model: turn_into(part(model, "lora_dropout"), nn.AlphaDropout),
+        lambda model: turn_into(adapter_module(model, "lora_dropout"), nn.AlphaDropout),
         plain,
         {"lora_dropout": 0.3},
     ),
     "dropout is Dropout(p=0.3, inplace=True)": (
-        lambda model: setattr(part(model, "lora_dropout"), "inplace", True),
+        lambda model: setattr(adapter_module(model, "lora_dropout"), "inplace", True),
         plain,
         {"lora_dropout": 0.3},
     ),
@@ -160,7 +161,10 @@ CASES = {  # reason: what is done to the model, how it is called, options of the
         lambda model: lin(model).scaling.update(default=torch.tensor(0.5)),
         plain,
     ),
-    "ZeRO-3": (lambda model: setattr(part(model, "lora_A").weight, "ds_id", 0), plain),
+    "ZeRO-3": (
+        lambda model: setattr(adapter_module(model, "lora_A").weight, "ds_id", 0),
+        plain,
+    ),
     "no kernels for meta": (
         lambda model: model.to("meta"),
         lambda model, x: model(x.to("meta")),
@@ -173,10 +177,10 @@ RAISES = {
     "tensors on different devices",
     "dropout is Dropout(p=0.3, inplace=True)",
 }
-PARTS = {
-    "lora_A": lambda model: part(model, "lora_A"),
-    "lora_B": lambda model: part(model, "lora_B"),
-    "lora_dropout": lambda model: part(model, "lora_dropout"),
+ADAPTER_MODULES = {
+    "lora_A": lambda model: adapter_module(model, "lora_A"),
+    "lora_B": lambda model: adapter_module(model, "lora_B"),
+    "lora_dropout": lambda model: adapter_module(model, "lora_dropout"),
 }
 HOOKS = {
     "forward hook": lambda module: module.register_forward_hook(double_output),
@@ -213,37 +217,43 @@ def same(a, b):
 
 
 def assert_falls_back(model, change, call, reason):
-    stock, patched = copy.deepcopy(model), peftops.patch(copy.deepcopy(model))
-    for each in (stock, patched):
-        if change:
-            change(each)
-    expected, out = outcome(stock, call), outcome(patched, call)
+    stock = copy.deepcopy(model)
+    patched = peftops.patch(copy.deepcopy(model))
+    if change:
+        change(stock)
+        change(patched)
+    expected = outcome(stock, call)
+    out = outcome(patched, call)
     assert type(out) is type(expected) and len(out) == len(expected)
     if isinstance(expected, tuple):
         assert out == expected
     else:
         assert all(map(same, out, expected))
     report = peftops.report(patched)
-    assert (report.fused, report.reasons) == (0, {reason: 1}) and set(report.calls) == {reason}
+    assert (report.fused, report.reasons) == (0, {reason: 1})
+    assert set(report.calls) == {reason}
     return expected
 
 
 @pytest.mark.parametrize("reason", CASES)
 def test_reason(reason):
-    change, call, *config = CASES[reason]
-    expected = assert_falls_back(single(**(config[0] if config else {})), change, call, reason)
+    change, call, *more = CASES[reason]
+    config = more[0] if more else {}
+    expected = assert_falls_back(single(**config), change, call, reason)
     assert isinstance(expected, tuple) == (reason in RAISES)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", ADAPTER_MODULES)
 def test_hooks_on_a_part(name, hook):
     model = single(lora_dropout=0.3)
-    plainly = outcome(copy.deepcopy(model), plain)
+    without_hook = outcome(copy.deepcopy(model), plain)
     expected = assert_falls_back(
-        model, lambda model: HOOKS[hook](PARTS[name](model)), plain, "hooks on a part"
+        model, lambda model: HOOKS[hook](ADAPTER_MODULES[name](model)), plain, "hooks on a part"
     )
-    assert not all(map(same, plainly, expected))  # a hook that nobody calls would prove nothing
+    assert not all(
+        map(same, without_hook, expected)
+    )  # a hook that nobody calls would prove nothing
 
 
 def test_global_hooks():
@@ -253,7 +263,7 @@ def test_global_hooks():
 @pytest.mark.parametrize("name", ["lora_A", "lora_B"])
 def test_parameters_of_another_class(name):
     def change(model):
-        module = PARTS[name](model)
+        module = ADAPTER_MODULES[name](model)
         module.weight = SubParameter(module.weight.detach())
 
     assert_falls_back(single(), change, plain, "a tensor is not plain")
@@ -272,27 +282,26 @@ def test_forward_mode_ad_is_stock():
     stock = single()
     patched = peftops.patch(copy.deepcopy(stock))
     x, v = torch.randn(2, 7, 16)
-    found = []
+    duals = []
     for model in (stock, patched):
         with forward_ad.dual_level():
-            found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))))
-    assert torch.equal(found[0].primal, found[1].primal) and torch.equal(
-        found[0].tangent, found[1].tangent
-    )
-    assert set(peftops.report(patched).calls) == {
-        "torch.func, forward-mode AD, tracing or export"
-    }
+            duals.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))))
+    assert torch.equal(duals[0].primal, duals[1].primal)
+    assert torch.equal(duals[0].tangent, duals[1].tangent)
+    reason = "torch.func, forward-mode AD, tracing or export"
+    assert set(peftops.report(patched).calls) == {reason}
 
 
 def test_what_is_too_large_for_fp16_between_the_adapters():
     stock = single()
     lin(stock).base_layer.half()
     with torch.no_grad():
-        part(stock, "lora_A").weight.fill_(300)
-        part(stock, "lora_B").weight.fill_(1e-4)
+        adapter_module(stock, "lora_A").weight.fill_(300)
+        adapter_module(stock, "lora_B").weight.fill_(1e-4)
     x = torch.full((3, 16), 100.0).half()
     y = peftops.patch(copy.deepcopy(stock))(x)
-    assert y.isfinite().all() and torch.equal(y, stock(x))
+    assert y.isfinite().all()
+    assert torch.equal(y, stock(x))
 
 
 def test_a_bias_that_is_a_buffer():
@@ -301,11 +310,11 @@ def test_a_bias_that_is_a_buffer():
     bias = base.bias.detach() + 3
     del base.bias
     base.register_buffer("bias", bias)
-    patched, x = peftops.patch(copy.deepcopy(stock)), torch.randn(7, 16)
+    patched = peftops.patch(copy.deepcopy(stock))
+    x = torch.randn(7, 16)
     exact = copy.deepcopy(stock).double()(x.double())
-    assert error(patched(x), exact) <= bound(stock(x), exact) and peftops.report(
-        patched
-    ).calls == {"fused": 1}
+    assert error(patched(x), exact) <= bound(stock(x), exact)
+    assert peftops.report(patched).calls == {"fused": 1}
 
 
 class Counting(ModelHook):
@@ -318,22 +327,22 @@ class Counting(ModelHook):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_hooks_of_accelerate_on_the_layer_itself(late):
-    """As a model gets them that is dispatched over devices, before or after patch"""
-    stock, model, hook = single(), single(), Counting()
+    """The hooks of a model that is dispatched over devices, before or after patch."""
+    stock, model = single(), single()
+    hook = Counting()
     if late:
         peftops.patch(model)
     add_hook_to_module(lin(model), hook)
     if not late:
         peftops.patch(model, strict=True)
     x = torch.randn(7, 16)
-    assert torch.equal(model(x), peftops.patch(copy.deepcopy(stock))(x)) and hook.calls == 1
+    assert torch.equal(model(x), peftops.patch(copy.deepcopy(stock))(x))
+    assert hook.calls == 1
     assert peftops.report(model).calls == {"fused": 1}
     peftops.unpatch(model)
-    assert (
-        torch.equal(model(x), stock(x))
-        and hook.calls == 2
-        and type(lin(model)) is type(lin(stock))
-    )
+    assert torch.equal(model(x), stock(x))
+    assert hook.calls == 2
+    assert type(lin(model)) is type(lin(stock))
 
 
 def test_a_forward_of_its_own_is_called_and_named():
@@ -342,7 +351,8 @@ def test_a_forward_of_its_own_is_called_and_named():
         shadow_forward(lin(each))
     peftops.patch(model)
     x = torch.randn(7, 16)
-    assert torch.equal(model(x), stock(x)) and type(lin(model)) is type(lin(stock))
+    assert torch.equal(model(x), stock(x))
+    assert type(lin(model)) is type(lin(stock))
     assert peftops.report(model).reasons == {"its forward was replaced": 1}
     with pytest.raises(ValueError, match="lin cannot be fused: its forward was replaced"):
         peftops.patch(model, strict=True)
@@ -358,27 +368,25 @@ def test_a_forward_of_its_own_is_called_and_named():
 
 
 def test_every_reason_has_a_case():
-    """A reason that nobody tests would be a guess."""
-    parts = planning.plan, planning.only_one, planning.dora_misfit
-    parts += planning.parts_misfit, planning.misfit, planning.dtype_misfit
-    source = "".join(map(inspect.getsource, parts))
-    constants = set(re.findall(r'return (?:Fallback\()?"([^"]+)"', source)) | {
-        "extra arguments"
-    }
+    deciders = planning.plan, planning.only_one, planning.dora_misfit
+    deciders += planning.modules_misfit, planning.misfit, planning.dtype_misfit
+    source = "".join(map(inspect.getsource, deciders))
+    constants = set(re.findall(r'return (?:Fallback\()?"([^"]+)"', source))
+    constants.add("extra arguments")
     assert constants - set(CASES) == {
         "hooks on a part",
         "a tensor is not plain",
         "compute_dtype or x is not of autocast's dtype",
     }
     starts = re.findall(r'return (?:Fallback\()?f"(\w[\w ]+) \{', source)
-    assert starts and all(start in " ".join(CASES) for start in starts)
+    assert starts
+    assert all(start in " ".join(CASES) for start in starts)
 
 
 def test_dropout_that_is_not_active_is_fused():
     model = peftops.patch(single(lora_dropout=0.3)).eval()
-    assert model(torch.randn(3, 16)).isfinite().all() and peftops.report(model).calls == {
-        "fused": 1
-    }
+    assert model(torch.randn(3, 16)).isfinite().all()
+    assert peftops.report(model).calls == {"fused": 1}
 
 
 def test_warns_and_names_what_is_not_fused(caplog):

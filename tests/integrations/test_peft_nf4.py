@@ -1,4 +1,4 @@
-"""Patched LoRA layers over bases of 4 bits, LinearNF4 and bitsandbytes' Linear4bit: the law against stock PEFT."""
+"""Patched LoRA layers over LinearNF4 and bitsandbytes' Linear4bit follow stock PEFT by the law."""
 
 import copy
 import inspect
@@ -36,10 +36,8 @@ def theirs(
 ):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    linear, layer = (
-        nn.Linear(K, N, dtype=dtype),
-        bnb.nn.Linear4bit(K, N, compute_dtype=compute_dtype),
-    )
+    linear = nn.Linear(K, N, dtype=dtype)
+    layer = bnb.nn.Linear4bit(K, N, compute_dtype=compute_dtype)
     options = {
         "quant_type": quant_type,
         "compress_statistics": double_quant,
@@ -66,13 +64,11 @@ def layer_of(model):
 
 def exactly(model, x, **config):
     """Stock PEFT in float64 over the dequantized weight."""
-    base, wide = layer_of(model).base_layer, copy.deepcopy(model)
+    base = layer_of(model).base_layer
     q = base.quantized if isinstance(base, LinearNF4) else LinearNF4.from_bnb(base).quantized
     linear = nn.Linear(K, N, dtype=torch.float64).requires_grad_(False)
-    linear.weight.data, linear.bias = (
-        q.dequantize(torch.float64),
-        wide.base_model.model.lin.base_layer.bias,
-    )
+    linear.weight.data = q.dequantize(torch.float64)
+    linear.bias = copy.deepcopy(base.bias)
     net = lora(nn.Linear(K, N), **config)
     state = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     net.load_state_dict(state, strict=False)
@@ -81,7 +77,7 @@ def exactly(model, x, **config):
 
 
 CONFIG = {"lora_dropout": 0.3, "use_rslora": True}
-CASES = {  # dtype of the weight, compute_dtype, dtype of x, autocast
+CASES = {  # name -> dtype of the weight, compute_dtype, dtype of x, autocast
     "fp32": (torch.float32, None, torch.float32, None),
     "computes-fp32": (torch.float32, torch.float32, torch.float32, None),
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
@@ -96,18 +92,20 @@ CASES = {  # dtype of the weight, compute_dtype, dtype of x, autocast
 def test_is_stock_peft(make, case, monkeypatch):
     install_our_mask(monkeypatch)
     dtype, compute, x_dtype, autocast = case
-    model, x = lora(make(dtype, compute), **CONFIG), torch.randn(80, K, dtype=x_dtype)
+    model = lora(make(dtype, compute), **CONFIG)
+    x = torch.randn(80, K, dtype=x_dtype)
     if x_dtype is torch.bfloat16 and not autocast:  # else stock PEFT multiplies in fp32
         model = model.to(torch.bfloat16)
-    exact, same = exactly(model, x, **CONFIG), pass_of(model, x, autocast)
+    exact = exactly(model, x, **CONFIG)
+    same = pass_of(model, x, autocast)
     patched = peftops.patch(copy.deepcopy(model), strict=True)
     out = pass_of(patched, x, autocast)
     assert [t.dtype for t in out] == [t.dtype for t in same]
     assert error(out, exact) <= bound(same, exact)
-    assert peftops.report(patched).calls == {"fused": 1} and peftops.report(patched).fused == 1
-    assert "quant_state" not in repr(peftops.unpatch(patched)) and not isinstance(
-        layer_of(patched), Fused
-    )
+    assert peftops.report(patched).calls == {"fused": 1}
+    assert peftops.report(patched).fused == 1
+    assert "quant_state" not in repr(peftops.unpatch(patched))
+    assert not isinstance(layer_of(patched), Fused)
 
 
 @pytest.mark.parametrize(
@@ -115,61 +113,70 @@ def test_is_stock_peft(make, case, monkeypatch):
 )
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_formats(make, options):
-    model, x = lora(make(**options)), torch.randn(5, K)
-    exact, same = exactly(model, x), pass_of(model, x)
+    model = lora(make(**options))
+    x = torch.randn(5, K)
+    exact = exactly(model, x)
+    same = pass_of(model, x)
     assert error(pass_of(peftops.patch(model, strict=True), x), exact) <= bound(same, exact)
 
 
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_saves_copies_and_pickles(make):
-    model, x = peftops.patch(lora(make())), torch.randn(5, K)
-    expected, file = model(x), io.BytesIO()
+    model = peftops.patch(lora(make()))
+    x = torch.randn(5, K)
+    expected = model(x)
+    file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert torch.equal(other(x), expected) and isinstance(layer_of(other), Fused)
+        assert torch.equal(other(x), expected)
+        assert isinstance(layer_of(other), Fused)
 
 
 @pytest.mark.parametrize("make", [ours, theirs], ids=["LinearNF4", "Linear4bit"])
 def test_a_compiled_model_is_one_graph(make):
-    model, x = lora(make()), torch.randn(70, K)
-    exact, same = exactly(model, x), pass_of(model, x)
+    model = lora(make())
+    x = torch.randn(70, K)
+    exact = exactly(model, x)
+    same = pass_of(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(peftops.patch(model), fullgraph=True, backend="aot_eager")
     assert error(pass_of(compiled, x), exact) <= bound(same, exact)
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("part", ["offset", "scales", "table"])
-def test_a_quantization_state_that_was_cast_with_its_model(part, cast):
-    """An offset in 16 bits is added as it is; the other parts are read in float32, as bitsandbytes' GPU kernels do."""
-    model, x = lora(theirs(double_quant=part == "offset")), torch.randn(70, K)
+@pytest.mark.parametrize("tensor", ["offset", "scales", "table"])
+def test_a_quantization_state_that_was_cast_with_its_model(tensor, cast):
+    """An offset in 16 bits is added as it is. Scales and table are read in float32.
+
+    bitsandbytes' GPU kernels do the same.
+    """
+    model = lora(theirs(double_quant=tensor == "offset"))
+    x = torch.randn(70, K)
     state = layer_of(model).base_layer.weight.quant_state
-    if part == "offset":
+    if tensor == "offset":
         state.offset = state.offset.to(cast)
-    elif part == "scales":
+    elif tensor == "scales":
         state.absmax = state.absmax.to(cast)
     else:
         state.code = state.code.to(cast)
     expected = peft.utils.integrations.dequantize_module_weight(layer_of(model).base_layer)
     assert torch.equal(LinearNF4.from_bnb(layer_of(model).base_layer).dequantize(), expected)
-    exact, same = exactly(model, x), pass_of(model, x)
+    exact = exactly(model, x)
+    same = pass_of(model, x)
     assert error(pass_of(peftops.patch(model, strict=True), x), exact) <= bound(same, exact)
     assert peftops.report(model).calls == {FUSED: 1}
 
 
 def test_nested_scales_that_were_cast_with_their_model():
-    """bitsandbytes on a CPU reads memory of another dtype there, so the formula is the witness."""
+    """Compared with the formula: on a CPU, bitsandbytes reads their memory in a wrong dtype."""
     layer = theirs()
     state = layer.weight.quant_state
-    state.state2.absmax, state.state2.code = (
-        state.state2.absmax.bfloat16(),
-        state.state2.code.half(),
-    )
-    absmax = (
-        state.state2.code.float()[state.absmax.long()] * state.state2.absmax.float()
-        + state.offset
-    )
+    nested = state.state2
+    nested.absmax = nested.absmax.bfloat16()
+    nested.code = nested.code.half()
+    values8 = nested.code.float()[state.absmax.long()]
+    absmax = values8 * nested.absmax.float() + state.offset
     codes = layer.weight.data.flatten().long()
     values = state.code[torch.stack([codes >> 4, codes & 15], 1).flatten()]
     expected = (values * absmax.repeat_interleave(64)).view(N, K)
@@ -214,8 +221,8 @@ def test_every_reason_has_a_case():
 def test_what_linear4bit_computes_itself(reason):
     model = lora(theirs())
     UNREAD[reason](layer_of(model))
-    (path,) = peftops.report(peftops.patch(model, strict=True)).paths
-    assert path.endswith(f"base's own product: {reason}")
+    (description,) = peftops.report(peftops.patch(model, strict=True)).paths
+    assert description.endswith(f"base's own product: {reason}")
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -240,18 +247,20 @@ def test_what_would_compute_otherwise_is_pefts_own(make):
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_merges_once_rounded_and_unmerges_every_bit(config):
-    model, x = peftops.patch(lora(ours(), **config)), torch.randn(5, K)
-    layer, base = layer_of(model), layer_of(model).base_layer
+    model = peftops.patch(lora(ours(), **config))
+    x = torch.randn(5, K)
+    layer = layer_of(model)
+    base = layer.base_layer
     before = {k: t.clone() for k, t in base.state_dict().items()}
     expected = model(x)
     weight = base.dequantize() + layer.get_delta_weight("default")
     with pytest.warns(UserWarning, match="merge: a merged weight in 4 bits is rounded again"):
         layer.merge(safe_merge=True)
     if not config:
-        assert torch.equal(
-            base.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize()
-        )
-    assert layer.merged and error(model(x), expected.double()) < 0.2
+        rounded = LinearNF4.from_linear(linear_of(weight)).dequantize()
+        assert torch.equal(base.dequantize(), rounded)
+    assert layer.merged
+    assert error(model(x), expected.double()) < 0.2
     assert peftops.report(model).reasons == {"merged": 1}
     with pytest.raises(
         ValueError, match=r"unpatch: base_model.model.lin must be unmerged first"
@@ -259,9 +268,8 @@ def test_merges_once_rounded_and_unmerges_every_bit(config):
         peftops.unpatch(model)
     with model.disable_adapter():  # unmerges
         model(x)
-    assert not layer.merged and all(
-        torch.equal(t, before[k]) for k, t in base.state_dict().items()
-    )
+    assert not layer.merged
+    assert all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
     assert torch.equal(model(x), expected)
 
 
@@ -277,16 +285,13 @@ def test_merges_several_adapters_from_the_first_weight():
         "other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
     )
     layer = layer_of(peftops.patch(model))
-    weight = (
-        layer.base_layer.dequantize()
-        + layer.get_delta_weight("default")
-        + layer.get_delta_weight("other")
-    )
+    weight = layer.base_layer.dequantize()
+    for name in ("default", "other"):
+        weight = weight + layer.get_delta_weight(name)
     layer.merge(adapter_names=["default"])
     layer.merge(adapter_names=["other"])
-    assert torch.equal(
-        layer.base_layer.dequantize(), LinearNF4.from_linear(linear_of(weight)).dequantize()
-    )
+    rounded = LinearNF4.from_linear(linear_of(weight)).dequantize()
+    assert torch.equal(layer.base_layer.dequantize(), rounded)
     merged = model.merge_and_unload()
     assert type(merged.lin) is LinearNF4
 
@@ -297,10 +302,8 @@ def test_a_broken_adapter_is_not_merged_safely():
     before = layer_of(model).base_layer.dequantize()
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         layer_of(model).merge(safe_merge=True)
-    assert (
-        torch.equal(layer_of(model).base_layer.dequantize(), before)
-        and not layer_of(model).merged
-    )
+    assert torch.equal(layer_of(model).base_layer.dequantize(), before)
+    assert not layer_of(model).merged
 
 
 def test_merge_over_linear4bit_is_pefts():
@@ -325,8 +328,8 @@ def test_initialisations(init):
         models.append(
             layer_of(adapted(Net(lin), target_modules=["lin"], init_lora_weights=init))
         )
-    for part in ("lora_A", "lora_B"):
-        assert torch.equal(*(getattr(model, part)["default"].weight for model in models))
+    for child in ("lora_A", "lora_B"):
+        assert torch.equal(*(getattr(model, child)["default"].weight for model in models))
 
 
 def test_dora_starts_at_the_norm_of_the_weight():
@@ -339,23 +342,24 @@ def test_dora_starts_at_the_norm_of_the_weight():
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_residuals_are_quantized_after_pefts_decomposition(init):
-    """PiSSA and OLoRA change the weight, so PEFT wants it dense; its layer then takes a LinearNF4 of what is left."""
+    """PiSSA and OLoRA change a dense weight. What is left of it is quantized afterwards."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
-    before, x = linear.weight.detach().clone(), torch.randn(5, K)
+    before = linear.weight.detach().clone()
+    x = torch.randn(5, K)
     layer = layer_of(adapted(Net(linear), target_modules=["lin"], init_lora_weights=init))
     layer.base_layer = LinearNF4.from_linear(layer.base_layer)
     model = peftops.patch(Net(layer), strict=True)
     plain = LinearNF4.from_linear(linear_of(before), double_quant=True)
     whole = layer.base_layer.dequantize() + layer.get_delta_weight("default")
-    assert (whole - before).norm() < (
-        plain.dequantize() - before
-    ).norm()  # which PiSSA promises
-    assert isinstance(model.lin, FusedLinear) and torch.isfinite(model(x)).all()
+    # PiSSA promises that less is lost than by quantizing the weight itself.
+    assert (whole - before).norm() < (plain.dequantize() - before).norm()
+    assert isinstance(model.lin, FusedLinear)
+    assert torch.isfinite(model(x)).all()
 
 
 def test_loftq_over_what_is_quantized():
-    """LoftQ for a weight that is quantized already is one decomposition of what quantization lost."""
+    """Over a quantized weight, LoftQ is one decomposition of what quantization lost."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
     layer = layer_of(

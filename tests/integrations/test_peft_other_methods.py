@@ -1,4 +1,4 @@
-"""Other methods of PEFT in a model with LoRA compute as before; a model of nothing else is refused in one sentence."""
+"""Other methods of PEFT beside LoRA compute as before. A model without LoRA is refused."""
 
 import copy
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 TARGETS = {"target_modules": ["0", "1"]}
-OTHERS = {  # layers of another kind, which wrap what they adapt
+OTHERS = {  # methods whose layers wrap the layer that they adapt
     "LoHa": peft.LoHaConfig(r=2, alpha=3, init_weights=False, **TARGETS),
     "LoKr": peft.LoKrConfig(r=2, alpha=3, init_weights=False, **TARGETS),
     "OFT": peft.OFTConfig(
@@ -71,13 +71,14 @@ def trained(model, x):
 
 
 def assert_law(model, run, calls):
-    exact, same = run(exactly(model)), orders(lambda: run(model))
+    exact = run(exactly(model))
+    same = orders(lambda: run(model))
     patched = peftops.patch(copy.deepcopy(model))
     out = run(patched)
     assert error(out, exact) <= chain_bound(same, exact)
     assert peftops.report(patched).calls == calls
-    kinds = [type(module) for module in model.modules()]
-    assert [type(module) for module in peftops.unpatch(patched).modules()] == kinds
+    classes = [type(module) for module in model.modules()]
+    assert [type(module) for module in peftops.unpatch(patched).modules()] == classes
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
@@ -100,7 +101,8 @@ def test_ours_around_another_adapter(other):
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_only_one_of_two_kinds_is_active(other):
-    model, x = mixed(other, LORA), torch.linspace(-1, 1, 70 * 16).view(70, 16)
+    model = mixed(other, LORA)
+    x = torch.linspace(-1, 1, 70 * 16).view(70, 16)
     model.set_adapter("default")
     assert_law(model, lambda model: trained(model, x), {"no active adapter": 2})
     model.set_adapter("other")
@@ -114,7 +116,8 @@ def test_a_layer_of_adalora_is_pefts_own():
     model = mixed(LORA, config)
     x = torch.randn(70, 16)
     patched = peftops.patch(copy.deepcopy(model))
-    exact, same = trained(exactly(model), x), trained(model, x)
+    exact = trained(exactly(model), x)
+    same = trained(model, x)
     assert error(trained(patched, x), exact) <= bound(same, exact)
     assert peftops.report(patched).reasons == {"layer is adalora.layer.SVDLinear": 2}
 

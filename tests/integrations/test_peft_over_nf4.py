@@ -1,4 +1,7 @@
-"""What PEFT does over bitsandbytes' Linear4bit it does over LinearNF4: as over the dense weight, quantized after."""
+"""What PEFT does over bitsandbytes' Linear4bit, it does over LinearNF4.
+
+It computes as over the dense weight, and quantizes what it changed.
+"""
 
 import copy
 
@@ -11,9 +14,8 @@ from torch import nn
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import (
-    replace_lora_weights_loftq,
-)  # imported before there is a LinearNF4, as scripts do
+# Imported before there is a LinearNF4, as scripts do.
+from peft import replace_lora_weights_loftq
 from peft.helpers import KappaTuneSelector
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -51,9 +53,9 @@ def bits(layer):
 
 
 def same_bits(a, b):
-    return list(a) == list(b) and all(
-        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
-    )
+    if list(a) != list(b):
+        return False
+    return all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
 def made(lin, config, seed=1):
@@ -73,14 +75,16 @@ def layer_of(model):
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(
-    "kind", [peft.PeftModel, peft.PeftMixedModel], ids=lambda kind: kind.__name__
+    "model_class",
+    [peft.PeftModel, peft.PeftMixedModel],
+    ids=lambda model_class: model_class.__name__,
 )
 @pytest.mark.parametrize("k, n", [(64, 96), (33, 7), (1, 1)])
-def test_parameters_are_counted_as_those_of_the_dense_model(kind, double, k, n):
+def test_parameters_are_counted_as_those_of_the_dense_model(model_class, double, k, n):
     layer = ours(k, n, double_quant=double)
     config = peft.LoraConfig(r=4, target_modules=["lin"])
     counts = [
-        kind(Net(lin), copy.deepcopy(config)).get_nb_trainable_parameters()
+        model_class(Net(lin), copy.deepcopy(config)).get_nb_trainable_parameters()
         for lin in (dense(layer), layer)
     ]
     assert counts[0] == counts[1] == (4 * (k + n), 4 * (k + n) + k * n + n)
@@ -112,28 +116,27 @@ INITS = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_initializations_are_those_of_the_dense_weight(init, dtype):
     layer = ours(dtype=dtype)
-    linear, before = dense(layer), bits(layer)
+    linear = dense(layer)
+    before = bits(layer)
     config = {"target_modules": ["lin"], "init_lora_weights": init, "r": 8, "lora_alpha": 8}
     if init == "lora_ga":
         config["lora_ga_config"] = peft.LoraGAConfig()
-        linear._peft_loraga_grad, layer._peft_loraga_grad = (
-            torch.ones(2, N, K).normal_()[:1].expand(2, N, K)
-        )
+        gradient = torch.ones(2, N, K).normal_()[0]
+        linear._peft_loraga_grad = gradient
+        layer._peft_loraga_grad = gradient
     models = []
     for lin in (linear, layer):
         torch.manual_seed(3)
         models.append(layer_of(adapted(Net(lin), **config)))
-    for part in ("lora_A", "lora_B"):
-        assert torch.equal(*(getattr(model, part)["default"].weight for model in models)), part
+    for child in ("lora_A", "lora_B"):
+        a, b = (getattr(model, child)["default"].weight for model in models)
+        assert torch.equal(a, b), child
     weight = models[0].base_layer.weight
     moved = not torch.equal(weight, NF4Weight.load(before).dequantize(torch.float32))
     assert moved == (init in ("olora", "pissa", "pissa_niter_4", "lora_ga"))
-    expected = (
-        LinearNF4.from_linear(nn.Linear(K, N)).quantized if moved else NF4Weight.load(before)
-    )
-    if moved:
-        expected = NF4Weight.quantize(weight.detach())
-    assert type(layer) is LinearNF4 and layer.weight_dtype is dtype
+    expected = NF4Weight.quantize(weight.detach()) if moved else NF4Weight.load(before)
+    assert type(layer) is LinearNF4
+    assert layer.weight_dtype is dtype
     assert torch.equal(layer.dequantize(torch.float32), expected.dequantize(torch.float32))
     assert same_bits(before, bits(layer)) != moved
 
@@ -141,32 +144,29 @@ def test_initializations_are_those_of_the_dense_weight(init, dtype):
 def test_olora_leaves_the_bytes_that_it_leaves_over_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    linear, theirs = (
-        nn.Linear(K, N),
-        bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32),
-    )
+    linear = nn.Linear(K, N)
+    theirs = bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32)
     theirs.load_state_dict(linear.state_dict())
     theirs.to("cpu")
     net = Net(theirs)
     net.is_loaded_in_4bit = True
-    mine, config = (
-        LinearNF4.from_linear(linear),
-        {"target_modules": ["lin"], "init_lora_weights": "olora"},
-    )
-    models = [layer_of(adapted(made, **config)) for made in (net, Net(mine))]
-    for part in ("lora_A", "lora_B"):
-        assert torch.equal(*(getattr(model, part)["default"].weight for model in models)), part
+    mine = LinearNF4.from_linear(linear)
+    config = {"target_modules": ["lin"], "init_lora_weights": "olora"}
+    models = [layer_of(adapted(base, **config)) for base in (net, Net(mine))]
+    for child in ("lora_A", "lora_B"):
+        a, b = (getattr(model, child)["default"].weight for model in models)
+        assert torch.equal(a, b), child
     assert same_bits(bits(LinearNF4.from_bnb(models[0].base_layer)), bits(mine))
 
 
 def test_corda_reads_the_weight_that_the_codes_stand_for(tmp_path):
-    layer, x = ours(), torch.randn(300, K)
+    layer = ours()
+    x = torch.randn(300, K)
     before = bits(layer)
-    torch.save({"lin": x.T @ x}, tmp_path / "covariance.pt")
-    options, models = (
-        {"corda_method": "kpm", "covariance_file": str(tmp_path / "covariance.pt")},
-        [],
-    )
+    covariance_file = tmp_path / "covariance.pt"
+    torch.save({"lin": x.T @ x}, covariance_file)
+    options = {"corda_method": "kpm", "covariance_file": str(covariance_file)}
+    models = []
     for lin in (dense(layer), layer):
         config = peft.LoraConfig(
             r=8,
@@ -177,16 +177,17 @@ def test_corda_reads_the_weight_that_the_codes_stand_for(tmp_path):
         net = Net(lin)
         preprocess_corda(net, config)
         models.append(layer_of(peft.get_peft_model(net, config)))
-    for part in ("lora_A", "lora_B"):
-        assert torch.equal(*(getattr(model, part)["default"].weight for model in models)), part
+    for child in ("lora_A", "lora_B"):
+        a, b = (getattr(model, child)["default"].weight for model in models)
+        assert torch.equal(a, b), child
     expected = NF4Weight.quantize(models[0].base_layer.weight.detach())
-    assert torch.equal(layer.dequantize(), expected.dequantize()) and not same_bits(
-        before, bits(layer)
-    )
+    assert torch.equal(layer.dequantize(), expected.dequantize())
+    assert not same_bits(before, bits(layer))
 
 
 def test_what_cannot_start_from_a_quantized_weight_is_refused_by_name():
-    layer, config = layer_of(made(ours(), METHODS["LoRA"])), METHODS["LoRA"]
+    config = METHODS["LoRA"]
+    layer = layer_of(made(ours(), config))
     with pytest.raises(
         ValueError,
         match="LinearNF4: init_lora_weights='loftq' must have a base that is not quantized",
@@ -206,13 +207,14 @@ def test_condition_numbers_are_those_of_the_weight():
     net.other = nn.Linear(4, 4)
     plain = copy.deepcopy(net)
     plain.lin = dense(net.lin)
-    found = []
+    numbers = []
     for model in (plain, net):
         selector = KappaTuneSelector(model, show_progress=False)
         selector._compute_kappas()
         selector._compute_kappas()
-        found.append(selector._condition_numbers)
-    assert set(found[1]) == {"lin", "other"} and found[0] == found[1]
+        numbers.append(selector._condition_numbers)
+    assert set(numbers[1]) == {"lin", "other"}
+    assert numbers[0] == numbers[1]
     assert selector.model is net
 
 
@@ -227,12 +229,17 @@ def test_loftq_replaces_adapters_by_what_quantization_lost(columns, tmp_path):
     )
     stored = linear.weight.T if columns else linear.weight
     save_file({"lin.weight": stored.detach().contiguous()}, tmp_path / "model.safetensors")
-    lost, before = linear.weight - layer.dequantize(), bits(layer)
+    lost = linear.weight - layer.dequantize()
+    before = bits(layer)
     kept = layer_of(model).lora_A["default"].weight.detach().clone()
     asked = []
-    refuse = lambda model, name: asked.append(name)  # noqa: E731
+
+    def refuse(model, name):
+        asked.append(name)
+
     replace_lora_weights_loftq(model, str(tmp_path), callback=refuse)
-    assert asked == ["lin"] and torch.equal(layer_of(model).lora_A["default"].weight, kept)
+    assert asked == ["lin"]
+    assert torch.equal(layer_of(model).lora_A["default"].weight, kept)
     replace_lora_weights_loftq(model, str(tmp_path))
     best = _low_rank_decomposition(lost.detach(), 8)
     assert torch.equal(layer_of(model).lora_A["default"].weight, best["R"])
@@ -248,7 +255,7 @@ def test_loftq_of_a_model_without_4_bits_is_pefts(tmp_path):
         replace_lora_weights_loftq(model, str(tmp_path))
 
 
-T = {"target_modules": ["lin"]}
+T = {"target_modules": ["lin"]}  # of all configs below
 METHODS = {
     "LoRA": peft.LoraConfig(r=4, **T),
     "DoRA": peft.LoraConfig(r=4, use_dora=True, **T),
@@ -275,7 +282,8 @@ METHODS = {
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_compute_and_merge_as_over_the_dense_weight(method, safe):
-    layer, x = ours(), torch.randn(5, K)
+    layer = ours()
+    x = torch.randn(5, K)
     plain = dense(layer)
     models = [made(lin, METHODS[method]).eval() for lin in (plain, layer)]
     plain.weight.data = layer.dequantize()  # PiSSA has moved it
@@ -284,12 +292,15 @@ def test_methods_compute_and_merge_as_over_the_dense_weight(method, safe):
     before = bits(layer)
     for step in ("merge", "unmerge"):
         for model in models:
-            model.merge_adapter(safe_merge=safe) if step == "merge" else model.unmerge_adapter()
+            if step == "merge":
+                model.merge_adapter(safe_merge=safe)
+            else:
+                model.unmerge_adapter()
         rounded = NF4Weight.quantize(plain.weight.detach().contiguous()).dequantize()
-        assert torch.equal(layer.dequantize(), rounded) and torch.equal(
-            layer.bias, plain.bias
-        ), step
-        assert not same_bits(before, bits(layer)) and type(layer) is LinearNF4
+        assert torch.equal(layer.dequantize(), rounded), step
+        assert torch.equal(layer.bias, plain.bias), step
+        assert not same_bits(before, bits(layer))
+        assert type(layer) is LinearNF4
         plain.weight.data = rounded
 
 
@@ -322,15 +333,13 @@ def test_a_merge_that_fails_changes_nothing():
     for safe in (False, True):
         with pytest.raises(ValueError, match="NaN"):
             model.merge_adapter(safe_merge=safe)
-        assert (
-            same_bits(before, bits(layer))
-            and type(layer) is LinearNF4
-            and not layer_of(model).merged
-        )
+        assert same_bits(before, bits(layer))
+        assert type(layer) is LinearNF4
+        assert not layer_of(model).merged
 
 
 def test_a_layer_without_data_is_pefts():
-    """A layer on the meta device has no weight to start from, so PEFT says what it says of any such weight."""
+    """On the meta device there is no weight to start from. PEFT's own error is raised."""
     layer = LinearNF4(K, N, device="meta")
     with pytest.raises(TypeError, match="PiSSA"):
         adapted(Net(layer), target_modules=["lin"], init_lora_weights="pissa")

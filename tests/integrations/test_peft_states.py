@@ -1,4 +1,4 @@
-"""Whatever state a model is in: patch completes or changes nothing, unpatch gives every class back."""
+"""In any state of a model, patch completes or changes nothing, and unpatch restores all classes."""
 
 import copy
 
@@ -22,11 +22,12 @@ pytestmark = [
 
 
 def state(model):
-    """Classes, and names of attributes."""
+    """Class and names of attributes of each module."""
     return {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
 
 
 def classes(model):
+    """The class of each module, except those of the adapter `other`."""
     return {
         name: type(module)
         for name, module in model.named_modules()
@@ -39,6 +40,7 @@ def blocks(model):
 
 
 def other(**config):
+    """The config of a second adapter."""
     return peft.LoraConfig(
         r=3, init_lora_weights=False, **{"target_modules": ["k_proj", "o_proj"]} | config
     )
@@ -50,19 +52,21 @@ def test_patch_completes_what_is_half_patched():
     model.add_adapter("other", other())
     logits(model)
     before = peftops.report(model)
-    assert before.reasons == {"not patched": 5} and before.calls == {FUSED: 1}
+    assert before.reasons == {"not patched": 5}
+    assert before.calls == {FUSED: 1}
     peftops.patch(model)
-    assert all(
-        type(layer) is FusedLinear for layer in model.modules() if isinstance(layer, LoraLayer)
-    )
+    for layer in model.modules():
+        assert type(layer) is FusedLinear or not isinstance(layer, LoraLayer)
     logits(model)
     assert peftops.report(model).calls == {FUSED: 3, "no active adapter": 4}
 
 
 def test_a_patch_that_fails_changes_nothing(monkeypatch):
-    model, kept = tiny(use_dora=True), []
+    model = tiny(use_dora=True)
+    kept = []
     peftops.patch(blocks(model)[0])
-    before, buffers = state(model), [name for name, _ in model.named_buffers()]
+    before = state(model)
+    buffers = [name for name, _ in model.named_buffers()]
 
     def fail(layer):
         kept.append(layer)
@@ -74,7 +78,8 @@ def test_a_patch_that_fails_changes_nothing(monkeypatch):
     monkeypatch.setattr(Fused, "keep_gains", fail)
     with pytest.raises(MemoryError):
         peftops.patch(model)
-    assert state(model) == before and [name for name, _ in model.named_buffers()] == buffers
+    assert state(model) == before
+    assert [name for name, _ in model.named_buffers()] == buffers
 
 
 def add_layers(model):
@@ -113,7 +118,7 @@ def patch_again(model):
     peftops.patch(model)
 
 
-def unpatch_a_part(model):
+def unpatch_a_block(model):
     peftops.unpatch(blocks(model)[0])
 
 
@@ -124,21 +129,18 @@ BETWEEN = [
     fail_strictly,
     merge_and_unmerge,
     patch_again,
-    unpatch_a_part,
+    unpatch_a_block,
 ]
 IN_STOCK = {
     patch_again: add_layers,
     fail_strictly: lambda model: None,
-    unpatch_a_part: lambda model: None,
+    unpatch_a_block: lambda model: None,
 }
 
 
 @pytest.mark.parametrize("between", BETWEEN)
 def test_unpatch_restores_every_class(between):
-    model, stock = (
-        tiny(target_modules=["q_proj", "k_proj"]),
-        tiny(target_modules=["q_proj", "k_proj"]),
-    )
+    model, stock = (tiny(target_modules=["q_proj", "k_proj"]) for _ in range(2))
     peftops.patch(model)
     for each, change in ((model, between), (stock, IN_STOCK.get(between, between))):
         torch.manual_seed(2)
@@ -153,39 +155,39 @@ def test_unpatch_restores_every_class(between):
 
 def test_a_model_is_patched_before_its_weights_are_there():
     model = tiny()
-    weights, expected = model.state_dict(), logits(peftops.patch(copy.deepcopy(model)))
+    weights = model.state_dict()
+    expected = logits(peftops.patch(copy.deepcopy(model)))
     model.to("meta")
     assert peftops.report(peftops.patch(model)).reasons == {"no kernels for meta": 14}
     model.to_empty(device="cpu").load_state_dict(weights)
     for name, buffer in peftops.unpatch(tiny()).named_buffers():
         model.get_buffer(name).copy_(buffer)
-    assert torch.equal(logits(model), expected) and peftops.report(model).calls == {FUSED: 14}
+    assert torch.equal(logits(model), expected)
+    assert peftops.report(model).calls == {FUSED: 14}
 
 
 def outcome(model):
-    """Of a call: where y is, or the error."""
+    """The device of y in a call, or the error."""
     try:
         return model(torch.randn(3, 16)).device
     except RuntimeError as refusal:
         return str(refusal)
 
 
-@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
-def test_tensors_of_two_devices_are_pefts_own(part):
+@pytest.mark.parametrize("child", ["base_layer", "lora_A", "lora_B"])
+def test_tensors_of_two_devices_are_pefts_own(child):
     model = single()
-    getattr(model.base_model.model.lin, part).to("meta")
+    getattr(model.base_model.model.lin, child).to("meta")
     expected = outcome(model)
     assert outcome(peftops.patch(model)) == expected
     assert peftops.report(model).reasons == {"tensors on different devices": 1}
 
 
 def test_a_base_weight_that_is_trained_is_refused_in_one_sentence():
-    x, w, a, b = (
-        torch.randn(3, 16),
-        torch.randn(24, 16, requires_grad=True),
-        torch.randn(4, 16),
-        torch.randn(24, 4),
-    )
+    x = torch.randn(3, 16)
+    w = torch.randn(24, 16, requires_grad=True)
+    a = torch.randn(4, 16)
+    b = torch.randn(24, 4)
     with pytest.raises(
         ValueError, match=r"^lora: w must be frozen, got one that requires grad$"
     ):

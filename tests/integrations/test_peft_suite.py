@@ -1,4 +1,4 @@
-"""The plugin that runs PEFT's tests on peftops, over tests of our own."""
+"""The plugin that runs PEFT's tests on peftops, tried on tests of our own."""
 
 import pytest
 
@@ -18,8 +18,8 @@ from peftops.integrations.peft import Fused
 
 
 def layer(base, **config):
-    base = nn.Sequential(base)
-    return peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], r=2, **config)).base_model.model[0]
+    config = peft.LoraConfig(target_modules=["0"], r=2, **config)
+    return peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -27,7 +27,8 @@ def test_is_peft(dora):
     made = layer(nn.Linear(8, 6), use_dora=dora, init_lora_weights=False)
     with torch.no_grad():
         assert repr(made).startswith("lora.Linear(") and made(torch.ones(3, 8)).shape == (3, 6)
-    assert not isinstance(made, Fused) or all("gain" in part._buffers for part in made.magnitudes().values())
+    if isinstance(made, Fused):
+        assert all("gain" in magnitude._buffers for magnitude in made.magnitudes().values())
     torch.save(made, file := io.BytesIO())
     assert type(torch.load(io.BytesIO(file.getvalue()), weights_only=False)) is type(made)
 
@@ -52,7 +53,7 @@ def test_is_skipped():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder like PEFT's, whose pyproject.toml asks for a plugin that nobody needs."""
+    """A folder like PEFT's, whose pyproject.toml has an option that must not be read."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_custom_models.py").write_text(TESTS)
     (tmp_path / "pyproject.toml").write_text(
@@ -65,7 +66,8 @@ def test_tests_run_without_and_with_peftops_and_what_differs_is_named(checkout, 
     assert peft_suite.main([str(checkout), "-k", "test"]) == 1
     lines = capfd.readouterr().out.splitlines()
     words = [line.split() for line in lines]
-    assert ["PEFT", "4", "1", "0", "1"] in words and ["peftops", "4", "1", "0", "1"] in words
+    assert ["PEFT", "4", "1", "0", "1"] in words
+    assert ["peftops", "4", "1", "0", "1"] in words
     assert lines[-3:] == [
         "tests.test_custom_models::test_is_stock: passed with PEFT, failure with peftops",
         "tests.test_custom_models::test_is_fused: failure with PEFT, passed with peftops",
@@ -90,11 +92,10 @@ def test_tests_run_without_and_with_peftops_and_what_differs_is_named(checkout, 
     ],
 )
 def test_verdicts(checkout, monkeypatch, capsys, runs, code, says):
-    left = iter(runs)
-    monkeypatch.setattr(peft_suite, "outcomes", lambda *args: next(left))
-    assert peft_suite.main([str(checkout)]) == code and capsys.readouterr().out.endswith(
-        says + "\n"
-    )
+    remaining = iter(runs)
+    monkeypatch.setattr(peft_suite, "outcomes", lambda *args: next(remaining))
+    assert peft_suite.main([str(checkout)]) == code
+    assert capsys.readouterr().out.endswith(says + "\n")
 
 
 def test_what_is_no_checkout_is_refused(tmp_path, capsys):
@@ -108,7 +109,5 @@ def test_the_plugin_leaves_nothing_behind():
     peft_suite.pytest_configure()
     assert type(single().base_model.model.lin) is peft_suite.Linear
     peft_suite.pytest_unconfigure()
-    assert (
-        model.dispatch_default is before
-        and type(single().base_model.model.lin) is peft.tuners.lora.layer.Linear
-    )
+    assert model.dispatch_default is before
+    assert type(single().base_model.model.lin) is peft.tuners.lora.layer.Linear

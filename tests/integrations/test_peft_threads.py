@@ -1,4 +1,4 @@
-"""patch and unpatch beside a forward that another thread is in the middle of."""
+"""patch and unpatch while another thread is in the middle of a forward."""
 
 import copy
 import sys
@@ -27,11 +27,17 @@ pytestmark = [
 
 
 class Stop:
-    """A place where the thread waits that is told to; where a call of `function` begins, or has ended."""
+    """A place where one thread waits: before a call of `function`, or after it.
+
+    thread: the thread that waits; others pass.
+    """
 
     def __init__(self, function=None, after=False):
-        self.function, self.after, self.thread = function, after, None
-        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.function = function
+        self.after = after
+        self.thread = None
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
 
     def __call__(self, *args, **kwargs):
         if not self.after:
@@ -51,7 +57,7 @@ class Stop:
 
 
 class Waiting(nn.Linear):
-    """A base layer that is stopped in its forward, and whose product only it computes."""
+    """A base layer that stops in its forward, and whose product only it computes."""
 
     def forward(self, x):
         self.stop.wait()
@@ -59,16 +65,16 @@ class Waiting(nn.Linear):
 
 
 def beside(stop, call, change):
-    """What call() returns in another thread, where change() happens while it waits at the stop."""
-    found = []
+    """What call() returns in another thread, if change() happens while it waits at the stop."""
+    outcomes = []
 
     def run():
         stop.thread = threading.get_ident()
         torch.set_num_threads(1)  # each thread has a number of its own
         try:
-            found.append(call())
+            outcomes.append(call())
         except Exception as error:
-            found.append(error)
+            outcomes.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -78,9 +84,10 @@ def beside(stop, call, change):
     finally:
         stop.go_on.set()
         thread.join()
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    (outcome,) = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def several(model):
@@ -91,12 +98,15 @@ def several(model):
 
 
 def waiting(model):
+    """Makes the base layer a Waiting one. Returns its stop."""
     base = model.base_model.model.lin.base_layer
-    base.__class__, base.stop = Waiting, Stop()
+    base.__class__ = Waiting
+    base.stop = Stop()
     return base.stop
 
 
-PLAN = layer_module, "plan", True  # has looked at the layer, and nothing is computed yet
+# Module, name of a function in it, and whether to stop after its call.
+PLAN = layer_module, "plan", True  # the layer has been read, and nothing is computed yet
 NORM = peftops.nn.dora, "dora_weight_norm", False
 CASES = {  # options of the model, what is done to it, where a call is stopped, and the shape of x
     "fused": ({"lora_dropout": 0.3}, None, PLAN, (7, 16)),
@@ -127,15 +137,16 @@ def state(model):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_unpatch_beside_a_forward(case, training, monkeypatch):
-    """The call ends with what it would have computed, and leaves nothing on a layer that is PEFT's again."""
-    config, change, place, shape = CASES[case]
+    """The call returns the same bits as before, and leaves nothing on a layer that is restored."""
+    config, change, function, shape = CASES[case]
     model = single(**config)
     stop = change(model) if change else None
-    if place:
-        home, name, after = place
+    if function:
+        home, name, after = function
         stop = Stop(getattr(home, name), after)
         monkeypatch.setattr(home, name, stop)
-    before, x = state(model), torch.randn(shape)
+    before = state(model)
+    x = torch.randn(shape)
     layer = peftops.patch(model).base_model.model.lin
 
     def call():
@@ -146,27 +157,33 @@ def test_unpatch_beside_a_forward(case, training, monkeypatch):
             return [model(x)]
 
     expected = call()
-    found = beside(stop, call, lambda: peftops.unpatch(model))
-    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
-    assert type(layer) is Linear and state(model) == before
+    out = beside(stop, call, lambda: peftops.unpatch(model))
+    assert len(out) == len(expected)
+    assert all(map(torch.equal, out, expected))
+    assert type(layer) is Linear
+    assert state(model) == before
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_patch_beside_a_forward(use_dora):
-    """Which ends as PEFT's own; the next is ours."""
-    model, x = single(use_dora=use_dora), torch.randn(7, 16)
+    """The call ends as PEFT's own, and the next one is ours."""
+    model = single(use_dora=use_dora)
+    x = torch.randn(7, 16)
     stop = waiting(model)
     expected = pass_of(model, x)
-    found = beside(stop, lambda: pass_of(model, x), lambda: peftops.patch(model))
-    assert all(map(torch.equal, found, expected)) and peftops.report(model).calls == {}
+    out = beside(stop, lambda: pass_of(model, x), lambda: peftops.patch(model))
+    assert all(map(torch.equal, out, expected))
+    assert peftops.report(model).calls == {}
     model(x)
     reason = "DoRA over a base that only its layer computes"
     assert peftops.report(model).calls == {reason if use_dora else OWN: 1}
 
 
 def test_patch_and_unpatch_again_and_again():
-    """Beside calls that are stopped anywhere"""
-    models, wrong, over = [single(), single(use_dora=True)], [], threading.Event()
+    """While calls run that the interpreter may interrupt anywhere."""
+    models = [single(), single(use_dora=True)]
+    failures = []
+    over = threading.Event()
     x = torch.randn(5, 16)
 
     def serve(model, stock, exact):
@@ -174,9 +191,10 @@ def test_patch_and_unpatch_again_and_again():
             try:
                 with torch.no_grad():
                     y = model(x)
-                wrong.extend([] if error(y, exact) <= bound(stock, exact) else ["y is off"])
+                if not error(y, exact) <= bound(stock, exact):
+                    failures.append("y is off")
             except Exception as refusal:
-                wrong.append(refusal)
+                failures.append(refusal)
 
     threads = []
     for model in models:
@@ -194,16 +212,18 @@ def test_patch_and_unpatch_again_and_again():
         for thread in threads:
             thread.join()
         sys.setswitchinterval(before)
-    assert wrong == []
-    assert not any(
-        "_peftops" in key for model in models for part in model.modules() for key in vars(part)
-    )
+    assert failures == []
+    for model in models:
+        for module in model.modules():
+            assert not any("_peftops" in key for key in vars(module))
 
 
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.gate = nn.Linear(16, 24)
+        self.up = nn.Linear(16, 24)
+        self.down = nn.Linear(24, 16)
 
     def forward(self, x):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
@@ -213,7 +233,8 @@ class MLP(nn.Module):
 def test_unpatch_beside_a_fused_mlp(by_layers, monkeypatch):
     torch.manual_seed(0)
     model = adapted(nn.Sequential(MLP()), target_modules=["gate", "up", "down"])
-    before, x = state(model), torch.randn(7, 16)
+    before = state(model)
+    x = torch.randn(7, 16)
     stop = Stop(mlp.operands, after=True)
     monkeypatch.setattr(mlp, "operands", stop)
     mlp.fuse(peftops.patch(model), strict=True)
@@ -221,7 +242,9 @@ def test_unpatch_beside_a_fused_mlp(by_layers, monkeypatch):
         model.base_model.model[0].up.register_forward_hook(lambda *args: None)
         before = state(peftops.unpatch(copy.deepcopy(model)))
     expected = pass_of(model, x)
-    found = beside(stop, lambda: pass_of(model, x), lambda: peftops.unpatch(model))
-    exact = pass_of(peftops.unpatch(copy.deepcopy(model)), x) if by_layers else expected
-    assert all(map(torch.equal, found, exact)) and state(model) == before
+    out = beside(stop, lambda: pass_of(model, x), lambda: peftops.unpatch(model))
+    if by_layers:
+        expected = pass_of(peftops.unpatch(copy.deepcopy(model)), x)
+    assert all(map(torch.equal, out, expected))
+    assert state(model) == before
     assert FusedLinear not in {type(module) for module in model.modules()}

@@ -1,4 +1,4 @@
-"""Every architecture of transformers that builds offline from small sizes: patched, it trains as stock PEFT does."""
+"""Every architecture of transformers that small sizes build offline trains as with stock PEFT."""
 
 import copy
 import warnings
@@ -23,29 +23,76 @@ import peftops
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-SIZES = {  # of a config, where it has them
-    "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "emb_dim": 32,
-    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
-    "num_decoder_layers": 2, "num_encoder_layers": 2,
-    "num_attention_heads": 2, "num_heads": 2, "n_head": 2, "n_heads": 2, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "d_kv": 16,
-    "intermediate_size": 48, "d_ff": 48, "n_inner": 48, "ffn_dim": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
-    "hidden_dim": 48, "feed_forward_size": 48, "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "image_size": 16, "patch_size": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "embedding_size": 32,
-    "attention_window": 4, "num_labels": 2, "rotary_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "sliding_window": 4,
-}  # fmt: skip
-DROPOUTS = "drop", "pdrop"  # what is in the name of a probability
+SIZES = {  # what a small config has for these of its names
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "d_model": 32,
+    "n_embd": 32,
+    "dim": 32,
+    "embed_dim": 32,
+    "emb_dim": 32,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_layers": 2,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "n_head": 2,
+    "n_heads": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "d_kv": 16,
+    "intermediate_size": 48,
+    "d_ff": 48,
+    "n_inner": 48,
+    "ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "hidden_dim": 48,
+    "feed_forward_size": 48,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "embedding_size": 32,
+    "attention_window": 4,
+    "num_labels": 2,
+    "rotary_dim": 8,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "sliding_window": 4,
+}
+DROPOUTS = "drop", "pdrop"  # one of them is in the name of each probability
 MAPPINGS = (
-    MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING,
-)  # fmt: skip
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 LARGEST = 20_000_000  # parameters
 
 
 def classes():
     """{config class: the first model class for it}"""
-    found = {}
+    models = {}
     for config in MODEL_MAPPING:
         for mapping in MAPPINGS:
             try:
@@ -54,42 +101,43 @@ def classes():
                 KeyError,
                 ValueError,
                 ImportError,
-            ):  # which this transformers names, and does not have
+            ):  # named by this transformers, but absent
                 continue
-            found.setdefault(config, model[0] if isinstance(model, tuple) else model)
-    return found
+            models.setdefault(config, model[0] if isinstance(model, tuple) else model)
+    return models
 
 
 def small(config):
-    """A config of this class with small sizes, also in the configs that are parts of it"""
-    made = config()
-    for part in [
-        made,
-        *(
-            value
-            for value in vars(made).values()
-            if isinstance(value, transformers.PretrainedConfig)
-        ),
-    ]:
-        for name, value in list(vars(part).items()):
+    """A config of this class with small sizes, also in the configs inside of it."""
+    outer = config()
+    configs = [outer]
+    for value in vars(outer).values():
+        if isinstance(value, transformers.PretrainedConfig):
+            configs.append(value)
+    for each in configs:
+        for name, value in list(vars(each).items()):
             if name in SIZES and type(value) is int:
-                setattr(part, name, SIZES[name])
+                setattr(each, name, SIZES[name])
             elif any(word in name for word in DROPOUTS) and type(value) is float:
-                setattr(part, name, 0.0)
+                setattr(each, name, 0.0)
             elif name == "layer_types" and isinstance(value, list):
-                setattr(part, name, value[:2])
-    return made
+                setattr(each, name, value[:2])
+    return outer
 
 
 def build(config, model):
-    """A tiny model of this architecture with adapters that are not zero, or None where small sizes do not make one."""
+    """A tiny model of this architecture with adapters that are not zero.
+
+    None where small sizes do not make one.
+    """
     try:
-        made = small(config)
+        small_config = small(config)
         with torch.device("meta"):
-            if sum(p.numel() for p in model(copy.deepcopy(made)).parameters()) > LARGEST:
-                return None
+            on_meta = model(copy.deepcopy(small_config))
+        if sum(p.numel() for p in on_meta.parameters()) > LARGEST:
+            return None
         torch.manual_seed(0)
-        base = model(made)
+        base = model(small_config)
         getattr(base, "set_experts_implementation", str)("eager")
         options = {
             "r": 4,
@@ -99,7 +147,7 @@ def build(config, model):
         }
         adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
         step(adapted)
-    except Exception:  # of somebody else's code, which may raise anything
+    except Exception:  # somebody else's code may raise anything
         return None
     return adapted.eval()
 
@@ -109,13 +157,14 @@ def inputs_of(model):
     if name == "pixel_values":
         return {name: torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     tokens = torch.arange(18).view(2, 9) * 7 % 60 + 3
-    return {"input_ids": tokens} | (
-        {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    )
+    inputs = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    return inputs
 
 
 def step(model):
-    """An output and gradients by name"""
+    """The first output, and gradients by name."""
     model.zero_grad()
     torch.manual_seed(1)
     dtype = next(model.parameters()).dtype
@@ -133,20 +182,20 @@ def step(model):
 
 
 def verdict(config, model):
-    """What happened, "" where there is nothing to compare, and how many layers run fused"""
+    """What happened ("" where there is nothing to compare), and how many layers run fused."""
     stock = build(config, model)
     if stock is None:
         return "", 0
     try:
-        exact, draws = step(exactly(stock)), orders(lambda: step(stock))
-    except Exception:  # as of models that know no float64
+        exact = step(exactly(stock))
+        draws = orders(lambda: step(stock))
+    except Exception:  # some models cannot run in float64
         return "", 0
     if not all(t.isfinite().all() for draw in draws for t in draw.values()):
         return "", 0
-    if not all(
-        t.isfinite().all() for t in exact.values()
-    ):  # as of models whose masks are of float32
-        exact, *draws = {key: t.double() for key, t in draws[0].items()}, *draws[1:]
+    if not all(t.isfinite().all() for t in exact.values()):  # some masks are for float32 only
+        exact = {key: t.double() for key, t in draws[0].items()}
+        draws = draws[1:]
     patched = peftops.patch(copy.deepcopy(stock))
     try:
         out = step(patched)
@@ -157,18 +206,20 @@ def verdict(config, model):
         return f"{error(out.values(), exact.values()):.1e} over {limit:.1e}", 0
     report = peftops.report(patched)
     layers = sum(isinstance(layer, LoraLayer) for layer in patched.modules())
-    assert report.fused + report.fallback == layers and "not patched" not in report.reasons
+    assert report.fused + report.fallback == layers
+    assert "not patched" not in report.reasons
     return "as stock", report.fused
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_architecture():
-    verdicts, fused = {}, 0
+    verdicts = {}
+    fused = 0
     for config, model in classes().items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             verdicts[config.__name__], layers = verdict(config, model)
         fused += layers > 0
-    compared = {name: said for name, said in verdicts.items() if said}
-    assert {name: said for name, said in compared.items() if said != "as stock"} == {}
+    compared = {name: text for name, text in verdicts.items() if text}
+    assert {name: text for name, text in compared.items() if text != "as stock"} == {}
     assert fused > 200, (fused, len(compared), len(verdicts))

@@ -1,4 +1,4 @@
-"""axolotl's plugin on a stand-in of its interface, Lightning, and Liger-Kernel's fused cross entropy."""
+"""axolotl's plugin (on a stand-in), Lightning, and Liger-Kernel's fused cross entropy."""
 
 import logging
 import sys
@@ -19,14 +19,15 @@ from peftops.integrations.peft import FUSED
 
 
 def test_axolotl(monkeypatch):
-    """As axolotl calls it: found by its name, made without arguments, register before any check of the config."""
+    """axolotl finds it by its name, makes it without arguments, and calls register first."""
     names = ["axolotl", "axolotl.integrations", "axolotl.integrations.base"]
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[names[-1]].BasePlugin = object
     monkeypatch.delitem(sys.modules, "peftops.integrations.axolotl", raising=False)
     plugin = peftops.integrations.axolotl.PeftopsPlugin()
-    cfg, model = {"lora_r": 8, "lora_qkv_kernel": True}, tiny()
+    cfg = {"lora_r": 8, "lora_qkv_kernel": True}
+    model = tiny()
     plugin.register(cfg)
     assert cfg == {"lora_r": 8} | dict.fromkeys(peftops.integrations.axolotl.KERNELS, False)
     [callback] = plugin.add_callbacks_pre_trainer(cfg, model)
@@ -41,7 +42,8 @@ def test_lightning(tmp_path):
     class Module(lightning.LightningModule):
         def __init__(self, change):
             super().__init__()
-            self.model, self.losses = change(tiny()), []
+            self.model = change(tiny())
+            self.losses = []
 
         def training_step(self, batch, index):
             self.losses.append(self.model(input_ids=batch, labels=batch).loss)
@@ -50,7 +52,7 @@ def test_lightning(tmp_path):
         def configure_optimizers(self):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
-    found = []
+    losses = []
     for change in (lambda model: model, peftops.patch):
         module = Module(change)
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -62,9 +64,10 @@ def test_lightning(tmp_path):
             **quiet,
         )
         trainer.fit(module, torch.utils.data.DataLoader(TOKENS.repeat(20, 1), batch_size=2))
-        found.append(torch.stack(module.losses))
-    assert error(found[1], found[0]) <= 1e-5
-    assert len(found[0]) == 20 and set(peftops.report(module.model).calls) == {FUSED}
+        losses.append(torch.stack(module.losses))
+    assert error(losses[1], losses[0]) <= 1e-5
+    assert len(losses[0]) == 20
+    assert set(peftops.report(module.model).calls) == {FUSED}
 
 
 def test_liger_leaves_an_adapter_on_the_head_untrained(caplog):
@@ -72,7 +75,8 @@ def test_liger_leaves_an_adapter_on_the_head_untrained(caplog):
     model = tiny(target_modules=["q_proj", "lm_head"])
     with caplog.at_level(logging.WARNING, "peftops"):
         peftops.patch(peftops.unpatch(peftops.patch(model)))
-    assert not caplog.records and not liger.untrained(model)
+    assert not caplog.records
+    assert not liger.untrained(model)
     options = dict.fromkeys(("rope", "rms_norm", "swiglu"), False)
     monkey_patch.apply_liger_kernel_to_llama(**options, model=model.base_model.model)
     with caplog.at_level(logging.WARNING, "peftops"):
@@ -81,9 +85,8 @@ def test_liger_leaves_an_adapter_on_the_head_untrained(caplog):
         "base_model.model.lm_head does not train"
     ]
     ours = liger_step(model)
-    assert {name for name, grad in ours.items() if grad is None} == {
-        name for name in ours if "lm_head" in name
-    }
+    untrained = {name for name, grad in ours.items() if grad is None}
+    assert untrained == {name for name in ours if "lm_head" in name}
     assert peftops.report(model).calls == {FUSED: 2}
     for name, grad in liger_step(peftops.unpatch(model)).items():
         assert grad is None or error(ours[name], grad) <= 1e-5

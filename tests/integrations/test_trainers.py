@@ -1,4 +1,4 @@
-"""Trainers with PeftopsCallback: the losses of stock PEFT, step by step, on fused layers."""
+"""Trainers with PeftopsCallback have the losses of stock PEFT, step by step, on fused layers."""
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from peftops.integrations.transformers import PeftopsCallback
 from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SAME, ROUNDED = 1e-5, 2**-7  # how far losses of a training may be apart, in fp32 and in bf16
-STEPS, WORDS = 20, [f"w{i}" for i in range(60)]
+SAME = 1e-5  # how far the losses of two trainings may be apart, in fp32
+ROUNDED = 2**-7  # and in bf16
+STEPS = 20
+WORDS = [f"w{i}" for i in range(60)]
 LORA = {
     "r": 4,
     "lora_alpha": 8,
@@ -57,7 +59,7 @@ def numbers():
     )
 
 
-def arguments(folder, kind=transformers.TrainingArguments, **more):
+def arguments(folder, arguments_class=transformers.TrainingArguments, **more):
     common = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -70,12 +72,13 @@ def arguments(folder, kind=transformers.TrainingArguments, **more):
         "disable_tqdm": True,
         "logging_steps": 10,
     }
-    return kind(output_dir=str(folder), **common | quiet | more)
+    return arguments_class(output_dir=str(folder), **common | quiet | more)
 
 
 def train(make, callbacks):
     """The trainer that `make` made, after training, and the loss of every step."""
-    losses, trainer = [], make(callbacks)
+    losses = []
+    trainer = make(callbacks)
     step = trainer.training_step
 
     def observed(*args, **kwargs):
@@ -89,10 +92,11 @@ def train(make, callbacks):
 
 
 def assert_same(make):
-    """Every step's loss to 1e-5, and nothing of ours or PEFT's own in between."""
+    """Every step's loss is stock's to 1e-5, and every call is fused."""
     _, stock = train(make, [])
     trainer, ours = train(make, [PeftopsCallback(strict=True)])
-    assert len(ours) == len(stock) == STEPS and stock.std() > 0
+    assert len(ours) == len(stock) == STEPS
+    assert stock.std() > 0
     assert error(ours, stock) <= SAME
     assert set(report(trainer.model).calls) - {"adapters disabled"} == {FUSED}
     return trainer
@@ -126,7 +130,8 @@ def test_trainer_under_bf16_and_checkpointing(tmp_path):
             adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks
         )
 
-    (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback(), Fusing()])
+    _, stock = train(make, [])
+    trainer, ours = train(make, [PeftopsCallback(), Fusing()])
     assert error(ours, stock) <= ROUNDED
     assert set(report(trainer.model).calls) == set(mlp.calls(trainer.model)) == {FUSED}
 
@@ -141,7 +146,7 @@ def test_a_model_without_lora_layers_is_refused(tmp_path):
 
 
 def test_adapters_may_come_late(tmp_path):
-    """What is there is patched when the trainer is made, and the rest when it trains."""
+    """Layers that exist when the trainer is made are patched then, others when it trains."""
     rows = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
     early, late = adapted(base(), **LORA), base()
     of_early, of_late = (
@@ -169,16 +174,20 @@ def test_sft(tmp_path, tokenizer, dora, packed):
 
     def make(callbacks):
         return trl.SFTTrainer(
-            base(packed), arguments(tmp_path, trl.SFTConfig, bf16=False), train_dataset=rows,
-            processing_class=tokenizer, peft_config=peft.LoraConfig(**LORA, use_dora=dora), callbacks=callbacks,
-        )  # fmt: skip
+            base(packed),
+            arguments(tmp_path, trl.SFTConfig, bf16=False),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(**LORA, use_dora=dora),
+            callbacks=callbacks,
+        )
 
     assert_same(make)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_sft_casts_adapters_over_4_bits(tmp_path, tokenizer, dora):
-    """TRL's adapters over 4 bits are bf16, and so are sums: as close as two roundings."""
+    """TRL makes adapters over 4 bits bf16, so losses agree only to the rounding of bf16."""
     trl = pytest.importorskip("trl")
     rows = datasets.Dataset.from_list([{"text": text(i)} for i in range(16)])
 
@@ -186,18 +195,24 @@ def test_sft_casts_adapters_over_4_bits(tmp_path, tokenizer, dora):
         model = base(packed=True)
         model.is_loaded_in_4bit = True
         return trl.SFTTrainer(
-            model, arguments(tmp_path, trl.SFTConfig, bf16=True, max_steps=6), train_dataset=rows,
-            processing_class=tokenizer, peft_config=peft.LoraConfig(**LORA, use_dora=dora), callbacks=callbacks,
-        )  # fmt: skip
+            model,
+            arguments(tmp_path, trl.SFTConfig, bf16=True, max_steps=6),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(**LORA, use_dora=dora),
+            callbacks=callbacks,
+        )
 
-    (_, stock), (trainer, ours) = train(make, []), train(make, [PeftopsCallback(strict=True)])
+    _, stock = train(make, [])
+    trainer, ours = train(make, [PeftopsCallback(strict=True)])
     assert error(ours, stock) <= ROUNDED
     adapter = next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
-    assert adapter.dtype is torch.bfloat16 and set(report(trainer.model).calls) == {FUSED}
+    assert adapter.dtype is torch.bfloat16
+    assert set(report(trainer.model).calls) == {FUSED}
 
 
 def test_dpo(tmp_path, tokenizer):
-    """The reference is the same model, its adapters disabled."""
+    """The reference is the same model with its adapters disabled."""
     trl = pytest.importorskip("trl")
     rows = [
         {"prompt": text(i), "chosen": text(i + 99), "rejected": text(i + 999)}
@@ -206,10 +221,13 @@ def test_dpo(tmp_path, tokenizer):
 
     def make(callbacks):
         return trl.DPOTrainer(
-            base(), args=arguments(tmp_path, trl.DPOConfig, bf16=False),
-            train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-            peft_config=peft.LoraConfig(**LORA), callbacks=callbacks,
-        )  # fmt: skip
+            base(),
+            args=arguments(tmp_path, trl.DPOConfig, bf16=False),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(**LORA),
+            callbacks=callbacks,
+        )
 
     assert report(assert_same(make).model).calls["adapters disabled"] > 0
 
@@ -221,9 +239,13 @@ def test_grpo(tmp_path, tokenizer):
 
     def make(callbacks):
         return trl.GRPOTrainer(
-            base(), args=arguments(tmp_path, trl.GRPOConfig, **options), train_dataset=rows,
-            processing_class=tokenizer, peft_config=peft.LoraConfig(**LORA), callbacks=callbacks,
+            base(),
+            args=arguments(tmp_path, trl.GRPOConfig, **options),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(**LORA),
+            callbacks=callbacks,
             reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
-        )  # fmt: skip
+        )
 
     assert_same(make)

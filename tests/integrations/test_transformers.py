@@ -1,4 +1,4 @@
-"""transformers with enable(): bitsandbytes' checkpoints in and out, bit for bit, with and without bitsandbytes."""
+"""transformers with enable() reads and writes bitsandbytes' checkpoints, without it too."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ TOKENS = torch.arange(24).view(2, 12) * 7 % 64
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder of dense models: a Llama in bf16, and a GPT-2, whose linear layers are Conv1D, in fp32."""
+    """A folder of dense models: a Llama in bf16, and in fp32 a GPT-2, whose layers are Conv1D."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     sizes = {
@@ -52,22 +52,25 @@ def saved(tmp_path_factory):
     return folder
 
 
-def config(double=True, kind="nf4", **options):
+def config(double=True, quant_type="nf4", **options):
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, **options
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        **options,
     )
 
 
-def load(path, **options):
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def files(folder):
-    """What a model is, in bytes."""
+    """The bytes of weights and configs, by name."""
     return {
-        path.name: path.read_bytes()
-        for path in Path(folder).glob("*")
-        if path.suffix in (".safetensors", ".json")
+        file.name: file.read_bytes()
+        for file in Path(folder).glob("*")
+        if file.suffix in (".safetensors", ".json")
     }
 
 
@@ -79,7 +82,7 @@ def logits(model):
 CONFIGS = [
     {},
     {"double": False},
-    {"kind": "fp4"},
+    {"quant_type": "fp4"},
     {"bnb_4bit_compute_dtype": torch.bfloat16},
     {"bnb_4bit_quant_storage": torch.bfloat16},
     {"llm_int8_skip_modules": ["lm_head", "q_proj"]},
@@ -87,10 +90,11 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("options", CONFIGS, ids=str)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_makes_loads_and_saves_what_bitsandbytes_does(kind, options, saved, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_makes_loads_and_saves_what_bitsandbytes_does(architecture, options, saved, tmp_path):
     pytest.importorskip("bitsandbytes")
-    source, dtype = saved / kind, torch.bfloat16 if kind == "llama" else torch.float32
+    source = saved / architecture
+    dtype = torch.bfloat16 if architecture == "llama" else torch.float32
     theirs = load(source, quantization_config=config(**options), dtype=dtype)
     theirs.save_pretrained(tmp_path / "theirs")
     with enable():
@@ -101,12 +105,14 @@ def test_makes_loads_and_saves_what_bitsandbytes_does(kind, options, saved, tmp_
             assert files(tmp_path / name) == files(tmp_path / "theirs")
         assert load(tmp_path / "again").is_loaded_in_4bit
     quantized = {name for name, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert quantized
     for model in (ours, again):
-        assert {
-            name for name, m in model.named_modules() if isinstance(m, LinearNF4)
-        } == quantized and quantized
-        assert model.is_loaded_in_4bit and model.num_parameters() == theirs.num_parameters()
-    theirs.train()  # in eval mode, bitsandbytes may repack its weights for the CPU and round their scales
+        packed = {name for name, m in model.named_modules() if isinstance(m, LinearNF4)}
+        assert packed == quantized
+        assert model.is_loaded_in_4bit
+        assert model.num_parameters() == theirs.num_parameters()
+    # In eval mode, bitsandbytes may repack its weights for the CPU and round their scales.
+    theirs.train()
     out = [ours.train()(input_ids=TOKENS).logits, again.train()(input_ids=TOKENS).logits]
     same = theirs(input_ids=TOKENS).logits
     exact = copy.deepcopy(ours).dequantize().double()(input_ids=TOKENS).logits
@@ -130,23 +136,27 @@ source, stored, out = map(Path, sys.argv[1:4])
 tokens = torch.arange(24).view(2, 12) * 7 % 64
 with peftops.backend(sys.argv[4]) if len(sys.argv) > 4 else nullcontext():
     enable()
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    made = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    load = AutoModelForCausalLM.from_pretrained
+    made = load(source, quantization_config=config, dtype=torch.bfloat16)
     made.save_pretrained(out / "made")
-    path = stored if stored.exists() else out / "made"
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model = load(stored if stored.exists() else out / "made")
     model.save_pretrained(out / "saved")
     torch.save(model(input_ids=tokens).logits, out / "logits.pt")
     model = peft.prepare_model_for_kbit_training(model)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
     adapted = [m for m in model.modules() if isinstance(m, peft.tuners.lora.layer.Linear)]
     assert len(adapted) == 14 and all(type(m.base_layer) is LinearNF4 for m in adapted)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     peftops.patch(model, strict=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
     data = [{"input_ids": tokens[0], "labels": tokens[0]}] * 4
-    options = {"use_cpu": True, "bf16": True, "gradient_checkpointing": True, "report_to": [], "max_steps": 2}
-    arguments = TrainingArguments(str(out / "trainer"), save_strategy="no", disable_tqdm=True, **options)
+    options = {"use_cpu": True, "bf16": True, "gradient_checkpointing": True, "max_steps": 2}
+    options |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(str(out / "trainer"), **options)
     trainer = Trainer(model, arguments, train_dataset=data)
     loss = trainer.train().training_loss
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -167,7 +177,8 @@ def test_does_without_bitsandbytes(saved, tmp_path):
         ).save_pretrained(stored)
     except ImportError:
         pass
-    script, forced = tmp_path / "alone.py", peftops.backends.forced()
+    script = tmp_path / "alone.py"
+    forced = peftops.backends.forced()
     script.write_text(isa.again() + ALONE)
     command = [
         sys.executable,
@@ -227,11 +238,10 @@ def test_dequantizes(saved):
         model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
     expected = logits(model)
     plain = model.dequantize()
-    assert (
-        not any(isinstance(m, LinearNF4) for m in plain.modules())
-        and not plain.is_loaded_in_4bit
-    )
-    out, exact = logits(plain), logits(copy.deepcopy(plain).double())
+    assert not any(isinstance(m, LinearNF4) for m in plain.modules())
+    assert not plain.is_loaded_in_4bit
+    out = logits(plain)
+    exact = logits(copy.deepcopy(plain).double())
     assert error(expected, exact) <= bound(out, exact)
     assert plain.num_parameters() == load(saved / "llama").num_parameters()
 
@@ -241,13 +251,11 @@ def test_copies_and_counts(saved):
         model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
     other = copy.deepcopy(model)
     nn.init.zeros_(other.lm_head.weight)
-    assert logits(model).any() and not logits(other).any()
+    assert logits(model).any()
+    assert not logits(other).any()
     other.lm_head = nn.Linear(64, 2)
-    assert (
-        other.num_parameters()
-        != model.num_parameters()
-        == load(saved / "llama").num_parameters()
-    )
+    assert model.num_parameters() == load(saved / "llama").num_parameters()
+    assert other.num_parameters() != model.num_parameters()
     assert json.loads(model.config.to_json_string())["quantization_config"]["load_in_4bit"]
 
 
@@ -271,10 +279,8 @@ def mixture(tmp_path_factory):
 def test_names_the_experts_it_leaves(mixture, caplog):
     with enable():
         model = load(mixture, quantization_config=config(), dtype=torch.float32)
-    assert (
-        "load_in_4bit: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts."
-        in caplog.text
-    )
+    message = "load_in_4bit: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts."
+    assert message in caplog.text
     assert model.model.layers[0].mlp.experts.gate_up_proj.dim() == 3
 
 
@@ -301,23 +307,18 @@ def test_experts_in_4_bits(mixture, implementation, tmp_path):
             assert packed.weight.nbytes * 8 == weight.nbytes
             weight.data = packed.dequantize()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(theirs.self_attn, name).weight.data = getattr(
-                ours.self_attn, name
-            ).dequantize()
+            weight = getattr(ours.self_attn, name).dequantize()
+            getattr(theirs.self_attn, name).weight.data = weight
     plain.set_experts_implementation("eager")
     exact = trained(copy.deepcopy(plain).double())
-    for one in (model, plain):
-        one.set_experts_implementation(implementation)
-    same, out = trained(plain), trained(model)
-    assert error(out, exact) <= bound(same, exact) and error(
-        trained(copy.deepcopy(model)), exact
-    ) <= bound(same, exact)
-    assert not [
-        name
-        for m in model.modules()
-        for name in vars(m)
-        if name in ("gate_up_proj", "_peftops_hooks")
-    ]
+    model.set_experts_implementation(implementation)
+    plain.set_experts_implementation(implementation)
+    same = trained(plain)
+    limit = bound(same, exact)
+    assert error(trained(model), exact) <= limit
+    assert error(trained(copy.deepcopy(model)), exact) <= limit
+    for module in model.modules():
+        assert not {"gate_up_proj", "_peftops_hooks"} & set(vars(module))
     assert not experts_module._recent
     assert type(again.model.layers[0].mlp.experts.down_proj).__name__ == "PackedExperts"
 
@@ -328,25 +329,24 @@ def test_experts_fail_cleanly(mixture):
     layer = model.model.layers[0].mlp.experts
     with pytest.raises(RuntimeError):
         layer(torch.ones(2, 63), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2))
-    assert "gate_up_proj" not in vars(layer) and "_peftops_hooks" not in vars(layer)
+    assert not {"gate_up_proj", "_peftops_hooks"} & set(vars(layer))
     with pytest.raises(NotImplementedError, match="cannot be dequantized for good"):
         model.dequantize()
 
 
-@pytest.mark.parametrize("place", ["disk", "cpu"])
-def test_modules_that_come_for_a_call_are_refused_on_loading(saved, tmp_path, place):
-    """As bitsandbytes refuses them. Where all is on the CPU nothing has to come."""
-    device_map = {"model": "cpu", "lm_head": "disk"} if place == "disk" else {"": "cpu"}
+@pytest.mark.parametrize("device", ["disk", "cpu"])
+def test_modules_that_come_for_a_call_are_refused_on_loading(saved, tmp_path, device):
+    """As bitsandbytes does. If all modules are on the CPU, none is moved for a call."""
+    device_map = {"model": "cpu", "lm_head": "disk"} if device == "disk" else {"": "cpu"}
     options = {
         "quantization_config": config(),
         "device_map": device_map,
         "offload_folder": str(tmp_path),
     }
     with enable():
-        if place == "cpu":
-            assert isinstance(
-                load(saved / "llama", **options).model.layers[0].mlp.up_proj, LinearNF4
-            )
+        if device == "cpu":
+            model = load(saved / "llama", **options)
+            assert isinstance(model.model.layers[0].mlp.up_proj, LinearNF4)
             return
         with pytest.raises(
             ValueError,
@@ -377,10 +377,14 @@ def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, caplog):
     model = load(saved / "llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4:7] = float("nan")
     model.save_pretrained(tmp_path)
-    transformers.utils.logging.set_verbosity_warning()  # a command of another test may have lowered it
+    # A command of another test may have lowered it.
+    transformers.utils.logging.set_verbosity_warning()
     with enable(), pytest.raises(RuntimeError) as caught:
         load(tmp_path, quantization_config=config())
-    message = "load_in_4bit: model.layers.1.mlp.up_proj.weight: nf4: w must be finite, got 3 NaN and 0 infinite of 8192"
+    message = (
+        "load_in_4bit: model.layers.1.mlp.up_proj.weight: nf4: w must be finite, "
+        "got 3 NaN and 0 infinite of 8192"
+    )
     assert message in caplog.text + str(caught.value)
 
 

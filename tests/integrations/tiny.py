@@ -23,10 +23,10 @@ class Net(nn.Module):
         return self.lin(x)
 
 
-def tiny(kind="llama", autocast_adapter_dtype=True, dtype=torch.float32, **config):
+def tiny(architecture="llama", autocast_adapter_dtype=True, dtype=torch.float32, **config):
     """A language model of two blocks whose adapters are not zero."""
     torch.manual_seed(0)
-    if kind == "gpt2":
+    if architecture == "gpt2":
         sizes = {
             "n_embd": 32,
             "n_layer": 2,
@@ -49,12 +49,8 @@ def tiny(kind="llama", autocast_adapter_dtype=True, dtype=torch.float32, **confi
         )
         targets = {"target_modules": "all-linear"}
     model = adapted(base.to(dtype), autocast_adapter_dtype, **targets | config)
-    for (
-        name,
-        parameter,
-    ) in (
-        model.named_parameters()
-    ):  # no near-zero gradients, of which only noise would be compared
+    # Large enough that no gradient is near zero: there, only noise would be compared.
+    for name, parameter in model.named_parameters():
         if "norm" not in name and "ln_" not in name:
             nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else 0.1)
     return model
@@ -64,7 +60,7 @@ METHODS = "lora", "qlora", "dora", "qdora"
 
 
 def pair(method, **config):
-    """A model of stock PEFT and the same again, whose base is in 4 bits for a method of q, the weights being equal."""
+    """A model of stock PEFT, and one to patch with equal weights, whose base is in 4 bits for q."""
     stock = tiny(use_dora=method.endswith("dora"), **config)
     ours = copy.deepcopy(stock)
     layers = [
@@ -77,10 +73,9 @@ def pair(method, **config):
             theirs.base_layer.weight.data = mine.base_layer.dequantize()
         if method.endswith("dora"):  # magnitudes near the norm, as training leaves them
             length = theirs.base_layer.weight.norm(dim=1)
+            magnitude = length * torch.linspace(0.8, 1.2, len(length))
             for layer in (theirs, mine):
-                layer.lora_magnitude_vector["default"].weight.data = length * torch.linspace(
-                    0.8, 1.2, len(length)
-                )
+                layer.lora_magnitude_vector["default"].weight.data = magnitude
     return stock, ours
 
 
@@ -93,6 +88,7 @@ def single(dtype=torch.float32, autocast_adapter_dtype=True, **config):
 
 
 def adapted(base, autocast_adapter_dtype=True, **config):
+    """A PEFT model of this base, with a LoRA adapter that is not zero."""
     options = {
         "r": 4,
         "lora_alpha": 6,
@@ -114,7 +110,7 @@ def logits(model, **options):
 
 
 def step(model, autocast=None):
-    """logits and gradients of one training step"""
+    """Logits and gradients of one training step."""
     model.zero_grad()
     torch.manual_seed(1)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -124,7 +120,7 @@ def step(model, autocast=None):
 
 
 def pass_of(model, x, autocast=None):
-    """y, and the gradients of x and of parameters, of one forward and backward"""
+    """y, and the gradients of x and of the parameters, of one forward and backward."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     torch.manual_seed(1)
@@ -144,7 +140,7 @@ def exactly(model):
 
 
 def install_our_mask(monkeypatch):
-    """Stock PEFT drops what peftops would drop, since both draw one seed a layer."""
+    """Makes stock PEFT drop what peftops would drop: both draw one seed a layer."""
 
     def dropout(x, p=0.5, training=True, inplace=False):
         if not p or not training:

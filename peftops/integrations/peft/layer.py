@@ -37,15 +37,15 @@ class Patched:
         raise NotImplementedError
 
 
-def count(module, key, ours):
+def count(module, key, patched_class):
     """Counts a call of a patched module under `key`.
 
-    ours: the module's class when the call began. If another thread has restored the module since,
-    it keeps no count.
+    patched_class: Fused or FusedMLP, which the module was when the call began. If another thread
+    has restored the module since, it keeps no count.
     """
     calls = vars(module).setdefault("_peftops_calls", {})
     calls[key] = calls.get(key, 0) + 1
-    if not isinstance(module, ours):
+    if not isinstance(module, patched_class):
         vars(module).pop("_peftops_calls", None)
 
 
@@ -53,29 +53,28 @@ class Fused(Patched, Normed):
     """A layer of PEFT with another forward."""
 
     stock = None  # PEFT's class of the layer
-    widens = (
-        False  # under CUDA's autocast, PEFT's forward does not cast the sum to the base's dtype
-    )
+    widens = False  # whether PEFT's forward leaves the sum in its dtype under CUDA's autocast
 
     def forward(self, x, *args, **kwargs):
-        kind = type(self)  # read once: another thread may restore the layer during this call
-        if not issubclass(kind, Fused):
-            return kind.forward(self, x, *args, **kwargs)
+        # The class is read once: another thread may restore the layer during this call.
+        layer_class = type(self)
+        if not issubclass(layer_class, Fused):
+            return layer_class.forward(self, x, *args, **kwargs)
         call = EXTRA if args or kwargs else plan(self, x)
         fused = type(call) is Plan
         if not torch.compiler.is_compiling():
             count(self, key_of(call), Fused)
         if not fused:
-            return kind.stock.forward(self, x, *args, **kwargs)
+            return layer_class.stock.forward(self, x, *args, **kwargs)
         weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own = call
         if widen:
             x = x.float()
         if own is not None:
-            return on_top(self, kind.widens, x, a, b, bias, scaling, dropout_p)
+            return on_top(self, layer_class.widens, x, a, b, bias, scaling, dropout_p)
         if dora is None:
             y = linear(x, weight, a, b, bias, scaling, dropout_p)
         else:
-            gain = kind.gain(self, kind, dora, x, weight, a, b, scaling)
+            gain = layer_class.gain(self, layer_class, dora, x, weight, a, b, scaling)
             if not isinstance(self, Fused):
                 Normed.drop_gains(self)
             y = linear_of_gain(
@@ -115,8 +114,8 @@ class Fused(Patched, Normed):
         return None
 
     def restore(self):
-        # The class changes first: a call in another thread looks at it after each thing that it
-        # leaves on the layer, and takes that away again where the class is not ours.
+        # The class changes first. A call in another thread looks at the class whenever it has left
+        # something on the layer, and removes it where the class is not ours.
         become(self, type(self).stock)
         vars(self).pop("_peftops_calls", None)
         Normed.forget_gains(self)
@@ -130,9 +129,9 @@ def key_of(call):
 
 
 def on_top(layer, widens, x, a, b, bias, scaling, dropout_p):
-    """The base layer's own product, called as PEFT calls it, and the low-rank update on top.
+    """Calls the base layer as PEFT does, and adds the low-rank update to its result.
 
-    The sum is fp32 where the base's result and x differ in dtype.
+    The sum is fp32 where the base's result and x differ in dtype. widens: see Fused.
     """
     modules, device_type = layer._modules, x.device.type
     product = modules.get("quant_linear_module", modules["base_layer"])(x)
@@ -149,7 +148,7 @@ def on_top(layer, widens, x, a, b, bias, scaling, dropout_p):
 
 
 class FusedLinear(Fused, Linear):
-    """PEFT's layer for all bases that have no layer of their own, LinearNF4 among them."""
+    """PEFT's layer for all bases without a layer of their own, such as nn.Linear and LinearNF4."""
 
     stock = Linear
 
@@ -185,7 +184,7 @@ WIDENING = {"AwqLoraLinear", "EetqLoraLinear", "HqqLoraLinear", "Linear4bit", "L
 
 
 def fused_classes():
-    """PEFT's class -> ours, for those that PEFT has defined by now; nothing is imported for it."""
+    """PEFT's class -> ours, for those that PEFT has defined by now. It imports nothing."""
     classes = {Linear: FusedLinear}
     for name, home in HOMES.items():
         stock = getattr(sys.modules.get(f"peft.tuners.lora.{home}"), name, None)
@@ -208,7 +207,7 @@ def fused_class(stock):
 
 
 def __getattr__(name):
-    """A made class by its name, as pickle asks for it."""
+    """One of the classes that fused_class makes, by its name: pickle asks for it."""
     stock = name.removeprefix("Fused")
     if stock == name or stock not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -216,10 +215,10 @@ def __getattr__(name):
 
 
 def has_own_forward(layer):
-    """Whether the instance has a forward that is called in the place of its class's.
+    """Whether the instance has a forward that replaces its class's.
 
-    accelerate sets one when it dispatches a model. It calls the one before, `_old_forward`, which
-    `become` keeps up to date; so that one does not count.
+    accelerate sets one when it dispatches a model. That one does not count: it calls
+    `_old_forward`, which `become` keeps up to date.
     """
     return "forward" in vars(layer) and not dispatched(layer)
 
@@ -229,9 +228,9 @@ def dispatched(layer):
     return getattr(vars(layer).get("_old_forward"), "__func__", None) is type(layer).forward
 
 
-def become(layer, kind):
-    """Makes the layer one of this class, and its forward the one that accelerate calls."""
-    follows = dispatched(layer)
-    layer.__class__ = kind
-    if follows:
-        layer._old_forward = kind.forward.__get__(layer)
+def become(layer, layer_class):
+    """Changes the layer's class, and the forward that accelerate calls, if it dispatched it."""
+    was_dispatched = dispatched(layer)
+    layer.__class__ = layer_class
+    if was_dispatched:
+        layer._old_forward = layer_class.forward.__get__(layer)

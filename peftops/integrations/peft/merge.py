@@ -17,7 +17,12 @@ ORIGINAL = "_peftops_unmerged"  # attribute of a merged layer: its weight and bi
 
 @torch.no_grad()
 def merge(layer, safe_merge, adapter_names):
-    """Quantizes the original weight plus the deltas of all adapters that are merged then.
+    """Quantizes the original weight plus the deltas of all adapters, merged before or now.
+
+    Args:
+        layer: a LoRA layer over a LinearNF4.
+        safe_merge: refuse adapters with NaN or infinity.
+        adapter_names: the adapters to merge; None: the active ones.
 
     Raises:
         ValueError: safe_merge, and an adapter holds NaN or infinity.

@@ -22,7 +22,7 @@ from .sharded import gathered
 log = logging.getLogger("peftops")
 
 
-def fuse(model, *, strict=False):
+def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Makes each module that computes down(silu(gate(x)) ⊙ up(x)) with three patched layers one.
 
     Experimental: no GPU has shown yet that it pays. Call it after `patch`, and again after patching
@@ -46,14 +46,14 @@ def fuse(model, *, strict=False):
             targets[name] = module, fused_class(type(module), roles, beside(module, roles))
     if strict:
         expect_fused(model, targets)
-    for module, kind in targets.values():
-        module.__class__ = kind
+    for module, fused in targets.values():
+        module.__class__ = fused
     log.log(logging.INFO if targets else logging.WARNING, "%d MLPs fused", len(targets))
     return model
 
 
-def calls(model):
-    """How the modules that `fuse` found have run: Counter of "fused" or the reason -> calls."""
+def calls(model: nn.Module) -> Counter:
+    """How the modules that `fuse` made have run: Counter of "fused" or the reason -> calls."""
     total = Counter()
     for module in model.modules():
         if isinstance(module, FusedMLP):
@@ -63,10 +63,10 @@ def calls(model):
 
 def expect_fused(model, targets):
     """Raises ValueError where there is no target, or one would run layer by layer now."""
-    for name, (module, kind) in targets.items():
+    for name, (module, fused) in targets.items():
         with gathered(model):
-            x = rows_like(layers_of(module, kind._peftops)[0])
-            call = operands(module, kind._peftops, x)
+            x = rows_like(layers_of(module, fused._peftops)[0])
+            call = operands(module, fused._peftops, x)
         if type(call) is Fallback:
             raise ValueError(f"fuse: {name} cannot be fused: {call.reason}")
     if not targets:
@@ -76,23 +76,24 @@ def expect_fused(model, targets):
 
 
 class FusedMLP(Patched):
-    """A module with another forward. It owns nothing but counts, so it saves and copies as before."""
+    """A module with another forward. It owns only counts, so it saves and copies as before."""
 
     def forward(self, *args, **kwargs):
-        kind = type(self)  # read once: another thread may restore the module during this call
-        if not issubclass(kind, FusedMLP):
-            return kind.forward(self, *args, **kwargs)
-        stock = kind._peftops[0]
+        # The class is read once: another thread may restore the module during this call.
+        mlp_class = type(self)
+        if not issubclass(mlp_class, FusedMLP):
+            return mlp_class.forward(self, *args, **kwargs)
+        stock = mlp_class._peftops[0]
         if torch.compiler.is_compiling():
             return stock.forward(self, *args, **kwargs)
         call = EXTRA
         if len(args) == 1 and not kwargs:
-            call = operands(self, kind._peftops, *args)
+            call = operands(self, mlp_class._peftops, *args)
         if type(call) is Fallback:
             count(self, call.reason, FusedMLP)
             return stock.forward(self, *args, **kwargs)
         count(self, FUSED, FusedMLP)
-        for layer in layers_of(self, kind._peftops):
+        for layer in layers_of(self, mlp_class._peftops):
             count(layer, FUSED, Fused)
         return lora_mlp(*args, *call)
 
@@ -124,15 +125,15 @@ def fused_class(stock, roles, others):
     return type(f"Fused{stock.__name__}", (FusedMLP, stock), body)
 
 
-def blank(*about):
+def blank(stock, roles, others):
     """A module without content, for pickle and deepcopy to fill."""
-    kind = fused_class(*about)
-    return kind.__new__(kind)
+    cls = fused_class(stock, roles, others)
+    return cls.__new__(cls)
 
 
-def layers_of(module, about):
-    """Its gate, up and down."""
-    _, roles, _ = about
+def layers_of(module, recipe):
+    """Its gate, up and down. recipe: (stock, roles, others) as fused_class takes them."""
+    _, roles, _ = recipe
     return [vars(module)["_modules"].get(name) for name in roles]
 
 
@@ -142,9 +143,9 @@ def beside(module, roles):
     return tuple((name, type(child)) for name, child in children if name not in roles)
 
 
-def operands(module, about, x):
-    """What lora_mlp takes for gate, up and down, as a list, or the Fallback that runs layers."""
-    _, roles, others = about
+def operands(module, recipe, x):
+    """[what lora_mlp takes for gate, for up, for down], or why it goes layer by layer."""
+    _, roles, others = recipe
     if beside(module, roles) != others:
         return Fallback("its parts have changed")
     if any(map(hooked, filter(None, vars(module)["_modules"].values()))):
@@ -153,13 +154,12 @@ def operands(module, about, x):
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     result = []
-    for layer in layers_of(module, about):
+    for layer in layers_of(module, recipe):
         if not isinstance(layer, Fused):
             return Fallback("a layer is not patched")
         if len(result) == 2 and x.dtype is not dtype:
-            x = x.new_empty(
-                0, dtype=dtype
-            )  # down's input has the dtype that gate and up return
+            # down's input has the dtype that gate and up return.
+            x = x.new_empty(0, dtype=dtype)
         call = plan(layer, x)
         if type(call) is Fallback:
             return call
@@ -175,14 +175,17 @@ def operands(module, about, x):
 
 def roles_of(module):
     """The names of a module's gate, up and down, or None if it is no SwiGLU of patched layers."""
-    parts = {name: child for name, child in module.named_children() if isinstance(child, Fused)}
-    if len(parts) != 3 or "forward" in vars(module):
+    layers = {}
+    for name, child in module.named_children():
+        if isinstance(child, Fused):
+            layers[name] = child
+    if len(layers) != 3 or "forward" in vars(module):
         return None
-    held = sum(tensors_of(part) for part in parts.values())
-    if tensors_of(module) != held:
+    if tensors_of(module) != sum(map(tensors_of, layers.values())):
         return None
-    for roles in permutations(parts):
-        gate, up, down = ((parts[name].in_features, parts[name].out_features) for name in roles)
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    for roles in permutations(layers):
+        gate, up, down = (sizes[name] for name in roles)
         k, n = gate
         if up == (k, n) and down == (n, k) and is_swiglu(module, roles, k, n):
             return roles
@@ -196,7 +199,10 @@ def tensors_of(module):
 
 @torch.no_grad()
 def is_swiglu(module, roles, k, n):
-    """Whether its own forward, given other layers of these sizes, is down(silu(gate(x)) ⊙ up(x))."""
+    """Whether the module's own forward computes down(silu(gate(x)) ⊙ up(x)).
+
+    A copy with other layers of sizes k and n in these roles is run, and its result compared.
+    """
     generator = torch.Generator().manual_seed(0)
     gate = Picked(k, n, generator)
     up = Picked(k, n, generator)
@@ -209,7 +215,7 @@ def is_swiglu(module, roles, k, n):
     others = {name: copy.deepcopy(child) for name, child in children if name not in roles}
     vars(probe)["_modules"] = others | dict(zip(roles, (gate, up, down), strict=True))
     with torch.random.fork_rng(devices=[]):
-        for training in (True, False):  # in both, so that a dropout of its own is noticed
+        for training in (True, False):  # both, to notice dropout of the module's own
             try:
                 y = type(module).forward(probe.train(training), x)
             except Exception:  # somebody else's code may raise anything
@@ -222,7 +228,7 @@ def is_swiglu(module, roles, k, n):
 
 
 class Picked(nn.Module):
-    """A linear layer with one entry a row, which costs next to nothing at any size."""
+    """A linear layer whose weight has one entry a row: cheap at any size."""
 
     def __init__(self, k, n, generator):
         super().__init__()

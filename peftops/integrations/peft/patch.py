@@ -3,6 +3,8 @@
 import logging
 from collections import Counter
 
+from torch import nn
+
 from .. import liger
 from .layer import Fused, Patched, become, fused_classes, has_own_forward
 from .report import lora_layers, why_not
@@ -11,8 +13,10 @@ from .sharded import gathered
 log = logging.getLogger("peftops")
 
 
-def patch(model, *, strict=False):
-    """Lets peftops run the LoRA layers of a PEFT model, in place, and returns the model.
+def patch(model: nn.Module, *, strict: bool = False) -> nn.Module:
+    """Lets peftops run the LoRA layers of a PEFT model, in place.
+
+        y = base_layer(x) + scaling · lora_B(lora_A(dropout(x))), or what DoRA makes of it
 
     A call that peftops cannot run as PEFT would runs PEFT's own forward; `report` counts these
     calls by reason. Patch again after adding adapters to new layers.
@@ -28,15 +32,23 @@ def patch(model, *, strict=False):
         model: a model with LoRA layers of PEFT; nested models are searched.
         strict: raise instead of falling back, and leave the model as it is.
 
+    Returns:
+        The model.
+
     Raises:
         ValueError: the model has no LoRA layers; with strict, the first layer that cannot be fused
             and the reason.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685; Liu et al., DoRA, arXiv 2402.09353.
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("patch: the model has no LoRA layers")
+    reasons = {}
     with gathered(model):
-        reasons = {name: reason for name, layer in layers.items() if (reason := why_not(layer))}
+        for name, layer in layers.items():
+            if reason := why_not(layer):
+                reasons[name] = reason
     if strict and reasons:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"patch: {name} cannot be fused: {reason}")
@@ -63,18 +75,24 @@ def patch(model, *, strict=False):
 
 
 def say(layers, reasons):
-    """Logs how many of the layers are fused; a warning where less than nine in ten are."""
+    """Logs how many of the layers are fused: a warning where it is less than nine in ten."""
     fused = layers - len(reasons)
     level = logging.INFO if fused >= 0.9 * layers else logging.WARNING
     counts = Counter(reasons.values()).most_common()
-    why = ", ".join(f"{count} {reason}" for reason, count in counts)
-    log.log(
-        level, "%d/%d LoRA layers fused%s", fused, layers, f"; PEFT's own: {why}" if why else ""
-    )
+    own = ""
+    if reasons:
+        own = "; PEFT's own: " + ", ".join(f"{count} {reason}" for reason, count in counts)
+    log.log(level, "%d/%d LoRA layers fused%s", fused, layers, own)
 
 
-def unpatch(model):
-    """Restores the model as it was before patch (and mlp.fuse), in place, and returns it.
+def unpatch(model: nn.Module) -> nn.Module:
+    """Restores the model as it was before patch (and mlp.fuse), in place.
+
+    Args:
+        model: a model that `patch` has run on. Modules that are not patched are left alone.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: a layer was merged into a LinearNF4, sharded by itself or given a forward of its

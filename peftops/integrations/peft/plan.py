@@ -30,18 +30,31 @@ ACCELERATED = {}  # device type -> whether it has kernels; filled by calls, sinc
 
 
 class Plan(NamedTuple):
-    """The arguments of lora_linear for one call of a layer."""
+    """The arguments of lora_linear for one call of a layer.
 
-    weight: Tensor | Base | None  # None: only the base layer computes its product, see `own`
+    Attributes:
+        weight: (n, k) or a Base. None: only the base layer computes its product, see `own`.
+        a: lora_A's weight (r, k).
+        b: lora_B's weight (n, r).
+        bias: (n,), the base's and lora_B's together.
+        scaling: lora_alpha / r, or what the layer has in its place.
+        dropout_p: 0 where the layer does not train.
+        cast: the dtype that the result is cast to. None: it stays in x's dtype.
+        dora: the adapter whose magnitude scales the rows. None: plain LoRA.
+        widen: x is cast to fp32 first, since the 4-bit base computes in it.
+        own: why the base layer is called for its product. None: it is not.
+    """
+
+    weight: Tensor | Base | None
     a: Tensor
     b: Tensor
     bias: Tensor | None
     scaling: float
     dropout_p: float
-    cast: torch.dtype | None  # what the result is cast to; None: it stays in x's dtype
-    dora: str | None  # the adapter whose magnitude scales the rows; None: plain LoRA
-    widen: bool  # whether x is cast to fp32 first, in which a 4-bit base computes
-    own: str | None  # why the base layer is called for its product
+    cast: torch.dtype | None
+    dora: str | None
+    widen: bool
+    own: str | None
 
     def operand(self):
         """One weight of lora_mlp."""
@@ -58,16 +71,23 @@ NO_ADAPTER = Fallback("no active adapter")
 
 
 class Foundation(NamedTuple):
-    """What a plan takes from the base layer. Only `own` is set where the layer must be called."""
+    """What a plan takes from the base layer.
 
-    weight: Tensor | Base | None = None  # as lora_linear takes it
-    held: Tensor | None = None  # the parameter, for checks of device and requires_grad
-    computes: torch.dtype | None = None  # what the layer computes in; None: in x's dtype
+    Attributes:
+        weight: as lora_linear takes it.
+        held: the parameter, for checks of device and requires_grad.
+        computes: the dtype that the layer computes in. None: x's.
+        bias: (n,) or None.
+        cast: the dtype that the layer casts its result to. None: it casts nothing.
+        own: why only the layer computes its product. All else is None then.
+    """
+
+    weight: Tensor | Base | None = None
+    held: Tensor | None = None
+    computes: torch.dtype | None = None
     bias: Tensor | None = None
-    cast: torch.dtype | None = (
-        None  # what the layer casts its result to; None: it casts nothing
-    )
-    own: str | None = None  # why only the layer computes its product
+    cast: torch.dtype | None = None
+    own: str | None = None
 
 
 HOOKED = Foundation(own="hooks on the base layer")
@@ -76,6 +96,7 @@ HOOKED = Foundation(own="hooks on the base layer")
 def plan(layer, x):
     """The Plan for layer(x), or a Fallback where our operation would not give what PEFT gives.
 
+    layer: a LoRA layer of PEFT. x: (..., k), whose values are not read.
     Everything may change between two calls, so every call looks. Modules are read where nn.Module
     keeps them: its __getattr__ would cost as much as the rest of this function.
     """
@@ -104,7 +125,7 @@ def plan(layer, x):
     lora_b = vars(modules["lora_B"])["_modules"][name]
     dropout = vars(modules["lora_dropout"])["_modules"][name]
     foundation = HOOKED if hooked(base) else foundation_of(base, x)
-    reason = parts_misfit(lora_a, lora_b, dropout)
+    reason = modules_misfit(lora_a, lora_b, dropout)
     if reason:
         return Fallback(reason)
     a = parameter(lora_a, "weight")
@@ -135,7 +156,7 @@ def plan(layer, x):
 
 
 def only_one(names, adapters):
-    """The one of these active adapters that the layer has, or a Fallback."""
+    """The only active adapter that the layer has, or a Fallback if there is none or several."""
     names = [name for name in names if name in adapters]
     if len(names) > 1:
         return Fallback("several active adapters")
@@ -143,27 +164,29 @@ def only_one(names, adapters):
 
 
 def foundation_of(base, x):
-    """The Foundation that a base layer without hooks is for this x."""
-    kind = type(base)
+    """The Foundation of a base layer without hooks, for this x."""
+    base_class = type(base)
     weight = parameter(base, "weight")
     bias = parameter(base, "bias")
-    if kind.__module__.startswith("bitsandbytes."):
-        found = packed(base, weight)
-        if type(found) is Fallback:
-            return Foundation(own=found.reason)
-        held, weight = found
+    if base_class.__module__.startswith("bitsandbytes."):
+        codes_and_base = packed(base, weight)
+        if type(codes_and_base) is Fallback:
+            return Foundation(own=codes_and_base.reason)
+        held, weight = codes_and_base
         computes = base.compute_dtype
         cast = x.dtype
-    elif kind is not nn.Linear and kind is not Conv1D and kind is not LinearNF4:
-        return Foundation(own=f"base layer is {kind.__name__}")
+    elif (
+        base_class is not nn.Linear and base_class is not Conv1D and base_class is not LinearNF4
+    ):
+        return Foundation(own=f"base layer is {base_class.__name__}")
     elif type(weight) not in PLAIN:
         return Foundation(own=f"base weight is {type(weight).__name__}")
-    elif kind is LinearNF4:
+    elif base_class is LinearNF4:
         held, weight = weight, base.base()
         computes = base.compute_dtype
         cast = None if computes is None else x.dtype
     else:
-        dense = weight if kind is nn.Linear else weight.T
+        dense = weight if base_class is nn.Linear else weight.T
         return Foundation(dense, weight, weight.dtype, bias)
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.float()  # as these layers do
@@ -192,7 +215,7 @@ def packed(base, weight):
     return codes, Base("nf4", [codes, table_of(state), *scales_of(state)], state.blocksize)
 
 
-def parts_misfit(lora_a, lora_b, dropout):
+def modules_misfit(lora_a, lora_b, dropout):
     """Why the adapter's modules do something else than multiply and drop, or None."""
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "adapter layer is not nn.Linear"
@@ -237,7 +260,10 @@ def misfit(x, foundation, a, b, b_bias, dora):
 
 
 def accelerated(device_type):
-    """Whether there are kernels for this type of device; True while dynamo traces and nobody has asked."""
+    """Whether there are kernels for this type of device.
+
+    True while dynamo traces, unless a call before has found that there are none.
+    """
     if device_type not in ACCELERATED and not torch.compiler.is_compiling():
         cell = backends.choose("lora_fwd", None, device_type, False)
         ACCELERATED[device_type] = "reference" not in cell.__module__
@@ -245,8 +271,10 @@ def accelerated(device_type):
 
 
 def dtype_misfit(x, foundation, a, b, b_bias):
-    """Why the dtypes are none for which lora_linear rounds as PEFT does, or None."""
-    held, computes, bias = foundation.held, foundation.computes, foundation.bias
+    """Why lora_linear would not round as PEFT does for these dtypes, or None."""
+    held = foundation.held
+    computes = foundation.computes
+    bias = foundation.bias
     dtype, device_type = x.dtype, x.device.type
     if dtype not in DTYPES or (computes is not None and computes not in DTYPES):
         return "dtype of x or of the base weight"
@@ -264,8 +292,8 @@ def dtype_misfit(x, foundation, a, b, b_bias):
     narrow = dtype, torch.float32
     if a.dtype is not b.dtype or a.dtype not in narrow:
         return "dtype of the adapter"
-    for one in (bias, b_bias):
-        if one is not None and one.dtype not in narrow:
+    for addend in (bias, b_bias):
+        if addend is not None and addend.dtype not in narrow:
             return "dtype of a bias"
     return None
 
@@ -282,9 +310,9 @@ def dora_misfit(x, foundation, b_bias, magnitude):
     return None
 
 
-def hooked(part):
-    """Whether somebody waits for a call of this module, which the fused path does not make."""
-    state = vars(part)
+def hooked(module):
+    """Whether the module has hooks or a forward of its own: fused layers do not call it."""
+    state = vars(module)
     return (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -312,7 +340,7 @@ def rows_like(layer):
 
 
 def dtype_of(layer):
-    """The dtype that the layer's base computes in; its adapter's where the base does not tell."""
+    """The dtype that the layer's base computes in, or the adapter's where the base has none."""
     base = layer.get_base_layer()
     weight = parameter(base, "weight")
     state = getattr(weight, "quant_state", None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...ops.lora import FEW, served_by
@@ -17,23 +18,28 @@ REPLACED = "its forward was replaced"
 
 @dataclass
 class Report:
-    """How the LoRA layers of a model run now, and how they ran since patch."""
+    """How the LoRA layers of a model run now, and how they ran since patch.
+
+    Attributes:
+        fused: the layers that run on peftops now.
+        reasons: reason why a layer is PEFT's own -> layers.
+        calls: FUSED, OWN or the reason why PEFT ran the call -> calls, compiled ones excluded.
+        norms: DoRA's norms that were computed since patch, compiled calls excluded.
+        paths: backend and product, as `describe` says it -> layers.
+    """
 
     fused: int = 0
-    reasons: Counter = field(default_factory=Counter)  # why layers are PEFT's own -> layers
-    calls: Counter = field(
-        default_factory=Counter
-    )  # FUSED, OWN or why not -> calls, not compiled
-    norms: int = 0  # DoRA's, computed since patch
-    paths: Counter = field(
-        default_factory=Counter
-    )  # backend and product, see describe -> layers
+    reasons: Counter = field(default_factory=Counter)
+    calls: Counter = field(default_factory=Counter)
+    norms: int = 0
+    paths: Counter = field(default_factory=Counter)
 
     @property
-    def fallback(self):
+    def fallback(self) -> int:
+        """The layers that PEFT runs."""
         return self.reasons.total()
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.fused}/{self.fused + self.fallback} LoRA layers fused"]
         titles = {"PEFT's own": self.reasons, "calls": self.calls, "kernels": self.paths}
         for title, counts in titles.items():
@@ -45,8 +51,17 @@ class Report:
         return "\n".join(lines)
 
 
-def report(model):
-    """A printable Report. A layer counts as fused if it would be now and, where it was called, ever was."""
+def report(model: nn.Module) -> Report:
+    """Says how the LoRA layers of a model run now, and how they ran since patch.
+
+    A layer counts as fused if a call now would be and, where it was called, at least one call was.
+
+    Args:
+        model: a model with LoRA layers of PEFT, patched or not. Nothing is changed.
+
+    Returns:
+        A Report, which can be printed.
+    """
     result = Report()
     with gathered(model):
         for layer in lora_layers(model).values():
@@ -66,7 +81,7 @@ def report(model):
     return result
 
 
-def lora_layers(model):
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """{name: layer} of PEFT's LoRA layers, patched or not."""
     return {
         name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
@@ -74,7 +89,7 @@ def lora_layers(model):
 
 
 def why_not(layer):
-    """Why this layer, called now with rows of its weight's dtype, would be PEFT's own, or None."""
+    """Why PEFT would run this layer, called now with rows of its weight's dtype, or None."""
     if has_own_forward(layer) and not vars(layer).get("_peftops_calls"):
         return REPLACED
     if type(layer) not in fused_classes() and not isinstance(layer, Fused):
@@ -85,7 +100,7 @@ def why_not(layer):
 
 
 def plan_of(layer):
-    """What `plan` says for rows_like(layer); under autocast, where the adapter's dtype asks for it."""
+    """What `plan` says for rows_like(layer), under autocast where only that runs fused."""
     like = rows_like(layer)
     planned = plan(layer, like)
     if type(planned) is not Fallback:
@@ -100,7 +115,7 @@ def plan_of(layer):
 
 
 def describe(layer):
-    """The backend and product for many rows of a fused layer, and why its base layer is called."""
+    """The backend and product for many rows of a fused layer, and why its base is called."""
     like = rows_like(layer)
     planned = plan_of(layer)
     own = ""

@@ -8,22 +8,21 @@ from torch import nn
 
 @contextmanager
 def gathered(model):
-    """Inside, parameters that FSDP2 shards are plain tensors, though only this rank's part of them.
+    """Inside, parameters that FSDP2 shards are plain tensors: this rank's shards of them.
 
-    A part of a layer that is sharded by itself stays as it is: the layer's forward never sees it
+    A child of a layer that is sharded by itself stays as it is: the layer's forward never sees it
     gathered.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     modules = list(model.modules())
     sharded = []
     if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in modules):
-        groups = [m._parameters for m in modules if not isinstance(m, fsdp.FSDPModule)]
-        sharded = [
-            (group, name, parameter)
-            for group in groups
-            for name, parameter in group.items()
-            if hasattr(parameter, "to_local")
-        ]
+        for module in modules:
+            if isinstance(module, fsdp.FSDPModule):
+                continue
+            for name, parameter in module._parameters.items():
+                if hasattr(parameter, "to_local"):
+                    sharded.append((module._parameters, name, parameter))
     try:
         for group, name, parameter in sharded:
             group[name] = nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)

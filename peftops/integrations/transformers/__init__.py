@@ -1,4 +1,4 @@
-"""transformers: enable() loads, makes and saves 4-bit checkpoints; PeftopsCallback is for its Trainer."""
+"""transformers: 4-bit checkpoints without bitsandbytes, and a callback for its Trainer."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ __all__ = ["PeftopsCallback", "disable", "enable", "enable_nf4"]
 
 
 def __getattr__(name):
-    """Loads a public name when it is asked for: checkpoint.py has to work with an older transformers."""
+    """Loads a public name on demand: checkpoint.py also runs with an older transformers."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""PeftopsCallback: transformers' Trainer, and the trainers that TRL derives from it, train on peftops."""
+"""PeftopsCallback: transformers' Trainer, and TRL's trainers, train on peftops."""
 
 import time
 from importlib.util import find_spec
@@ -10,20 +10,33 @@ from ..peft import lora_layers, patch, report
 
 
 class PeftopsCallback(TrainerCallback):
-    """Trainer(..., callbacks=[PeftopsCallback()]): the model is patched, and logs say what ran fused.
+    """Patches the model of a Trainer, and adds to its log what ran fused.
 
-    The model is patched when the trainer is made, also where that made the PEFT model itself (TRL's peft_config), and
-    again when training begins, for layers that came later. Lines of the log that have a loss gain lora_layers,
-    fused_layers, peak_memory_gib and, under TrainingArguments(include_num_input_tokens_seen=...), tokens_per_second
-    since the line before. state.log_history has them, and callbacks that come after this one; those of report_to come
-    before, unless trainer.callback_handler.callbacks is reordered.
+        Trainer(..., callbacks=[PeftopsCallback()])
 
-    strict: as in patch. Raises ValueError where training begins and there are no LoRA layers.
+    The model is patched when the trainer is made, also if the trainer makes the PEFT model itself
+    (TRL's peft_config). It is patched again when training begins, for layers that came later.
+
+    Lines of the log that have a loss gain these entries:
+        lora_layers: how many there are.
+        fused_layers: how many of them run on peftops.
+        peak_memory_gib: the most that this process has held so far, of the GPU if there is one.
+        tokens_per_second: since the line before; only under
+            TrainingArguments(include_num_input_tokens_seen=...).
+    state.log_history and callbacks after this one see them. Callbacks of report_to come before this
+    one, unless trainer.callback_handler.callbacks is reordered.
+
+    Args:
+        strict: as in patch.
+
+    Raises:
+        ValueError: when training begins, the model has no LoRA layers; with strict, a layer cannot
+            be fused.
     """
 
-    def __init__(self, *, strict=False):
+    def __init__(self, *, strict: bool = False):
         self.strict = strict
-        self.before = time.monotonic(), 0
+        self.last_log = time.monotonic(), 0  # seconds, and tokens seen by then
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if lora_layers(model):
@@ -31,29 +44,31 @@ class PeftopsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         patch(model, strict=self.strict)
-        self.before = time.monotonic(), state.num_input_tokens_seen
+        self.last_log = time.monotonic(), state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" not in logs:
             return
-        found = report(model)
-        more = {
-            "lora_layers": found.fused + found.fallback,
-            "fused_layers": found.fused,
-            "peak_memory_gib": peak(),
+        layers = report(model)
+        entries = {
+            "lora_layers": layers.fused + layers.fallback,
+            "fused_layers": layers.fused,
+            "peak_memory_gib": peak_memory_gib(),
         }
-        (then, seen), self.before = self.before, (time.monotonic(), state.num_input_tokens_seen)
-        if tokens := self.before[1] - seen:
-            more["tokens_per_second"] = round(tokens / (self.before[0] - then), 1)
-        logs.update(more)
-        state.log_history[-1].update(more)
+        last_time, last_seen = self.last_log
+        now, seen = time.monotonic(), state.num_input_tokens_seen
+        self.last_log = now, seen
+        if seen > last_seen:
+            entries["tokens_per_second"] = round((seen - last_seen) / (now - last_time), 1)
+        logs.update(entries)
+        state.log_history[-1].update(entries)
 
 
-def peak():
-    """GiB that this process ever held, of the GPU where there is one; None where nobody tells."""
+def peak_memory_gib() -> float | None:
+    """The most GiB that this process has held, of the GPU if there is one; None on Windows."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    if not find_spec("resource"):  # Windows
+    if not find_spec("resource"):
         return None
     import resource
 

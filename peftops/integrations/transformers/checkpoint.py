@@ -79,11 +79,9 @@ def load(folder: Path) -> Checkpoint:
     if index:
         refuse_lost(folder, index, headers)
     tensors = {key: value for keys in headers.values() for key, value in keys.items()}
-    last = {
-        key: name for name, keys in headers.items() for key in keys
-    }  # loading takes the last of equal keys
+    homes = {key: name for name, keys in headers.items() for key in keys}  # the last one counts
     shards = {
-        name: [key for key in keys if last[key] == name] for name, keys in headers.items()
+        name: [key for key in keys if homes[key] == name] for name, keys in headers.items()
     }
     model, dtype = make_on_meta(folder, tensors)
     checkpoint = Checkpoint(folder, config, index, shards, dtype)
@@ -92,12 +90,14 @@ def load(folder: Path) -> Checkpoint:
 
 
 def refuse_lost(folder, index, headers):
+    """Refuses an index that names a tensor which its shard does not hold."""
     for key, name in index["weight_map"].items():
         if key not in headers[name]:
             raise ValueError(f"{folder / name} lacks {key}, which {INDEX} says it holds")
 
 
 def read_config(folder):
+    """The content of config.json. Refuses a model that is quantized already."""
     path = file_in(folder, CONFIG)
     config = read_json(path)
     nested = [value for value in config.values() if isinstance(value, dict)]
@@ -111,14 +111,12 @@ def read_config(folder):
 
 
 def read_index(folder):
+    """The content of the index of the shards."""
     path = file_in(folder, INDEX)
     index = read_json(path)
     files = index.get("weight_map")
-    if (
-        not isinstance(files, dict)
-        or not files
-        or not all(isinstance(name, str) for name in files.values())
-    ):
+    has_files = isinstance(files, dict) and bool(files)
+    if not has_files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"cannot read {path}: weight_map must name the file of each tensor")
     metadata = index.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
@@ -127,6 +125,7 @@ def read_index(folder):
 
 
 def shard_names(folder, index):
+    """The files of the weights, each of which lies in the folder."""
     if index is None:
         return [SINGLE]
     names = sorted(set(index["weight_map"].values()))
@@ -165,8 +164,8 @@ def map_tensors(checkpoint, model, tensors):
     """Fills dtypes, linear, kept and skipped."""
     from transformers.quantizers.base import HfQuantizer
 
-    left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    wanted = linear_weights(model, left)
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    wanted = linear_weights(model, excluded)
     parameters = model.state_dict()
     refuse_state(checkpoint.folder, tensors, parameters)
     special_dtype = dtype_rule(model, checkpoint.dtype)
@@ -198,10 +197,10 @@ def map_tensors(checkpoint, model, tensors):
             f"{checkpoint.folder} has no linear layers that bitsandbytes would quantize"
         )
     if checkpoint.kept:
-        checkpoint.skipped = sorted({*left, *checkpoint.kept})
+        checkpoint.skipped = sorted({*excluded, *checkpoint.kept})
 
 
-def linear_weights(model, left):
+def linear_weights(model, excluded):
     """{name of a weight that transformers would quantize: is it (in, out)?}"""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -209,7 +208,7 @@ def linear_weights(model, left):
     weights = {}
     for name, module in model.named_modules():
         is_linear = type(module) is torch.nn.Linear or isinstance(module, Conv1D)
-        if is_linear and should_convert_module(name, left):
+        if is_linear and should_convert_module(name, excluded):
             weights[f"{name}.weight"] = isinstance(module, Conv1D)
     return weights
 
@@ -264,12 +263,13 @@ def refuse_packed(checkpoint, keys):
             packed.append(key)
     if packed:
         raise ValueError(
-            f"{checkpoint.folder} is already quantized: it holds {listed(sorted(packed))} and no weight"
+            f"{checkpoint.folder} is already quantized: "
+            f"it holds {listed(sorted(packed))} and no weight"
         )
 
 
 def listed(keys):
-    """The first, and how many more."""
+    """The first key and how many more there are, for a message."""
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more such keys"
 
 

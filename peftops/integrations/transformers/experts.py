@@ -1,18 +1,24 @@
-"""Expert weights of three dimensions in 4 bits, dequantized for the time that their module runs."""
+"""Expert weights of three dimensions in 4 bits, dequantized only while their module runs."""
+
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn.nf4_packed import PackedNF4
 from ...ops.nf4 import NF4Weight
 
-_recent = {}  # (module, name, dtype) -> the weights that backward is at, of one module
+# The weights of the one module that backward is at: (module, name, dtype) -> dequantized weight.
+_recent = {}
 
 
 class PackedExperts(PackedNF4):
-    """A weight (experts, n, k). Its state dict is the dequantized one, which every loader of the model understands."""
+    """A weight (experts, n, k) in 4 bits.
 
-    def __init__(self, q):
+    Its state dict holds the dequantized weight, which every loader of the model understands.
+    """
+
+    def __init__(self, q: NF4Weight):
         super().__init__()
         self.shape = tuple(q.shape)
         self.hold(q.base, q.dtype, q.block, q.quant_type)
@@ -21,38 +27,58 @@ class PackedExperts(PackedNF4):
         destination[prefix[:-1]] = self.dequantize()
 
     def extra_repr(self):
-        return f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        return (
+            f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}, "
+            f"double_quant={self.double_quant}"
+        )
 
 
-def pack(module, name, weight, double_quant, quant_type):
-    """Replaces parameter `name` by PackedExperts: NF4 of the flattened weight."""
-    q = (
-        weight
-        if isinstance(weight, NF4Weight)
-        else NF4Weight.quantize(weight.data, 64, double_quant, quant_type)
-    )
+def pack(
+    module: nn.Module,
+    name: str,
+    weight: Tensor | NF4Weight,
+    double_quant: bool,
+    quant_type: str,
+) -> None:
+    """Replaces parameter `name` by PackedExperts: NF4 of the flattened weight.
+
+    Args:
+        module: the module of the experts. It gets hooks that dequantize the weight for its forward.
+        name: the parameter.
+        weight: (experts, n, k), quantized or not.
+        double_quant: quantize the scales, too.
+        quant_type: "nf4" or "fp4".
+    """
+    if not isinstance(weight, NF4Weight):
+        weight = NF4Weight.quantize(weight.data, 64, double_quant, quant_type)
     delattr(module, name)
-    module.add_module(name, PackedExperts(q))
+    module.add_module(name, PackedExperts(weight))
     if all(hook is not unpack for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(unpack)
         module.register_forward_hook(drop, always_call=True)
 
 
 def packed(module):
-    return {
-        name: part for name, part in module._modules.items() if isinstance(part, PackedExperts)
-    }
+    """{name: PackedExperts} of a module's children."""
+    children = module._modules.items()
+    return {name: child for name, child in children if isinstance(child, PackedExperts)}
 
 
 def unpack(module, args):
-    """Before forward: the weights, in x's dtype, as attributes, and a way for backward to do without them."""
-    dtype, parts, state = args[0].dtype, packed(module), vars(module)
-    for name, part in parts.items():
-        state[name] = part.dequantize(dtype)
-    homes = {state[name].untyped_storage().data_ptr(): name for name in parts}
+    """Before forward: sets the weights, dequantized in x's dtype, as attributes.
+
+    Autograd saves where in a weight a tensor lies instead of the tensor; backward dequantizes the
+    weight again.
+    """
+    dtype = args[0].dtype
+    state = vars(module)
+    names = {}  # address of a dequantized weight -> its name
+    for name, weight in packed(module).items():
+        state[name] = weight.dequantize(dtype)
+        names[state[name].untyped_storage().data_ptr()] = name
 
     def save(t):
-        name = homes.get(t.untyped_storage().data_ptr())
+        name = names.get(t.untyped_storage().data_ptr())
         return t if name is None else (name, t.size(), t.stride(), t.storage_offset())
 
     def load(saved):
@@ -73,15 +99,15 @@ def unpack(module, args):
 
 
 def drop(module, args, out):
-    """After forward, whatever became of it."""
+    """After forward, also one that raised: removes what unpack has set."""
     state = vars(module)
     for name in packed(module):
         state.pop(name, None)
     state.pop("_peftops_hooks").__exit__()
 
 
-def experts(model, wanted):
-    """The names of expert weights that are not linear layers, where wanted(name) is true."""
+def experts(model: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
+    """The names of the expert weights of three dimensions for which wanted(name) is true."""
     return [
         name
         for name, parameter in model.named_parameters()

@@ -8,14 +8,24 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TEMPLATES = "additional_chat_templates"
-WEIGHTS = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".ot", ".tflite",
-}  # fmt: skip
-SMALL = 100_000_000  # bytes of a file that is copied, and of a JSON file
+WEIGHTS = {  # endings of files that are not copied
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".npz",
+    ".ot",
+    ".tflite",
+}
+SMALL = 100_000_000  # most bytes of a file that is copied, and of a JSON file
 DEPTH = 100  # of objects and lists in each other; Python and transformers recurse over them
-COUNTS = re.compile(
-    "layer|expert|head|depth|blocks|stage|group|label"
-)  # a model makes so many, one by one
+# Names of numbers in a config. A model makes as many modules, one by one.
+COUNTS = re.compile("layer|expert|head|depth|blocks|stage|group|label")
 MANY = 1_000_000
 
 
@@ -31,12 +41,13 @@ def roots(folder):
 
 
 def lies_in(path, folders):
+    """Whether a file, or what it links to, lies in one of these folders or below."""
     target = path.resolve()
     return any(folder in target.parents for folder in folders)
 
 
 def is_file(path: Path) -> bool:
-    """Is it a file, or a link to one? A name that no file can have is not."""
+    """Whether it is a file, or a link to one. False for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -44,7 +55,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_plain(name: object) -> bool:
-    """Is it the name of a file in a folder, and not a path to elsewhere?"""
+    """Whether it is the name of a file in a folder, and not a path to elsewhere."""
     return isinstance(name, str) and Path(name).name == name
 
 
@@ -86,12 +97,14 @@ def read_json(path: Path) -> dict:
 
 
 def children(value):
+    """The values that a JSON object or list holds."""
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
 
 
 def is_deeper_than(value, depth):
+    """Whether objects and lists are nested more than `depth` deep."""
     level = [value]
     for _ in range(depth):
         level = [child for parent in level for child in children(parent)]

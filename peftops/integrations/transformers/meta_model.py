@@ -9,9 +9,8 @@ from ..._errors import sentence
 from .folder import CONFIG
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PARAMETERS_PER_TENSOR = (
-    64  # a stacked tensor of a checkpoint may be as many experts of the model
-)
+# A stacked tensor of a checkpoint may be as many experts of the model.
+PARAMETERS_PER_TENSOR = 64
 PARAMETERS = 10_000
 
 
@@ -42,9 +41,8 @@ def make_on_meta(folder, tensors):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        config._attn_implementation = (
-            "eager"  # another may be code that is fetched from the hub
-        )
+        # Another implementation may be code that is fetched from the hub.
+        config._attn_implementation = "eager"
         stored = (DTYPES[dtype] for dtype, _ in tensors.values() if dtype in DTYPES)
         dtype = config.dtype or next(stored, None)
         if dtype not in DTYPES.values():
@@ -86,7 +84,8 @@ def bounded_parameters(most):
         made += 1
         if made > most:
             raise ValueError(
-                f"{CONFIG} asks for more than {most} parameters, far more than the tensors of the weights"
+                f"{CONFIG} asks for more than {most} parameters, "
+                "far more than the tensors of the weights"
             )
 
     return register_module_parameter_registration_hook(count)

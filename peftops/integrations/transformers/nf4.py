@@ -1,4 +1,4 @@
-"""enable: transformers loads, makes and saves bitsandbytes' 4-bit checkpoints without bitsandbytes."""
+"""enable: transformers reads, makes and writes bitsandbytes' 4-bit checkpoints without it."""
 
 import logging
 import math
@@ -24,30 +24,29 @@ from .experts import PackedExperts, experts, pack
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"
-PARTS = (
+# What follows `weight.` in the keys of a quantized weight.
+ENDINGS = (
     "absmax",
     "quant_map",
     "nested_absmax",
     "nested_quant_map",
-    *(f"{STATE}{kind}" for kind in FOUR_BITS),
+    *(f"{STATE}{quant_type}" for quant_type in FOUR_BITS),
 )
-
-
 STOCK = AUTO_QUANTIZER_MAPPING[METHOD]
 
 
-def enable(experts=False):
-    """From now on, or inside `with enable():`, from_pretrained makes LinearNF4 instead of Linear4bit.
+def enable(experts: bool = False) -> Enabled:
+    """From now on, or inside `with enable():`, from_pretrained makes LinearNF4, not Linear4bit.
 
     It loads checkpoints that bitsandbytes saved, bit for bit, and quantizes others under
     BitsAndBytesConfig(load_in_4bit=True, ...); save_pretrained writes the bytes that bitsandbytes
     would. bitsandbytes need not be installed. Layers that bitsandbytes skips stay as they were.
 
     Args:
-        experts: quantize expert weights of three dimensions too. They are dequantized for the time
-            that their module runs, forward and backward, and saved in 16 bits, since no loader
-            knows them otherwise; PEFT's target_parameters do not find them. By default they stay in
-            16 bits, as with bitsandbytes, and a warning names them.
+        experts: quantize expert weights of three dimensions, too. They are dequantized only while
+            their module runs, forward and backward. They are saved in 16 bits, since no loader
+            knows another form, and PEFT's target_parameters do not find them. By default they stay
+            in 16 bits, as with bitsandbytes, and a warning names them.
 
     Returns:
         A context manager whose end puts back what was there before. Without `with`, disable() puts
@@ -58,13 +57,13 @@ def enable(experts=False):
     return Enabled(lambda: AUTO_QUANTIZER_MAPPING.update({METHOD: before}))
 
 
-def disable():
+def disable() -> None:
     """Lets from_pretrained make bitsandbytes' Linear4bit again."""
     AUTO_QUANTIZER_MAPPING[METHOD] = STOCK
 
 
-def enable_nf4(experts=False):
-    """Deprecated: enable."""
+def enable_nf4(experts: bool = False) -> Enabled:
+    """Deprecated name of enable."""
     warnings.warn("enable_nf4 is now called enable", FutureWarning, stacklevel=2)
     return enable(experts)
 
@@ -74,30 +73,37 @@ class NF4Quantizer(HfQuantizer):
 
     requires_calibration = False
     quantized_element_size = 0.5
-    serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012
-    is_trainable = is_compileable = True
+    serialized_names = {  # noqa: RUF012
+        "weight": ["weight", *(f"weight.{ending}" for ending in ENDINGS)],
+    }
+    is_trainable = True
+    is_compileable = True
 
     def __init__(self, quantization_config, experts=False, **options):
         super().__init__(quantization_config, **options)
-        self.experts, self.packed = experts, {}
+        self.experts = experts
+        self.packed = {}  # name of an expert weight -> its NF4Weight, or None until it is loaded
 
     def validate_environment(self, *args, device_map=None, **kwargs):
-        """Refuses modules that come for a call only: bitsandbytes does, and their codes cannot be found on disk."""
-        if (
-            not isinstance(device_map, dict)
-            or self.quantization_config.llm_int8_enable_fp32_cpu_offload
-        ):
+        """Refuses a device_map that offloads modules, as bitsandbytes does.
+
+        accelerate brings such modules for a call only, and does not find their codes on the disk.
+        """
+        if not isinstance(device_map, dict):
             return
-        away = [
-            f"{name or 'the model'} on {place}"
-            for name, place in device_map.items()
-            if place in ("cpu", "disk")
+        if self.quantization_config.llm_int8_enable_fp32_cpu_offload:
+            return
+        offloaded = [
+            f"{name or 'the model'} on {device}"
+            for name, device in device_map.items()
+            if device in ("cpu", "disk")
         ]
-        if away and set(device_map.values()) != {"cpu"}:
+        if offloaded and set(device_map.values()) != {"cpu"}:
             raise ValueError(
-                "load_in_4bit: device_map must leave no quantized module on the CPU or the disk while others are "
-                f"elsewhere, got {away[0]} ({len(away)} of {len(device_map)}); llm_int8_enable_fp32_cpu_offload=True "
-                "keeps them as they are, not quantized"
+                "load_in_4bit: device_map must leave no quantized module on the CPU or the disk "
+                f"while others are elsewhere, got {offloaded[0]} "
+                f"({len(offloaded)} of {len(device_map)}); "
+                "llm_int8_enable_fp32_cpu_offload=True keeps them as they are, not quantized"
             )
 
     def update_device_map(self, device_map):
@@ -116,47 +122,43 @@ class NF4Quantizer(HfQuantizer):
         config = self.quantization_config
         if getattr(model.config, "model_type", None) == "rwkv":
             raise ValueError(
-                "load_in_4bit: rwkv models cannot be quantized, for their forward divides weights in place"
+                "load_in_4bit: rwkv models cannot be quantized, "
+                "for their forward divides weights in place"
             )
         skip = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
         )
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
-            skip += [name for name, place in device_map.items() if place in ("disk", "cpu")]
+            skip += [name for name, device in device_map.items() if device in ("disk", "cpu")]
         self.modules_to_not_convert = skip
-        found = [
-            (name, module)
-            for name, module in model.named_modules()
-            if should_convert_module(name, skip)
-            and (type(module) is nn.Linear or isinstance(module, Conv1D))
-        ]
-        for name, module in found:
-            model.set_submodule(name, empty(module, config))
-        left = experts(model, lambda name: should_convert_module(name, skip))
-        self.packed = dict.fromkeys(left) if self.experts else {}
-        if left and not self.experts:
+        for name, module in [*model.named_modules()]:
+            is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
+            if is_linear and should_convert_module(name, skip):
+                model.set_submodule(name, empty(module, config))
+        expert_names = experts(model, lambda name: should_convert_module(name, skip))
+        self.packed = dict.fromkeys(expert_names) if self.experts else {}
+        if expert_names and not self.experts:
             log.warning(
                 "load_in_4bit: %d expert weights stay in 16 bits, %s and so on",
-                len(left),
-                left[0],
+                len(expert_names),
+                expert_names[0],
             )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        config = self.quantization_config
         for name, weight in self.packed.items():
-            config, (module, own) = self.quantization_config, get_module_from_name(model, name)
-            weight = getattr(module, own) if weight is None else weight
+            module, attribute = get_module_from_name(model, name)
             pack(
                 module,
-                own,
-                weight,
+                attribute,
+                getattr(module, attribute) if weight is None else weight,
                 config.bnb_4bit_use_double_quant,
                 config.bnb_4bit_quant_type,
             )
         self.packed = {}
         model.is_loaded_in_4bit = True
-        model.num_parameters = MethodType(
-            num_parameters, model
-        )  # transformers' own imports bitsandbytes
+        # transformers' own method imports bitsandbytes.
+        model.num_parameters = MethodType(num_parameters, model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -181,7 +183,10 @@ class NF4Quantizer(HfQuantizer):
         return model
 
     def take(self, name, weight):
-        """Quantizes a weight of experts where it is loaded; what stands for it until all are loaded."""
+        """Quantizes an expert weight as soon as it is loaded.
+
+        Returns an empty parameter, which takes its place until all are loaded.
+        """
         config = self.quantization_config
         options = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
         self.packed[name] = NF4Weight.quantize(weight.contiguous(), 64, *options)
@@ -199,11 +204,10 @@ class NF4Quantizer(HfQuantizer):
 
 def empty(module, config):
     """The LinearNF4, on the meta device, that a layer becomes under a BitsAndBytesConfig."""
-    k, n = (
-        module.weight.shape
-        if isinstance(module, Conv1D)
-        else (module.in_features, module.out_features)
-    )
+    if isinstance(module, Conv1D):
+        k, n = module.weight.shape
+    else:
+        k, n = module.in_features, module.out_features
     layer = LinearNF4(
         k,
         n,
@@ -220,7 +224,7 @@ def empty(module, config):
 
 
 class Quantize(ConversionOps):
-    """A weight of a checkpoint that is not quantized."""
+    """Quantizes the weights of a checkpoint that is not quantized."""
 
     def __init__(self, hf_quantizer):
         self.hf_quantizer = hf_quantizer
@@ -236,7 +240,7 @@ class Quantize(ConversionOps):
         return result
 
     def quantized(self, name, value, model):
-        """What stands for a weight of a checkpoint once it is quantized."""
+        """The parameter that holds the codes of a weight, once it is quantized."""
         if name in self.hf_quantizer.packed:
             return self.hf_quantizer.take(name, value)
         module, _ = get_module_from_name(model, name)
@@ -246,7 +250,10 @@ class Quantize(ConversionOps):
 
 
 class Deserialize(ConversionOps):
-    """The tensors of a quantized weight. transformers keeps its hands off them for the attribute hf_quantizer."""
+    """Loads the tensors of a weight that is quantized in the checkpoint.
+
+    transformers leaves the tensors alone if the operation has an attribute hf_quantizer.
+    """
 
     def __init__(self, hf_quantizer):
         self.hf_quantizer = hf_quantizer
@@ -256,8 +263,9 @@ class Deserialize(ConversionOps):
             return input_dict
         module, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(module, LinearNF4):
+            got = type(module).__name__
             raise TypeError(
-                f"load_in_4bit: {full_layer_name} must be of a linear layer, got {type(module).__name__}"
+                f"load_in_4bit: {full_layer_name} must be of a linear layer, got {got}"
             )
         module.load({key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()})
         module._is_hf_initialized = True
@@ -269,14 +277,20 @@ class Deserialize(ConversionOps):
 
 
 def num_parameters(self, only_trainable=False, exclude_embeddings=False):
-    """What transformers counts: the elements of a weight for its codes, none for its scales."""
-    held = [m for m in self.modules() if isinstance(m, PackedNF4)]
-    codes = {id(m.weight): math.prod(m.shape) for m in held}
-    skipped = {id(t) for m in held for t in (m.absmax, m.nested_absmax)}
-    if exclude_embeddings:
-        skipped |= {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+    """PreTrainedModel.num_parameters, where codes count as the elements of their weight.
+
+    Scales do not count.
+    """
+    sizes = {}
+    skipped = set()
+    for module in self.modules():
+        if isinstance(module, PackedNF4):
+            sizes[id(module.weight)] = math.prod(module.shape)
+            skipped |= {id(module.absmax), id(module.nested_absmax)}
+        elif exclude_embeddings and isinstance(module, nn.Embedding):
+            skipped.add(id(module.weight))
     return sum(
-        codes.get(id(p), p.numel())
+        sizes.get(id(p), p.numel())
         for p in self.parameters()
         if (p.requires_grad or not only_trainable) and id(p) not in skipped
     )

@@ -34,11 +34,13 @@ def begin(out: Path, origin: dict) -> None:
 
 
 def begin_or_go_on(out, origin):
+    """As begin, but with OSError where OUT cannot be written to."""
     mark = out / UNFINISHED
     if mark.is_file():
         if not holds(mark, origin):
             raise ValueError(
-                f"{out} was begun from another model or with other options: finish those, or remove it"
+                f"{out} was begun from another model or with other options: "
+                "finish those, or remove it"
             )
         clear(out)
         return
@@ -54,10 +56,12 @@ def begin_or_go_on(out, origin):
 
 
 def names_in(folder):
+    """The names of what a folder holds; none where it does not exist."""
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def holds(mark, origin):
+    """Whether the file `mark` says that OUT was begun from this origin."""
     try:
         return json.loads(mark.read_text()) == origin
     except (ValueError, RecursionError):
@@ -86,18 +90,18 @@ def put(out: Path, name: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def put_json(out: Path, name: str | Path, value: dict) -> None:
-    """As put, of a JSON file."""
+    """Makes one JSON file of OUT, as put does."""
     put(out, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def clear(out: Path) -> None:
-    """Removes what is half written: nobody can use it."""
+    """Removes what is half written and cannot be used."""
     if os.path.lexists(out / BEING_WRITTEN):
         shutil.rmtree(out / BEING_WRITTEN)
 
 
 def end(out: Path) -> None:
-    """Says that all is there."""
+    """Marks OUT as complete."""
     (out / UNFINISHED).unlink()
 
 

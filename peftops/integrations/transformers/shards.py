@@ -1,7 +1,7 @@
-"""Makes another checkpoint of one, shard by shard: memory holds little more than a shard.
+"""Makes a new checkpoint of another, shard by shard: memory holds little more than a shard.
 
-The caller says what becomes of some tensors; all others are copied as loading would take them.
-A shard that lies in OUT and is whole is not written again: a later run goes on there.
+The caller says what replaces some tensors; all others are copied as loading would take them. A
+shard that lies in OUT and is whole is not written again, so that a later run goes on there.
 """
 
 from collections.abc import Callable, Collection
@@ -74,7 +74,7 @@ class ShardWriter:
         return shard
 
     def write(self, name: str, advance: Callable[[int], None]) -> None:
-        """Holds what make returns until it is written. The rest goes from file to file."""
+        """Writes a shard. What make returns is held until then; copies go from file to file."""
         from safetensors import safe_open
         from safetensors.torch import save_file
 
@@ -121,7 +121,7 @@ class ShardWriter:
             return None
 
     def read_key(self, key, source, written, held, shard):
-        """Adds what takes the place of a key to the shard. False where a copy is none."""
+        """Adds what replaces a key to the shard. False if a copied tensor is not equal."""
         endings = self.endings if key in self.replaced else ()
         beside = [key + ending for ending in endings if key + ending in held]
         tensors = {name: written.get_tensor(name) for name in [key, *beside]}
@@ -134,7 +134,7 @@ class ShardWriter:
 
 
 def same_bits(a, b):
-    """NaN equals itself."""
+    """Whether two tensors are equal bit by bit, so that NaN equals itself."""
     if a.dtype != b.dtype:
         return False
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
@@ -158,11 +158,10 @@ def finish(
     """
     files, links = beside_weights(checkpoint.folder)
     for file in files:
-        if file.name not in (CONFIG, output.UNFINISHED) and not file.name.endswith(
-            ".index.json"
-        ):
-            name = file.relative_to(checkpoint.folder)
-            output.put(out, name, lambda path, file=file: copyfile(file, path))
+        if file.name in (CONFIG, output.UNFINISHED) or file.name.endswith(".index.json"):
+            continue
+        name = file.relative_to(checkpoint.folder)
+        output.put(out, name, lambda path, file=file: copyfile(file, path))
     if checkpoint.index:
         output.put_json(out, INDEX, make_index(checkpoint, shards))
     output.put_json(out, CONFIG, config)
@@ -171,6 +170,7 @@ def finish(
 
 
 def make_index(checkpoint, shards):
+    """The content of the index of OUT."""
     weight_map = {}
     total = 0
     for name, shard in shards.items():
