@@ -216,7 +216,10 @@ class LinearNF4(StateDictNF4, nn.Linear):
             state.quant_type,
         )
         layer = cls.of(
-            q, linear.bias, compute_dtype=linear.compute_dtype, quant_storage=codes.dtype
+            q,
+            linear.bias,
+            compute_dtype=linear.compute_dtype,
+            quant_storage=codes.dtype,
         )
         return layer.train(linear.training)
 

@@ -16,7 +16,11 @@ class PackedNF4(nn.Module):
     """
 
     def hold(
-        self, base: list[Tensor], dtype: torch.dtype, blocksize: int, quant_type: str
+        self,
+        base: list[Tensor],
+        dtype: torch.dtype,
+        blocksize: int,
+        quant_type: str,
     ) -> None:
         """Takes the tensors of an NF4Weight for its own. The large ones are not copied.
 

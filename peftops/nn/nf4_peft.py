@@ -5,7 +5,8 @@ bytes. So PEFT's methods that read or replace the weight are wrapped: while one 
 is an nn.Linear in fp32, and what the method leaves there is quantized. The counts of parameters and
 LoftQ over a quantized base are replaced.
 
-Functions that make wrappers take the stock function and return what stands in its place.
+on_dense(layer), refuse(layer, reason) and the like return a function `around`: around(stock) is
+what replaces PEFT's function `stock`.
 """
 
 import functools

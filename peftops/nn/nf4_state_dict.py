@@ -112,7 +112,10 @@ class StateDictNF4(PackedNF4):
                 self.bias.copy_(bias)
 
     def load(
-        self, tensors: dict[str, Tensor], name: str = "weight", assign: bool = False
+        self,
+        tensors: dict[str, Tensor],
+        name: str = "weight",
+        assign: bool = False,
     ) -> None:
         """Loads the weight from a state dict, where it may be quantized or not.
 

@@ -96,7 +96,12 @@ def by_accelerate(model, plugin=None):
     )
     state = SimpleNamespace(fsdp_plugin=plugin)
     return fsdp2_prepare_model(
-        SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model
+        SimpleNamespace(
+            state=state,
+            mixed_precision="no",
+            is_main_process=True,
+        ),
+        model,
     )
 
 
@@ -263,7 +268,12 @@ def save(model, optimizer, folder):
 def load(model, optimizer, folder):
     states = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
     dcp.load(states, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=states["m"], optim_state_dict=states["o"])
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=states["m"],
+        optim_state_dict=states["o"],
+    )
 
 
 def as_launched(**options):
@@ -274,7 +284,9 @@ def as_launched(**options):
     set_variables_of_launcher()
     accelerator = Accelerator(cpu=True)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        **options,
     )
     accelerator.state.fsdp_plugin = plugin
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP

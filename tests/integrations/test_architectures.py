@@ -158,7 +158,11 @@ def inputs_of(name):
         return {"input_ids": tokens, "labels": labels}
     if name.startswith("Llava"):
         tokens = torch.cat([torch.full((2, 4), 63), tokens], 1)
-        return {"pixel_values": pixels, "input_ids": tokens, "labels": tokens}
+        return {
+            "pixel_values": pixels,
+            "input_ids": tokens,
+            "labels": tokens,
+        }
     return {"input_ids": tokens, "labels": tokens}
 
 

@@ -43,7 +43,10 @@ def bodies(monkeypatch):
 
 def quantized(w, quant_type, double, block):
     return bnb.functional.quantize_4bit(
-        w, quant_type=quant_type, compress_statistics=double, blocksize=block
+        w,
+        quant_type=quant_type,
+        compress_statistics=double,
+        blocksize=block,
     )
 
 

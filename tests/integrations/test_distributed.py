@@ -42,7 +42,11 @@ def launch(folder, *args):
     options = ["--num_processes", "2", "--main_process_port", port]
     env = os.environ | {"PYTHONPATH": ranks.python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *options, *script], capture_output=True, text=True, timeout=200, env=env
+        [*launcher, *options, *script],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=env,
     )
 
 

@@ -95,7 +95,13 @@ def lora(layer_class, base, dtype=FP32, **config):
     """A model of one layer of this class of PEFT."""
     config = peft.LoraConfig(init_lora_weights=False, **config)
     base = base.requires_grad_(False)
-    layer = layer_class(base, "default", config=config, r=4, lora_alpha=6)
+    layer = layer_class(
+        base,
+        "default",
+        config=config,
+        r=4,
+        lora_alpha=6,
+    )
     return Net(layer.to(dtype))
 
 
@@ -203,11 +209,18 @@ def hqq(dtype):
     core = pytest.importorskip("hqq.core.quantize")
     config = core.BaseQuantizeConfig(nbits=4, group_size=8)
     return core.HQQLinear(
-        nn.Linear(K, N).requires_grad_(False), config, compute_dtype=dtype, device="cpu"
+        nn.Linear(K, N).requires_grad_(False),
+        config,
+        compute_dtype=dtype,
+        device="cpu",
     )
 
 
-INSTALLED = {"Linear8bitLt": int8, "TorchaoLoraLinear": torchao_int8, "HqqLoraLinear": hqq}
+INSTALLED = {
+    "Linear8bitLt": int8,
+    "TorchaoLoraLinear": torchao_int8,
+    "HqqLoraLinear": hqq,
+}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -217,7 +230,12 @@ def test_of_the_quantizers_that_are_installed(name, dtype, p, monkeypatch):
     install_our_mask(monkeypatch)
     net = Net(INSTALLED[name](dtype))
     net.is_loaded_in_8bit = name == "Linear8bitLt"
-    model = adapted(net, False, target_modules=["lin"], lora_dropout=p)
+    model = adapted(
+        net,
+        False,
+        target_modules=["lin"],
+        lora_dropout=p,
+    )
     layer = model.base_model.model.lin
     assert type(layer).__name__ == name
     layer.lora_A.to(dtype)

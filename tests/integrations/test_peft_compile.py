@@ -119,7 +119,10 @@ def test_exported_equals_stock(use_dora, nf4, strict):
         layers[0].base_layer.weight.data = layers[1].base_layer.dequantize()
     net = peftops.patch(patched).base_model.model
     program = torch.export.export(
-        net, (torch.randn(6, 16),), dynamic_shapes=sizes, strict=strict
+        net,
+        (torch.randn(6, 16),),
+        dynamic_shapes=sizes,
+        strict=strict,
     )
     assert {op.namespace for op in ops_of([program])} == {"aten"}
     assert program.graph_signature.buffers_to_mutate == {}

@@ -21,7 +21,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def dora(architecture="llama", dtype=torch.float32, **options):
     """A model whose magnitudes are near the norm, as training leaves them."""
-    model = tiny(architecture, dtype=dtype, use_dora=True, **options)
+    model = tiny(
+        architecture,
+        dtype=dtype,
+        use_dora=True,
+        **options,
+    )
     for layer in lora_layers(model).values():
         base = layer.base_layer.weight.float()
         length = (base if architecture == "llama" else base.T).norm(dim=1)
@@ -54,7 +59,14 @@ def assert_law(model, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_step(architecture, dtype, p, monkeypatch):
     install_our_mask(monkeypatch)
-    assert_law(dora(architecture, dtype, lora_dropout=p, autocast_adapter_dtype=False))
+    assert_law(
+        dora(
+            architecture,
+            dtype,
+            lora_dropout=p,
+            autocast_adapter_dtype=False,
+        )
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -72,7 +84,10 @@ def net(base_class):
         for i in (0, 2):
             old = base[i]
             base[i] = bnb.nn.Linear4bit(
-                old.in_features, old.out_features, quant_type="nf4", compute_dtype=torch.float32
+                old.in_features,
+                old.out_features,
+                quant_type="nf4",
+                compute_dtype=torch.float32,
             )
             base[i].load_state_dict(old.state_dict())
         base = base.to("cpu")
@@ -198,7 +213,12 @@ def test_another_adapter_after_patch():
     results = []
     model.add_adapter(
         "other",
-        peft.LoraConfig(r=3, use_dora=True, target_modules=["0", "2"], init_lora_weights=False),
+        peft.LoraConfig(
+            r=3,
+            use_dora=True,
+            target_modules=["0", "2"],
+            init_lora_weights=False,
+        ),
     )
     stock = peftops.unpatch(copy.deepcopy(model))
     for name in ("other", "default", "other"):
@@ -288,7 +308,11 @@ def test_a_magnitude_that_a_trainer_casts():
 
 def test_from_config_and_from_peft():
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, use_dora=True, lora_dropout=0.1, init_lora_weights=False
+        r=4,
+        lora_alpha=6,
+        use_dora=True,
+        lora_dropout=0.1,
+        init_lora_weights=False,
     )
     torch.manual_seed(5)
     base = nn.Linear(64, 48)

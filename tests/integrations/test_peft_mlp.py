@@ -46,7 +46,12 @@ def gated(
     """A LoRA model of one block under the name lin."""
     torch.manual_seed(0)
     net = Net(block(**options))
-    return adapted(net, autocast_adapter_dtype, target_modules=list(targets), **config or {})
+    return adapted(
+        net,
+        autocast_adapter_dtype,
+        target_modules=list(targets),
+        **config or {},
+    )
 
 
 def fused(model, strict=False):
@@ -85,7 +90,11 @@ def test_a_step_is_stock(options, p, monkeypatch):
     install_our_mask(monkeypatch)
     options = dict(options)
     autocast = options.pop("autocast", None)
-    model = tiny(lora_dropout=p, lora_bias=True, **options)
+    model = tiny(
+        lora_dropout=p,
+        lora_bias=True,
+        **options,
+    )
     exact = step(exactly(model))
     same = orders(lambda: step(model, autocast))
     by_layers = peftops.patch(copy.deepcopy(model))
@@ -194,7 +203,12 @@ FALLBACKS = {
     "a layer is not patched": lambda model: peftops.unpatch(mlp_of(model).w2),
     "several active adapters": lambda model: (
         model.add_adapter(
-            "other", peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["w1"])
+            "other",
+            peft.LoraConfig(
+                r=2,
+                init_lora_weights=False,
+                target_modules=["w1"],
+            ),
         ),
         model.base_model.set_adapter(["default", "other"]),
     ),

@@ -282,7 +282,12 @@ def linear_of(weight):
 def test_merges_several_adapters_from_the_first_weight():
     model = lora(ours())
     model.add_adapter(
-        "other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+        "other",
+        peft.LoraConfig(
+            r=2,
+            target_modules=["lin"],
+            init_lora_weights=False,
+        ),
     )
     layer = layer_of(peftops.patch(model))
     weight = layer.base_layer.dequantize()
@@ -334,7 +339,12 @@ def test_initialisations(init):
 
 def test_dora_starts_at_the_norm_of_the_weight():
     layer = layer_of(
-        adapted(Net(ours()), target_modules=["lin"], use_dora=True, init_lora_weights=True)
+        adapted(
+            Net(ours()),
+            target_modules=["lin"],
+            use_dora=True,
+            init_lora_weights=True,
+        )
     )
     norm = layer.base_layer.dequantize().norm(dim=1)
     assert torch.equal(layer.lora_magnitude_vector["default"].weight, norm)
@@ -363,7 +373,12 @@ def test_loftq_over_what_is_quantized():
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
     layer = layer_of(
-        adapted(Net(LinearNF4.from_linear(linear)), target_modules=["lin"], r=8, lora_alpha=8)
+        adapted(
+            Net(LinearNF4.from_linear(linear)),
+            target_modules=["lin"],
+            r=8,
+            lora_alpha=8,
+        )
     )
     lost = linear.weight - peft.utils.integrations.dequantize_module_weight(layer.base_layer)
     u, s, v = torch.linalg.svd(lost, full_matrices=False)

@@ -24,21 +24,43 @@ pytestmark = [
 CAUSAL = {"task_type": "CAUSAL_LM"}
 TARGETS = {"target_modules": ["0", "1"]}
 OTHERS = {  # methods whose layers wrap the layer that they adapt
-    "LoHa": peft.LoHaConfig(r=2, alpha=3, init_weights=False, **TARGETS),
-    "LoKr": peft.LoKrConfig(r=2, alpha=3, init_weights=False, **TARGETS),
+    "LoHa": peft.LoHaConfig(
+        r=2,
+        alpha=3,
+        init_weights=False,
+        **TARGETS,
+    ),
+    "LoKr": peft.LoKrConfig(
+        r=2,
+        alpha=3,
+        init_weights=False,
+        **TARGETS,
+    ),
     "OFT": peft.OFTConfig(
-        oft_block_size=4, init_weights=False, use_cayley_neumann=False, **TARGETS
+        oft_block_size=4,
+        init_weights=False,
+        use_cayley_neumann=False,
+        **TARGETS,
     ),
 }
-LORA = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **TARGETS)
+LORA = peft.LoraConfig(
+    r=4,
+    lora_alpha=6,
+    init_lora_weights=False,
+    **TARGETS,
+)
 STACKED = {  # methods that a model with LoRA can be wrapped in
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
     "p-tuning": peft.PromptEncoderConfig(
-        num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL
+        num_virtual_tokens=3,
+        encoder_hidden_size=16,
+        **CAUSAL,
     ),
     "IA3": peft.IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        **CAUSAL,
     ),
 }
 
@@ -111,7 +133,11 @@ def test_only_one_of_two_kinds_is_active(other):
 
 def test_a_layer_of_adalora_is_pefts_own():
     config = peft.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=10, init_lora_weights=False, **TARGETS
+        init_r=4,
+        target_r=2,
+        total_step=10,
+        init_lora_weights=False,
+        **TARGETS,
     )
     model = mixed(LORA, config)
     x = torch.randn(70, 16)

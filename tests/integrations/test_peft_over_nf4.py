@@ -118,7 +118,12 @@ def test_initializations_are_those_of_the_dense_weight(init, dtype):
     layer = ours(dtype=dtype)
     linear = dense(layer)
     before = bits(layer)
-    config = {"target_modules": ["lin"], "init_lora_weights": init, "r": 8, "lora_alpha": 8}
+    config = {
+        "target_modules": ["lin"],
+        "init_lora_weights": init,
+        "r": 8,
+        "lora_alpha": 8,
+    }
     if init == "lora_ga":
         config["lora_ga_config"] = peft.LoraGAConfig()
         gradient = torch.ones(2, N, K).normal_()[0]
@@ -145,7 +150,12 @@ def test_olora_leaves_the_bytes_that_it_leaves_over_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
-    theirs = bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32)
+    theirs = bnb.nn.Linear4bit(
+        K,
+        N,
+        quant_type="nf4",
+        compute_dtype=torch.float32,
+    )
     theirs.load_state_dict(linear.state_dict())
     theirs.to("cpu")
     net = Net(theirs)
@@ -196,7 +206,9 @@ def test_what_cannot_start_from_a_quantized_weight_is_refused_by_name():
     with pytest.raises(ValueError, match="LinearNF4: HiRA must have a base of"):
         peft.get_peft_model(Net(ours()), peft.HiraConfig(target_modules=["lin"]))
     config = peft.LoraConfig(
-        target_modules=["lin"], init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
+        target_modules=["lin"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(),
     )
     with pytest.raises(ValueError, match="LoRA-GA does not support quantized models"):
         preprocess_loraga(Net(ours()), config, lambda: None)
@@ -225,7 +237,12 @@ def test_loftq_replaces_adapters_by_what_quantization_lost(columns, tmp_path):
     layer = LinearNF4.from_linear(linear)
     layer.columns = columns
     model = peft.get_peft_model(
-        Net(layer), peft.LoraConfig(r=8, lora_alpha=8, target_modules=["lin"])
+        Net(layer),
+        peft.LoraConfig(
+            r=8,
+            lora_alpha=8,
+            target_modules=["lin"],
+        ),
     )
     stored = linear.weight.T if columns else linear.weight
     save_file({"lin.weight": stored.detach().contiguous()}, tmp_path / "model.safetensors")
@@ -258,11 +275,32 @@ def test_loftq_of_a_model_without_4_bits_is_pefts(tmp_path):
 T = {"target_modules": ["lin"]}  # of all configs below
 METHODS = {
     "LoRA": peft.LoraConfig(r=4, **T),
-    "DoRA": peft.LoraConfig(r=4, use_dora=True, **T),
-    "rsLoRA": peft.LoraConfig(r=4, use_rslora=True, **T),
-    "LoRA with a bias": peft.LoraConfig(r=4, lora_bias=True, **T),
-    "PiSSA": peft.LoraConfig(r=4, init_lora_weights="pissa", **T),
-    "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, **T),
+    "DoRA": peft.LoraConfig(
+        r=4,
+        use_dora=True,
+        **T,
+    ),
+    "rsLoRA": peft.LoraConfig(
+        r=4,
+        use_rslora=True,
+        **T,
+    ),
+    "LoRA with a bias": peft.LoraConfig(
+        r=4,
+        lora_bias=True,
+        **T,
+    ),
+    "PiSSA": peft.LoraConfig(
+        r=4,
+        init_lora_weights="pissa",
+        **T,
+    ),
+    "AdaLoRA": peft.AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        total_step=10,
+        **T,
+    ),
     "BOFT": peft.BOFTConfig(boft_block_size=4, **T),
     "C3A": peft.C3AConfig(block_size=8, **T),
     "FourierFT": peft.FourierFTConfig(n_frequency=10, **T),

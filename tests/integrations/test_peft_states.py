@@ -42,7 +42,9 @@ def blocks(model):
 def other(**config):
     """The config of a second adapter."""
     return peft.LoraConfig(
-        r=3, init_lora_weights=False, **{"target_modules": ["k_proj", "o_proj"]} | config
+        r=3,
+        init_lora_weights=False,
+        **{"target_modules": ["k_proj", "o_proj"]} | config,
     )
 
 
@@ -196,7 +198,12 @@ def test_a_base_weight_that_is_trained_is_refused_in_one_sentence():
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
 def test_a_tensor_without_memory_is_refused_in_one_sentence(name):
-    shapes = {"x": (3, 16), "weight": (24, 16), "lora_A": (4, 16), "lora_B": (24, 4)}
+    shapes = {
+        "x": (3, 16),
+        "weight": (24, 16),
+        "lora_A": (4, 16),
+        "lora_B": (24, 4),
+    }
     t = {name: torch.randn(shape) for name, shape in shapes.items()}
     t[name] = t[name].to("meta")
     with pytest.raises(ValueError, match=rf"^lora: {name} must be on cpu, got meta$"):

@@ -92,7 +92,12 @@ def beside(stop, call, change):
 
 def several(model):
     model.add_adapter(
-        "other", peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+        "other",
+        peft.LoraConfig(
+            r=2,
+            target_modules=["lin"],
+            init_lora_weights=False,
+        ),
     )
     model.base_model.set_adapter(["default", "other"])
 

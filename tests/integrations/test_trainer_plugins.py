@@ -55,7 +55,11 @@ def test_lightning(tmp_path):
     losses = []
     for change in (lambda model: model, peftops.patch):
         module = Module(change)
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        quiet = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+        }
         trainer = lightning.Trainer(
             max_steps=20,
             accelerator="cpu",

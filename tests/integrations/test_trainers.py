@@ -39,7 +39,11 @@ def base(packed=False):
         "num_attention_heads": 2,
     }
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0)
+        transformers.LlamaConfig(
+            **sizes,
+            vocab_size=64,
+            pad_token_id=0,
+        )
     )
     if packed:
         for name, layer in [*model.model.named_modules()]:
@@ -108,7 +112,10 @@ def test_trainer(tmp_path):
     def make(callbacks):
         args = arguments(tmp_path, include_num_input_tokens_seen="all")
         return transformers.Trainer(
-            adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks
+            adapted(base(), **LORA),
+            args,
+            train_dataset=rows,
+            callbacks=callbacks,
         )
 
     lines = [line for line in assert_same(make).state.log_history if "loss" in line]
@@ -125,9 +132,17 @@ def test_trainer_under_bf16_and_checkpointing(tmp_path):
     rows = numbers()
 
     def make(callbacks):
-        args = arguments(tmp_path, bf16=True, gradient_checkpointing=True, max_steps=5)
+        args = arguments(
+            tmp_path,
+            bf16=True,
+            gradient_checkpointing=True,
+            max_steps=5,
+        )
         return transformers.Trainer(
-            adapted(base(), **LORA), args, train_dataset=rows, callbacks=callbacks
+            adapted(base(), **LORA),
+            args,
+            train_dataset=rows,
+            callbacks=callbacks,
         )
 
     _, stock = train(make, [])
@@ -139,7 +154,10 @@ def test_trainer_under_bf16_and_checkpointing(tmp_path):
 def test_a_model_without_lora_layers_is_refused(tmp_path):
     rows = datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
     trainer = transformers.Trainer(
-        base(), arguments(tmp_path), train_dataset=rows, callbacks=[PeftopsCallback()]
+        base(),
+        arguments(tmp_path),
+        train_dataset=rows,
+        callbacks=[PeftopsCallback()],
     )
     with pytest.raises(ValueError, match="the model has no LoRA layers"):
         trainer.train()
@@ -196,7 +214,12 @@ def test_sft_casts_adapters_over_4_bits(tmp_path, tokenizer, dora):
         model.is_loaded_in_4bit = True
         return trl.SFTTrainer(
             model,
-            arguments(tmp_path, trl.SFTConfig, bf16=True, max_steps=6),
+            arguments(
+                tmp_path,
+                trl.SFTConfig,
+                bf16=True,
+                max_steps=6,
+            ),
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=peft.LoraConfig(**LORA, use_dora=dora),
@@ -215,7 +238,11 @@ def test_dpo(tmp_path, tokenizer):
     """The reference is the same model with its adapters disabled."""
     trl = pytest.importorskip("trl")
     rows = [
-        {"prompt": text(i), "chosen": text(i + 99), "rejected": text(i + 999)}
+        {
+            "prompt": text(i),
+            "chosen": text(i + 99),
+            "rejected": text(i + 999),
+        }
         for i in range(16)
     ]
 
@@ -235,7 +262,12 @@ def test_dpo(tmp_path, tokenizer):
 def test_grpo(tmp_path, tokenizer):
     trl = pytest.importorskip("trl")
     rows = datasets.Dataset.from_list([{"prompt": text(i)} for i in range(16)])
-    options = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "bf16": False}
+    options = {
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "beta": 0.1,
+        "bf16": False,
+    }
 
     def make(callbacks):
         return trl.GRPOTrainer(

@@ -45,7 +45,11 @@ def tiny(architecture="llama", autocast_adapter_dtype=True, dtype=torch.float32,
             "num_attention_heads": 2,
         }
         base = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**sizes, vocab_size=64, attention_bias=True)
+            transformers.LlamaConfig(
+                **sizes,
+                vocab_size=64,
+                attention_bias=True,
+            )
         )
         targets = {"target_modules": "all-linear"}
     model = adapted(base.to(dtype), autocast_adapter_dtype, **targets | config)
@@ -84,7 +88,12 @@ def single(dtype=torch.float32, autocast_adapter_dtype=True, **config):
     torch.manual_seed(0)
     base = nn.Sequential()
     base.add_module("lin", nn.Linear(16, 24, dtype=dtype))
-    return adapted(base, autocast_adapter_dtype, target_modules=["lin"], **config)
+    return adapted(
+        base,
+        autocast_adapter_dtype,
+        target_modules=["lin"],
+        **config,
+    )
 
 
 def adapted(base, autocast_adapter_dtype=True, **config):

@@ -78,7 +78,14 @@ class Fused(Patched, Normed):
             if not isinstance(self, Fused):
                 Normed.drop_gains(self)
             y = linear_of_gain(
-                x, weight, a, b, gain, bias, scaling=scaling, dropout_p=dropout_p
+                x,
+                weight,
+                a,
+                b,
+                gain,
+                bias,
+                scaling=scaling,
+                dropout_p=dropout_p,
             )
         return y if cast is None else y.to(cast)
 

@@ -41,7 +41,11 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.fused}/{self.fused + self.fallback} LoRA layers fused"]
-        titles = {"PEFT's own": self.reasons, "calls": self.calls, "kernels": self.paths}
+        titles = {
+            "PEFT's own": self.reasons,
+            "calls": self.calls,
+            "kernels": self.paths,
+        }
         for title, counts in titles.items():
             if counts:
                 items = ", ".join(f"{count} {key}" for key, count in counts.most_common())

@@ -2,7 +2,12 @@
 
 from importlib import import_module
 
-HOMES = {"PeftopsCallback": "callback", "disable": "nf4", "enable": "nf4", "enable_nf4": "nf4"}
+HOMES = {
+    "PeftopsCallback": "callback",
+    "disable": "nf4",
+    "enable": "nf4",
+    "enable_nf4": "nf4",
+}
 __all__ = ["PeftopsCallback", "disable", "enable", "enable_nf4"]
 
 

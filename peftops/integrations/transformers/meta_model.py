@@ -8,7 +8,11 @@ import torch
 from ..._errors import sentence
 from .folder import CONFIG
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # A stacked tensor of a checkpoint may be as many experts of the model.
 PARAMETERS_PER_TENSOR = 64
 PARAMETERS = 10_000

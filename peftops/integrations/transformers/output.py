@@ -68,7 +68,11 @@ def holds(mark, origin):
         return False
 
 
-def put(out: Path, name: str | Path, write: Callable[[Path], object]) -> None:
+def put(
+    out: Path,
+    name: str | Path,
+    write: Callable[[Path], object],
+) -> None:
     """Makes one file of OUT. A half-written one never takes its place.
 
     Args:
@@ -89,7 +93,11 @@ def put(out: Path, name: str | Path, write: Callable[[Path], object]) -> None:
         clear(out)
 
 
-def put_json(out: Path, name: str | Path, value: dict) -> None:
+def put_json(
+    out: Path,
+    name: str | Path,
+    value: dict,
+) -> None:
     """Makes one JSON file of OUT, as put does."""
     put(out, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 

@@ -141,7 +141,10 @@ def same_bits(a, b):
 
 
 def finish(
-    checkpoint: Checkpoint, out: Path, shards: dict[str, Shard], config: dict
+    checkpoint: Checkpoint,
+    out: Path,
+    shards: dict[str, Shard],
+    config: dict,
 ) -> list[Path]:
     """Adds to OUT what lies beside the weights, the index, and config.json.
 
