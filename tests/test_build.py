@@ -1,4 +1,4 @@
-"""What is installed works: a wheel without CUDA, made the way pip makes it, in a place of its own."""
+"""What pip installs works: a wheel without CUDA, and an sdist, outside the checkout."""
 
 import os
 import re
@@ -21,7 +21,7 @@ TOOLS = ("setuptools", "pybind11", "ninja")
 
 
 def command(*args, cwd, **changes):
-    """stdout; a failure shows all that was said."""
+    """The stdout of a command that must succeed; a failure shows stdout and stderr."""
     done = subprocess.run(
         args, cwd=cwd, env=os.environ | changes, text=True, capture_output=True
     )
@@ -31,7 +31,7 @@ def command(*args, cwd, **changes):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy without anything built, so that nothing built can hide what is missing."""
+    """A copy of the checkout without build outputs, which could hide what is missing."""
     folder = tmp_path_factory.mktemp("tree")
     for name in FOLDERS:
         shutil.copytree(
@@ -45,7 +45,7 @@ def tree(tmp_path_factory):
 
 
 def make_wheel(tree, target, **changes):
-    """By pip in an isolated environment, or in this one where no index answers."""
+    """Makes a wheel by pip, in an isolated environment or, where no index answers, in this one."""
     pip = sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target
     env = {"PEFTOPS_CUDA": "0"} | changes
     done = subprocess.run(
@@ -64,10 +64,14 @@ def make_wheel(tree, target, **changes):
 
 
 def run_there(target, *args):
-    """peftops args, of what is installed there; the checkout's own finder of an editable install looks away."""
+    """Runs `peftops ARGS` of what is installed in target, not of the editable install."""
     code = """
 import sys
-sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+
+def is_editable(finder):
+    return "Editable" in getattr(finder, "__name__", "")
+
+sys.meta_path = [finder for finder in sys.meta_path if not is_editable(finder)]
 sys.path.insert(0, sys.argv.pop(1))
 from peftops.__main__ import main
 sys.exit(main())
@@ -85,13 +89,9 @@ sys.exit(main())
 def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
     wheel = make_wheel(tree, tmp_path / "wheels")
     names = zipfile.ZipFile(wheel).namelist()
-    python = {
-        f"peftops/{file.relative_to(tree / top)}"
-        if top == "peftops"
-        else f"peftops/{file.relative_to(tree)}"
-        for top in ("peftops", "bench")
-        for file in (tree / top).rglob("*.py")
-    }
+    python = {str(file.relative_to(tree)) for file in (tree / "peftops").rglob("*.py")}
+    for file in (tree / "bench").rglob("*.py"):
+        python.add(f"peftops/{file.relative_to(tree)}")
     assert python | {"peftops/cli/unrelated.txt"} <= set(names)
     assert any(name.startswith("peftops/_C.") for name in names)
     assert not any(name.startswith(("tests", "csrc", "bench", "build")) for name in names)
@@ -99,9 +99,9 @@ def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     done = run_there(target, "doctor")
-    assert (
-        done.returncode == 0 and "all is well" in done.stdout and "reference" not in done.stdout
-    ), done
+    assert done.returncode == 0, done
+    assert "all is well" in done.stdout, done
+    assert "reference" not in done.stdout, done
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
@@ -118,7 +118,8 @@ def test_touching_a_kernel_rebuilds_its_objects_alone(tree, tmp_path):
         for file, time in objects().items()
         if before.get(file) != time
     }
-    assert before and rebuilt == {"lora_few"}
+    assert before
+    assert rebuilt == {"lora_few"}
 
 
 def test_without_a_compiler_it_installs_as_pure_python_and_says_so(tree, tmp_path):
@@ -128,7 +129,8 @@ def test_without_a_compiler_it_installs_as_pure_python_and_says_so(tree, tmp_pat
     assert not any("/_C." in name for name in zipfile.ZipFile(wheel).namelist())
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     done = run_there(tmp_path / "installed", "doctor")
-    assert done.returncode == 1 and "install a C++ compiler" in done.stdout, done
+    assert done.returncode == 1, done
+    assert "install a C++ compiler" in done.stdout, done
     assert "lora_fwd   on cpu: reference" in done.stdout
 
 
@@ -139,33 +141,25 @@ def test_an_sdist_contains_everything(tree, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
-    folders = {
-        str(file.relative_to(tree)) for name in FOLDERS for file in (tree / name).rglob("*.*")
-    }
-    assert folders | set(FILES) | {".ci/run"} <= inside
+    files = {*FILES, ".ci/run"}
+    for name in FOLDERS:
+        files.update(str(file.relative_to(tree)) for file in (tree / name).rglob("*.*"))
+    assert files <= inside
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="no binutils")
-def test_the_kernels_need_what_every_linux_has_and_openmp_alone():
+def test_the_kernels_need_openmp_and_what_every_linux_has_alone():
     compiled = pytest.importorskip("peftops._C")
-    said = command("readelf", "--dynamic", compiled.__file__, cwd=ROOT)
-    needed = set(re.findall(r"NEEDED.*\[(?:lib)?([\w+-]+)\.so", said))
-    assert "gomp" in needed and needed <= {
-        "gomp",
-        "stdc++",
-        "gcc_s",
-        "m",
-        "c",
-        "dl",
-        "rt",
-        "pthread",
-        "ld-linux-x86-64",
-    }
+    listing = command("readelf", "--dynamic", compiled.__file__, cwd=ROOT)
+    needed = set(re.findall(r"NEEDED.*\[(?:lib)?([\w+-]+)\.so", listing))
+    linux = {"stdc++", "gcc_s", "m", "c", "dl", "rt", "pthread", "ld-linux-x86-64"}
+    assert "gomp" in needed
+    assert needed <= {"gomp", *linux}
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
 def test_torch_and_the_kernels_share_one_openmp_runtime():
-    """A second one would start threads of its own: a wheel must not bring it."""
+    """A wheel must not bring a second runtime, which would start threads of its own."""
     pytest.importorskip("peftops._C")
     code = "import torch, peftops._C; print(open('/proc/self/maps').read())"
     maps = command(sys.executable, "-c", code, cwd=ROOT)

@@ -1,4 +1,7 @@
-"""Calls of the public functions with wrong arguments: a right answer, or one clear error that names the argument."""
+"""Calls of the public functions with wrong arguments.
+
+Each gives a right answer, or one clear error that names the argument.
+"""
 
 import random
 import re
@@ -17,9 +20,10 @@ CLEAR = re.compile(r"^(lora|dora|nf4): \w+ must (be|have|come) .+, got .+", re.D
 
 
 def arguments(function):
-    """Right ones, by name"""
-    x, w, a, b = torch.randn(M, K), torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
-    adapter = {"lora_A": a, "lora_B": b}
+    """Right arguments of a function, by name."""
+    x = torch.randn(M, K)
+    w = torch.randn(N, K)
+    adapter = {"lora_A": torch.randn(R, K), "lora_B": torch.randn(N, R)}
     if function is F.lora_linear:
         more = {
             "bias": torch.randn(N),
@@ -50,9 +54,15 @@ def arguments(function):
 
 
 FUNCTIONS = [
-    F.lora_linear, F.dora_linear, F.dora_weight_norm, F.nf4_linear, F.quantize_nf4, F.dequantize_nf4, F.dropout_mask,
-]  # fmt: skip
-CHANGES = {  # of a tensor
+    F.lora_linear,
+    F.dora_linear,
+    F.dora_weight_norm,
+    F.nf4_linear,
+    F.quantize_nf4,
+    F.dequantize_nf4,
+    F.dropout_mask,
+]
+CHANGES = {  # what is done to a right tensor
     "one row less": lambda t: t[:-1] if t.dim() else t,
     "one column less": lambda t: t[..., :-1] if t.dim() else t,
     "transposed": lambda t: t.mT if t.dim() > 1 else t[None],
@@ -77,7 +87,7 @@ CHANGES = {  # of a tensor
     "numpy": lambda t: t.numpy(),
     "list": lambda t: t.tolist(),
 }
-THINGS = [
+THINGS = [  # what takes the place of a right argument
     None,
     "x",
     b"x",
@@ -114,77 +124,79 @@ THINGS = [
 ]
 
 
-def changed(name, value, chance):
-    """What, and the value in the place of a right one"""
+def wrong_value(name, value, chance):
+    """(a description, a value) to take the place of a right value."""
     if isinstance(value, torch.Tensor) and chance.random() < 0.7:
-        what = chance.choice(list(CHANGES))
+        change = chance.choice(list(CHANGES))
         try:
-            return f"{name}: {what}", CHANGES[what](value)
+            return f"{name}: {change}", CHANGES[change](value)
         except (RuntimeError, IndexError):  # torch has no such tensor
             return f"{name}: None", None
     thing = chance.choice(THINGS)
     return f"{name}: {thing!r}", thing
 
 
-def wide(value):
+def to_float64(value):
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double()
     if isinstance(value, F.Base):
-        return value._replace(tensors=[wide(t) for t in value.tensors])
+        return value._replace(tensors=[to_float64(t) for t in value.tensors])
     return value
 
 
-def truth(function, args):
-    """The specification's answer in the same dtype and in float64, or None where it has none in float64"""
+def reference_answers(function, args):
+    """The reference's answers in the same dtype and in float64; None where float64 is refused."""
     with backend("reference"):
         torch.manual_seed(0)
         same = function(**args)
         try:
+            wide_args = {name: to_float64(value) for name, value in args.items()}
             torch.manual_seed(0)
-            return same, function(**{name: wide(value) for name, value in args.items()})
+            return same, function(**wide_args)
         except (TypeError, ValueError):
             return same, None
 
 
-def unclear(error):
-    return not (
-        type(error) in (ValueError, TypeError)
-        and CLEAR.match(str(error))
-        and len(str(error)) < 300
-    )
+def is_clear(error):
+    if type(error) not in (ValueError, TypeError) or len(str(error)) >= 300:
+        return False
+    return CLEAR.match(str(error)) is not None
+
+
+def is_right(function, args, y):
+    """Whether y is within the tolerance of the reference, where that is finite."""
+    same, exact = reference_answers(function, args)
+    if exact is None or not exact.isfinite().all():
+        return True
+    return y.shape == exact.shape and error(y, exact) <= bound(same, exact)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_wrong_calls(function):
-    chance, bad, ended = random.Random(function.__name__), [], Counter()
+def test_wrong_calls_are_answered_right_or_refused_clearly(function):
+    chance = random.Random(function.__name__)
+    faults = []
+    outcomes = Counter()
     for seed in range(450):
         torch.manual_seed(seed)
         args = arguments(function)
-        names = chance.sample(list(args), chance.choice([1, 1, 2]) if len(args) > 1 else 1)
-        what = []
-        for name in names:
-            said, args[name] = changed(name, args[name], chance)
-            what.append(said)
+        count = chance.choice([1, 1, 2]) if len(args) > 1 else 1
+        descriptions = []
+        for name in chance.sample(list(args), count):
+            description, args[name] = wrong_value(name, args[name], chance)
+            descriptions.append(description)
+        case = "; ".join(descriptions)
         try:
             torch.manual_seed(0)
             y = function(**args)
-        except Exception as error:  # of any kind: which ones are right is the question
-            ended["refused"] += 1
-            if unclear(error):
-                bad.append(f"{'; '.join(what)}: {type(error).__name__}: {error}"[:250])
+        except Exception as error:  # of any class: is_clear says which are right
+            outcomes["refused"] += 1
+            if not is_clear(error):
+                faults.append(f"{case}: {type(error).__name__}: {error}"[:250])
             continue
-        ended["answered"] += 1
-        if isinstance(y, torch.Tensor) and y.is_floating_point() and not y.is_meta:
-            same, exact = truth(function, args)
-            if (
-                exact is not None
-                and exact.isfinite().all()
-                and not error_within(y, same, exact)
-            ):
-                bad.append(f"{'; '.join(what)}: a wrong answer")
-    assert bad == [] and min(ended["refused"], ended["answered"]) > 20, f"{len(bad)} of 450"
-
-
-def error_within(y, same, exact):
-    return y.shape == exact.shape and error(y, exact) <= bound(same, exact)
+        outcomes["answered"] += 1
+        has_numbers = isinstance(y, torch.Tensor) and y.is_floating_point() and not y.is_meta
+        if has_numbers and not is_right(function, args, y):
+            faults.append(f"{case}: a wrong answer")
+    assert faults == [], f"{len(faults)} of 450"
+    assert min(outcomes["refused"], outcomes["answered"]) > 20

@@ -1,4 +1,4 @@
-"""peftops check on adapters that a fuzzer broke: it soon answers or refuses in one printable line."""
+"""peftops check on adapters that a fuzzer broke: soon an answer, or one printable line."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""peftops check against PEFT itself: what PEFT saves passes, and what PEFT would not load does not."""
+"""peftops check beside PEFT: what PEFT saves passes, and what PEFT does not load whole is bad."""
 
 import json
 import random
@@ -52,17 +52,17 @@ class Model(torch.nn.Module):
         return self.lm_head
 
 
-def saved(folder, config, **saving):
-    """An adapter of Model with numbers of its own, as PEFT saves it."""
+def save(folder, config):
+    """Saves an adapter of Model by PEFT, with random numbers that are not zero."""
     model = peft.get_peft_model(Model(), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.uniform_(1, 2)
-    model.save_pretrained(folder, **saving)
-    return folder
+    model.save_pretrained(folder)
 
 
 def verdicts(folder, capsys):
+    """(exit code, rows of the table) of `peftops check --for peft`."""
     code = check.main([str(folder), "--for", "peft"])
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
     assert code == any(verdict in check.BAD for _, verdict, *_ in rows)
@@ -70,7 +70,7 @@ def verdicts(folder, capsys):
 
 
 QV = ["q_proj", "v_proj"]
-KINDS = {
+CONFIGS = {
     "a list": {"target_modules": QV},
     "a full name": {"target_modules": ["model.layers.1.q_proj"]},
     "a regex": {"target_modules": r".*layers\.[02]\.(q|v)_proj"},
@@ -140,25 +140,32 @@ def rewrite(
     drop=lambda key: False,
     value=lambda key, tensor: tensor,
 ):
-    """Changes what is saved in a folder."""
+    """Changes a saved adapter.
+
+    Args:
+        config: fields of adapter_config.json to set.
+        key: gives the new key of a tensor.
+        drop: says by the old key whether a tensor is left out.
+        value: gives the new tensor by the old key and the old tensor.
+    """
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
     path = folder / "adapter_model.safetensors"
-    tensors = safetensors.load_file(path)
-    safetensors.save_file(
-        {key(name): value(name, t) for name, t in tensors.items() if not drop(name)}, path
-    )
+    tensors = {}
+    for name, tensor in safetensors.load_file(path).items():
+        if not drop(name):
+            tensors[key(name)] = value(name, tensor)
+    safetensors.save_file(tensors, path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_peft_saves_passes(tmp_path, capsys, kind):
-    config = dict(KINDS[kind])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_peft_saves_passes(tmp_path, capsys, name):
+    config = dict(CONFIGS[name])
     task = config.pop("task_type", None)
-    saved(tmp_path, peft.LoraConfig(r=4, **config))
+    save(tmp_path, peft.LoraConfig(r=4, **config))
     if task:
         rewrite(tmp_path, config={"task_type": task})
-    code, rows = verdicts(tmp_path, capsys)
-    assert (code, rows) == (0, [["peft", "ok"]])
+    assert verdicts(tmp_path, capsys) == (0, [["peft", "ok"]])
 
 
 METHODS = {
@@ -176,11 +183,11 @@ METHODS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_what_peft_saves_by_other_methods_passes(tmp_path, capsys, method):
-    made = getattr(peft, f"{method}Config")
-    saved(
-        tmp_path,
-        made(target_modules=["q_proj"], modules_to_save=["lm_head"], **METHODS[method]),
+    config_class = getattr(peft, f"{method}Config")
+    config = config_class(
+        target_modules=["q_proj"], modules_to_save=["lm_head"], **METHODS[method]
     )
+    save(tmp_path, config)
     assert verdicts(tmp_path, capsys) == (0, [["peft", "ok"]])
 
 
@@ -190,10 +197,6 @@ def renamed(old, new):
 
 def front(name):
     return {"key": lambda key: name + key}
-
-
-def zero(part):
-    return {"value": lambda key, tensor: tensor * (part not in key)}
 
 
 FRONT = "base_model.model."
@@ -245,25 +248,24 @@ SPOILED = {
 
 
 def loads(folder, wanted):
-    """Whether PEFT gets every number of the adapter, and the modules of the adapter have no others."""
+    """Whether PEFT loads exactly the numbers that are wanted in the modules of the adapter."""
     try:
         loaded = peft.PeftModel.from_pretrained(Model(), folder)
     except (ValueError, TypeError, KeyError, RuntimeError):
         return False
     held = peft.get_peft_model_state_dict(loaded)
     modules = tuple(key.partition("lora_")[0] for key in wanted)
-    more = [key for key in held.keys() - wanted.keys() if key.startswith(modules)]
-    return (
-        not more
-        and all(torch.equal(held[key], wanted[key]) for key in wanted if key in held)
-        and held.keys() >= wanted.keys()
-    )
+    if any(key.startswith(modules) for key in held.keys() - wanted.keys()):
+        return False
+    if wanted.keys() - held.keys():
+        return False
+    return all(torch.equal(held[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spoiled", SPOILED)
 def test_what_peft_does_not_load_whole_is_bad(tmp_path, capsys, spoiled):
-    saved(tmp_path, peft.LoraConfig(r=4, target_modules=QV))
+    save(tmp_path, peft.LoraConfig(r=4, target_modules=QV))
     wanted = safetensors.load_file(tmp_path / "adapter_model.safetensors")
     rewrite(tmp_path, **SPOILED[spoiled])
     code, rows = verdicts(tmp_path, capsys)
@@ -292,16 +294,14 @@ def some_name(random):
 def some_config(random):
     """The fields that say which modules are adapted, as PEFT's class takes them."""
     names = random.choices(PATTERNS, k=random.randint(0, 3))
-    config = {
-        "target_modules": random.choice(
-            [names, random.choice(PATTERNS), [some_name(random), *names]]
-        )
-    }
+    targets = [names, random.choice(PATTERNS), [some_name(random), *names]]
+    config = {"target_modules": random.choice(targets)}
     config["exclude_modules"] = random.choice(
         [None, None, [random.choice(PATTERNS)], random.choice(PATTERNS)]
     )
     config["modules_to_save"] = random.choice([[], [], [random.choice(PATTERNS[:-1])]])
-    config["layers_to_transform"] = config["layers_pattern"] = None
+    config["layers_to_transform"] = None
+    config["layers_pattern"] = None
     if isinstance(config["target_modules"], list):
         config["layers_to_transform"] = random.choice([None, 1, [0, 12], []])
     if config["layers_to_transform"] is not None:
@@ -329,20 +329,18 @@ def test_names_match_as_in_peft():
             "keys": [],
             "modules": modules,
         }
-        said = names.answer(question | {"rank_pattern": list(config["rank_pattern"])})
-        made = peft.LoraConfig(**config)
-        for module, target, rank in zip(modules, said["targets"], said["ranks"], strict=True):
-            found = check_target_module_exists(made, module)
-            excluded = type(found).__name__ == "_ExcludedModule"
-            assert (bool(found) and not excluded) == (target == "module"), (config, module)
-            assert excluded == (target in ("exclude_modules", "modules_to_save")), (
-                config,
-                module,
-            )
-            pattern = None if rank is None else list(config["rank_pattern"])[rank]
-            assert get_pattern_key(config["rank_pattern"], module) == (
-                module if pattern is None else pattern
-            )
+        patterns = list(config["rank_pattern"])
+        answer = names.answer(question | {"rank_pattern": patterns})
+        lora_config = peft.LoraConfig(**config)
+        answers = zip(modules, answer["targets"], answer["ranks"], strict=True)
+        for module, target, rank in answers:
+            match = check_target_module_exists(lora_config, module)
+            excluded = type(match).__name__ == "_ExcludedModule"
+            case = config, module
+            assert (bool(match) and not excluded) == (target == "module"), case
+            assert excluded == (target in ("exclude_modules", "modules_to_save")), case
+            pattern = module if rank is None else patterns[rank]
+            assert get_pattern_key(config["rank_pattern"], module) == pattern
             seen.add(target)
     assert seen == {
         "module",
@@ -358,8 +356,6 @@ def test_many_names_are_matched_by_the_script_with_the_same_result():
         "modules_to_save": ["head"],
         "target_parameters": [],
         "keys": ["head.w"],
-    }
-    question |= {
         "target_modules": ["b"],
         "rank_pattern": ["c"],
         "alpha_pattern": [],
@@ -367,6 +363,5 @@ def test_many_names_are_matched_by_the_script_with_the_same_result():
     }
     here = names.match(question)
     assert here == names.match(question | {"rank_pattern": ["[c]"]})
-    assert here["targets"] == ["module", "target_modules", "target_modules"] and here[
-        "ranks"
-    ] == [None, 0, None]
+    assert here["targets"] == ["module", "target_modules", "target_modules"]
+    assert here["ranks"] == [None, 0, None]

@@ -1,6 +1,6 @@
-"""Every way to differentiate our functions more than once, forwards, or by torch.func: the numbers are torch's own.
+"""Derivatives of our functions of higher order, forwards and by torch.func equal torch's own.
 
-And what may happen between a forward and its backward.
+Also what may happen between a forward and its backward.
 """
 
 import pytest
@@ -20,42 +20,52 @@ def total(f):
     return lambda x: f(x).square().sum()
 
 
+def hessian_on_a_plane(f, x, v):
+    """By two numbers: one along v, and one added to all of x."""
+    return functional.hessian(total(lambda t: f(x + t[0] * v + t[1])), v.new_ones(2))
+
+
+def forward_over_reverse(f, x, v):
+    return torch.func.jvp(torch.func.grad(total(f)), (x,), (v,))[1]
+
+
 def gradient_penalty(f, x, v):
     (g,) = grad(total(f)(x.requires_grad_()), x, create_graph=True)
     return grad(g.square().sum(), x)[0]
 
 
-def dual(f, x, v):
+def forward_mode(f, x, v):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
 
 
-WAYS = {  # of a function at x, in the direction v
+DERIVATIVES = {  # of a function f at x, in the direction v
     "gradient penalty": gradient_penalty,
     "hvp": lambda f, x, v: functional.hvp(total(f), x, v)[1],
     "vhp": lambda f, x, v: functional.vhp(total(f), x, v)[1],
-    "hessian": lambda f, x, v: functional.hessian(
-        total(lambda t: f(x + t[0] * v + t[1])), v.new_ones(2)
-    ),
+    "hessian": hessian_on_a_plane,
     "jvp": lambda f, x, v: functional.jvp(f, x, v)[1],
-    "forward-mode AD": dual,
+    "forward-mode AD": forward_mode,
     "torch.func.jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
     "torch.func.grad": lambda f, x, v: torch.func.grad(total(f))(x),
-    "torch.func, forward over reverse": lambda f, x, v: torch.func.jvp(
-        torch.func.grad(total(f)), (x,), (v,)
-    )[1],
+    "torch.func, forward over reverse": forward_over_reverse,
     "torch.func.vmap": lambda f, x, v: torch.func.vmap(f)(torch.stack([x, v])),
 }
-LORA, DORA = NAMES[:4], NAMES[:5]
+LORA = NAMES[:4]
+DORA = NAMES[:5]
 
 
 def product(t, w):
+    """x·Wᵀ + 0.7·(x·Aᵀ)·Bᵀ of the tensors t by name, without the bias."""
     return t["x"] @ w.T + 0.7 * (t["x"] @ t["a"].T) @ t["b"].T
 
 
-def gain(t, w, whole=False):
+def gain(t, w, detach=True):
+    """DoRA's magnitude / ‖W + 0.7·B·A‖, with a constant norm or a differentiated one."""
     norm = (w + 0.7 * t["b"] @ t["a"]).norm(dim=1)
-    return t["magnitude"] / (norm if whole else norm.detach())
+    if detach:
+        norm = norm.detach()
+    return t["magnitude"] / norm
 
 
 def lora(t, weight, **options):
@@ -68,9 +78,13 @@ def dora(t, w, **options):
     )
 
 
-LAYERS = {  # what it depends on, ours, and the formula
+LAYERS = {  # the names of its arguments, our layer, and the formula
     "lora": (LORA, lora, lambda t, w: product(t, w) + t["bias"]),
-    "few": (LORA, lambda t, w: lora(t | {"x": t["x"][:, :3]}, w), lambda t, w: (product(t, w) + t["bias"])[:, :3]),
+    "few": (
+        LORA,
+        lambda t, w: lora(t | {"x": t["x"][:, :3]}, w),
+        lambda t, w: (product(t, w) + t["bias"])[:, :3],
+    ),
     "gain": (
         DORA,
         lambda t, w: lora(t, w, gain=t["magnitude"]),
@@ -81,80 +95,87 @@ LAYERS = {  # what it depends on, ours, and the formula
         lambda t, w: lora(t, F.Base("given", [t["y0"]])),
         lambda t, w: t["y0"] + product(t, 0 * w) + t["bias"],
     ),
-    "nf4": (LORA, lambda t, w: lora(t, PACKED), lambda t, w: product(t, PACKED.dequantize(w.dtype)) + t["bias"]),
+    "nf4": (
+        LORA,
+        lambda t, w: lora(t, PACKED),
+        lambda t, w: product(t, PACKED.dequantize(w.dtype)) + t["bias"],
+    ),
     "dora": (DORA, dora, lambda t, w: gain(t, w) * product(t, w) + t["bias"]),
     "dora, whole": (
         DORA,
         lambda t, w: dora(t, w, detach_norm=False),
-        lambda t, w: gain(t, w, True) * product(t, w) + t["bias"],
+        lambda t, w: gain(t, w, detach=False) * product(t, w) + t["bias"],
     ),
-}  # fmt: skip
+}
 
 
-def derivative(layer, way, name, dtype):
-    """Of the layer's output, or the sum of its squares, in one direction of one argument"""
+def derivative(layer, derivative_name, name, dtype):
+    """The derivative in one direction of the argument `name`."""
     torch.manual_seed(0)
     tensors = {
         name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, SHAPES, strict=True)
     }
-    x, v = tensors[name], torch.randn(tensors[name].shape).to(dtype)
-    return WAYS[way](lambda x: layer(tensors | {name: x}, W.to(dtype)), x, v).detach()
+    x = tensors[name]
+    v = torch.randn(x.shape).to(dtype)
+
+    def f(x):
+        return layer(tensors | {name: x}, W.to(dtype))
+
+    return DERIVATIVES[derivative_name](f, x, v).detach()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("derivative_name", DERIVATIVES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_way(layer, way):
+def test_every_derivative_by_every_argument_is_torchs(layer, derivative_name):
     names, ours, formula = LAYERS[layer]
     for name in names:
-        exact, same = (
-            derivative(formula, way, name, dtype) for dtype in (torch.float64, torch.float32)
-        )
-        assert exact.any() and error(
-            derivative(ours, way, name, torch.float32), exact
-        ) <= bound(same, exact), name
+        exact = derivative(formula, derivative_name, name, torch.float64)
+        same = derivative(formula, derivative_name, name, torch.float32)
+        out = derivative(ours, derivative_name, name, torch.float32)
+        assert exact.any(), name
+        assert error(out, exact) <= bound(same, exact), name
 
 
 def test_no_gradient_runs_through_another_argument():
-    """As where one adapter is made of another, and both of the input."""
+    """Arguments may depend on each other: one adapter on another, and the input on both."""
     torch.manual_seed(0)
     x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4)))
 
-    def found(layer, dtype):
+    def second_gradients(layer, dtype):
         first, second = a.to(dtype), b.to(dtype)
-        y = layer(
-            {
-                "x": x.to(dtype) * first.sum(),
-                "a": first,
-                "b": second * first.sum(),
-                "bias": 0 * second[:, 0],
-            }
-        )
+        tensors = {
+            "x": x.to(dtype) * first.sum(),
+            "a": first,
+            "b": second * first.sum(),
+            "bias": 0 * second[:, 0],
+        }
+        y = layer(tensors, W.to(dtype))
         grads = grad(y.square().sum(), (x, a, b), create_graph=True)
         return grad(sum(g.square().sum() for g in grads), (x, a, b))
 
-    exact, same = (
-        found(lambda t, dtype=dtype: product(t, W.to(dtype)) + t["bias"], dtype)
-        for dtype in (torch.float64, torch.float32)
-    )
-    assert error(found(lambda t: lora(t, W), torch.float32), exact) <= bound(same, exact)
+    def formula(t, w):
+        return product(t, w) + t["bias"]
+
+    exact = second_gradients(formula, torch.float64)
+    same = second_gradients(formula, torch.float32)
+    assert error(second_gradients(lora, torch.float32), exact) <= bound(same, exact)
 
 
 def test_gradients_with_a_graph_are_those_without():
     torch.manual_seed(0)
-    made = [torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4))]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4))]
 
-    def found(dtype, **options):
-        x, a, b = (t.to(dtype) for t in made)
+    def gradients(dtype, **options):
+        x, a, b = (leaf.to(dtype) for leaf in leaves)
         torch.manual_seed(1)
         y = F.lora_linear(x, W.to(dtype), a, b, dropout_p=0.3)
         return grad(y.square().sum(), (x, a, b), **options)
 
-    exact, plain, again = (
-        found(torch.float64),
-        found(torch.float32),
-        found(torch.float32, create_graph=True),
-    )
-    assert error(again, exact) <= bound(plain, exact) and all(g.requires_grad for g in again)
+    exact = gradients(torch.float64)
+    plain = gradients(torch.float32)
+    with_graph = gradients(torch.float32, create_graph=True)
+    assert error(with_graph, exact) <= bound(plain, exact)
+    assert all(g.requires_grad for g in with_graph)
 
 
 CALLS = {
@@ -165,25 +186,26 @@ CALLS = {
 }
 
 
-def called(call, rows, dtype=torch.float32):
-    """y, and the leaves that it is made of"""
+def output_and_leaves(call, rows, dtype=torch.float32):
+    """The output of a call, and the leaves that it depends on."""
     torch.manual_seed(0)
     leaves = [
         torch.randn(shape).to(dtype).requires_grad_()
         for shape in ((2, rows, 16), (4, 16), (24, 4))
     ]
     m = torch.ones(24, requires_grad=True)
-    return CALLS[call](leaves[0], W.to(dtype), *leaves[1:], m), [*leaves, m] if call.startswith(
-        "dora"
-    ) else leaves
+    y = CALLS[call](leaves[0], W.to(dtype), *leaves[1:], m)
+    if call.startswith("dora"):
+        leaves.append(m)
+    return y, leaves
 
 
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("call", CALLS)
 def test_an_output_may_be_changed_in_place(call, rows):
-    y, leaves = called(call, rows)
+    y, leaves = output_and_leaves(call, rows)
     expected = grad((2 * y).clamp(-1, 1).sum(), leaves)
-    y, leaves = called(call, rows)
+    y, leaves = output_and_leaves(call, rows)
     y *= 2
     y.clamp_(-1, 1)
     assert all(map(torch.equal, grad(y.sum(), leaves), expected))
@@ -191,7 +213,7 @@ def test_an_output_may_be_changed_in_place(call, rows):
 
 def test_an_output_without_a_graph_may_be_changed_in_place():
     with torch.no_grad():
-        y, _ = called("lora", 3)
+        y, _ = output_and_leaves("lora", 3)
     y += torch.ones(24, requires_grad=True)
     assert y.requires_grad
 
@@ -199,18 +221,23 @@ def test_an_output_without_a_graph_may_be_changed_in_place():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("call", CALLS)
-def test_backward_under_another_autocast(call, rows, dtype):
-    y, leaves = called(call, rows, dtype)
+def test_backward_does_not_see_another_autocast(call, rows, dtype):
+    y, leaves = output_and_leaves(call, rows, dtype)
     expected = grad(y.sum(), leaves, retain_graph=True)
     with torch.autocast("cpu", torch.float16):
         assert all(map(torch.equal, grad(y.sum(), leaves), expected))
 
 
-def test_what_outlived_its_transform_is_what_it_held():
-    """A tensor that a function under torch.func.grad has handed out"""
+def test_a_tensor_that_outlived_its_transform_is_what_it_held():
+    """A function under torch.func.grad hands out such a tensor."""
     leaked = []
-    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(torch.randn(70, 16))
-    w, a, b = torch.randn(24, 16), torch.randn(4, 16), torch.randn(24, 4)
+
+    def leak(x):
+        leaked.append(x)
+        return x.sum()
+
+    torch.func.grad(leak)(torch.randn(70, 16))
+    w, a, b = (torch.randn(shape) for shape in ((24, 16), (4, 16), (24, 4)))
     expected = F.lora_linear(leaked[0].clone(), w, a, b)
     assert torch.equal(F.lora_linear(leaked[0], w, a, b), expected)
     assert torch.equal(F.lora_linear(leaked[0], w, a.requires_grad_(), b), expected)
