@@ -172,7 +172,9 @@ def layout(factor):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tensor_core_layout_is_the_manuals(ask, dtype):
-    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    a = torch.randn(16, 16).to(dtype)
+    b = torch.randn(16, 8).to(dtype)
+    c = torch.randn(16, 8)
     halves = {"a": numpy.zeros((32, 8), numpy.uint16), "b": numpy.zeros((32, 4), numpy.uint16)}
     for factor, matrix in (("a", a), ("b", b)):
         for (lane, i), place in layout(factor).items():
