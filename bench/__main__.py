@@ -1,15 +1,24 @@
 """peftops bench: check that the kernels compute right, then time them beside their peers.
 
 ROW: lora, nf4, dora (by default all). Commands: model (whole training steps and generation), host
-(how long a layer keeps the host of a GPU busy), readme (rewrites README's tables), plot (draws
-results), compare COMMIT [ROW ...] (this tree against another), static (what compilers make of the
-GPU kernels), gpu (everything a GPU can tell, in one go); each has its own --help.
+(how long a layer keeps the host of a GPU busy), readme (rewrites the tables of
+docs/benchmarks.md), plot (draws results), compare COMMIT [ROW ...] (this tree against another),
+static (what compilers make of the GPU kernels), gpu (everything a GPU can tell, in one go); each
+has its own --help.
 """
 
 import importlib
 import sys
 
-from peftops.cli import BadInput, Parser, find_device, folder, need, probability, sentence
+from peftops.cli import (
+    BadInput,
+    Parser,
+    find_device,
+    folder,
+    need,
+    probability,
+    sentence,
+)
 
 from . import results
 from .progress import Progress
@@ -60,7 +69,9 @@ def options(argv):
 
 def common(parser):
     """Adds the options that rows and model share."""
-    parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
+    parser.add_argument(
+        "--device", help="by default cuda where there is a GPU, else cpu"
+    )
     parser.add_argument(
         "--dtype",
         default="bf16",
@@ -95,7 +106,9 @@ def shape(text: str) -> tuple[int, ...]:
 def backends(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in BACKENDS]:
-        raise BadInput(f"--backend must be of {', '.join(BACKENDS)}, got {unknown[0]!r}")
+        raise BadInput(
+            f"--backend must be of {', '.join(BACKENDS)}, got {unknown[0]!r}"
+        )
     return names
 
 

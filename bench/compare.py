@@ -30,7 +30,9 @@ def options(argv):
         metavar="ROW",
         help=f"of {', '.join(ROWS)}; by default lora",
     )
-    parser.add_argument("--device", help="by default cuda where there is a GPU, else cpu")
+    parser.add_argument(
+        "--device", help="by default cuda where there is a GPU, else cpu"
+    )
     parser.add_argument(
         "--shape",
         type=shape,
@@ -141,7 +143,9 @@ def race(remotes, pass_name, rounds, commit):
 
     seconds, failures = timing.race(remotes, pass_name, "eager", rounds)
     if failures:
-        return "; ".join(f"{label} is absent ({why})" for label, why in failures.items())
+        return "; ".join(
+            f"{label} is absent ({why})" for label, why in failures.items()
+        )
     ratio = timing.ratios(seconds, "this tree")[commit]
     low, mid, high = timing.spread(seconds["this tree"])
     return f"{ratio:.3f} × {commit}'s time; {mid:.3f} ms ({low:.3f}–{high:.3f})"

@@ -98,7 +98,9 @@ def contenders(problem, wanted):
 def describe(problem, pass_name):
     """The ops, the backend and its product for a pass of ours."""
     m, k, n, r = problem.shape
-    twice = problem.p and problem.dora == "peft"  # PEFT's dropout takes two base products
+    twice = (
+        problem.p and problem.dora == "peft"
+    )  # PEFT's dropout takes two base products
     p = 0.0 if twice else problem.p
     form = "dense" if problem.base == "dense" else "nf4"
     op, backend, product = served_by(problem.tensors[3], m, n, k, r, p, form)
@@ -131,7 +133,9 @@ def cost(problem, backward: bool = False) -> tuple[int, int]:
 
 def others(device, quick):
     """The norm alone, and layers on tensors so small that only Python's time is left."""
-    cell = backends.find("dora_norm", torch.empty(0, dtype=torch.bfloat16, device=device))
+    cell = backends.find(
+        "dora_norm", torch.empty(0, dtype=torch.bfloat16, device=device)
+    )
     backend = cell.__module__.split(".")[1]
     shapes = [(256, 256)] if quick else NORMS
     ranks = RANKS[:1] if quick else RANKS
@@ -198,7 +202,9 @@ def decoders(weights, quantized, packed, absent):
         return [q.dequantize for q in quantized]
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    states = [quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights]
+    states = [
+        quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights
+    ]
     return [partial(dequantize_4bit, codes, state) for codes, state in states]
 
 

@@ -150,9 +150,13 @@ def measure(device, methods, drops, rounds, progress):
     from .measure import finish, times
     from .timing import Contender
 
-    clock = torch.device("cpu")  # measure the host's time, whatever the device does meanwhile
+    clock = torch.device(
+        "cpu"
+    )  # measure the host's time, whatever the device does meanwhile
     rows = ROWS if device.type == "cuda" else SHAPE[0]
-    jobs = [(method, p) for method in methods for p in (*drops, None)]  # None: one token
+    jobs = [
+        (method, p) for method in methods for p in (*drops, None)
+    ]  # None: one token
     for method, p in progress.track(jobs, len(jobs), "host"):
         absent = {}
         contenders = {}
@@ -177,7 +181,9 @@ def measure(device, methods, drops, rounds, progress):
             "absent": absent,
         }
         for name in contenders[OURS].calls:
-            measured, failures = times(contenders, name, rounds, clock, modes=("eager",))
+            measured, failures = times(
+                contenders, name, rounds, clock, modes=("eager",)
+            )
             measured["ms"] = {
                 label: [round(t / LAYERS, 6) for t in ms]
                 for label, ms in measured["ms"].items()

@@ -108,7 +108,9 @@ def contenders(problem, wanted):
         labels += peers.GPU
     labels += [f"{OURS}, {name}" for name in wanted]
     if not wanted and problem.few and gpu:
-        labels += [f"{OURS}, {name}" for name in ("triton", "cuda") if served(name, problem)]
+        labels += [
+            f"{OURS}, {name}" for name in ("triton", "cuda") if served(name, problem)
+        ]
     absent = dict(peers.ABSENT)
     if not gpu:
         absent |= dict.fromkeys(peers.GPU, "runs on a GPU")

@@ -34,7 +34,9 @@ def measure(row, o, dtype, device, progress, others=True):
     """
     ceilings = timing.ceilings(device, dtype, o.quick)
     jobs = list(row.jobs(o, dtype, device))
-    for name, problem in progress.track(jobs, len(jobs), row.__name__.rpartition(".")[2]):
+    for name, problem in progress.track(
+        jobs, len(jobs), row.__name__.rpartition(".")[2]
+    ):
         yield from layer(row, name, problem, o, ceilings)
     if others:
         yield from alone(row, device, o.quick)
@@ -44,7 +46,9 @@ def layer(row, name, problem, o, ceilings):
     """A result for each pass of one problem."""
     labels, absent = row.contenders(problem, o.backend)
     if o.peers:
-        labels = [label for label in labels if label in o.peers or is_always_there(label)]
+        labels = [
+            label for label in labels if label in o.peers or is_always_there(label)
+        ]
         absent = {label: why for label, why in absent.items() if label in o.peers}
     contenders = build(labels, problem, absent)
     common = {
@@ -53,7 +57,9 @@ def layer(row, name, problem, o, ceilings):
         "dropout": problem.p,
         "absent": absent,
         "error": {
-            label: racer.error for label, racer in contenders.items() if racer.error is not None
+            label: racer.error
+            for label, racer in contenders.items()
+            if racer.error is not None
         },
     }
     rounds = 5 if o.quick else 15
@@ -115,7 +121,9 @@ def times(contenders, pass_name, rounds, device, modes=None):
         line: milliseconds and ratios in each mode, and the peaks of memory.
         failures: {label: why} of those that failed.
     """
-    able = {label: racer for label, racer in contenders.items() if pass_name in racer.calls}
+    able = {
+        label: racer for label, racer in contenders.items() if pass_name in racer.calls
+    }
     failures = {}
     line = {"pass": pass_name}
     if not modes:
@@ -125,7 +133,9 @@ def times(contenders, pass_name, rounds, device, modes=None):
         prefix, suffix = ("", "") if mode == "eager" else ("graph_", ", as a graph")
         failures |= {label + suffix: why for label, why in unable.items()}
         if OURS in seconds:
-            line[f"{prefix}ms"] = {label: timing.spread(t) for label, t in seconds.items()}
+            line[f"{prefix}ms"] = {
+                label: timing.spread(t) for label, t in seconds.items()
+            }
             line[f"{prefix}ratio"] = timing.ratios(seconds, OURS)
         elif mode == "eager":
             raise RuntimeError(f"{OURS} failed: {unable[OURS]}")
@@ -168,7 +178,9 @@ def finish(line, measured, failures):
 def show(line):
     """Prints a result."""
     low, mid, high = line["ms"][OURS]
-    where = f"{line['layer']} {tuple(line['shape'])}, p = {line['dropout']}, {line['pass']}"
+    where = (
+        f"{line['layer']} {tuple(line['shape'])}, p = {line['dropout']}, {line['pass']}"
+    )
     text = f"{where}: {mid:.3f} ms ({low:.3f}–{high:.3f})"
     if "roofline" in line:
         text += f", {line['roofline']:.0%} of the roofline"

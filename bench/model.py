@@ -56,7 +56,9 @@ def main(argv=None):
     from .measure import show, unlawful
 
     if len(METHODS.get(o.method, ())) != 2:
-        able = ", ".join(method for method, labels in METHODS.items() if len(labels) == 2)
+        able = ", ".join(
+            method for method, labels in METHODS.items() if len(labels) == 2
+        )
         raise BadInput(f"--method must be of {able}, got {o.method!r}")
     device = find_device(o.device)
     dtype = torch_dtype(o.dtype)
@@ -108,7 +110,9 @@ def measure(o, dtype, device, progress):
         if demo_label not in missing
     }
     base, tokenizer = training.load_model(o.model, dtype, device)
-    batch = training.chunks(tokenizer, training.load_text(o.text), device)[: training.SHAPE[0]]
+    batch = training.chunks(tokenizer, training.load_text(o.text), device)[
+        : training.SHAPE[0]
+    ]
     common = {"layer": layer_name(o), "op": "model", "absent": missing}
     race = partial(raced, o, device, base.config.hidden_size)
     drops = (0.0, 0.1) if o.dropout is None else (o.dropout,)
@@ -126,7 +130,11 @@ def measure(o, dtype, device, progress):
         calls, memory = steps(models, base, batch, dtype)
         yield race(line | memory, calls, STEP, batch.numel())
         if p and demo_labels[OURS] in training.DORA:
-            own = {label: model for label, model in models.items() if label.startswith(OURS)}
+            own = {
+                label: model
+                for label, model in models.items()
+                if label.startswith(OURS)
+            }
             own[OURS] = undropped_base(copy.deepcopy(models[OURS]))
             calls, memory = steps(own, base, batch, dtype)
             line["layer"] += ANOTHER
@@ -169,7 +177,8 @@ def steps(models, base, batch, dtype):
     memory = {}
     if FUSE in models:
         memory["saved_mb"] = {
-            label: round(saved(models[label], run) / 1e6, 2) for label, run in calls.items()
+            label: round(saved(models[label], run) / 1e6, 2)
+            for label, run in calls.items()
         }
     calls[BASE] = lambda: frozen_seconds(base, batch, dtype)
     return calls, memory
@@ -221,7 +230,9 @@ def saved(model, run) -> int:
     """Bytes that this run of a model keeps for backward, without the model's own memory."""
     import torch
 
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {
+        t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
+    }
     kept = {}
 
     def pack(t):
@@ -231,7 +242,9 @@ def saved(model, run) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
-    return sum(t.untyped_storage().nbytes() for start, t in kept.items() if start not in own)
+    return sum(
+        t.untyped_storage().nbytes() for start, t in kept.items() if start not in own
+    )
 
 
 def generate(model, batch):

@@ -21,7 +21,9 @@ from .peers_gpu import GPU
 from .problem import FEW, SCALING, Absent, Problem
 from .timing import Contender
 
-WRONG = 0.05  # of the largest output: a peer that is further off computes something else
+WRONG = (
+    0.05  # of the largest output: a peer that is further off computes something else
+)
 OURS = "peftops"
 BASE = "frozen"
 LORA = "peftops, LoRA"
@@ -108,7 +110,9 @@ def peft_bitsandbytes(t: Problem, w, a, b):
 
 def four_bits(t: Problem, w, a, b):
     layer, _ = frozen(t, w, a, b)
-    return peftops.nn.LinearNF4.from_linear(layer, double_quant=t.base == "nf4, double"), []
+    return peftops.nn.LinearNF4.from_linear(
+        layer, double_quant=t.base == "nf4, double"
+    ), []
 
 
 def peft_narrow(t: Problem, w, a, b):
@@ -171,7 +175,8 @@ ABSENT = {  # from what a 16-bit LoRA layer is measured beside
 }
 BUILDERS = HERE | NF4 | GPU | {LORA: ours_lora}
 BUILDERS |= {
-    f"{OURS}, {name}": on_backend(name) for name in ("triton", "cuda", "cpu", "reference")
+    f"{OURS}, {name}": on_backend(name)
+    for name in ("triton", "cuda", "cpu", "reference")
 }
 
 
@@ -268,7 +273,9 @@ def checked(label, call, t):
     exact = x @ w.T
     if "frozen" not in label:
         exact = exact + SCALING * (x @ a.T @ b.T)
-        if t.dora and label != LORA:  # DoRA's magnitudes start as the norms of the weight alone
+        if (
+            t.dora and label != LORA
+        ):  # DoRA's magnitudes start as the norms of the weight alone
             exact *= w.norm(dim=1) / (w + SCALING * b @ a).norm(dim=1)
     error = ((y - exact).abs().max() / exact.abs().max()).item()
     if not error <= WRONG:

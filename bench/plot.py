@@ -74,7 +74,9 @@ def main(argv=None):
         "font.size": 9,
     }
     lines = [line for line in results.newest(o.results) if BASE in line["ratio"]]
-    figures = {name: partial(bars, family, title) for name, (family, title) in BARS.items()}
+    figures = {
+        name: partial(bars, family, title) for name, (family, title) in BARS.items()
+    }
     figures["roofline"] = roofline
     figures["rows"] = rows
     drawn = 0
@@ -131,7 +133,9 @@ def bars(family, title, lines, device):
         return None
     peers = colours(shown)
     shown.reverse()  # bars are stacked upwards
-    figure, axes = pyplot.subplots(figsize=(9, max(0.62, 0.09 * len(peers)) * len(shown) + 1.6))
+    figure, axes = pyplot.subplots(
+        figsize=(9, max(0.62, 0.09 * len(peers)) * len(shown) + 1.6)
+    )
     height = 0.8 / len(peers)
     for i, peer in enumerate(peers):
         values = [multiple(line, peer) for line in shown]
@@ -150,7 +154,9 @@ def bars(family, title, lines, device):
     axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.axvline(1, color="#444444", linewidth=0.8)
-    axes.set(xlabel="time ÷ the frozen layer's (shorter is better)", title=f"{device}{title}")
+    axes.set(
+        xlabel="time ÷ the frozen layer's (shorter is better)", title=f"{device}{title}"
+    )
     axes.legend(loc="lower right")
     return figure
 

@@ -46,7 +46,9 @@ class Problem:
             return (values * scale).to(self.dtype)
 
         size = n * k * self.dtype.itemsize // (1 if self.base == "dense" else 4)
-        weights = [normal(n, k, scale=k**-0.5) for _ in range(copies(size, self.device))]
+        weights = [
+            normal(n, k, scale=k**-0.5) for _ in range(copies(size, self.device))
+        ]
         a = normal(r, k, scale=k**-0.5)
         b = normal(n, r, scale=r**-0.5)
         x = normal(m, k)

@@ -1,4 +1,4 @@
-"""peftops bench readme: rewrites README's tables from the newest results."""
+"""peftops bench readme: rewrites the tables of docs/benchmarks.md from the newest results."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def main(argv=None):
         help="where the results are",
     )
     o = parser.parse_args(argv)
-    target = results.HERE.parent / "README.md"
+    target = results.HERE.parent / "docs" / "benchmarks.md"
     print(f"{target}: {rewrite(target, o.out)} rows of {o.out}")
     return 0
 
@@ -93,13 +93,15 @@ def rewrite(target: Path, folder: Path) -> int:
     if not shown:
         raise BadInput(
             f"no line in {folder} belongs into a table"
-            " (a pass with backward, or few rows); README stays"
+            " (a pass with backward, or few rows); the tables stay"
         )
     try:
         head, after = target.read_text().split(MARKS[0])[:2]
         _, tail = after.split(MARKS[1])
     except (OSError, ValueError):
-        raise BadInput(f"{target} must exist and hold {MARKS[0]} and {MARKS[1]} once") from None
+        raise BadInput(
+            f"{target} must exist and hold {MARKS[0]} and {MARKS[1]} once"
+        ) from None
     body = "\n".join([MARKS[0], *tables(shown), MARKS[1]])
     replace(target, lambda beside: beside.write_text(head + body + tail))
     return len(shown)
@@ -127,7 +129,9 @@ def table(device, shown, layout):
     """The Markdown of one table, with a sentence above it and the absent peers below."""
     gpu = any("driver" in line for line in shown)
     yield f"\n{heading(device, shown, gpu)}. {layout.title}:\n"
-    peers = [peer for peer in layout.first if any(peer in line["ratio"] for line in shown)]
+    peers = [
+        peer for peer in layout.first if any(peer in line["ratio"] for line in shown)
+    ]
     others = {peer for line in shown for peer in line["ratio"]} - {layout.unit, *peers}
     peers += sorted(others)
     sizes = "n, k, r" if layout.unit == COPY else "m, k, n, r"
@@ -146,7 +150,9 @@ def heading(device, shown, gpu):
     """What the results were measured with."""
     last = max(shown, key=lambda line: line["date"])
     commits = " / ".join(sorted({line["commit"] for line in shown}))
-    versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
+    versions = ", ".join(
+        f"{package} {number}" for package, number in last["versions"].items()
+    )
     driver = f", driver {last['driver']}" if gpu else ""
     return f"{device}{driver}, commit {commits}, {last['date'][:10]}, {versions}"
 

@@ -18,7 +18,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PACKAGES = "torch", "triton", "peft"
 EVENTS = "results.jsonl"  # of bench gpu, which keeps results beside it
-PARTIAL = "quick", "shape", "peers", "backend"  # options of runs that do not stand for a device
+PARTIAL = (
+    "quick",
+    "shape",
+    "peers",
+    "backend",
+)  # options of runs that do not stand for a device
 KEY = "device", "row", "layer", "shape", "dtype", "dropout", "pass"
 NUMBER = int, float
 TYPES = {
@@ -51,7 +56,11 @@ OPTIONAL = {
     "backend": str,
     "path": str,
 }
-FAMILIES = {"qlora": "nf4", "dora": "dora", "qdora": "dora"}  # of a method of bench model
+FAMILIES = {
+    "qlora": "nf4",
+    "dora": "dora",
+    "qdora": "dora",
+}  # of a method of bench model
 
 
 def keep(o) -> tuple[Path | None, str | None]:
@@ -64,7 +73,10 @@ def keep(o) -> tuple[Path | None, str | None]:
         return o.out, None
     partial = [f"--{name}" for name in PARTIAL if getattr(o, name, None)]
     if partial:
-        return None, f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them"
+        return (
+            None,
+            f"a run with {' and '.join(partial)} is but a part; --out DIR keeps them",
+        )
     return place()
 
 
@@ -78,7 +90,7 @@ def place() -> tuple[Path | None, str | None]:
         "--",
         ".",
         ":!bench/results",
-        ":!README.md",
+        ":!docs/benchmarks.md",
     ):
         return None, "the git tree has changes; --out DIR keeps them"
     return RESULTS, None
@@ -108,7 +120,9 @@ def describe(device) -> dict:
         commit += "+changes"
     origin = {
         "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        ),
         "device": device_name(device),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in PACKAGES},
@@ -125,7 +139,9 @@ def driver() -> str:
         ("/proc/driver/nvidia/version", r"(\d+\.[\d.]+)"),
         ("/sys/module/amdgpu/version", r"(\S+)"),
     ):
-        if Path(file).exists() and (match := re.search(pattern, Path(file).read_text())):
+        if Path(file).exists() and (
+            match := re.search(pattern, Path(file).read_text())
+        ):
             return match[1]
     return "unknown"
 
@@ -180,7 +196,9 @@ def fault(line) -> str | None:
             return f"it has no {name}"
         if not isinstance(line[name], allowed):
             return f"its {name} is {json.dumps(line[name])[:60]}"
-    if len(line["shape"]) < 2 or not all(isinstance(size, int) for size in line["shape"]):
+    if len(line["shape"]) < 2 or not all(
+        isinstance(size, int) for size in line["shape"]
+    ):
         return f"its shape is {line['shape']}"
     ratios = [*line["ratio"].values(), *line.get("graph_ratio", {}).values()]
     if not all(isinstance(ratio, NUMBER) and ratio > 0 for ratio in ratios):
@@ -193,7 +211,9 @@ def fault(line) -> str | None:
 
 def is_spread(ms):
     """Whether it is what timing.spread returns."""
-    return isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms)
+    return (
+        isinstance(ms, list) and len(ms) == 3 and all(isinstance(t, NUMBER) for t in ms)
+    )
 
 
 def newest(folder: Path) -> list[dict]:
@@ -208,7 +228,9 @@ def newest(folder: Path) -> list[dict]:
             older = lines.get(key(line), line)
             lines[key(line)] = max(line, older, key=lambda line: line["date"])
     if not lines:
-        raise BadInput(f"there are no results in {folder}; peftops bench lora makes some")
+        raise BadInput(
+            f"there are no results in {folder}; peftops bench lora makes some"
+        )
     return list(lines.values())
 
 
@@ -250,5 +272,7 @@ def absentees(lines: list[dict]) -> list[str]:
         for peer, why in line.get("absent", {}).items():
             reasons[str(why)] |= {peer} - set(line["ratio"])
     return [
-        f"{', '.join(sorted(peers))} ({why})" for why, peers in sorted(reasons.items()) if peers
+        f"{', '.join(sorted(peers))} ({why})"
+        for why, peers in sorted(reasons.items())
+        if peers
     ]

@@ -51,7 +51,9 @@ class Remote:
             stdout=subprocess.PIPE,
             text=True,
         )
-        settings = {field.name: getattr(problem, field.name) for field in fields(problem)}
+        settings = {
+            field.name: getattr(problem, field.name) for field in fields(problem)
+        }
         settings["dtype"] = str(problem.dtype).removeprefix("torch.")
         settings["device"] = str(problem.device)
         self.calls, self.error = self.ask("build", label, settings)

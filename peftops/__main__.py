@@ -84,7 +84,10 @@ def has_bench():
     if spec is None or spec.origin is None:
         return False
     package = Path(__file__).resolve().parent
-    return Path(spec.origin).resolve().parent in (package / "bench", package.parent / "bench")
+    return Path(spec.origin).resolve().parent in (
+        package / "bench",
+        package.parent / "bench",
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def explain(row, checks, given, error):
     for name, value in given.items():
         wanted = checks[name](value) if name in checks else None
         if wanted:
-            raise TypeError(f"{row}: {name} must be {wanted}, got {shown(value)}") from error
+            raise TypeError(
+                f"{row}: {name} must be {wanted}, got {shown(value)}"
+            ) from error
         if not isinstance(value, Tensor):
             continue
         device = device or value.device

@@ -92,6 +92,8 @@ def expect(row, name, tensor, shape, *dtypes):
     if tensor is None or (tensor.shape == shape and tensor.dtype in dtypes):
         return
     if tensor.shape != shape:
-        raise ValueError(f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
     wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
     raise TypeError(f"{row}: {name} must be {wanted}, got {tensor.dtype}")

@@ -38,8 +38,14 @@ def ready(contract, args, subclasses=False, every_arg=None):
     for i, arg in enumerate(args):
         cls = type(arg)
         wanted = arg
-        if cls is Tensor or cls is nn.Parameter or (subclasses and isinstance(arg, Tensor)):
-            wanted = arg = unwrap_if_dead(arg)  # it may have outlived its torch.func transform
+        if (
+            cls is Tensor
+            or cls is nn.Parameter
+            or (subclasses and isinstance(arg, Tensor))
+        ):
+            wanted = arg = unwrap_if_dead(
+                arg
+            )  # it may have outlived its torch.func transform
             if arg.get_device() != device_index:
                 expect_one_device(contract, every_arg)
             if (

@@ -160,7 +160,12 @@ class Numbered:
                 self.temporaries.append(t)
             else:
                 self.scratch.append(t)
-        self.numbered = [*notes.inputs, *notes.outputs, *self.temporaries, *self.scratch]
+        self.numbered = [
+            *notes.inputs,
+            *notes.outputs,
+            *self.temporaries,
+            *self.scratch,
+        ]
         ranges = sorted((start(t), end(t)) for t in self.numbered if t.numel())
         if any(first[1] > second[0] for first, second in itertools.pairwise(ranges)):
             raise Unplanned("two of the tensors share memory")
@@ -219,7 +224,9 @@ class Numbered:
         if not isinstance(arg, Tensor):
             return "constant", arg
         if not arg.numel():
-            return "constant", torch.empty(arg.shape, dtype=arg.dtype, device=arg.device)
+            return "constant", torch.empty(
+                arg.shape, dtype=arg.dtype, device=arg.device
+            )
         slot, offset = self.place(arg)
         holder = self.numbered[slot]
         if offset == 0 and alike(arg, holder):
@@ -240,7 +247,11 @@ class Numbered:
 
 
 def alike(t, other):
-    return t.dtype is other.dtype and t.shape == other.shape and t.stride() == other.stride()
+    return (
+        t.dtype is other.dtype
+        and t.shape == other.shape
+        and t.stride() == other.stride()
+    )
 
 
 def start(t):

@@ -14,7 +14,13 @@ V = f"{LAYER}.self_attn.v_proj"
 EXPERTS = f"{LAYER}.mlp.experts"
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
+DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "BF16",
+    "int8": "I8",
+}
 
 
 def ones(*shape, dtype=np.float32):
@@ -80,7 +86,9 @@ def check(tmp_path, capsys):
 
     def run(target, tensors=PLAIN, **config):
         code = main(["check", str(save(tmp_path, tensors, **config)), "--for", target])
-        rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+        rows = [
+            line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]
+        ]
         assert code == any(verdict in command.BAD for _, verdict, *_ in rows)
         return [" ".join(row) for row in rows]
 

@@ -107,7 +107,11 @@ def header_of(entries):
         size = {"F32": 4, "F16": 2, "BF16": 2}[dtype]
         for length in shape:
             size *= length
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        header[key] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [end, end + size],
+        }
         end += size
     return header, end
 
@@ -214,7 +218,8 @@ def change_header(draw, case):
 def change_keys(draw, case):
     old = draw.choice(list(case["header"]))
     places = [
-        old.replace(".", f".{word}.", 1) for word in ("_orig_mod", "module", "\n", "\x1b[1A")
+        old.replace(".", f".{word}.", 1)
+        for word in ("_orig_mod", "module", "\n", "\x1b[1A")
     ]
     ends = [
         old + draw.choice(TEXTS),
@@ -228,7 +233,14 @@ def change_keys(draw, case):
         ".lora_A.weight",
     ]
     new = draw.choice(
-        [*places, *ends, *others, "a.lora_A" * 100 + ".weight", "." * 900, ".lora_" * 150]
+        [
+            *places,
+            *ends,
+            *others,
+            "a.lora_A" * 100 + ".weight",
+            "." * 900,
+            ".lora_" * 150,
+        ]
     )
     case["header"] = {
         (new if key == old else key): entry for key, entry in case["header"].items()

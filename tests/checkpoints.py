@@ -56,7 +56,7 @@ def gpt2(folder):
     """
     config = transformers.GPT2Config(
         vocab_size=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
     model.transformer.save_pretrained(folder)
@@ -88,7 +88,9 @@ def tensors(folder):
 
 def same(a, b):
     assert a.keys() == b.keys()
-    assert [k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k], b[k])] == []
+    assert [
+        k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k], b[k])
+    ] == []
 
 
 def refused(capsys, *argv):
@@ -134,6 +136,8 @@ def shard_of(folder, key):
 
 def change_a_tensor(key, change):
     def spoil(folder):
-        edit_tensors(shard_of(folder, key), lambda held: held.update({key: change(held[key])}))
+        edit_tensors(
+            shard_of(folder, key), lambda held: held.update({key: change(held[key])})
+        )
 
     return spoil

@@ -10,5 +10,7 @@ def run_stages(capsys, folder, stages, *more):
     argv = ["--device", "cpu", "--only", stages, "--out", str(folder), *more]
     code, out, _ = run(capsys, "bench", "gpu", *argv)
     summary = json.loads((folder / "summary.json").read_text())
-    events = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()
+    ]
     return code, out, summary, events

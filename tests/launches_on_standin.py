@@ -125,7 +125,8 @@ def events_of(call, args):
 def product_event(note, addresses):
     """A product that torch computed; every fourth value of its note is an address."""
     values = [
-        addresses.name(value) if i % 4 == 0 else value for i, value in enumerate(note[1:])
+        addresses.name(value) if i % 4 == 0 else value
+        for i, value in enumerate(note[1:])
     ]
     return "product", values
 

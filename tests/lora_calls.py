@@ -29,7 +29,9 @@ def linear(t, p=0.0, form="dense", **options):
 
 def names_of_leaves(t):
     """The names of the tensors that may have a gradient, but for the base."""
-    return [name for name in ("x", "a", "b", "bias", "gain", "gate") if t[name] is not None]
+    return [
+        name for name in ("x", "a", "b", "bias", "gain", "gate") if t[name] is not None
+    ]
 
 
 def leaves_of(t, form="dense"):

@@ -19,7 +19,9 @@ def linear(k=64, n=96, dtype=torch.float32, bias=True):
 
 def dense(layer, dtype):
     """nn.Linear with the weight that the layer stands for."""
-    new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+    new = nn.Linear(
+        layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype
+    )
     new.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     if layer.bias is not None:
         new.bias.data = layer.bias.data.to(dtype)
@@ -32,7 +34,11 @@ def trained(module, x):
     module.zero_grad()
     y = module(x)
     y.float().square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad for p in module.parameters() if p.requires_grad),
+    ]
 
 
 def bits(layer):

@@ -26,7 +26,9 @@ def short(monkeypatch, one_thread):
     peer that has to be compiled.
     """
     shapes = {"tiny": SMALL.shape, "tiny, one row": (1, 32, 48, 4)}
-    uncompiled = {name: peer for name, peer in peers.HERE.items() if "compile" not in name}
+    uncompiled = {
+        name: peer for name, peer in peers.HERE.items() if "compile" not in name
+    }
     monkeypatch.setattr(timing, "SHORTEST", 1e-4)
     monkeypatch.setattr(timing, "PATIENCE", 0.01)
     monkeypatch.setattr(lora, "layers", lambda device, quick=False: shapes)
@@ -72,11 +74,16 @@ def test_a_row_is_measured_and_kept(capsys, tmp_path, short):
 
 def test_compiled_peers_stay_compiled_whatever_came_before():
     for k in (16, 24, 32, 40):
-        with torch._dynamo.config.patch(recompile_limit=2), torch.profiler.profile() as profile:
+        with (
+            torch._dynamo.config.patch(recompile_limit=2),
+            torch.profiler.profile() as profile,
+        ):
             problem = Problem((70, k, 48, 4), torch.bfloat16, CPU)
             contenders = measure.build(["torch.compile"], problem, {})
             contenders["torch.compile"].calls["forward"][0]()
-        assert any("Torch-Compiled Region" in event.key for event in profile.key_averages()), k
+        assert any(
+            "Torch-Compiled Region" in event.key for event in profile.key_averages()
+        ), k
 
 
 def test_other_backends_stand_beside_ours(capsys, short):
@@ -108,7 +115,10 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nothing"], "no row 'nothing'; there are lora, nf4, dora and model, host, readme"),
+        (
+            ["nothing"],
+            "no row 'nothing'; there are lora, nf4, dora and model, host, readme",
+        ),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
         (["lora", "--device", "cuda:77"], "no device 'cuda:77'"),
@@ -121,7 +131,10 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["lora", "--device", ""], "no device ''"),
         (["lora", "--out", ""], "must name a folder"),
         (["lora", "--out", f"{__file__}/sub"], "test_bench.py/sub: Not a directory"),
-        (["model", "--out", __file__], "peftops bench model: argument --out: cannot write to"),
+        (
+            ["model", "--out", __file__],
+            "peftops bench model: argument --out: cannot write to",
+        ),
         (["model", "--text", "/nowhere.txt"], "cannot read the text"),
         (["gpu", "--only", ""], "peftops bench gpu: --only must be of build"),
         (["plot", "--out", __file__], "Not a directory"),
@@ -131,8 +144,14 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
             "--method must be of lora, qlora, dora, qdora, got 'full'",
         ),
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
-        (["compare", "HEAD", "model"], "there is no row 'model'; there are lora, nf4, dora"),
-        (["static", "--triton", "0.0.0.nonsense"], "pip cannot fetch triton 0.0.0.nonsense"),
+        (
+            ["compare", "HEAD", "model"],
+            "there is no row 'model'; there are lora, nf4, dora",
+        ),
+        (
+            ["static", "--triton", "0.0.0.nonsense"],
+            "pip cannot fetch triton 0.0.0.nonsense",
+        ),
         (["gpu", "--only", "magic"], "--only must be of build"),
         (["check"], "peftops bench: check is now called gpu: peftops bench gpu"),
         (

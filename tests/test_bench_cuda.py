@@ -117,7 +117,9 @@ def test_a_replay_that_is_wrong_is_noticed(gpu, monkeypatch):
 
     class CUDAGraph:
         def replay(self):
-            for target, source in zip(self.out, trained(self.layer, self.x), strict=True):
+            for target, source in zip(
+                self.out, trained(self.layer, self.x), strict=True
+            ):
                 target.copy_(source)
 
     class Capture:

@@ -58,16 +58,22 @@ def test_the_row_is_measured_and_kept(capsys, tmp_path, short):
     }
     for base, theirs in (("", "PEFT"), (", NF4", nf4.PEER)):
         for p in (0.0, 0.1):
-            assert {BASE, theirs, LORA, OURS} <= set(lines[f"tiny{base}", p, BOTH]["ms"])
+            assert {BASE, theirs, LORA, OURS} <= set(
+                lines[f"tiny{base}", p, BOTH]["ms"]
+            )
         undropped_base = lines[f"tiny{base}, dropout_mode lora", 0.1, BOTH]
         assert set(undropped_base["ms"]) == {BASE, LORA, OURS}
         assert undropped_base["op"] == "lora_fwd + lora_bwd"
-        assert lines[f"tiny{base}", 0.1, BOTH]["op"] == "dora_drop + lora_fwd + lora_bwd"
+        assert (
+            lines[f"tiny{base}", 0.1, BOTH]["op"] == "dora_drop + lora_fwd + lora_bwd"
+        )
         assert lines[f"tiny, one token{base}", 0.0, "forward"]["op"] == "lora_gemv"
         norm = lines[f"256 × 256, r = 16{base}", 0.0, "norm"]
         assert set(norm["ms"]) == {OURS, "torch", "PEFT", COPY}
         assert norm["shape"] == [256, 256, 16]
-    errors = [error for line in lines.values() for error in line.get("error", {}).values()]
+    errors = [
+        error for line in lines.values() for error in line.get("error", {}).values()
+    ]
     assert max(errors) < peers.WRONG
     assert lines[dora.HOST[0], 0.0, "forward, grad"]["op"] == "host"
 
@@ -75,7 +81,17 @@ def test_the_row_is_measured_and_kept(capsys, tmp_path, short):
 def test_compare_takes_rows(capsys, monkeypatch, short):
     monkeypatch.setattr(compare, "check_out", lambda commit, tree: results.HERE.parent)
     monkeypatch.setattr(compare, "resolve", lambda name: "0123456789ab")
-    argv = "HEAD", "nf4", "--quick", "--shape", "70,64,48,4", "--dropout", "0", "dora", "nf4"
+    argv = (
+        "HEAD",
+        "nf4",
+        "--quick",
+        "--shape",
+        "70,64,48,4",
+        "--dropout",
+        "0",
+        "dora",
+        "nf4",
+    )
     code, out, _ = run(capsys, "bench", "compare", *argv)
     names = ("nf4, as asked", "dora, as asked", "dora, as asked, NF4")
     titles = [
@@ -132,7 +148,9 @@ def test_costs_of_dora_are_those_of_lora_and_more():
         assert dora.cost(SMALL, backward) == (flops, moved + passes * 2 * m * n)
         dropped = replace(SMALL, p=0.1)
         assert dora.cost(dropped, backward)[0] == flops + passes * 2 * m * k * n
-        assert dora.cost(replace(dropped, dora="lora"), backward) == dora.cost(SMALL, backward)
+        assert dora.cost(replace(dropped, dora="lora"), backward) == dora.cost(
+            SMALL, backward
+        )
     packed = replace(SMALL, base="nf4, double")
     assert dora.cost(packed)[1] == nf4.cost(packed)[1] + 2 * m * n
     one = replace(SMALL, shape=(1, *SMALL.shape[1:]))
@@ -149,7 +167,9 @@ def short_model(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["dora", "qdora"])
-def test_a_model_is_measured_beside_its_peers(capsys, tmp_path, tiny, short_model, method):
+def test_a_model_is_measured_beside_its_peers(
+    capsys, tmp_path, tiny, short_model, method
+):
     if method == "qdora":
         pytest.importorskip("bitsandbytes")
     argv = ["--method", method, "--quick", "--rank", "4", "--out", str(tmp_path)]
@@ -174,7 +194,9 @@ def test_the_other_dropout_mode_shares_the_adapters(tiny):
     base, _ = tiny.load_model(None, torch.float32, CPU)
     adapted = tiny.build("DoRA, peftops", base, 4, 0.5, 0).model
     before = {id(p) for p in adapted.parameters() if p.requires_grad}
-    layers = [m for m in model.undropped_base(adapted).modules() if isinstance(m, LoRALinear)]
+    layers = [
+        m for m in model.undropped_base(adapted).modules() if isinstance(m, LoRALinear)
+    ]
     assert len(layers) == 14
     assert all(layer.dropout_mode == "lora" for layer in layers)
     assert {id(p) for p in adapted.parameters() if p.requires_grad} == before
@@ -200,7 +222,9 @@ def test_readme_has_tables_of_dora_and_its_norm(tmp_path):
     assert readme.rewrite(target, tmp_path) == 4
     plain, layers, norms = target.read_text().split("**DoRA")
     assert LORA not in plain
-    columns = "| pass | PEFT | peftops, LoRA | **peftops** | of PEFT's time | of our LoRA's"
+    columns = (
+        "| pass | PEFT | peftops, LoRA | **peftops** | of PEFT's time | of our LoRA's"
+    )
     assert columns in layers
     assert layers.count("| 2.40 | 1.14 | **1.20** | 0.50 | 1.05 |") == 2
     assert "qdora" in layers

@@ -28,7 +28,9 @@ def test_a_rehearsal_of_every_stage(capsys, tmp_path, monkeypatch):
 
     The stages get more time, for two cores that others use too.
     """
-    longer = {stage: (4 * seconds, what) for stage, (seconds, what) in command.STAGES.items()}
+    longer = {
+        stage: (4 * seconds, what) for stage, (seconds, what) in command.STAGES.items()
+    }
     longer["bench"] = 80, command.STAGES["bench"][1]
     monkeypatch.setattr(command, "STAGES", longer)
     # bench comes first: otherwise it would take the time that others leave
@@ -37,18 +39,24 @@ def test_a_rehearsal_of_every_stage(capsys, tmp_path, monkeypatch):
     assert code == 0, out
     counts = summary["parts"]
     assert set(counts) == set(only.split(","))
-    assert all(stage["seconds"] > 0 and stage["failed"] == 0 for stage in counts.values())
+    assert all(
+        stage["seconds"] > 0 and stage["failed"] == 0 for stage in counts.values()
+    )
     assert counts["layers"]["ok"] == 6
     assert counts["sanitizer"]["absent"] == 1
     assert counts["tma"]["ok"] == 10
     assert counts["models"]["ok"] == 3
-    assert {"commit", "date", "device", "versions", "failures", "misses"} <= set(summary)
+    assert {"commit", "date", "device", "versions", "failures", "misses"} <= set(
+        summary
+    )
     assert len(out.splitlines()) < 80
     assert "failed: nothing" in out
     assert "build 280 s" in out.splitlines()[0]
     assert any("vllm (runs on a GPU)" in said for said in summary["absent"])
     assert "bench.jsonl" in out.splitlines()[-1]
-    lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()
+    ]
     rehearsed_rows = [
         (row, pass_name)
         for row in ("lora", "nf4", "dora", "dora", "dora", "dora")
@@ -176,7 +184,10 @@ def test_targets_are_read_from_graphs_where_there_are_any():
     timed = line | {"ms": {"peftops": [0.02] * 3}, "graph_ms": {"peftops": [0.016] * 3}}
     misses = list(stages.misses(timed, [("l", 0.0, "forward", peers.MICROSECONDS, 15)]))
     assert misses == [f"{case}: 16.0 µs, target 15 on an H200"]
-    assert list(stages.misses(timed, [("l", 0.0, "forward", peers.MICROSECONDS, 30)])) == []
+    assert (
+        list(stages.misses(timed, [("l", 0.0, "forward", peers.MICROSECONDS, 30)]))
+        == []
+    )
     in_graphs = line | {"graph_ratio": {"PEFT": 0.4, "frozen": 1.2}}
     misses = list(stages.misses(in_graphs, targets))
     assert misses == [f"{case}: 1.20 × frozen's time, target 1.00"]
@@ -186,8 +197,12 @@ def test_targets_are_of_layers_that_are_measured():
     gpu = torch.device("cuda")
     norms = {(f"{n} × {k}, r = {r}", 0.0) for n, k in dora.NORMS for r in dora.RANKS}
     for row in (lora, nf4, dora):
-        o = SimpleNamespace(dropout=None, shape=None, quick=True, layers=row.layers(gpu))
-        measured = {(name, problem.p) for name, problem in row.jobs(o, torch.bfloat16, gpu)}
+        o = SimpleNamespace(
+            dropout=None, shape=None, quick=True, layers=row.layers(gpu)
+        )
+        measured = {
+            (name, problem.p) for name, problem in row.jobs(o, torch.bfloat16, gpu)
+        }
         if row is dora:
             measured |= norms
         assert {target[:2] for target in row.TARGETS} <= measured
@@ -200,6 +215,8 @@ def test_the_stack_is_an_8b_model():
     for layer in layers:
         assert type(layer) is LoRALinear
         assert type(layer.base_layer) is LinearNF4
-    weights = stack.LARGE.layers * sum(math.prod(layer.base_layer.shape) for layer in layers)
+    weights = stack.LARGE.layers * sum(
+        math.prod(layer.base_layer.shape) for layer in layers
+    )
     assert weights == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert weights > 6.9e9

@@ -59,7 +59,9 @@ matrix.work(sys.argv[1])
 )
 def test_a_bad_case_is_named_and_the_others_go_on(monkeypatch, fault, said):
     monkeypatch.setattr(matrix, "WORKER", BROKEN.format(fault=fault))
-    tasks = [("lora_mask", name, "float32", (5, 33, 8, 2)) for name in ("cpu", "triton")]
+    tasks = [
+        ("lora_mask", name, "float32", (5, 33, 8, 2)) for name in ("cpu", "triton")
+    ]
     events = list(matrix.run_all(tasks, CPU, time.monotonic() + 100))
     assert len(events) == 6
     (bad,) = (event for event in events if not event["ok"])

@@ -45,7 +45,12 @@ def test_weights_are_copied_until_no_cache_holds_them(monkeypatch):
     properties = types.SimpleNamespace(L2_cache_size=50 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu = torch.device("cuda")
-    assert [timing.copies(size << 20, gpu) for size in (1, 32, 128, 400)] == [16, 7, 2, 1]
+    assert [timing.copies(size << 20, gpu) for size in (1, 32, 128, 400)] == [
+        16,
+        7,
+        2,
+        1,
+    ]
     assert timing.copies(1, CPU) == 16
     assert timing.copies(1 << 40, CPU) == 1
     assert timing.cache(CPU) >= 1 << 15

@@ -14,9 +14,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("peftops", "bench", "csrc", "tests", ".ci")
 FILES = (
-    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE",
-    ".clang-format", ".pre-commit-config.yaml",
-)  # fmt: skip
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    ".clang-format",
+    ".pre-commit-config.yaml",
+)
 TOOLS = ("setuptools", "pybind11", "ninja")
 
 
@@ -46,7 +52,16 @@ def tree(tmp_path_factory):
 
 def make_wheel(tree, target, **changes):
     """Makes a wheel by pip, in an isolated environment or, where no index answers, in this one."""
-    pip = sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        target,
+    )
     env = {"PEFTOPS_CUDA": "0"} | changes
     done = subprocess.run(
         [*pip, "--retries", "0", "."],
@@ -57,7 +72,9 @@ def make_wheel(tree, target, **changes):
     )
     if done.returncode:
         for tool in TOOLS:
-            pytest.importorskip(tool, reason=f"pip cannot fetch {tool}: {done.stderr[-300:]}")
+            pytest.importorskip(
+                tool, reason=f"pip cannot fetch {tool}: {done.stderr[-300:]}"
+            )
         command(*pip, "--no-build-isolation", ".", cwd=tree, **env)
     (wheel,) = target.glob("*.whl")
     return wheel
@@ -94,7 +111,9 @@ def test_a_wheel_imports_and_passes_doctor(tree, tmp_path):
         python.add(f"peftops/{file.relative_to(tree)}")
     assert python | {"peftops/cli/unrelated.txt"} <= set(names)
     assert any(name.startswith("peftops/_C.") for name in names)
-    assert not any(name.startswith(("tests", "csrc", "bench", "build")) for name in names)
+    assert not any(
+        name.startswith(("tests", "csrc", "bench", "build")) for name in names
+    )
 
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
@@ -137,7 +156,9 @@ def test_without_a_compiler_it_installs_as_pure_python_and_says_so(tree, tmp_pat
 def test_an_sdist_contains_everything(tree, tmp_path):
     for tool in TOOLS:
         pytest.importorskip(tool)
-    command(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=tree)
+    command(
+        sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=tree
+    )
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}

@@ -77,7 +77,9 @@ CHANGES = {  # what is done to a right tensor
     "float16": lambda t: t.half(),
     "bfloat16": lambda t: t.bfloat16(),
     "float8": lambda t: t.to(torch.float8_e4m3fn),
-    "a gradient wanted": lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
+    "a gradient wanted": lambda t: (
+        t.clone().requires_grad_() if t.is_floating_point() else t
+    ),
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
     "expanded": lambda t: t[:1].expand_as(t) if t.dim() else t,
     "shifted": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
@@ -195,7 +197,9 @@ def test_wrong_calls_are_answered_right_or_refused_clearly(function):
                 faults.append(f"{case}: {type(error).__name__}: {error}"[:250])
             continue
         outcomes["answered"] += 1
-        has_numbers = isinstance(y, torch.Tensor) and y.is_floating_point() and not y.is_meta
+        has_numbers = (
+            isinstance(y, torch.Tensor) and y.is_floating_point() and not y.is_meta
+        )
         if has_numbers and not is_right(function, args, y):
             faults.append(f"{case}: a wrong answer")
     assert faults == [], f"{len(faults)} of 450"

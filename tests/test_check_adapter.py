@@ -29,7 +29,9 @@ from peftops.cli import check as command
 @pytest.mark.parametrize("target", ["vllm", "sglang"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
 def test_a_plain_adapter_loads(check, target, dtype):
-    assert check(target, pair(Q, dtype=dtype) | pair(V, dtype=dtype)) == [f"{target} ok"]
+    assert check(target, pair(Q, dtype=dtype) | pair(V, dtype=dtype)) == [
+        f"{target} ok"
+    ]
 
 
 # tensors, fields of the config, verdicts of vLLM and SGLang, a word of the row
@@ -47,12 +49,22 @@ SERVED = [
     (PLAIN, {"use_rslora": True}, "ok dropped", "use_rslora"),
     (PLAIN, {"alpha_pattern": {"v_proj": 32}}, "ok dropped", "alpha_pattern"),
     (PLAIN, {"alpha_pattern": {"v_proj": 8}}, "ok ok", ""),
-    (pair(Q) | pair(V, r=2), {"rank_pattern": {"v_proj": 2}}, "ok refused", "rank_pattern"),
+    (
+        pair(Q) | pair(V, r=2),
+        {"rank_pattern": {"v_proj": 2}},
+        "ok refused",
+        "rank_pattern",
+    ),
     (PLAIN, {"rank_pattern": {"v_proj": 4}}, "ok ok", ""),
     (pair(Q, r=24) | pair(V, r=24), {"r": 24}, "note ok", "--max-lora-rank 32"),
     (pair(Q, r=600) | pair(V, r=600), {"r": 600}, "refused ok", "ends at 512"),
     (PLAIN, {"target_modules": ".*_proj"}, "ok refused", "target_modules"),
-    (STACKED, {"target_parameters": [GATE_UP, DOWN]}, "note refused", "target_parameters"),
+    (
+        STACKED,
+        {"target_parameters": [GATE_UP, DOWN]},
+        "note refused",
+        "target_parameters",
+    ),
     (
         PLAIN | pair(EXPERTS, r=12),
         {"target_parameters": [GATE_UP]},
@@ -71,13 +83,20 @@ SERVED = [
     (PLAIN, {"layer_replication": [[0, 1]]}, "refused dropped", "layer_replication"),
     (PLAIN, {"use_bdlora": {"nblocks": 2}}, "refused dropped", "BD-LoRA"),
     (PLAIN, {"arrow_config": {"top_k": 3}}, "dropped dropped", "arrow_config"),
-    (PLAIN, {"init_lora_weights": "pissa_niter_4"}, "refused dropped", "init_lora_weights"),
+    (
+        PLAIN,
+        {"init_lora_weights": "pissa_niter_4"},
+        "refused dropped",
+        "init_lora_weights",
+    ),
     (PLAIN, {"init_lora_weights": "gaussian"}, "ok ok", ""),
 ]
 
 
 @pytest.mark.parametrize(
-    "tensors, config, verdicts, says", SERVED, ids=[str(case[1])[:50] for case in SERVED]
+    "tensors, config, verdicts, says",
+    SERVED,
+    ids=[str(case[1])[:50] for case in SERVED],
 )
 def test_what_servers_refuse_or_drop_is_said(check, tensors, config, verdicts, says):
     for target, verdict in zip(("vllm", "sglang"), verdicts.split(), strict=True):
@@ -85,7 +104,9 @@ def test_what_servers_refuse_or_drop_is_said(check, tensors, config, verdicts, s
         if verdict == "ok":
             assert rows == [f"{target} ok"]
         else:
-            assert any(row.startswith(f"{target} {verdict}") and says in row for row in rows)
+            assert any(
+                row.startswith(f"{target} {verdict}") and says in row for row in rows
+            )
 
 
 def test_servers_refuse_or_drop_token_embeddings(check):
@@ -138,7 +159,11 @@ def test_what_peft_saves_is_whole_and_its_own(tmp_path, capsys, dora):
     "tensors, config, says",
     [
         (PLAIN, {"peft_type": "NEW"}, "peft refused peft_type NEW"),
-        (PLAIN, {"new_field": True, "other": None}, "peft dropped new_field: unknown to PEFT"),
+        (
+            PLAIN,
+            {"new_field": True, "other": None},
+            "peft dropped new_field: unknown to PEFT",
+        ),
         (
             PLAIN,
             {"use_dora": True, "megatron_config": {"a": 1}},
@@ -191,7 +216,11 @@ TOKENS = {f"{TOKEN_MODULE}.trainable_tokens_delta": ones(2, 8)}
             {"modules_to_save": ["lm_head", "score"]},
             "peft note modules_to_save: no tensor is of score",
         ),
-        (HEAD, {"modules_to_save": ["lm_head", "score"], "task_type": "SEQ_CLS"}, "peft ok"),
+        (
+            HEAD,
+            {"modules_to_save": ["lm_head", "score"], "task_type": "SEQ_CLS"},
+            "peft ok",
+        ),
         (
             HEAD,
             {"modules_to_save": ["score"]},
@@ -240,7 +269,9 @@ EXPLOSIVE = "(.|.)*!"
         {"rank_pattern": {EXPLOSIVE: 4}},
     ],
 )
-def test_a_regex_that_explodes_is_refused_in_time(tmp_path, capsys, monkeypatch, config):
+def test_a_regex_that_explodes_is_refused_in_time(
+    tmp_path, capsys, monkeypatch, config
+):
     monkeypatch.setattr(names, "SECONDS", 0.5)
     start = time.perf_counter()
     assert main(["check", str(save(tmp_path, PLAIN, **config))]) == 2

@@ -46,7 +46,11 @@ def bf16_of_bits(bits):
         ({}, {}, ["no tensors are there"]),
         (WITHOUT_A, {}, ["v_proj: lora_B has no lora_A"]),
         (WITHOUT_B, {}, ["v_proj: lora_A has no lora_B"]),
-        (PLAIN | factor_b(V, dtype=np.float16), {}, ["v_proj: lora_A is F32 and lora_B F16"]),
+        (
+            PLAIN | factor_b(V, dtype=np.float16),
+            {},
+            ["v_proj: lora_A is F32 and lora_B F16"],
+        ),
         (LOW_RANK_V, {}, ["v_proj: the rank is 2, and 4 in adapter_config.json"]),
         (LOW_RANK_V, {"rank_pattern": {"v_proj": 2}}, []),
         (LOW_RANK_V, {"rank_pattern": {"proj": 2}}, ["v_proj: the rank is 2, and 4"]),
@@ -61,7 +65,11 @@ def bf16_of_bits(bits):
         (bf16_of_bits(0x7F80), {}, ["v_proj.lora_A.weight holds NaN or infinity"]),
         (bf16_of_bits(0xFFC0), {}, ["v_proj.lora_A.weight holds NaN or infinity"]),
         (bf16_of_bits(0x7F7F), {}, []),
-        (DORA, {}, ["q_proj has a lora_magnitude_vector, unlike use_dora", "v_proj has a"]),
+        (
+            DORA,
+            {},
+            ["q_proj has a lora_magnitude_vector, unlike use_dora", "v_proj has a"],
+        ),
         (
             PLAIN,
             {"lora_bias": True},
@@ -73,7 +81,11 @@ def bf16_of_bits(bits):
             ["v_proj: lora_B.bias is (3,)"],
         ),
         (STACKED, {"target_parameters": [GATE_UP, DOWN]}, []),
-        (STACKED, {}, ["experts.base_layer: the rank is 12", "experts: the rank is 12"]),
+        (
+            STACKED,
+            {},
+            ["experts.base_layer: the rank is 12", "experts: the rank is 12"],
+        ),
     ],
 )
 def test_files_that_contradict_themselves_are_broken(check, tensors, config, says):
@@ -109,7 +121,10 @@ def test_an_empty_factor_is_broken(check):
 
 def test_factors_of_different_layers_are_broken(check):
     mixed = {f"{V}.lora_embedding_A": ones(4, 8)} | factor_b(V)
-    assert "one of lora_A and lora_B is an embedding's" in check("vllm", pair(Q) | mixed)[0]
+    assert (
+        "one of lora_A and lora_B is an embedding's"
+        in check("vllm", pair(Q) | mixed)[0]
+    )
 
 
 def test_a_header_of_a_million_keys_is_refused(tmp_path, capsys, monkeypatch):
@@ -126,15 +141,22 @@ def test_every_number_of_the_file_is_looked_at(tmp_path, monkeypatch, dtype):
         for module in (Q, V)
         for factor in "AB"
     }
-    finite_and_zero = {np.nan: (False, False), -np.inf: (False, False), 3: (True, False)}
+    finite_and_zero = {
+        np.nan: (False, False),
+        -np.inf: (False, False),
+        3: (True, False),
+    }
     for key in zeros:
         for entry in range(18):
             for value, expected in finite_and_zero.items():
                 changed = zeros[key].copy()
                 changed.flat[entry] = value
-                tensors = adapter_file.load(save(tmp_path, zeros | {key: changed})).tensors
+                tensors = adapter_file.load(
+                    save(tmp_path, zeros | {key: changed})
+                ).tensors
                 checked = {
-                    name: (stored.finite, stored.zero) for name, stored in tensors.items()
+                    name: (stored.finite, stored.zero)
+                    for name, stored in tensors.items()
                 }
                 assert checked == dict.fromkeys(zeros, (True, True)) | {key: expected}
 
@@ -249,7 +271,9 @@ NOT_WHOLE = "is not a whole safetensors file"
         (change_weights(first_shape), NOT_WHOLE),
     ],
 )
-def test_missing_and_broken_files_are_refused_in_one_sentence(tmp_path, capsys, spoil, says):
+def test_missing_and_broken_files_are_refused_in_one_sentence(
+    tmp_path, capsys, spoil, says
+):
     spoil(save(tmp_path, PLAIN))
     assert main(["check", str(tmp_path)]) == 2
     error = capsys.readouterr().err

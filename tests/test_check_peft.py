@@ -88,7 +88,11 @@ CONFIGS = {
     "one layer": {"target_modules": QV, "layers_to_transform": 1},
     "ranks": {
         "target_modules": QV,
-        "rank_pattern": {"v_proj": 2, r"layers\.[01]\.q_proj": 3, "^model.layers.2.q_proj": 5},
+        "rank_pattern": {
+            "v_proj": 2,
+            r"layers\.[01]\.q_proj": 3,
+            "^model.layers.2.q_proj": 5,
+        },
     },
     "alphas": {"target_modules": QV, "alpha_pattern": {"v_proj": 2.5}},
     "DoRA": {"target_modules": [*QV, "conv", "embed_tokens"], "use_dora": True},
@@ -118,7 +122,10 @@ CONFIGS = {
         "target_modules": ["q_proj"],
         "target_parameters": ["down_proj"],
     },
-    "a weight as a parameter": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    "a weight as a parameter": {
+        "target_modules": [],
+        "target_parameters": ["q_proj.weight"],
+    },
     "rsLoRA": {"target_modules": QV, "use_rslora": True},
     "gaussian": {"target_modules": QV, "init_lora_weights": "gaussian"},
     "KaSA": {"target_modules": QV, "kasa_config": {}},
@@ -129,7 +136,10 @@ CONFIGS = {
         "modules_to_save": ["classifier", "score"],
         "task_type": "SEQ_CLS",
     },
-    "BD-LoRA": {"target_modules": QV, "use_bdlora": {"target_modules_bd_a": QV, "nblocks": 2}},
+    "BD-LoRA": {
+        "target_modules": QV,
+        "use_bdlora": {"target_modules_bd_a": QV, "nblocks": 2},
+    },
 }
 
 
@@ -228,7 +238,9 @@ SPOILED = {
     "a regex of the end": {"config": {"target_modules": "v_proj"}},
     "all-linear": {"config": {"target_modules": "all-linear"}},
     "fewer layers": {"config": {"layers_to_transform": [0, 1]}},
-    "all layers": {"config": {"layers_to_transform": [0, 1, 2], "layers_pattern": ["layers"]}},
+    "all layers": {
+        "config": {"layers_to_transform": [0, 1, 2], "layers_pattern": ["layers"]}
+    },
     "no such pattern": {
         "config": {"layers_to_transform": [0, 1, 2], "layers_pattern": ["blocks"]}
     },

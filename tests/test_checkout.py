@@ -47,6 +47,8 @@ def test_setup_is_no_module_of_the_package():
     done = run_uninstalled("import peftops.setup")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.endswith("ModuleNotFoundError: No module named 'peftops.setup'\n")
+    assert done.stderr.endswith(
+        "ModuleNotFoundError: No module named 'peftops.setup'\n"
+    )
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("peftops.setup")

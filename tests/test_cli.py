@@ -26,7 +26,9 @@ def test_doctor_names_the_device_the_versions_and_the_ops(capsys):
 
 
 def test_doctor_is_the_default_command():
-    done = subprocess.run([sys.executable, "-m", "peftops"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "peftops"], capture_output=True, text=True
+    )
     assert "lora_fwd" in done.stdout
     assert not done.stderr
 

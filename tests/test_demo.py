@@ -28,8 +28,12 @@ def largest_difference(a, b):
     return max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
 
 
-def test_the_demo_trains_stock_ours_and_full_and_keeps_the_result(capsys, tmp_path, tiny):
-    code, out, result = run_demo(capsys, tmp_path, "--compare", "lora,full", "--steps", "4")
+def test_the_demo_trains_stock_ours_and_full_and_keeps_the_result(
+    capsys, tmp_path, tiny
+):
+    code, out, result = run_demo(
+        capsys, tmp_path, "--compare", "lora,full", "--steps", "4"
+    )
     assert code == 0
     assert "14 / 0" in out
     assert "differ by" in out
@@ -132,7 +136,9 @@ def test_the_demo_says_what_it_chose(capsys, tmp_path, tiny):
 
 def test_a_log_shows_that_the_demo_lives(capsys, tmp_path, tiny):
     code, out, _ = run_demo(capsys, tmp_path, "--steps", "17")
-    pattern = r"train by turns: (\d+) of 17, loss \d\.\d{3}, (\d+:\d\d left|took \d+:\d\d)$"
+    pattern = (
+        r"train by turns: (\d+) of 17, loss \d\.\d{3}, (\d+:\d\d left|took \d+:\d\d)$"
+    )
     lines = [line for line in out.splitlines() if line.startswith("train by turns: ")]
     counts = [re.match(pattern, line)[1] for line in lines]
     assert counts == ["3", "6", "9", "12", "15", "17"]
@@ -148,7 +154,9 @@ def test_a_terminal_shows_steps_loss_and_time_left():
         stage = shown.stage("train by turns", 40)
         for _ in range(2):
             stage.advance("loss 1.234")
-    last = next(line for line in reversed(text.getvalue().splitlines()) if "2/40" in line)
+    last = next(
+        line for line in reversed(text.getvalue().splitlines()) if "2/40" in line
+    )
     assert "loss 1.234" in last
     assert re.search(r"\d:\d\d:\d\d", last)
 
@@ -174,11 +182,19 @@ def test_the_demo_of_qlora_names_bitsandbytes_where_it_is_absent(
     capsys, tmp_path, tiny, monkeypatch
 ):
     monkeypatch.setattr(tiny, "find_spec", lambda name: None)
-    assert tiny.absent(tiny.METHODS["qdora"]) == {"QDoRA, bitsandbytes": "not installed"}
-    code, out, result = run_demo(capsys, tmp_path, "--compare", "lora,qlora", "--steps", "2")
+    assert tiny.absent(tiny.METHODS["qdora"]) == {
+        "QDoRA, bitsandbytes": "not installed"
+    }
+    code, out, result = run_demo(
+        capsys, tmp_path, "--compare", "lora,qlora", "--steps", "2"
+    )
     assert code == 0
     assert result["absent"] == {"QLoRA, bitsandbytes": "not installed"}
-    assert list(result["contenders"]) == ["LoRA, PEFT", "LoRA, peftops", "QLoRA, peftops"]
+    assert list(result["contenders"]) == [
+        "LoRA, PEFT",
+        "LoRA, peftops",
+        "QLoRA, peftops",
+    ]
     assert "installed)" in out
     dense = result["contenders"]["LoRA, peftops"]["held_out"][0]
     packed = result["contenders"]["QLoRA, peftops"]["held_out"][0]
@@ -221,7 +237,9 @@ def test_the_demo_says_how_close_others_come_to_full_fine_tuning(
     assert list(shares) == list(runs)[:-1]
     assert "Of what full fine-tuning takes off the held-out loss" in out
     for label, share in shares.items():
-        assert abs(share * (before - after) - (before - runs[label]["held_out"][1])) < 1e-9
+        assert (
+            abs(share * (before - after) - (before - runs[label]["held_out"][1])) < 1e-9
+        )
         assert f"{share:.0%} by {label}" in out
 
 
@@ -235,14 +253,18 @@ def test_nothing_is_compared_with_full_fine_tuning_that_improved_nothing():
 
 
 @pytest.mark.parametrize(
-    "label", ["QLoRA, bitsandbytes", "QDoRA, bitsandbytes", "QLoRA, peftops", "QDoRA, peftops"]
+    "label",
+    ["QLoRA, bitsandbytes", "QDoRA, bitsandbytes", "QLoRA, peftops", "QDoRA, peftops"],
 )
 def test_four_bits_change_all_linear_layers_but_the_head_alike(tiny, label):
     pytest.importorskip("bitsandbytes")
     model, _ = tiny.load_model(None, torch.float32, torch.device("cpu"))
-    before = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    before = {
+        name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     rounded = {
-        name: NF4Weight.quantize(layer.weight).dequantize() for name, layer in before.items()
+        name: NF4Weight.quantize(layer.weight).dequantize()
+        for name, layer in before.items()
     }
     tiny.four_bits(label, model)
     for name in before:

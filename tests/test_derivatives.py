@@ -69,7 +69,9 @@ def gain(t, w, detach=True):
 
 
 def lora(t, weight, **options):
-    return F.lora_linear(t["x"], weight, t["a"], t["b"], t["bias"], scaling=0.7, **options)
+    return F.lora_linear(
+        t["x"], weight, t["a"], t["b"], t["bias"], scaling=0.7, **options
+    )
 
 
 def dora(t, w, **options):
@@ -113,7 +115,8 @@ def derivative(layer, derivative_name, name, dtype):
     """The derivative in one direction of the argument `name`."""
     torch.manual_seed(0)
     tensors = {
-        name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, SHAPES, strict=True)
+        name: torch.randn(shape).to(dtype)
+        for name, shape in zip(NAMES, SHAPES, strict=True)
     }
     x = tensors[name]
     v = torch.randn(x.shape).to(dtype)
@@ -139,7 +142,9 @@ def test_every_derivative_by_every_argument_is_torchs(layer, derivative_name):
 def test_no_gradient_runs_through_another_argument():
     """Arguments may depend on each other: one adapter on another, and the input on both."""
     torch.manual_seed(0)
-    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4)))
+    x, a, b = (
+        torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4))
+    )
 
     def second_gradients(layer, dtype):
         first, second = a.to(dtype), b.to(dtype)
@@ -163,7 +168,9 @@ def test_no_gradient_runs_through_another_argument():
 
 def test_gradients_with_a_graph_are_those_without():
     torch.manual_seed(0)
-    leaves = [torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4))]
+    leaves = [
+        torch.randn(shape, requires_grad=True) for shape in ((70, 16), (4, 16), (24, 4))
+    ]
 
     def gradients(dtype, **options):
         x, a, b = (leaf.to(dtype) for leaf in leaves)

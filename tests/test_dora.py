@@ -13,7 +13,8 @@ MODES = [("lora", 0.0), ("lora", 0.4), ("peft", 0.4)]
 def leaves(m=70, k=64, n=48, r=8, dtype=torch.float32, bias=1.0):
     generator = torch.Generator().manual_seed(m + k)
     x, a, b, dy = (
-        torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (r, k), (n, r), (m, n))
+        torch.randn(s, generator=generator).to(dtype)
+        for s in ((m, k), (r, k), (n, r), (m, n))
     )
     w = torch.randn(n, k, generator=generator).to(dtype)
     magnitude = torch.randn(n, generator=generator) * 8
@@ -43,7 +44,12 @@ def compared(tensors, w, dy, mode, p, detach=True, weight=None):
     """Outputs and gradients of dora_linear, and of the formula in the same dtype and in double."""
     seed = torch.manual_seed(3) and torch.randint(2**62, (1,))
     keep = F.dropout_mask(seed, *tensors[0].shape, p)
-    options = {"scaling": 0.5, "dropout_p": p, "dropout_mode": mode, "detach_norm": detach}
+    options = {
+        "scaling": 0.5,
+        "dropout_p": p,
+        "dropout_mode": mode,
+        "detach_norm": detach,
+    }
 
     def ours(x, a, b, magnitude, bias):
         torch.manual_seed(3)
@@ -100,9 +106,13 @@ def test_gradcheck(p, detach, mode):
 def test_a_magnitude_that_is_the_norm_is_lora():
     (x, a, b, _, bias), w, _ = leaves(dtype=torch.bfloat16)
     m = F.dora_weight_norm(w, a, b, scaling=0.5)
-    exact = F.lora_linear(*(t.double() for t in (x, w, a, b)), bias.double(), scaling=0.5)
+    exact = F.lora_linear(
+        *(t.double() for t in (x, w, a, b)), bias.double(), scaling=0.5
+    )
     same = F.lora_linear(x, w, a, b, bias, scaling=0.5)
-    assert error(F.dora_linear(x, w, a, b, m, bias, scaling=0.5), exact) <= bound(same, exact)
+    assert error(F.dora_linear(x, w, a, b, m, bias, scaling=0.5), exact) <= bound(
+        same, exact
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +190,9 @@ def test_nan_stays_in_its_row():
 
 @pytest.mark.parametrize("mode, p", MODES)
 def test_every_bit_is_determined(mode, p):
-    once, twice = (compared(*leaves(dtype=torch.bfloat16), mode, p, False)[0] for _ in range(2))
+    once, twice = (
+        compared(*leaves(dtype=torch.bfloat16), mode, p, False)[0] for _ in range(2)
+    )
     assert all(map(torch.equal, once, twice))
 
 
@@ -196,22 +208,32 @@ def test_saves_one_z_more_than_lora(mode, p):
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         F.dora_linear(x, w, *trainable, dropout_p=p, dropout_mode=mode)
     own = {t.data_ptr() for t in (x, w, a, b, m, bias)}
-    large = [t for pointer, t in saved.items() if pointer not in own and t.numel() > 48 * 8]
-    shapes = [t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)]
+    large = [
+        t for pointer, t in saved.items() if pointer not in own and t.numel() > 48 * 8
+    ]
+    shapes = [
+        t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)
+    ]
     assert shapes == [(70, 48)]
 
 
 def test_bad_input_is_named():
     (x, a, b, m, _), w, _ = leaves()
-    with pytest.raises(ValueError, match=r"dora: magnitude must be \(48,\), got \(47,\)"):
+    with pytest.raises(
+        ValueError, match=r"dora: magnitude must be \(48,\), got \(47,\)"
+    ):
         F.dora_linear(x, w, a, b, m[1:])
     with pytest.raises(
         TypeError, match=r"dora: magnitude must be torch.float32, got torch.bfloat16"
     ):
         F.dora_linear(x, w, a, b, m.bfloat16())
-    with pytest.raises(ValueError, match="dora: dropout_mode must be peft or lora, got 'both'"):
+    with pytest.raises(
+        ValueError, match="dora: dropout_mode must be peft or lora, got 'both'"
+    ):
         F.dora_linear(x, w, a, b, m, dropout_mode="both")
-    with pytest.raises(ValueError, match="dora: w must be given itself, got a product of it"):
+    with pytest.raises(
+        ValueError, match="dora: w must be given itself, got a product of it"
+    ):
         F.dora_linear(x, F.Base("given", [x @ w.T]), a, b, m)
     with pytest.raises(ValueError, match="lora: w must be frozen"):
         F.dora_linear(x, w.requires_grad_(), a, b, m)

@@ -36,7 +36,12 @@ def formula(w, a, b, dtype, scale=0.7):
 @pytest.mark.parametrize("op", ["dora_norm", "dora_norm_bwd", "dora_drop", "dora_mix"])
 def test_law(op, isa):
     for dtype in DTYPES:
-        for shape in ((5, 133, 33, 20), (70, 64, 48, 16), (9, 64, 40, 0), (3, 1100, 39, 150)):
+        for shape in (
+            (5, 133, 33, 20),
+            (70, 64, 48, 16),
+            (9, 64, 40, 0),
+            (3, 1100, 39, 150),
+        ):
             for label, err, most in check(op, "cpu", shape, dtype):
                 assert err <= most, f"{dtype}, {label}"
 

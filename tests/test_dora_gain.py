@@ -126,7 +126,10 @@ def by_gradients(new):
 
 MOVES = {  # name: (a function that moves weights, whether the layer can notice)
     "an optimizer": (by_gradients, True),
-    "an optimizer's kernel on raw pointers": (lambda new: Raw(adapters(new)).step(), True),
+    "an optimizer's kernel on raw pointers": (
+        lambda new: Raw(adapters(new)).step(),
+        True,
+    ),
     "by hand": (by_hand, True),
     "interpolated": (interpolated, True),
     "vector_to_parameters": (
@@ -137,7 +140,9 @@ MOVES = {  # name: (a function that moves weights, whether the layer can notice)
     ),
     "other .data": (other_data, True),
     "load_state_dict": (
-        lambda new: new.load_state_dict({k: t + 0.1 for k, t in new.state_dict().items()}),
+        lambda new: new.load_state_dict(
+            {k: t + 0.1 for k, t in new.state_dict().items()}
+        ),
         True,
     ),
     "load_state_dict, assign": (
@@ -213,14 +218,18 @@ def test_a_call_with_other_parameters():
     new = layer()
     prompt = torch.randn(2, 5, 64)
     token = torch.randn(2, 1, 64)
-    other = {name: p.detach() + 0.1 for name, p in new.named_parameters() if "lora_" in name}
+    other = {
+        name: p.detach() + 0.1 for name, p in new.named_parameters() if "lora_" in name
+    }
     twin = copy.deepcopy(new)
     twin.load_state_dict(other, strict=False)
     for x in (prompt, token):
         with torch.no_grad():
             new(prompt)
             new(token)
-            assert torch.equal(torch.func.functional_call(new, other, x), expected(twin, x))
+            assert torch.equal(
+                torch.func.functional_call(new, other, x), expected(twin, x)
+            )
             assert torch.equal(new(token), expected(new, token))
 
 
@@ -271,7 +280,10 @@ def test_a_change_of_mode_is_a_change():
 
 
 def test_a_cast_layer_has_a_norm_of_its_own():
-    for change in (lambda new: new.to(torch.bfloat16), lambda new: nn.Sequential(new).half()):
+    for change in (
+        lambda new: new.to(torch.bfloat16),
+        lambda new: nn.Sequential(new).half(),
+    ):
         new = layer()
         change(new)
         assert right(new) and gain(new).dtype == magnitude(new).dtype == torch.float32

@@ -59,7 +59,9 @@ def test_is_the_function(mode, p, base):
     weight, a, b, scaling = new.operands("default")
     bias = new.base_layer.bias
     options = {"scaling": scaling, "dropout_p": p, "dropout_mode": mode}
-    assert torch.equal(y, F.dora_linear(x, weight, a, b, magnitude(new), bias, **options))
+    assert torch.equal(
+        y, F.dora_linear(x, weight, a, b, magnitude(new), bias, **options)
+    )
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -166,7 +168,9 @@ def test_learns():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0] and not torch.equal(start, magnitude(new).detach())
+    assert losses[-1] < 0.8 * losses[0] and not torch.equal(
+        start, magnitude(new).detach()
+    )
 
 
 def test_in_double():

@@ -8,7 +8,9 @@ import pytest
 from tree import ROOT
 
 FOLDER = ROOT / "examples"
-LAUNCHERS = {"fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+LAUNCHERS = {
+    "fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+}
 NEEDS = {
     "lora_trainer": ["peft", "transformers", "accelerate"],
     "qlora_sft": ["peft", "transformers", "accelerate", "trl", "datasets"],
@@ -31,7 +33,12 @@ def test_an_example_runs(name, tmp_path):
         command.append(str(tmp_path))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     if name == "functional":

@@ -24,7 +24,8 @@ def foreign(program):
     return {
         target
         for target in called
-        if getattr(target, "namespace", "") != "aten" and not hasattr(operator, target.__name__)
+        if getattr(target, "namespace", "") != "aten"
+        and not hasattr(operator, target.__name__)
     }
 
 
@@ -38,20 +39,26 @@ def nf4(dtype, **options):
 
 
 def adapted(base, **options):
-    layer = LoRALinear(base, 4, **{"lora_alpha": 6, "init_lora_weights": False} | options)
+    layer = LoRALinear(
+        base, 4, **{"lora_alpha": 6, "init_lora_weights": False} | options
+    )
     return layer.train("lora_dropout" in options)
 
 
 LAYERS = {
     "NF4": nf4,
-    "FP4, scales in fp32": lambda dtype: nf4(dtype, double_quant=False, quant_type="fp4"),
+    "FP4, scales in fp32": lambda dtype: nf4(
+        dtype, double_quant=False, quant_type="fp4"
+    ),
     "NF4 that computes in bf16": lambda dtype: nf4(dtype, compute_dtype=torch.bfloat16),
     "LoRA": lambda dtype: adapted(linear(dtype), lora_bias=True),
     "LoRA over NF4": lambda dtype: adapted(nf4(dtype)),
     "LoRA, dropout": lambda dtype: adapted(linear(dtype), lora_dropout=0.3),
     "DoRA": lambda dtype: adapted(linear(dtype), use_dora=True),
     "DoRA over NF4": lambda dtype: adapted(nf4(dtype), use_dora=True),
-    "DoRA, dropout": lambda dtype: adapted(linear(dtype), use_dora=True, lora_dropout=0.3),
+    "DoRA, dropout": lambda dtype: adapted(
+        linear(dtype), use_dora=True, lora_dropout=0.3
+    ),
     "DoRA, a norm that is differentiated": lambda dtype: adapted(
         linear(dtype), use_dora=True, detach_norm=False
     ),
@@ -83,7 +90,10 @@ def test_layers(name, dtype, strict):
     layer = LAYERS[name](dtype)
     sizes = {0: Dim("batch", min=2, max=64), 1: Dim("tokens", min=2, max=4096)}
     program = export(
-        layer, (torch.randn(3, 5, 64, dtype=dtype),), dynamic_shapes=(sizes,), strict=strict
+        layer,
+        (torch.randn(3, 5, 64, dtype=dtype),),
+        dynamic_shapes=(sizes,),
+        strict=strict,
     )
     assert foreign(program) == set() and program.graph_signature.buffers_to_mutate == {}
     wide = in_double(layer)

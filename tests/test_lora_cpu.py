@@ -20,7 +20,9 @@ from peftops.testing.law import check
 def run(t, p, form):
     """Forward and backward of a case's tensors."""
     base = t["base"][0]
-    weight = {"dense": base, "transposed": base.T, "given": F.Base("given", [base])}[form]
+    weight = {"dense": base, "transposed": base.T, "given": F.Base("given", [base])}[
+        form
+    ]
     for name in ("x", "a", "b"):
         t[name].requires_grad_()
     y = F.lora_linear(t["x"], weight, t["a"], t["b"], gain=t["gain"], dropout_p=p)
@@ -42,7 +44,9 @@ def test_more_rows_than_are_walked_at_once(isa, on_isa):
     on_isa(isa)
     for op in ("lora_fwd", "lora_bwd"):
         for dtype in (torch.float32, torch.bfloat16):
-            for label, err, most in islice(check(op, "cpu", (1541, 24, 70, 3), dtype), 2):
+            for label, err, most in islice(
+                check(op, "cpu", (1541, 24, 70, 3), dtype), 2
+            ):
                 assert err <= most, f"{op}, {dtype}, {label}"
 
 
@@ -105,7 +109,8 @@ for left, call in calls.items():
 
 
 @pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does"
+    not sys.platform.startswith("linux"),
+    reason="limits a process's memory as Linux does",
 )
 def test_too_little_memory_is_an_error_and_no_crash():
     script = isa.again() + HUNGRY

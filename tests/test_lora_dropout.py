@@ -10,7 +10,11 @@ import peftops.functional as F
 from peftops import backend, backends
 from peftops.testing.cases import CASES, SHAPES, lora
 
-HERE = [name for name in backends.NAMES if name != "cuda" and backends.cell(name, "lora_fwd")]
+HERE = [
+    name
+    for name in backends.NAMES
+    if name != "cuda" and backends.cell(name, "lora_fwd")
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -43,7 +47,9 @@ def test_dropout_mask_is_the_mask_of_the_op():
     assert unpacked[:, k:].any()  # the padding is drawn too
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if backends.cell(name, "lora_mask")])
+@pytest.mark.parametrize(
+    "name", [name for name in HERE if backends.cell(name, "lora_mask")]
+)
 def test_the_generator_is_philox(name):
     """Random123's known answer for philox4x32-7, with counter and key zero.
 

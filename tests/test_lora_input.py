@@ -63,18 +63,24 @@ def test_zero_rows():
     t = lora(0, 16, 24, 4, torch.float32, bias=True)
     y, dx, da, db, dbias = trained(t, DROPOUT, "dense")
     assert y.shape == (0, 24) and dx.shape == (0, 16)
-    assert not da.any() and not db.any() and not dbias.any() and da.shape == t["a"].shape
+    assert (
+        not da.any() and not db.any() and not dbias.any() and da.shape == t["a"].shape
+    )
 
 
 def test_a_given_product_has_any_rank_and_a_gradient():
     t = lora(70, 16, 24, 4, torch.float32, form="given", gain=True)
     y0 = t["base"][0].view(7, 10, 24).clone().requires_grad_()
     x = t["x"].view(7, 10, 16).clone().requires_grad_()
-    y = F.lora_linear(x, F.Base("given", [y0]), t["a"], t["b"], scaling=0.7, gain=t["gain"])
+    y = F.lora_linear(
+        x, F.Base("given", [y0]), t["a"], t["b"], scaling=0.7, gain=t["gain"]
+    )
     dy = t["dy"].view(7, 10, 24)
     dx, dy0 = torch.autograd.grad(y, [x, y0], dy)
     flat = trained(t, 0.0, "given")
-    assert torch.equal(y.view(70, 24), flat[0]) and torch.equal(dx.view(70, 16), flat[1])
+    assert torch.equal(y.view(70, 24), flat[0]) and torch.equal(
+        dx.view(70, 16), flat[1]
+    )
     assert torch.equal(dy0, dy * t["gain"])
 
 
@@ -82,7 +88,9 @@ def test_scaling_is_a_number_or_a_tensor():
     t = lora(5, 16, 24, 4, torch.float32)
     assert torch.equal(linear(t), linear(t, scaling=torch.tensor([0.7])))
     half = linear(t, scaling=0.35)
-    assert not torch.equal(half, linear(t)) and torch.equal(half, linear(t | {"b": t["b"] / 2}))
+    assert not torch.equal(half, linear(t)) and torch.equal(
+        half, linear(t | {"b": t["b"] / 2})
+    )
 
 
 ERRORS = [
@@ -91,8 +99,16 @@ ERRORS = [
         r"lora: w must be \(24, 16\), got \(23, 16\)",
         lambda t: {"base": [t["base"][0][:23]]},
     ),
-    (ValueError, r"lora: a must be \(4, 16\), got \(4, 15\)", lambda t: {"a": t["a"][:, :15]}),
-    (ValueError, r"lora: b must be \(24, 4\), got \(24, 3\)", lambda t: {"b": t["b"][:, :3]}),
+    (
+        ValueError,
+        r"lora: a must be \(4, 16\), got \(4, 15\)",
+        lambda t: {"a": t["a"][:, :15]},
+    ),
+    (
+        ValueError,
+        r"lora: b must be \(24, 4\), got \(24, 3\)",
+        lambda t: {"b": t["b"][:, :3]},
+    ),
     (
         ValueError,
         r"lora: bias must be \(24,\), got \(23,\)",
@@ -123,8 +139,16 @@ ERRORS = [
         r"lora: gain must be torch\.float32, got torch\.float64",
         lambda t: {"gain": torch.ones(24).double()},
     ),
-    (TypeError, r"lora: x must be .*, got torch\.int64", lambda t: {"x": t["x"].long()}),
-    (ValueError, "lora: w must be frozen", lambda t: {"base": [t["base"][0].requires_grad_()]}),
+    (
+        TypeError,
+        r"lora: x must be .*, got torch\.int64",
+        lambda t: {"x": t["x"].long()},
+    ),
+    (
+        ValueError,
+        "lora: w must be frozen",
+        lambda t: {"base": [t["base"][0].requires_grad_()]},
+    ),
 ]
 
 
@@ -144,7 +168,8 @@ def test_a_base_is_checked_like_a_weight():
     with pytest.raises(ValueError, match="lora: w must be frozen"):
         F.lora_linear(x, F.Base("dense", [w.clone().requires_grad_()]), a, b)
     with pytest.raises(
-        ValueError, match="lora: form must be dense or transposed or given or nf4, got 'other'"
+        ValueError,
+        match="lora: form must be dense or transposed or given or nf4, got 'other'",
     ):
         F.lora_linear(x, F.Base("other", [w]), a, b)
     with pytest.raises(ValueError, match="lora: scaling must be a constant"):

@@ -53,7 +53,18 @@ def test_products_are_made_of_the_values_of_dequantize(name, dtype, request):
         no_b = torch.zeros(n, 0, dtype=dtype)
         for m in (1, 2, 3, 7, 12, 30, 64, 96):
             rows = torch.eye(k, dtype=dtype)[-m:]
-            args = [rows, q.base, no_a, no_b, torch.ones(1), None, None, None, "nf4", block]
+            args = [
+                rows,
+                q.base,
+                no_a,
+                no_b,
+                torch.ones(1),
+                None,
+                None,
+                None,
+                "nf4",
+                block,
+            ]
             y = call("lora_gemv", name, args)[0]
             assert torch.equal(y, q.dequantize(dtype).T[-m:]), (m, block)
 
@@ -68,7 +79,12 @@ def test_instruction_sets_agree_bit_for_bit(isa, on_isa):
                     outs = call(op, "cpu", args)
                     expected = call(op, "reference", args)
                     assert len(outs) == len(expected), op
-                    assert all(map(torch.equal, outs, expected)), (op, dtype, shape, label)
+                    assert all(map(torch.equal, outs, expected)), (
+                        op,
+                        dtype,
+                        shape,
+                        label,
+                    )
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 12, 31, 70, 200])
@@ -118,7 +134,9 @@ def same_as_bitsandbytes(bnb, w, block, quant_type, double):
     assert torch.equal(q.codes[:whole], codes.flatten()[:whole]), case
     if not double:
         assert torch.equal(q.scales[0], state.absmax), case
-    elif len(state.absmax) > 1:  # a single scale equals the offset, and its code means nothing
+    elif (
+        len(state.absmax) > 1
+    ):  # a single scale equals the offset, and its code means nothing
         assert torch.equal(q.scales[0], state.absmax), case
         assert torch.equal(q.scales[1], state.state2.absmax), case
         assert torch.equal(q.scales[3], state.offset), case
@@ -169,12 +187,18 @@ def by_hand(w, block, table):
 def test_the_rule_of_the_format(rows, columns, block, dtype, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     w = (torch.randn(rows, columns, generator=generator) * scale).to(dtype)
-    codes, absmax = by_hand(w.float().numpy(), block, np.array(FOUR_BITS["nf4"], np.float32))
+    codes, absmax = by_hand(
+        w.float().numpy(), block, np.array(FOUR_BITS["nf4"], np.float32)
+    )
     q = NF4Weight.quantize(w, block, double_quant=False)
     assert (q.codes.numpy() == codes).all() and (q.scales[0].numpy() == absmax).all()
     each = np.stack([codes >> 4, codes & 15], 1).ravel()[: w.numel()]
-    values = np.array(FOUR_BITS["nf4"], np.float32)[each] * absmax.repeat(block)[: w.numel()]
-    assert torch.equal(q.dequantize(), torch.from_numpy(values).to(dtype).view(rows, columns))
+    values = (
+        np.array(FOUR_BITS["nf4"], np.float32)[each] * absmax.repeat(block)[: w.numel()]
+    )
+    assert torch.equal(
+        q.dequantize(), torch.from_numpy(values).to(dtype).view(rows, columns)
+    )
     double = NF4Weight.quantize(w, block).dequantize(torch.float32).double()
     assert (double - w.double()).abs().max() <= 0.2 * w.double().abs().max()
 
@@ -211,7 +235,9 @@ def test_only_codes_are_saved_for_backward():
     q = F.quantize_nf4(torch.randn(512, 256))
     x = torch.randn(8, 256, requires_grad=True)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t) or t, lambda t: t
+    ):
         F.lora_linear(x, q, torch.zeros(4, 256), torch.zeros(512, 4)).sum().backward()
     assert max(t.nbytes for t in saved) == 512 * 256 // 2
 
@@ -248,7 +274,7 @@ def test_a_weight_of_another_shape_is_refused():
 
 @pytest.mark.slow
 def test_more_elements_than_a_32_bit_number_counts():
-    """2³¹ and a few more: 4 GiB in bf16, and as much when dequantized. Takes minutes and 12 GiB."""
+    """2³¹ and a few more: 4 GiB in bf16, as much dequantized. Takes minutes and 12 GiB."""
     block, extra = 64, 4096
     w = torch.zeros(2**31 + extra, dtype=torch.bfloat16)
     w[-extra:] = torch.randn(extra)
@@ -283,7 +309,9 @@ def test_tensors_made_inside_a_mode_stay_there(mode):
     b = torch.randn(70, 4)
     scaling = torch.rand(()).item()
     with MODES[mode]():
-        inside = [t if mode == "inference_mode" else torch.empty(t.shape) for t in (w, a, b)]
+        inside = [
+            t if mode == "inference_mode" else torch.empty(t.shape) for t in (w, a, b)
+        ]
         packed = F.quantize_nf4(inside[0])
         F.lora_linear(inside[0], packed, *inside[1:], scaling=scaling)
         F.nf4_linear(inside[0], packed)
@@ -293,5 +321,7 @@ def test_tensors_made_inside_a_mode_stay_there(mode):
     magnitude = torch.ones(70)
     with torch.device("meta"):
         F.dora_linear(x, packed, a, b, magnitude, detach_norm=False).sum().backward()
-    (F.lora_linear(x, packed, a, b, scaling=scaling) + F.nf4_linear(x, packed)).sum().backward()
+    (
+        F.lora_linear(x, packed, a, b, scaling=scaling) + F.nf4_linear(x, packed)
+    ).sum().backward()
     assert x.grad.isfinite().all() and x.grad.any() and b.grad.any()

@@ -27,11 +27,42 @@ CASTS = (
     torch.complex64,
 )
 VALUES = (
-    None, True, -1, 0, 1, 63, 64, 128, 1 << 48, 1 << 70, 10**300, 0.5, 1e999, float("nan"),
-    "", "nf4", "fp4", "float32", "float64", "bfloat16", "\n\ud800",
-    [], [N, K], [K, N], [N * K], [N, K, 1], [N, -K], [N, 0], [float(N), K],
-    [1 << 40] * 9, [1 << 24, 1 << 24], [2] * 3000, [[N], K], {}, {"a": 1},
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    63,
+    64,
+    128,
+    1 << 48,
+    1 << 70,
+    10**300,
+    0.5,
+    1e999,
+    float("nan"),
+    "",
+    "nf4",
+    "fp4",
+    "float32",
+    "float64",
+    "bfloat16",
+    "\n\ud800",
+    [],
+    [N, K],
+    [K, N],
+    [N * K],
+    [N, K, 1],
+    [N, -K],
+    [N, 0],
+    [float(N), K],
+    [1 << 40] * 9,
+    [1 << 24, 1 << 24],
+    [2] * 3000,
+    [[N], K],
+    {},
+    {"a": 1},
+)
 TEXTS = "", "[", "[" * 5000, "1" * 5000, "null", '{"shape": [1e5]}', " " * (1 << 17)
 
 
@@ -51,7 +82,9 @@ def packed(text):
 def change_byte(t, chance):
     t = t.clone()
     if t.numel():
-        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(256)
+        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(
+            256
+        )
     return t
 
 
@@ -172,7 +205,9 @@ def test_weights():
         try:
             weight = NF4Weight.load(tensors)
         except (ValueError, TypeError) as error:
-            assert re.match(r"nf4: .*weight", str(error)) and len(str(error)) < 1000, str(error)
+            assert re.match(r"nf4: .*weight", str(error)) and len(str(error)) < 1000, (
+                str(error)
+            )
             counts["refused"] += 1
         else:
             assert same(weight.dequantize(), formula(tensors)), tensors
@@ -227,13 +262,17 @@ def test_layers(assign):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_a_refusal_counts_what_is_not_finite(value, dtype):
     layer = LinearNF4(K, N)
     w = torch.randn(N, K).to(dtype)
     w[3, 4:7] = value
     nans, infs = (3, 0) if value != value else (0, 3)
-    message = f"nf4: w must be finite, got {nans} NaN and {infs} infinite of {N * K} elements"
+    message = (
+        f"nf4: w must be finite, got {nans} NaN and {infs} infinite of {N * K} elements"
+    )
     before = contents(layer)
     for call in quantizing_calls(layer, w):
         with pytest.raises(ValueError, match=message):
@@ -264,7 +303,9 @@ def test_float64_is_refused():
     layer = LinearNF4(K, N)
     w = torch.randn(N, K, dtype=torch.float64)
     before = contents(layer)
-    message = "w must be torch.float32 or torch.float16 or torch.bfloat16, got torch.float64"
+    message = (
+        "w must be torch.float32 or torch.float16 or torch.bfloat16, got torch.float64"
+    )
     for call in quantizing_calls(layer, w):
         with pytest.raises(TypeError, match=message):
             call()

@@ -88,9 +88,14 @@ def test_no_cast_reaches_codes_or_scales(double):
         lambda m: m.to(torch.ones(1, dtype=torch.float16)),
         lambda m: nn.Sequential(m).bfloat16()[0],
     ):
-        assert same_bits(bits(cast(layer)), before) and torch.equal(layer.dequantize(), weight)
+        assert same_bits(bits(cast(layer)), before) and torch.equal(
+            layer.dequantize(), weight
+        )
     biased = LinearNF4.from_linear(linear()).bfloat16()
-    assert biased.bias.dtype == torch.bfloat16 and biased.dequantize().dtype == torch.float32
+    assert (
+        biased.bias.dtype == torch.bfloat16
+        and biased.dequantize().dtype == torch.float32
+    )
     assert not any(p.requires_grad or p.is_floating_point() for p in layer.parameters())
 
 

@@ -28,10 +28,16 @@ def trained(module, x, call):
     x = x.detach().requires_grad_()
     y = call(x)
     y.float().square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad for p in module.parameters() if p.requires_grad),
+    ]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_bias": True, "use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_bias": True, "use_rslora": True}], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lora_over_4_bits(dtype, options):
     base = LinearNF4.from_linear(linear(dtype=dtype))

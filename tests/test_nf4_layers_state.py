@@ -23,7 +23,9 @@ def test_copies_pickles_and_loads(double):
     torch.save(layer, file)
     file.seek(0)
     blank = LinearNF4(64, 96, blocksize=128, double_quant=double)
-    other = LinearNF4(64, 96, double_quant=not double)  # takes the format of what it loads
+    other = LinearNF4(
+        64, 96, double_quant=not double
+    )  # takes the format of what it loads
     meta = LinearNF4(64, 96, device="meta")
     assigned = LinearNF4(64, 96, device="meta")
     codes = blank.weight
@@ -45,7 +47,9 @@ def test_copies_pickles_and_loads(double):
 def test_a_dense_weight_is_quantized_where_it_is_loaded():
     layer = LinearNF4(64, 96, double_quant=False)
     layer.load_state_dict(linear().state_dict())
-    assert same_bits(bits(layer), bits(LinearNF4.from_linear(linear(), double_quant=False)))
+    assert same_bits(
+        bits(layer), bits(LinearNF4.from_linear(linear(), double_quant=False))
+    )
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -57,7 +61,9 @@ def test_codes_are_saved_as_they_were_stored(assign):
     expected = bits(stored)
     assert loaded["weight"].dtype is torch.bfloat16
     for state in (loaded, expected):
-        state["weight"] = state["weight"].view(torch.uint8)  # a NaN does not equal itself
+        state["weight"] = state["weight"].view(
+            torch.uint8
+        )  # a NaN does not equal itself
     assert same_bits(loaded, expected)
 
 
@@ -70,7 +76,9 @@ def test_loading_names_what_is_wrong():
         layer.load_state_dict(state)
     state = bits(layer)
     del state["weight.absmax"]
-    with pytest.raises(RuntimeError, match=r"nf4: weight\.absmax must be a tensor, got none"):
+    with pytest.raises(
+        RuntimeError, match=r"nf4: weight\.absmax must be a tensor, got none"
+    ):
         layer.load_state_dict(state)
     state = bits(layer)
     del state["bias"]
@@ -118,8 +126,12 @@ def test_writes_the_file_that_bitsandbytes_writes(
     for layer in (ours, loaded, LinearNF4.from_bnb(expected)):
         assert list(layer.state_dict()) == list(state)
         assert safetensors.save(layer.state_dict()) == file
-        back = bnb.functional.dequantize_4bit(expected.weight, expected.weight.quant_state)
-        assert torch.equal(layer.dequantize(), back) and layer.dequantize().dtype == dtype
+        back = bnb.functional.dequantize_4bit(
+            expected.weight, expected.weight.quant_state
+        )
+        assert (
+            torch.equal(layer.dequantize(), back) and layer.dequantize().dtype == dtype
+        )
     x = torch.randn(5, 128, dtype=dtype)
     exact = trained(dense(ours, torch.float64), x.double())
     same = trained(expected, x)
@@ -129,7 +141,9 @@ def test_writes_the_file_that_bitsandbytes_writes(
 def test_bitsandbytes_loads_what_it_writes(bnb):
     state = LinearNF4.from_linear(linear()).state_dict()
     stats = {
-        key.removeprefix("weight."): t for key, t in state.items() if key.startswith("weight.")
+        key.removeprefix("weight."): t
+        for key, t in state.items()
+        if key.startswith("weight.")
     }
     weight = bnb.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
     back = bnb.functional.dequantize_4bit(weight, weight.quant_state)

@@ -87,12 +87,18 @@ CASTS = torch.bfloat16, torch.float16, torch.float64
 def test_a_state_that_was_cast_with_its_model(quant_type, double, cast):
     """Scales stay rounded; the table of 16 values is that of the quant_type, as in bitsandbytes."""
     tensors = saved(double, quant_type=quant_type)
-    narrow = {key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()}
-    rounded = {key: t.float() if t.is_floating_point() else t for key, t in narrow.items()}
+    narrow = {
+        key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()
+    }
+    rounded = {
+        key: t.float() if t.is_floating_point() else t for key, t in narrow.items()
+    }
     rounded["weight.quant_map"] = tensors["weight.quant_map"]
     assert narrow["weight.quant_map"].dtype is cast
     assert torch.equal(values(narrow), values(rounded))
-    assert all(t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base)
+    assert all(
+        t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base
+    )
 
 
 def state_with(**changes):
@@ -122,10 +128,15 @@ def state_with(**changes):
             "weight.absmax must be torch.uint8",
         ),
         (
-            lambda t: {"weight.nested_absmax": t["weight.nested_absmax"] * float("nan")},
+            lambda t: {
+                "weight.nested_absmax": t["weight.nested_absmax"] * float("nan")
+            },
             "nested_absmax must be finite",
         ),
-        (lambda t: {"weight.nested_absmax": None}, "weight.nested_absmax must be a tensor"),
+        (
+            lambda t: {"weight.nested_absmax": None},
+            "weight.nested_absmax must be a tensor",
+        ),
         (
             lambda t: {"weight.quant_map": t["weight.quant_map"].int()},
             "weight.quant_map must be torch.float32",
@@ -138,7 +149,10 @@ def state_with(**changes):
             lambda t: {"weight.nested_quant_map": t["weight.quant_map"]},
             r"nested_quant_map must be \(256,\)",
         ),
-        (lambda t: {STATE: None}, "there must be one key weight.quant_state.bitsandbytes__nf4"),
+        (
+            lambda t: {STATE: None},
+            "there must be one key weight.quant_state.bitsandbytes__nf4",
+        ),
         (lambda t: {STATE: packed(b"{")}, "bitsandbytes__nf4 must be JSON"),
         (lambda t: {STATE: packed(b"\xff\xfe")}, "bitsandbytes__nf4 must be JSON"),
         (lambda t: {STATE: packed([])}, "bitsandbytes__nf4 must be a JSON object"),
@@ -150,20 +164,32 @@ def state_with(**changes):
         (state_with(quant_type="fp4"), "quant_type in .* must be 'nf4'"),
         (state_with(quant_type="int8"), "quant_type in .* got 'int8'"),
         (state_with(blocksize=63), "blocksize in .* must be one of"),
-        (state_with(shape=[24, -40]), "shape in .* must be a list of positive whole numbers"),
+        (
+            state_with(shape=[24, -40]),
+            "shape in .* must be a list of positive whole numbers",
+        ),
         (state_with(shape="gone"), "shape in .* got None"),
         (
             state_with(shape=[1 << 30, 1 << 30]),
             "shape in .* must be at most 281474976710656 elements",
         ),
-        (state_with(shape=[1] * 5000), "shape in .* must be at most 281474976710656 elements"),
+        (
+            state_with(shape=[1] * 5000),
+            "shape in .* must be at most 281474976710656 elements",
+        ),
         (
             state_with(shape=[10**4000]),
             "shape in .* must be a list of positive whole numbers, got .{203}$",
         ),
-        (state_with(dtype="int8"), "dtype in .* must be float32 or float16 or bfloat16"),
+        (
+            state_with(dtype="int8"),
+            "dtype in .* must be float32 or float16 or bfloat16",
+        ),
         (state_with(nested_blocksize=64), "nested_blocksize in .* must be 256"),
-        (state_with(nested_offset=float("nan")), "nested_offset in .* must be a finite number"),
+        (
+            state_with(nested_offset=float("nan")),
+            "nested_offset in .* must be a finite number",
+        ),
         (state_with(nested_offset="gone"), "nested_offset in .* got None"),
     ],
 )
@@ -180,7 +206,9 @@ def mutate(tensors, chance):
     t = tensors[key].clone()
     choice = chance.randrange(6)
     if choice == 0:
-        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(256)
+        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(
+            256
+        )
     elif choice == 1:
         t = t[: chance.randrange(len(t) + 1)] if t.dim() else t[None]
     elif choice == 2:
@@ -236,7 +264,9 @@ def test_mutations_read_no_byte_out_of_bounds(isa):
     root = Path(__file__).parents[1]
     sources = [root / "tests/nf4_alone.cpp", root / "csrc/cpu/nf4.cpp"]
     includes = [root / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = "-std=c++17 -O1 -g -shared -fPIC -fopenmp -fsanitize=address -ffp-contract=off"
+    flags = (
+        "-std=c++17 -O1 -g -shared -fPIC -fopenmp -fsanitize=address -ffp-contract=off"
+    )
     command = ["g++", *flags.split(), f"-DISA={isa}"]
     if isa == "avx512":
         command.append("-march=x86-64-v4")

@@ -24,7 +24,9 @@ def layer(dtype=torch.float32, base=None, **options):
 def formula(layer, x):
     """The formula in the docstring of LoRALinear, in torch."""
     name = layer.adapter_name
-    return layer.base_layer(x) + layer.scaling * layer.lora_B[name](layer.lora_A[name](x))
+    return layer.base_layer(x) + layer.scaling * layer.lora_B[name](
+        layer.lora_A[name](x)
+    )
 
 
 def trained(module, x, call=None):
@@ -33,14 +35,20 @@ def trained(module, x, call=None):
     module.zero_grad()
     y = (module if call is None else call)(x)
     y.float().square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad for p in module.parameters() if p.requires_grad),
+    ]
 
 
 def test_is_its_base_until_trained():
     base = nn.Linear(16, 24)
     x = torch.randn(3, 5, 16)
     expected = base(x)
-    exact = torch.nn.functional.linear(x.double(), base.weight.double(), base.bias.double())
+    exact = torch.nn.functional.linear(
+        x.double(), base.weight.double(), base.bias.double()
+    )
     new = LoRALinear(base, 4, lora_alpha=8)
     assert error(new(x), exact) <= bound(expected, exact)
     assert new.lora_A["default"].weight.abs().sum() > 0
@@ -51,7 +59,9 @@ def test_is_its_base_until_trained():
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_drop_in_for_linear(bias, options):
     model = nn.Sequential(
@@ -139,7 +149,9 @@ def test_autocast():
     exact = trained(wide, x.double(), lambda x: formula(wide, x))
     same = trained(model, x, autocast(lambda x: formula(model, x)))
     out = trained(model, x, autocast(model))
-    assert [t.dtype for t in out] == [t.dtype for t in same] and out[0].dtype == torch.bfloat16
+    assert [t.dtype for t in out] == [t.dtype for t in same] and out[
+        0
+    ].dtype == torch.bfloat16
     assert error(out, exact) <= bound(same, exact)
 
 
@@ -183,7 +195,9 @@ def test_moves_with_its_model():
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     other = layer(lora_dropout=0.1).bfloat16()
     other.load_state_dict(model.state_dict())
-    assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
+    assert all(
+        map(torch.equal, other.state_dict().values(), model.state_dict().values())
+    )
 
 
 def test_says_what_it_is():
@@ -263,12 +277,17 @@ def test_from_config_is_pefts_layer(peft, config, conv, dtype, cast):
     base = (Conv1D(24, 16) if conv else nn.Linear(16, 24)).to(dtype)
     expected, config = theirs(peft, base, cast, fan_in_fan_out=conv, **config)
     torch.manual_seed(7)
-    ours = LoRALinear.from_config(base, config, "model.lin", autocast_adapter_dtype=cast)
+    ours = LoRALinear.from_config(
+        base, config, "model.lin", autocast_adapter_dtype=cast
+    )
     assert list(ours.state_dict()) == list(expected.state_dict())
     for p, q in zip(ours.parameters(), expected.parameters(), strict=True):
         assert p.dtype == q.dtype and torch.equal(p, q)
         assert p.requires_grad == q.requires_grad
-    assert (ours.scaling, ours.r) == (expected.scaling["default"], expected.r["default"])
+    assert (ours.scaling, ours.r) == (
+        expected.scaling["default"],
+        expected.r["default"],
+    )
     assert repr(ours.lora_dropout) == repr(expected.lora_dropout)
 
 
@@ -278,10 +297,14 @@ def test_from_config_names_what_it_refuses(peft):
         with pytest.raises(ValueError, match=f"LoRALinear: {option} is not supported"):
             LoRALinear.from_config(nn.Linear(16, 24), config)
     with pytest.raises(ValueError, match="got 'pissa'"):
-        LoRALinear.from_config(nn.Linear(16, 24), peft.LoraConfig(init_lora_weights="pissa"))
+        LoRALinear.from_config(
+            nn.Linear(16, 24), peft.LoraConfig(init_lora_weights="pissa")
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_bias": True, "use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_bias": True, "use_rslora": True}], ids=str
+)
 def test_from_peft_shares_and_equals(peft, options):
     stock, _ = theirs(peft, nn.Linear(16, 24), r=4, init_lora_weights=False, **options)
     ours = LoRALinear.from_peft(stock)
@@ -310,6 +333,7 @@ def test_from_peft_names_what_it_refuses(peft):
         LoRALinear.from_peft(stock)
     other, _ = theirs(peft, nn.Linear(16, 24), init_lora_weights="mica")
     with pytest.raises(
-        ValueError, match="LoRALinear: layer must be LoRA or DoRA, got MiCALinearVariant"
+        ValueError,
+        match="LoRALinear: layer must be LoRA or DoRA, got MiCALinearVariant",
     ):
         LoRALinear.from_peft(other)

@@ -11,7 +11,9 @@ from peftops.testing.cases import CASES, SHAPES
 from peftops.testing.law import call, check, double
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CELLS = [(op, name) for op in CONTRACTS for name in backends.NAMES if backends.cell(name, op)]
+CELLS = [
+    (op, name) for op in CONTRACTS for name in backends.NAMES if backends.cell(name, op)
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

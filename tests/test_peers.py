@@ -32,7 +32,9 @@ def test_peers_compute_the_same():
 
 
 def test_a_peer_that_computes_something_else_is_not_measured(monkeypatch):
-    monkeypatch.setitem(peers.BUILDERS, "torch", lambda t, w, a, b: (lambda x: x @ w.T, []))
+    monkeypatch.setitem(
+        peers.BUILDERS, "torch", lambda t, w, a, b: (lambda x: x @ w.T, [])
+    )
     absent = {}
     assert list(measure.build([BASE, "torch"], SMALL, absent)) == [BASE]
     assert "computes something else: its error is" in absent["torch"]
@@ -44,8 +46,14 @@ def test_a_peer_that_is_not_installed_is_named():
 
 
 def test_peers_are_named_alone_or_between_commas():
-    assert peers.known(["PEFT, compiled", "torch,PEFT"]) == ["PEFT, compiled", "torch", "PEFT"]
-    assert all(peers.known([name]) == [name] for name in peers.HERE | peers.NF4 | peers.GPU)
+    assert peers.known(["PEFT, compiled", "torch,PEFT"]) == [
+        "PEFT, compiled",
+        "torch",
+        "PEFT",
+    ]
+    assert all(
+        peers.known([name]) == [name] for name in peers.HERE | peers.NF4 | peers.GPU
+    )
     with pytest.raises(BadInput, match="got 'nobody'"):
         peers.known(["PEFT,nobody"])
 
@@ -156,7 +164,9 @@ def test_a_peer_of_its_own_process(label, tmp_path):
     parents = {name.rpartition(".")[0] for name in FAKES[label].split('"')[1::2]}
     parents |= {".".join(name.split(".")[:i]) for name in parents for i in range(2, 6)}
     (tmp_path / label).mkdir()
-    code = FAKE.format(parents=sorted(parents - {label, ""})) + textwrap.dedent(FAKES[label])
+    code = FAKE.format(parents=sorted(parents - {label, ""})) + textwrap.dedent(
+        FAKES[label]
+    )
     (tmp_path / label / "__init__.py").write_text(code)
     serving = label in ("vllm", "sglang", "flashinfer")
     problem = ONE if serving else SMALL
@@ -169,7 +179,9 @@ def test_a_peer_of_its_own_process(label, tmp_path):
         else:
             assert remote.error < peers.WRONG
         for call in remote.calls:
-            assert remote.prepare(call, "eager") >= 1 and remote.sample(call, "eager") > 0
+            assert (
+                remote.prepare(call, "eager") >= 1 and remote.sample(call, "eager") > 0
+            )
         if serving:
             assert list(remote.calls) == ["forward"]
         else:
@@ -178,7 +190,9 @@ def test_a_peer_of_its_own_process(label, tmp_path):
             remote.prepare("sideways", "eager")
     finally:
         remote.close()
-    unfit = ONE if label in ("unsloth", "axolotl") else SMALL  # lorafusion needs dropout
+    unfit = (
+        ONE if label in ("unsloth", "axolotl") else SMALL
+    )  # lorafusion needs dropout
     with pytest.raises(Absent, match=r"made for|needs dropout"):
         Remote(label, unfit, tmp_path)
 

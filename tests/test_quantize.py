@@ -67,7 +67,9 @@ def test_every_linear_layer_is_quantized_and_nothing_else(
         for file in (tmp_path / "out").glob("*.safetensors")
     }
     index = json.loads((tmp_path / "out" / INDEX).read_text())
-    assert index["weight_map"] == {key: name for name, keys in shards.items() for key in keys}
+    assert index["weight_map"] == {
+        key: name for name, keys in shards.items() for key in keys
+    }
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
     copied = {name for name in files(folder) if not name.endswith(".bin")}
     assert set(files(tmp_path / "out")) == copied and len(shards) > 3
@@ -123,11 +125,20 @@ def test_stock_transformers_loads_what_bitsandbytes_would_make(make, tmp_path):
 def test_layers_that_are_loaded_from_several_tensors_stay(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     config = transformers.AutoConfig.for_model(
-        "hrm_text", vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-        num_attention_heads=2, head_dim=32, H_cycles=1, L_cycles=1,
-    )  # fmt: skip
+        "hrm_text",
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=32,
+        H_cycles=1,
+        L_cycles=1,
+    )
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(
+        tmp_path / "model"
+    )
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
     assert "12 linear layers stay as they are" in capsys.readouterr().out
     ours = loaded(tmp_path / "out")
@@ -203,7 +214,9 @@ def test_it_goes_on_only_with_the_same_model_and_options(
     out, *_ = interrupted
     before = files(out)
     capsys.readouterr()
-    assert "with other options" in refused(capsys, checkpoint[0], out, "--blocksize", "128")
+    assert "with other options" in refused(
+        capsys, checkpoint[0], out, "--blocksize", "128"
+    )
     shutil.copytree(checkpoint[0], tmp_path / "other", copy_function=shutil.copyfile)
     assert "from another model" in refused(capsys, tmp_path / "other", out)
     (out / "unfinished.json").write_text("half of i")
@@ -238,7 +251,9 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(
 def alive():
     """{address: bytes} of the memory that tensors own."""
     tensors = [
-        t for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"
+        t
+        for t in gc.get_objects()
+        if type(t) is torch.Tensor and t.device.type == "cpu"
     ]
     return {t.untyped_storage().data_ptr(): t.nbytes for t in tensors}
 

@@ -18,7 +18,9 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 CASES = 520
 SLOWEST = 5.0  # seconds a case may take; a user would not wait longer
-LINEAR = [f"{layer}_proj.weight" for layer in ("q", "k", "v", "o", "gate", "up", "down")]
+LINEAR = [
+    f"{layer}_proj.weight" for layer in ("q", "k", "v", "o", "gate", "up", "down")
+]
 STATE = [
     "absmax",
     "quant_map",
@@ -29,15 +31,47 @@ STATE = [
     "more",
 ]
 WEIRD = [
-    None, True, 0, -1, 1, 3, 7, 10**9, 10**30, 0.5, 1e308, float("nan"),
-    "", "x", "[/red]", "a\nb", "\ud800", "../x",
-    [], [1], ["x", None], [[]], {}, {"a": 1}, {"quant_method": "fp8"},
-    "float16", "LlamaModel", "Trainer",
-]  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    7,
+    10**9,
+    10**30,
+    0.5,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    "[/red]",
+    "a\nb",
+    "\ud800",
+    "../x",
+    [],
+    [1],
+    ["x", None],
+    [[]],
+    {},
+    {"a": 1},
+    {"quant_method": "fp8"},
+    "float16",
+    "LlamaModel",
+    "Trainer",
+]
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.int8, torch.uint8, torch.int64,
-    torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.int8,
+    torch.uint8,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.uint16,
+]
 NAMES = [
     "F64",
     "F32",
@@ -73,7 +107,14 @@ def edit_json(name, change):
 
 def edit_config(config, draw):
     key = draw.choice(
-        [*config, "metadata", "auto_map", "quantization_config", "layer_types", "num_labels"]
+        [
+            *config,
+            "metadata",
+            "auto_map",
+            "quantization_config",
+            "layer_types",
+            "num_labels",
+        ]
     )
     config[key] = draw.choice(WEIRD)
     if draw.random() < 0.2:
@@ -92,7 +133,9 @@ def nest(held, draw):
     """Puts a deeply nested value into config or index, so that a parser or printer may overflow."""
     name = draw.choice(["config.json", INDEX])
     depth = draw.choice([5, 200, 5000, 100_000])
-    held[name] = held[name].replace(b"{", b'{"deep": ' + b"[" * depth + b"]" * depth + b",", 1)
+    held[name] = held[name].replace(
+        b"{", b'{"deep": ' + b"[" * depth + b"]" * depth + b",", 1
+    )
 
 
 def shard(held, draw):
@@ -113,7 +156,9 @@ def edit_header(held, draw):
             [[], [32, 32], [0, 2**62], [2**40, 2**40], [-1, 2], "x", None, [0, 64], [0]]
         )
     elif member == "name":
-        header[key + draw.choice([".x", "\n", "\x1b[31m", "[/red]", "", "é"])] = header.pop(key)
+        header[key + draw.choice([".x", "\n", "\x1b[31m", "[/red]", "", "é"])] = (
+            header.pop(key)
+        )
     elif member == "lost":
         del header[key]
     text = json.dumps(header)
@@ -145,7 +190,9 @@ def edit_tensors(held, draw):
         new = draw.choice([key.removeprefix("model."), "0.weight", "a.b", key + "."])
         tensors[new] = tensors.pop(key)
     elif change == "twin":
-        tensors[draw.choice([key.removeprefix("model."), f"model.{key}"])] = torch.zeros_like(w)
+        tensors[draw.choice([key.removeprefix("model."), f"model.{key}"])] = (
+            torch.zeros_like(w)
+        )
     elif change == "stray":
         size = draw.choice([0, 1, 16, 64])
         dtype = draw.choice(DTYPES)
@@ -173,16 +220,30 @@ def rename_shard(held, draw):
     """Renames a shard, also in the index, so that a terminal or markup may misread its name."""
     name = shard(held, draw)
     new = draw.choice(
-        ["[red].safetensors", "\x1b[31m.safetensors", "a b.safetensors", "é.safetensors"]
+        [
+            "[red].safetensors",
+            "\x1b[31m.safetensors",
+            "a b.safetensors",
+            "é.safetensors",
+        ]
     )
     held[new] = held.pop(name)
     held[INDEX] = held[INDEX].replace(f'"{name}"'.encode(), json.dumps(new).encode())
 
 
 MUTATIONS = [
-    edit_json("config.json", edit_config), edit_json(INDEX, edit_index), nest,
-    edit_header, edit_header, edit_tensors, edit_tensors, edit_tensors, cut, flip, rename_shard,
-]  # fmt: skip
+    edit_json("config.json", edit_config),
+    edit_json(INDEX, edit_index),
+    nest,
+    edit_header,
+    edit_header,
+    edit_tensors,
+    edit_tensors,
+    edit_tensors,
+    cut,
+    flip,
+    rename_shard,
+]
 
 
 def mutated(whole, draw):
@@ -221,9 +282,12 @@ def right(source, out, config):
             expected[key] = w if out[key].dtype == w.dtype else w.to(dtype)
     skipped = config["quantization_config"]["llm_int8_skip_modules"] or []
     linear = {key for key in source if is_linear(key, config)}
-    lost = {key for key in linear if key.removesuffix(".weight") not in skipped} - quantized
+    lost = {
+        key for key in linear if key.removesuffix(".weight") not in skipped
+    } - quantized
     same = [
-        bits(expected[key]).equal(bits(out[key])) and expected[key].dtype == out[key].dtype
+        bits(expected[key]).equal(bits(out[key]))
+        and expected[key].dtype == out[key].dtype
         for key in expected
     ]
     return expected.keys() == out.keys() and all(same) and not lost and quantized
@@ -231,7 +295,9 @@ def right(source, out, config):
 
 def is_linear(key, config):
     layers = range(config["num_hidden_layers"])
-    blocks = [f"model.layers.{i}.{block}." for i in layers for block in ("self_attn", "mlp")]
+    blocks = [
+        f"model.layers.{i}.{block}." for i in layers for block in ("self_attn", "mlp")
+    ]
     return any(key == block + layer for block in blocks for layer in LINEAR)
 
 
@@ -253,9 +319,15 @@ def verdict(held, folder, capsys):
         source = loaded({name: held[name] for name in held if name in shards})
         assert right(source, loaded(out), json.loads(out["config.json"]))
         return "quantized", seconds
-    assert code == 2 and error.startswith("peftops quantize: ") and error[:-1].isprintable()
+    assert (
+        code == 2
+        and error.startswith("peftops quantize: ")
+        and error[:-1].isprintable()
+    )
     assert "Traceback" not in error and "run it again" not in error
-    shards = {name: content for name, content in out.items() if name != "unfinished.json"}
+    shards = {
+        name: content for name, content in out.items() if name != "unfinished.json"
+    }
     assert not out or loaded(shards)  # what was written is whole
     return "refused", seconds
 
@@ -276,7 +348,9 @@ def test_spoilt_checkpoints_give_right_weights_or_one_sentence(
         try:
             verdicts.append(verdict(held, tmp_path / str(case), capsys))
         except BaseException as error:
-            raise AssertionError(f"case {case} is kept in {tmp_path / str(case)}") from error
+            raise AssertionError(
+                f"case {case} is kept in {tmp_path / str(case)}"
+            ) from error
         shutil.rmtree(tmp_path / str(case))
     ends = [end for end, _ in verdicts]
     assert ends.count("quantized") > CASES // 10 and ends.count("refused") > CASES // 3

@@ -35,9 +35,13 @@ def model(tmp_path):
 
 def add(folder, tensors):
     """Adds tensors to a checkpoint, in a shard of their own that the index names."""
-    safetensors.save_file(tensors, folder / "more.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(
+        tensors, folder / "more.safetensors", metadata={"format": "pt"}
+    )
     edit_index(
-        lambda index: index["weight_map"].update(dict.fromkeys(tensors, "more.safetensors"))
+        lambda index: index["weight_map"].update(
+            dict.fromkeys(tensors, "more.safetensors")
+        )
     )(folder)
 
 
@@ -51,7 +55,12 @@ STRAY = sorted({key for state in STATES for key in state} - {Q})
 
 @pytest.mark.parametrize(
     "key",
-    [*STRAY, Q.removeprefix("model.") + ".absmax", Q + ".absmax.0", "lm_head.weight.absmax"],
+    [
+        *STRAY,
+        Q.removeprefix("model.") + ".absmax",
+        Q + ".absmax.0",
+        "lm_head.weight.absmax",
+    ],
 )
 @pytest.mark.parametrize("flat", [[], ["--no-double-quant"]], ids=["double", "flat"])
 def test_no_key_of_the_source_takes_the_place_of_ours(model, key, flat, capsys):
@@ -98,14 +107,22 @@ def test_the_table_shows_nan(model, capsys, monkeypatch):
     assert capsys.readouterr().out.count("nan │") == 1
 
 
-NOT_FINITE = {"NaN": [math.nan], "inf": [math.inf] * 2, "both": [math.nan, -math.inf, math.inf]}
+NOT_FINITE = {
+    "NaN": [math.nan],
+    "inf": [math.inf] * 2,
+    "both": [math.nan, -math.inf, math.inf],
+}
 
 
 @pytest.mark.parametrize("flat", [[], ["--no-double-quant"]], ids=["double", "flat"])
 @pytest.mark.parametrize("values", NOT_FINITE.values(), ids=NOT_FINITE)
-def test_a_weight_that_is_not_finite_is_named_and_counted_once(model, values, flat, capsys):
+def test_a_weight_that_is_not_finite_is_named_and_counted_once(
+    model, values, flat, capsys
+):
     def spoil(w):
-        w.view(-1)[torch.arange(len(values)) * 100] = torch.tensor(values, dtype=w.dtype)
+        w.view(-1)[torch.arange(len(values)) * 100] = torch.tensor(
+            values, dtype=w.dtype
+        )
         return w
 
     change_a_tensor(Q, spoil)(model)
@@ -121,7 +138,9 @@ def test_a_weight_that_is_not_finite_is_named_and_counted_once(model, values, fl
 
 
 def test_values_that_overflow_in_the_dtype_of_the_model_are_named(model, capsys):
-    change_a_tensor(Q, lambda w: w.float().index_fill_(0, torch.tensor([0]), 1e38))(model)
+    change_a_tensor(Q, lambda w: w.float().index_fill_(0, torch.tensor([0]), 1e38))(
+        model
+    )
     set_config(model, dtype="float16")
     error = refused(capsys, model, model.parent / "out")
     assert "64 of its 4096 weights are NaN or infinite in torch.float16" in error
@@ -132,13 +151,17 @@ def in_one_file(model):
     merged = tensors(model)
     for file in model.glob("*.safetensors*"):
         file.unlink()
-    safetensors.save_file(merged, model / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(
+        merged, model / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def test_nothing_stays_where_the_first_shard_is_refused(model, capsys):
     change_a_tensor(Q, lambda w: w * math.nan)(model)
     in_one_file(model)
-    assert "4096 of its 4096 weights are NaN" in refused(capsys, model, model.parent / "out")
+    assert "4096 of its 4096 weights are NaN" in refused(
+        capsys, model, model.parent / "out"
+    )
     assert files(model.parent / "out") == {}
 
 
@@ -180,7 +203,9 @@ def test_a_snapshot_of_the_hubs_cache_is_a_model(model, tmp_path):
     blobs = repository / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for i, file in enumerate(file for file in sorted(model.iterdir()) if file.is_file()):
+    for i, file in enumerate(
+        file for file in sorted(model.iterdir()) if file.is_file()
+    ):
         shutil.copyfile(file, blobs / str(i))
         (snapshot / file.name).symlink_to(blobs / str(i))
     (tmp_path / "notes.txt").write_text("secret")

@@ -145,7 +145,9 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(tmp_path):
             if name.partition("/")[0] not in UNFINISHED
         }
         assert first == -signal.SIGKILL
-        assert finished.items() <= expected.items(), "a file under its own name is whole"
+        assert finished.items() <= expected.items(), (
+            "a file under its own name is whole"
+        )
         assert last in (0, 2), "it went on, or all was there"
         assert files(tmp_path / str(i)) == expected
         assert not [entry for entry in (tmp_path / str(i)).iterdir() if entry.is_dir()]

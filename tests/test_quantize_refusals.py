@@ -68,7 +68,10 @@ def rename(key, other):
 
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot read"),
+    "config is not JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "cannot read",
+    ),
     "config is a list": (
         lambda f: (f / "config.json").write_text("[]"),
         "must hold a JSON object",
@@ -88,7 +91,10 @@ BAD = {
         "must be (64, 64) by config.json, got (32, 64)",
     ),
     "truncated shard": (lambda f: truncate(shard(f)), "cannot read the shard"),
-    "shard of zeros": (lambda f: shard(f).write_bytes(bytes(5000)), "cannot read the shard"),
+    "shard of zeros": (
+        lambda f: shard(f).write_bytes(bytes(5000)),
+        "cannot read the shard",
+    ),
     "lost shard": (lambda f: shard(f).unlink(), "lacks the shard"),
     "index is not JSON": (
         lambda f: (f / INDEX).write_text("{"),
@@ -107,7 +113,10 @@ BAD = {
         edit_index(lambda index: index.update(more=nested(200))),
         "nested more than 100 deep",
     ),
-    "config is deep": (lambda f: set_config(f, more=nested(500)), "nested more than 100 deep"),
+    "config is deep": (
+        lambda f: set_config(f, more=nested(500)),
+        "nested more than 100 deep",
+    ),
     "config is deeper": (
         lambda f: (f / "config.json").write_text('{"a":' * 100_000),
         "nested more than 100 deep",
@@ -116,8 +125,14 @@ BAD = {
         lambda f: set_config(f, num_hidden_layers=10**9),
         "num_hidden_layers is 1000000000",
     ),
-    "too many layers": (lambda f: set_config(f, num_hidden_layers=10**5), "asks for more than"),
-    "endless labels": (lambda f: set_config(f, num_labels=10**9), "num_labels is 1000000000"),
+    "too many layers": (
+        lambda f: set_config(f, num_hidden_layers=10**5),
+        "asks for more than",
+    ),
+    "endless labels": (
+        lambda f: set_config(f, num_labels=10**9),
+        "num_labels is 1000000000",
+    ),
     "another's code": (
         lambda f: set_config(f, model_type="new", auto_map={"AutoConfig": "a.A"}),
         "cannot make the",
@@ -128,7 +143,10 @@ BAD = {
         lambda f: link_out(f / INDEX),
         "is a link out of MODEL",
     ),
-    "one weight twice": (add_a_tensor(Q.removeprefix("model."), (64, 64)), f"holds {Q} twice"),
+    "one weight twice": (
+        add_a_tensor(Q.removeprefix("model."), (64, 64)),
+        f"holds {Q} twice",
+    ),
     "packed by another": (
         rename(Q, Q.replace("weight", "qweight")),
         "already quantized: it holds model.layers.1.self",
@@ -141,7 +159,10 @@ BAD = {
         edit_map(lambda m: m.update({Q: "x" * 300 + ".safetensors"})),
         "lacks the shard xxx",
     ),
-    "index names too much": (edit_map(lambda m: m.update({"more": m[Q]})), "lacks more"),
+    "index names too much": (
+        edit_map(lambda m: m.update({"more": m[Q]})),
+        "lacks more",
+    ),
 }
 
 
@@ -162,8 +183,12 @@ def test_bad_places_are_refused_in_a_sentence(checkpoint, tmp_path, capsys):
     before = files(folder.parent)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    assert "there is no folder" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
-    assert "is not empty: it holds mine.txt" in refused(capsys, folder, tmp_path / "notes")
+    assert "there is no folder" in refused(
+        capsys, tmp_path / "nowhere", tmp_path / "out"
+    )
+    assert "is not empty: it holds mine.txt" in refused(
+        capsys, folder, tmp_path / "notes"
+    )
     assert "Not a directory" in refused(capsys, folder, tmp_path / "notes" / "mine.txt")
     assert "MODEL itself" in refused(capsys, folder, folder / ".." / folder.name)
     assert "inside MODEL" in refused(capsys, folder, folder / "deep" / "out")
@@ -174,5 +199,9 @@ def test_bad_places_are_refused_in_a_sentence(checkpoint, tmp_path, capsys):
     assert "no device 'cuda:77'" in refused(
         capsys, folder, tmp_path / "out", "--device", "cuda:77"
     )
-    assert "invalid choice" in refused(capsys, folder, tmp_path / "out", "--quant-type", "nf3")
-    assert files(folder.parent) == before and files(tmp_path) == {"notes/mine.txt": b"mine"}
+    assert "invalid choice" in refused(
+        capsys, folder, tmp_path / "out", "--quant-type", "nf3"
+    )
+    assert files(folder.parent) == before and files(tmp_path) == {
+        "notes/mine.txt": b"mine"
+    }

@@ -1,4 +1,4 @@
-"""Runs README's Python blocks as they are, with small objects for the names that they use."""
+"""Runs the Python blocks of README and docs, with small objects for the names that they use."""
 
 import re
 from functools import partial
@@ -14,8 +14,13 @@ datasets, peft, transformers, trl = map(
     pytest.importorskip, ("datasets", "peft", "transformers", "trl")
 )
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+]
 WORDS = [f"w{i}" for i in range(60)]
 
 
@@ -69,11 +74,15 @@ def names(tmp_path, monkeypatch, tokenizer):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40]
+)
 def test_block(block, names, ops):
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     if re.search(r"\bTrainer\(model", block):  # unlike TRL's, it adapts no model itself
-        model = names["get_peft_model"](model, names["LoraConfig"](target_modules="all-linear"))
+        model = names["get_peft_model"](
+            model, names["LoraConfig"](target_modules="all-linear")
+        )
     exec(block, names | {"model": model})
     assert ops
     assert "lora_bwd" in ops or ".train()" not in block

@@ -31,7 +31,9 @@ def forget():
 def other(args):
     """The like arguments with other values in other memory."""
     if not isinstance(args, list):
-        return args.flip(0).contiguous() if torch.is_tensor(args) and args.dim() else args
+        return (
+            args.flip(0).contiguous() if torch.is_tensor(args) and args.dim() else args
+        )
     return [other(arg) for arg in args]
 
 
@@ -214,7 +216,9 @@ def test_training_replays_plans_made_in_inference_mode():
     assert torch.isfinite(a.grad).all()
 
 
-@pytest.mark.parametrize("name", ["lora_gemv", "dora_norm", "nf4_quantize", "nf4_dequantize"])
+@pytest.mark.parametrize(
+    "name", ["lora_gemv", "dora_norm", "nf4_quantize", "nf4_dequantize"]
+)
 def test_launchers_of_cuda_are_replayed(name, cuda_on_cpu, monkeypatch):
     """Emulates CUDA C++ on the CPU. Each replay asks for the stream that is current then."""
     devices = []
@@ -223,7 +227,9 @@ def test_launchers_of_cuda_are_replayed(name, cuda_on_cpu, monkeypatch):
         devices.append(device)
         return 0
 
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current_stream, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", current_stream, raising=False
+    )
     monkeypatch.setattr("peftops.cuda._device.stream", lambda device: _replay.Stream(0))
     call = op(name)
     with backend("cuda"):

@@ -92,7 +92,9 @@ def test_which_calls_are_unlike():
 
 def test_plans_do_not_grow_for_ever():
     plan = plan_of()
-    replay = _C.Replay(lambda wanted, x: ((), plan if wanted else None), {}, lambda: None, 3)
+    replay = _C.Replay(
+        lambda wanted, x: ((), plan if wanted else None), {}, lambda: None, 3
+    )
     for m in range(20):
         replay(torch.empty(m))
         replay(torch.empty(m))
@@ -130,7 +132,9 @@ def test_arguments_of_a_call_are_made_anew():
         ("constant", 5),
     ]
     step = "call", note, operands, ("view", "items", "number")
-    fresh = [(((3, 4), (4, 1)), {"dtype": torch.float32, "device": torch.device("cpu")})]
+    fresh = [
+        (((3, 4), (4, 1)), {"dtype": torch.float32, "device": torch.device("cpu")})
+    ]
     plan = _C.Plan(fresh, True, [], None, [step], None, None)
     replay = _C.Replay(lambda wanted, x: (None, plan), {}, lambda: None, 8)
     replay(torch.ones(2, 3))

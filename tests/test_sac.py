@@ -23,7 +23,9 @@ BLOCKS = {
 
 def block(name, p):
     torch.manual_seed(0)
-    options = {"lora_alpha": 6, "lora_dropout": p, "init_lora_weights": False} | BLOCKS[name]
+    options = {"lora_alpha": 6, "lora_dropout": p, "init_lora_weights": False} | BLOCKS[
+        name
+    ]
     layers = []
     for sizes in ((32, 48), (48, 32)):
         base = nn.Linear(*sizes)
@@ -39,7 +41,11 @@ def step(model, x, run):
     torch.manual_seed(1)
     y = run(model, x)
     y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad for p in model.parameters() if p.requires_grad),
+    ]
 
 
 def plain(model, x):
@@ -64,7 +70,10 @@ def test_forward_runs_once(name, p, rows, ops):
     ops.clear()
     expected = step(model, x, plain)
     forwards = counted(ops)
-    for run, times in ((checkpointed, 2), (partial(checkpointed, context_fn=selective()), 1)):
+    for run, times in (
+        (checkpointed, 2),
+        (partial(checkpointed, context_fn=selective()), 1),
+    ):
         ops.clear()
         out = step(model, x, run)
         assert all(map(torch.equal, out, expected))
@@ -74,7 +83,9 @@ def test_forward_runs_once(name, p, rows, ops):
 def counted(ops):
     """The ops of forward passes; a lora_gemv right before a lora_bwd computes x·aᵀ again."""
     counts = {op: ops.count(op) for op in ("lora_fwd", "lora_gemv", "dora_norm")}
-    counts["lora_gemv"] -= sum(pair == ("lora_gemv", "lora_bwd") for pair in pairwise(ops))
+    counts["lora_gemv"] -= sum(
+        pair == ("lora_gemv", "lora_bwd") for pair in pairwise(ops)
+    )
     return counts
 
 
@@ -95,7 +106,10 @@ def test_more_ops_are_kept():
         with Watch():
             step(model, x, partial(checkpointed, context_fn=policy))
         counts.append(calls.count(product))
-    assert counts == [3, 2]  # torch recomputes no further than the last tensor that it needs
+    assert counts == [
+        3,
+        2,
+    ]  # torch recomputes no further than the last tensor that it needs
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=str)
@@ -109,9 +123,17 @@ def test_a_patched_model(config, ops):
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64))
-    lora = {"target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.3}
-    model = peftops.patch(peft.get_peft_model(model, peft.LoraConfig(r=4, **lora, **config)))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=64)
+    )
+    lora = {
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+        "lora_dropout": 0.3,
+    }
+    model = peftops.patch(
+        peft.get_peft_model(model, peft.LoraConfig(r=4, **lora, **config))
+    )
     tokens = torch.arange(80).view(2, 40) % 64
     counts = []
     grads = []

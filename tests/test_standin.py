@@ -16,9 +16,15 @@ OPS += "dora_norm", "dora_drop", "dora_mix"
 
 def run(*command):
     """The output of a Python process in which Triton does not interpret."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    }
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=env, cwd=HERE.parent
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=HERE.parent,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -53,7 +59,12 @@ def test_replays_give_kernels_their_workspace(built):
 @pytest.mark.slow
 def test_replays_launch_what_launchers_launch_for_every_op_and_shape(built):
     compare(
-        [(256, 512, 384, 16), (200, 264, 520, 40), (1, 512, 384, 16), (8192, 4096, 4096, 16)],
+        [
+            (256, 512, 384, 16),
+            (200, 264, 520, 40),
+            (1, 512, 384, 16),
+            (8192, 4096, 4096, 16),
+        ],
         OPS,
     )
 
@@ -82,5 +93,7 @@ def test_bench_host(built, tmp_path):
 def test_bench_host_does_not_run_where_triton_interprets(built):
     command = [sys.executable, "-m", "peftops", "bench", "host", "--quick"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=HERE.parent
+    )
     assert done.returncode == 2 and "TRITON_INTERPRET must not be set" in done.stderr

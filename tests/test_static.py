@@ -116,7 +116,9 @@ def test_loops_and_their_instructions():
 def child(code):
     """The output of this code in a process in which Triton does not interpret."""
     command = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -224,7 +226,9 @@ template __global__ void bare_kernel<float>(float*);
     greedy, bare = sorted(
         static_cuda.rows(source, "90"), key=lambda row: row["kernel"], reverse=True
     )
-    assert any("spills, or keeps in local memory" in fault for fault in greedy["faults"])
+    assert any(
+        "spills, or keeps in local memory" in fault for fault in greedy["faults"]
+    )
     assert bare["case"] == "float" and bare["faults"] == ["no limits stand above it"]
     source.write_text("__global__ void broken_kernel( {")
     assert "error" in static_cuda.rows(source, "90")[0]["faults"][0]

@@ -85,7 +85,9 @@ def test_stripes_cover_and_fill(monkeypatch):
     monkeypatch.setattr(_gemm, "machine", h200)
     for length, programs in ((4096, 1), (4096, 100), (100, 7), (4096, 1000), (0, 1)):
         count, span = _gemm.stripes(length, 64, programs, torch.empty(0))
-        assert (count - 1) * span < max(length, 1) <= max(count * span, 1) and span % 64 == 0
+        assert (count - 1) * span < max(length, 1) <= max(
+            count * span, 1
+        ) and span % 64 == 0
         assert count * programs <= 2 * 132 + programs
 
 
@@ -143,7 +145,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "size, block", [(1, 32), (63, 64), (4096, 4096), (8225, 32), (4242, 256), (5000, 1024)]
+    "size, block",
+    [(1, 32), (63, 64), (4096, 4096), (8225, 32), (4242, 256), (5000, 1024)],
 )
 def test_bits_of_quantize(size, block, dtype):
     w = torch.randn(size)
@@ -162,10 +165,13 @@ def test_bits_of_quantize(size, block, dtype):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "size, block", [(1, 32), (63, 64), (8225, 32), (16416, 32), (4242, 4096), (12288, 64)]
+    "size, block",
+    [(1, 32), (63, 64), (8225, 32), (16416, 32), (4242, 4096), (12288, 64)],
 )
 def test_bits_of_dequantize(size, block, dtype, nested):
-    codes, table, *scales = nf4(size, block, nested, torch.Generator().manual_seed(size))
+    codes, table, *scales = nf4(
+        size, block, nested, torch.Generator().manual_seed(size)
+    )
     args = [codes, table, scales, block, size, dtype]
     (out,) = call("nf4_dequantize", "triton", args)
     (expected,) = call("nf4_dequantize", "reference", args)
@@ -212,7 +218,9 @@ def by_cublas(monkeypatch):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("n, k, block", [(40, 72, 32), (33, 45, 64), (48, 64, 128)])
-def test_products_read_the_same_bits(n, k, block, dtype, nested, product, decoded, monkeypatch):
+def test_products_read_the_same_bits(
+    n, k, block, dtype, nested, product, decoded, monkeypatch
+):
     """Rows of the identity give the weight itself: forward, for few rows, and backward."""
     if product == "cublas":
         by_cublas(monkeypatch)
@@ -224,7 +232,10 @@ def test_products_read_the_same_bits(n, k, block, dtype, nested, product, decode
     for op, names in (("lora_fwd", FWD), ("lora_gemv", GEMV)):
         assert torch.equal(call(op, "triton", [t[name] for name in names])[0], w.T)
     t |= {"x": torch.zeros(n, k, dtype=dtype), "h": torch.zeros(n, 0, dtype=dtype)}
-    t |= {"bits": torch.empty(n, 0, dtype=torch.uint8), "z": torch.empty(n, 0, dtype=dtype)}
+    t |= {
+        "bits": torch.empty(n, 0, dtype=torch.uint8),
+        "z": torch.empty(n, 0, dtype=dtype),
+    }
     assert torch.equal(call("lora_bwd", "triton", [t[name] for name in BWD])[0], w)
     assert len(decoded) == (3 if product == "cublas" else 0)
 
@@ -311,7 +322,11 @@ def test_scratch_of_the_gradient_of_a_norm(decoded, monkeypatch):
     """The law holds where 4-bit weights are decoded in slices."""
     monkeypatch.setattr(lora_product, "SCRATCH", 2 * 45 * 7)
     t = lora(0, 45, 33, 20, torch.float16, form="nf4", nested=True)
-    t |= {"dn": torch.linspace(-1, 1, 33), "n": torch.linspace(1, 2, 33), "need": [True, True]}
+    t |= {
+        "dn": torch.linspace(-1, 1, 33),
+        "n": torch.linspace(1, 2, 33),
+        "need": [True, True],
+    }
     args = [t[name] for name in ["dn", "n", *NORM, "need"]]
     error, bound = check_case("dora_norm_bwd", "triton", args)
     assert error <= bound

@@ -23,7 +23,9 @@ class Kernel:
 
     def run(self, *args):
         if self.workspace:
-            self.workspaces.append(_allocation._allocator.get()(self.workspace, 128, None))
+            self.workspaces.append(
+                _allocation._allocator.get()(self.workspace, 128, None)
+            )
         self.runs.append(args)
 
     def __getitem__(self, grid):

@@ -55,7 +55,9 @@ def options(argv):
         action="store_true",
         help="measure tiles too, and write them as tables",
     )
-    parser.add_argument("--seconds", type=positive, default=540, help="of time, for everything")
+    parser.add_argument(
+        "--seconds", type=positive, default=540, help="of time, for everything"
+    )
     parser.add_argument(
         "--out",
         type=folder,
@@ -79,7 +81,10 @@ def main(argv=None):
     device = find_device(o.device)
     o.out.mkdir(parents=True, exist_ok=True)
     shares = budget(o.stages, o.seconds)
-    print(", ".join(f"{stage} {seconds} s" for stage, seconds in shares.items()), flush=True)
+    print(
+        ", ".join(f"{stage} {seconds} s" for stage, seconds in shares.items()),
+        flush=True,
+    )
     runner = Runner(o, results.describe(device))
     started = time.monotonic()
     spare = 0
@@ -94,7 +99,9 @@ def main(argv=None):
 def budget(stages, seconds):
     """{stage: whole seconds}; less for each where there is less time than all of them want."""
     whole = sum(STAGES[stage][0] for stage in stages)
-    return {stage: round(STAGES[stage][0] * min(1, seconds / whole)) for stage in stages}
+    return {
+        stage: round(STAGES[stage][0] * min(1, seconds / whole)) for stage in stages
+    }
 
 
 class Runner:

@@ -15,7 +15,10 @@ def examine(device):
     """(what, whether it holds, words); None instead of whether where it cannot be asked."""
     for m, k, n in SHAPES:
         for p in (0.0, 0.1):
-            for mode, judge in {"a CUDA graph": graph, "torch.compile": compiled}.items():
+            for mode, judge in {
+                "a CUDA graph": graph,
+                "torch.compile": compiled,
+            }.items():
                 what = f"LoRALinear, {m} rows, p = {p}, in {mode}"
                 try:
                     layer = layer_of(k, n, p, device)
@@ -77,7 +80,8 @@ def replayed(layer, x):
         differ = not torch.equal(results[1][0], results[2][0])
         return differ, "" if differ else "every replay draws the same mask"
     same = all(
-        torch.equal(*pair) for pair in zip(trained(layer, 2 * x), results[1], strict=True)
+        torch.equal(*pair)
+        for pair in zip(trained(layer, 2 * x), results[1], strict=True)
     )
     return same, "" if same else "a replay differs from the eager call"
 

@@ -27,7 +27,9 @@ def run_all(tasks, device, end):
     for task in tasks:
         waiting.put(task)
     count = min(AT_ONCE, os.cpu_count())
-    threads = [Thread(target=employ, args=(waiting, events, device, end)) for _ in range(count)]
+    threads = [
+        Thread(target=employ, args=(waiting, events, device, end)) for _ in range(count)
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads) or not events.empty():
@@ -66,7 +68,9 @@ def employ(waiting, events, device, end):
                     else "stopped, since time was up"
                 )
                 what = f"{op} on {name}, {dtype}, {shape}, {label}"
-                events.put({"what": what, "ok": False, "said": f"its process died: {said}"})
+                events.put(
+                    {"what": what, "ok": False, "said": f"its process died: {said}"}
+                )
                 worker = None
                 if at is not None:
                     first = at + 1
@@ -114,7 +118,11 @@ class Worker:
         self.errors.seek(0)
         text = self.errors.read()
         print(text[-3000:], file=sys.stderr)
-        said = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
+        said = [
+            line
+            for line in text.splitlines()
+            if line.strip() and not line.startswith(" ")
+        ]
         return (said or [f"exit {self.process.returncode}"])[-1][:200]
 
     def close(self):
@@ -145,7 +153,10 @@ def work(device):
         ):
             if i < first:
                 continue
-            event = {"what": f"{op} on {name}, {dtype}, {tuple(shape)}, {label}", "ok": False}
+            event = {
+                "what": f"{op} on {name}, {dtype}, {tuple(shape)}, {label}",
+                "ok": False,
+            }
             print(json.dumps({"begun": i, "label": label}), file=answers, flush=True)
             try:
                 error, bound = check_case(op, name, args)

@@ -106,7 +106,9 @@ def outcomes(o, *plugin):
             cwd=o.checkout,
         )
         if not report.exists():
-            sys.exit(f"pytest ended with exit code {done.returncode} and without a report")
+            sys.exit(
+                f"pytest ended with exit code {done.returncode} and without a report"
+            )
         cases = list(ElementTree.parse(report).iter("testcase"))
     return {
         f"{case.get('classname')}::{case.get('name')}": next(

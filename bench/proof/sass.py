@@ -30,7 +30,9 @@ def measure(registers, shared, stack, places, lines):
         return sum(bool(re.search(what, line)) for line in where)
 
     used = count(r"\b(LDL|STL)|scratch_")
-    hot = max(loops, key=lambda loop: (count(COUNTED["mma"], loop), -len(loop)), default=())
+    hot = max(
+        loops, key=lambda loop: (count(COUNTED["mma"], loop), -len(loop)), default=()
+    )
     return {
         "registers": registers,
         "shared": shared,
@@ -73,7 +75,10 @@ def disassemble(cubin):
     for block in re.split(r"Function : ", text)[1:]:
         name, body = block.split(maxsplit=1)
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
-        functions[name] += [int(place, 16) for place, _ in code], [line for _, line in code]
+        functions[name] += (
+            [int(place, 16) for place, _ in code],
+            [line for _, line in code],
+        )
     return functions
 
 
@@ -93,7 +98,9 @@ def limits(source, kernel, target, absent=()):
     In Python and CUDA C++ alike: `limits: registers 24-128, mma 8-, spilled 0`. A line
     `limits sm_90 -GAIN: …` is only for that target, and only where the argument GAIN is absent.
     """
-    above = re.search(rf"((?:(?:#|//) limits\b.*\n)+)(?:.*\n){{0,2}}?.*\b{kernel}\(", source)
+    above = re.search(
+        rf"((?:(?:#|//) limits\b.*\n)+)(?:.*\n){{0,2}}?.*\b{kernel}\(", source
+    )
     if not above:
         return None
     ranges = {}

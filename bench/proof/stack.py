@@ -56,8 +56,12 @@ class Block(nn.Module):
         batch, tokens, width = x.shape
         normed = functional.rms_norm(x, (width,))
         projected = [layer(normed) for layer in (self.q, self.k, self.v)]
-        heads = [y.view(batch, tokens, -1, self.head).transpose(1, 2) for y in projected]
-        y = functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        heads = [
+            y.view(batch, tokens, -1, self.head).transpose(1, 2) for y in projected
+        ]
+        y = functional.scaled_dot_product_attention(
+            *heads, is_causal=True, enable_gqa=True
+        )
         x = x + self.o(y.transpose(1, 2).reshape(batch, tokens, width))
         normed = functional.rms_norm(x, (width,))
         return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
@@ -78,7 +82,9 @@ class Stack(nn.Module):
             x = checkpoint(block, x, use_reentrant=False)
         x = functional.rms_norm(x, x.shape[-1:])
         logits = functional.linear(x[:, :-1], self.embedded)
-        return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return functional.cross_entropy(
+            logits.flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
 
 
 def train(s, device, end, steps=4):
@@ -103,10 +109,17 @@ def train(s, device, end, steps=4):
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     weights = sum(
-        math.prod(module.shape) for module in model.modules() if isinstance(module, LinearNF4)
+        math.prod(module.shape)
+        for module in model.modules()
+        if isinstance(module, LinearNF4)
     )
     ok = losses[-1] < losses[0] and peak <= CAP
     return {
-        "ok": ok, "losses": losses, "step_s": min(seconds[1:]), "peak_gb": peak / 1e9,
-        "parameters": weights / 1e9, "layers": s.layers, "tokens": s.tokens,
-    }  # fmt: skip
+        "ok": ok,
+        "losses": losses,
+        "step_s": min(seconds[1:]),
+        "peak_gb": peak / 1e9,
+        "parameters": weights / 1e9,
+        "layers": s.layers,
+        "tokens": s.tokens,
+    }

@@ -32,7 +32,9 @@ DTYPES = "bfloat16", "float16", "float32"
 
 def say(what, ok, said="", **more):
     print(
-        json.dumps({"what": what, "ok": bool(ok), "said": said, **more}, ensure_ascii=False),
+        json.dumps(
+            {"what": what, "ok": bool(ok), "said": said, **more}, ensure_ascii=False
+        ),
         flush=True,
     )
 
@@ -238,8 +240,15 @@ def bench(o):
         results.append(o.out / "bench.jsonl", here)
         lines.append(line)
         kernels_used = results.kernels_used(line)
-        what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {kernels_used}"
-        say(what, True, results.beside(line["ratio"]), misses=list(misses(line, row.TARGETS)))
+        what = (
+            f"{line['layer']}, p = {line['dropout']}, {line['pass']}, on {kernels_used}"
+        )
+        say(
+            what,
+            True,
+            results.beside(line["ratio"]),
+            misses=list(misses(line, row.TARGETS)),
+        )
         if time.monotonic() > o.end - 5:
             break
     for absent in results.absentees(lines):
@@ -256,7 +265,9 @@ def measured(rows, device, dtype):
     from ..timing import ceilings
 
     gpu = device.type == "cuda"
-    options = SimpleNamespace(dropout=None if gpu else 0.1, shape=None, quick=True, backend=())
+    options = SimpleNamespace(
+        dropout=None if gpu else 0.1, shape=None, quick=True, backend=()
+    )
     options.peers = [name for name in (*HERE, *NF4, *GPU) if "compile" not in name]
     jobs = []  # (order, row, name of the layer, problem)
     for row in rows:
@@ -272,7 +283,9 @@ def measured(rows, device, dtype):
     while jobs:  # what has been measured gives its memory back
         _, row, name, problem = jobs.pop(0)
         lines = (
-            layer(row, name, problem, options, limits) if name else alone(row, device, False)
+            layer(row, name, problem, options, limits)
+            if name
+            else alone(row, device, False)
         )
         yield from ((row, line) for line in lines)
 
@@ -280,14 +293,20 @@ def measured(rows, device, dtype):
 def misses(line, targets):
     """By how much a line misses its targets, in words; a CUDA graph counts where there is one."""
     for layer, dropout, pass_name, peer, most in targets:
-        if (layer, dropout, pass_name) != (line["layer"], line["dropout"], line["pass"]):
+        if (layer, dropout, pass_name) != (
+            line["layer"],
+            line["dropout"],
+            line["pass"],
+        ):
             continue
         where = f"{layer}, p = {dropout}, {pass_name}"
         if peer == MICROSECONDS:
             took = 1000 * line.get("graph_ms", line["ms"])[OURS][1]
             if took > most:
                 yield f"{where}: {took:.1f} µs, target {most} on an H200"
-        elif (ratio := line.get("graph_ratio", line["ratio"]).get(peer)) and ratio > most:
+        elif (
+            ratio := line.get("graph_ratio", line["ratio"]).get(peer)
+        ) and ratio > most:
             yield f"{where}: {ratio:.2f} × {peer}'s time, target {most:.2f}"
 
 

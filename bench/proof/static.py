@@ -83,14 +83,22 @@ def main(argv=None):
         tasks += [pool.submit(cuda_rows, *task, kept) for task in cuda_tasks()]
         for done in progress.track(as_completed(tasks), len(tasks), "compiling"):
             rows += done.result()
-    rows.sort(key=lambda row: (row["compiler"], row["kernel"], row["target"], row["case"]))
+    rows.sort(
+        key=lambda row: (row["compiler"], row["kernel"], row["target"], row["case"])
+    )
     print("\n".join(table(rows if o.rows else ranges(rows), o.rows)))
     failed = [row for row in rows if row["faults"]]
     for row in failed:
         where = ", ".join(
             filter(
                 None,
-                (row["kernel"], row["target"], row["case"], row["tile"], row["compiler"]),
+                (
+                    row["kernel"],
+                    row["target"],
+                    row["case"],
+                    row["tile"],
+                    row["compiler"],
+                ),
             )
         )
         print(f"{where}: {'; '.join(row['faults'])}")
@@ -119,7 +127,9 @@ def fetch(version):
                 "--target",
                 f"{beside}/triton",
             ]
-            done = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True)
+            done = subprocess.run(
+                [*pip, f"triton=={version}"], capture_output=True, text=True
+            )
             if done.returncode:
                 raise BadInput(
                     f"pip cannot fetch triton {version}: {done.stderr.strip().splitlines()[-1]}"
@@ -132,9 +142,7 @@ def triton_rows(version, folder, everything, share, shares, kept):
     """Rows of a share of all launches, by the triton in the folder, or by the installed one."""
     preferred = f"sys.path.insert(0, {folder!r}); " if folder else ""
     call = f"worker({everything}, {share}, {shares}, {kept and str(kept)!r})"
-    code = (
-        f"import sys; {preferred}from peftops.bench.proof.static_triton import worker; {call}"
-    )
+    code = f"import sys; {preferred}from peftops.bench.proof.static_triton import worker; {call}"
     command = ["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -181,7 +189,9 @@ def ranges(rows):
             name: (min(row[name] for row in mine), max(row[name] for row in mine))
             for name in COLUMNS
         }
-        numbers = {name: f"{a}" if a == b else f"{a}–{b}" for name, (a, b) in ends.items()}
+        numbers = {
+            name: f"{a}" if a == b else f"{a}–{b}" for name, (a, b) in ends.items()
+        }
         yield {
             "compiler": compiler,
             "kernel": kernel,
@@ -204,6 +214,8 @@ def table(rows, single):
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
         for line in lines
     )

@@ -49,7 +49,10 @@ CASES = [
         for op in BOTH
     ),
     *(Case("dropout", op, 8192, 4096, 4096, 16, p=0.1, fp32=True) for op in BOTH),
-    *(Case("experts", op, 8192, 4096, 4096, 16, experts=8, shared=True, p=0.1) for op in BOTH),
+    *(
+        Case("experts", op, 8192, 4096, 4096, 16, experts=8, shared=True, p=0.1)
+        for op in BOTH
+    ),
     *(Case("few tiles", op, 1024, 4096, 1024, 16, gain=True) for op in BOTH),
     *(Case("fewest tiles", op, 256, 1024, 1024, 64, p=0.1) for op in BOTH),
     *(Case("multiples of 8", op, 1001, 4104, 4120, 8, p=0.1, bias=True) for op in BOTH),
@@ -100,7 +103,9 @@ CASES = [
         for op in BOTH
     ),
     *(
-        Case("tma, dora", op, 8192, 4096, 4096, 64, HALF, p=0.1, gain=True, product="tma")
+        Case(
+            "tma, dora", op, 8192, 4096, 4096, 64, HALF, p=0.1, gain=True, product="tma"
+        )
         for op in BOTH
     ),
     *(
@@ -135,12 +140,34 @@ CASES = [
         for op in BOTH
     ),
     *(
-        Case("tma, few tiles", op, 1024, 4096, 1024, 64, p=0.1, gain=True, product="tma")
+        Case(
+            "tma, few tiles", op, 1024, 4096, 1024, 64, p=0.1, gain=True, product="tma"
+        )
         for op in BOTH
     ),
     Case("few rows", "lora_gemv", 1, 4096, 4096, 16),
-    Case("few rows, wide", "lora_gemv", 16, 4096, 14336, 8, fp32=True, bias=True, gain=True),
-    Case("few rows, most", "lora_gemv", 64, 4096, 4096, 64, HALF, form="transposed", gain=True),
+    Case(
+        "few rows, wide",
+        "lora_gemv",
+        16,
+        4096,
+        14336,
+        8,
+        fp32=True,
+        bias=True,
+        gain=True,
+    ),
+    Case(
+        "few rows, most",
+        "lora_gemv",
+        64,
+        4096,
+        4096,
+        64,
+        HALF,
+        form="transposed",
+        gain=True,
+    ),
     Case("few rows, widest", "lora_gemv", 64, 4096, 51200, 32),
     Case(
         "few rows, experts",
@@ -154,9 +181,24 @@ CASES = [
         shared=True,
     ),
     Case("mask", "lora_mask", 8192, 4096, 0, 0, p=0.1, fast=False),
-    *(Case("odd", op, 1001, 4099, 4101, 5, p=0.1, product="cublas", fast=False) for op in BOTH),
     *(
-        Case("fp32", op, 8192, 4096, 4096, 16, WIDE, p=0.1, gain=True, product=None, fast=False)
+        Case("odd", op, 1001, 4099, 4101, 5, p=0.1, product="cublas", fast=False)
+        for op in BOTH
+    ),
+    *(
+        Case(
+            "fp32",
+            op,
+            8192,
+            4096,
+            4096,
+            16,
+            WIDE,
+            p=0.1,
+            gain=True,
+            product=None,
+            fast=False,
+        )
         for op in BOTH
     ),
     Case("few rows, fp32", "lora_gemv", 1, 4096, 4096, 16, WIDE, fast=False),
@@ -183,29 +225,72 @@ CASES = [
         for op in BOTH
     ),
     *(
-        Case("nf4, cublas", op, 8192, 4096, 4096, 16, form="nf4", nested=True, product="cublas")
+        Case(
+            "nf4, cublas",
+            op,
+            8192,
+            4096,
+            4096,
+            16,
+            form="nf4",
+            nested=True,
+            product="cublas",
+        )
         for op in BOTH
     ),
     *(
-        Case("nf4, fp32", op, 64, 133, 33, 5, WIDE, form="nf4", product=None, fast=False)
+        Case(
+            "nf4, fp32", op, 64, 133, 33, 5, WIDE, form="nf4", product=None, fast=False
+        )
         for op in BOTH
     ),
     Case("few rows, nf4", "lora_gemv", 1, 4096, 4096, 16, form="nf4", nested=True),
-    Case("few rows, nf4, no rank", "lora_gemv", 16, 4096, 14336, 0, form="nf4", nested=True),
+    Case(
+        "few rows, nf4, no rank",
+        "lora_gemv",
+        16,
+        4096,
+        14336,
+        0,
+        form="nf4",
+        nested=True,
+    ),
     Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, nested=True),
     Case("decode", "nf4_dequantize", 1, 4096, 4096, 0, HALF),
     Case("encode", "nf4_quantize", 1, 4096, 4096, 0),
     Case("encode, long blocks", "nf4_quantize", 1, 4096, 4096, 0, WIDE, block=4096),
-    *(Case(f"rank {r}", "dora_norm", 0, 4096, 4096, r) for r in (0, 16, 128, 256, 384, 768)),
+    *(
+        Case(f"rank {r}", "dora_norm", 0, 4096, 4096, r)
+        for r in (0, 16, 128, 256, 384, 768)
+    ),
     Case("fp32 adapters", "dora_norm", 0, 4096, 14336, 64, fp32=True),
     Case("transposed", "dora_norm", 0, 4096, 4096, 64, HALF, form="transposed"),
-    Case("transposed, wide", "dora_norm", 0, 4096, 4096, 384, form="transposed", fp32=True),
+    Case(
+        "transposed, wide",
+        "dora_norm",
+        0,
+        4096,
+        4096,
+        384,
+        form="transposed",
+        fp32=True,
+    ),
     Case("odd rows", "dora_norm", 0, 768, 50257, 8, fp32=True),
     *(
         Case(f"nf4, rank {r}", "dora_norm", 0, 4096, 4096, r, form="nf4", nested=True)
         for r in (16, 64, 256, 384, 768)
     ),
-    Case("nf4, fp32 adapters", "dora_norm", 0, 4096, 4096, 64, HALF, form="nf4", fp32=True),
+    Case(
+        "nf4, fp32 adapters",
+        "dora_norm",
+        0,
+        4096,
+        4096,
+        64,
+        HALF,
+        form="nf4",
+        fp32=True,
+    ),
     Case("nf4, small blocks", "dora_norm", 0, 4104, 1024, 8, form="nf4"),
     *(
         Case("odd", "dora_norm", 0, 4099, 4101, r, form=form, fast=False)
@@ -249,7 +334,11 @@ def tensors(c):
         codes, table, *scales = base
     else:
         base = [
-            make(*{"dense": (c.n, c.k), "transposed": (c.k, c.n), "given": (c.m, c.n)}[c.form])
+            make(
+                *{"dense": (c.n, c.k), "transposed": (c.k, c.n), "given": (c.m, c.n)}[
+                    c.form
+                ]
+            )
         ]
     need = [True, True]
     if c.op != "dora_norm_bwd":

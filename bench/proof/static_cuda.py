@@ -18,7 +18,9 @@ def sources():
 
 def architectures():
     """Those of setup.py."""
-    return re.search(r'^ARCHS = "(.*)"', (ROOT / "setup.py").read_text(), re.M)[1].split()
+    return re.search(r'^ARCHS = "(.*)"', (ROOT / "setup.py").read_text(), re.M)[
+        1
+    ].split()
 
 
 def version():
@@ -47,7 +49,9 @@ def rows(source, arch):
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             fault = (errors or ["nvcc failed"])[0]
-            return [{"kernel": source.name, "target": target, "case": "", "faults": [fault]}]
+            return [
+                {"kernel": source.name, "target": target, "case": "", "faults": [fault]}
+            ]
         machine_code = sass.disassemble(Path(file.name).read_bytes())
     said = dict(
         re.findall(
@@ -59,7 +63,8 @@ def rows(source, arch):
     text = source.read_text()
     names = demangled(said)
     return [
-        row(names[name], target, *machine_code[name], said[name], text) for name in sorted(said)
+        row(names[name], target, *machine_code[name], said[name], text)
+        for name in sorted(said)
     ]
 
 
@@ -82,7 +87,9 @@ def row(names, target, registers, stack, places, lines, said, source):
     kernel, case = names
     shared = int((re.search(r"(\d+) bytes smem", said) or [0, 0])[1])
     spilled = max(stack, *map(int, re.findall(r"(\d+) bytes spill", said)))
-    numbers = sass.measure(registers, shared, stack, places, lines) | {"spilled": spilled}
+    numbers = sass.measure(registers, shared, stack, places, lines) | {
+        "spilled": spilled
+    }
     faults = list(sass.faults(numbers, sass.limits(source, kernel, target), SHARED))
     if spilled:  # whatever stands above it
         faults.append(f"spills, or keeps in local memory, {spilled} bytes a thread")

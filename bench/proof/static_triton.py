@@ -81,7 +81,9 @@ def launches_on(table, processors, product):
     collected = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        collected.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+        collected.append(
+            (kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
+        )
 
     before = JITFunction.run, _gemm.machine, _gemm.choose_product
     JITFunction.run = record
@@ -101,7 +103,8 @@ def launches_of(case, target):
     contract = CONTRACTS[case.op]
     values = tensors(case)
     args = [
-        values[name] for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]
+        values[name]
+        for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]
     ]
     outputs = contract(*args)
     if not isinstance(outputs, tuple):
@@ -114,7 +117,10 @@ def launches_of(case, target):
 def launches(everything):
     """Every launch there is, or few that meet every feature of them."""
     every = [
-        launch for case in CASES for target in TARGETS for launch in launches_of(case, target)
+        launch
+        for case in CASES
+        for target in TARGETS
+        for launch in launches_of(case, target)
     ]
     return every if everything else covering(every, Launch.features)
 
@@ -193,7 +199,9 @@ def numbers(compiled, target):
             [],
             re.findall(r"^\t([a-z]\w+.*)", text, re.M),
         )
-    ((registers, stack, places, lines),) = sass.disassemble(compiled.asm["cubin"]).values()
+    ((registers, stack, places, lines),) = sass.disassemble(
+        compiled.asm["cubin"]
+    ).values()
     return sass.measure(registers, shared, stack, places, lines)
 
 
@@ -204,10 +212,14 @@ def row(launch, measured):
     case = launch.case
     text = Path(inspect.getsourcefile(kernel.fn)).read_text()
     absent = [
-        name for name, value in launch.arguments.items() if value is None or value is False
+        name
+        for name, value in launch.arguments.items()
+        if value is None or value is False
     ]
     limits = sass.limits(text, kernel.__name__, target, absent)
-    faults = list(sass.faults(measured, limits, _gemm.SHARED[TARGETS[target][0]], case.fast))
+    faults = list(
+        sass.faults(measured, limits, _gemm.SHARED[TARGETS[target][0]], case.fast)
+    )
     names = {
         "kernel": kernel.__name__,
         "target": target,

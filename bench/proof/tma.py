@@ -48,7 +48,12 @@ def examine(device, end):
             error, bound = proved(op, device, options)
             right = error <= bound
             took = times(op, device, options) if right else {}
-            yield f"TMA's product: {op}, {label}", right, f"{error:.1e} ≤ {bound:.1e}", took
+            yield (
+                f"TMA's product: {op}, {label}",
+                right,
+                f"{error:.1e} ≤ {bound:.1e}",
+                took,
+            )
 
 
 def proved(op, device, options):
@@ -75,7 +80,9 @@ def times(op, device, options):
     )
     args = [t[name] for name in NAMES[op]]
     call = getattr(torch.ops.peftops, op)
-    took = {product: least(product, call, args, device) for product in ("tma", "cublas")}
+    took = {
+        product: least(product, call, args, device) for product in ("tma", "cublas")
+    }
     return took | products(op, t, device)
 
 
@@ -115,5 +122,7 @@ def products(op, t, device):
         lora_tma.product(out, left, [weight], t["h"], b, not forward, **update)
 
     ours = least("tma", run, (), device)
-    theirs = least("cublas", lambda: torch.mm(left, w if turned else w.T, out=out), (), device)
+    theirs = least(
+        "cublas", lambda: torch.mm(left, w if turned else w.T, out=out), (), device
+    )
     return {"product": ours, "mm": theirs}

@@ -19,7 +19,9 @@ WIDE = (8192, 4096, 4096, 16)
 SMALL = (70, 64, 48, 16)
 BLOCKS = (128, 256), (128, 128), (256, 128), (64, 128)  # BM, BN
 PRODUCTS = [
-    gemm(*block, 64, warps, stages) for block in BLOCKS for warps, stages in ((8, 3), (8, 4))
+    gemm(*block, 64, warps, stages)
+    for block in BLOCKS
+    for warps, stages in ((8, 3), (8, 4))
 ]
 PASSES = [
     tile(w, s, BM=m, BN=n)
@@ -56,8 +58,24 @@ def tables(device, end):
             t,
             lambda chosen: chosen,
         ),
-        "lora_grads.DA": (lora_grads.DA, gpu, ROWS, "lora_bwd", BWD, t, lambda chosen: chosen),
-        "lora.SHRINK": (vars(lora), "SHRINK", ROWS, "lora_fwd", FWD, t, lambda chosen: chosen),
+        "lora_grads.DA": (
+            lora_grads.DA,
+            gpu,
+            ROWS,
+            "lora_bwd",
+            BWD,
+            t,
+            lambda chosen: chosen,
+        ),
+        "lora.SHRINK": (
+            vars(lora),
+            "SHRINK",
+            ROWS,
+            "lora_fwd",
+            FWD,
+            t,
+            lambda chosen: chosen,
+        ),
         "lora_gemv.STAGES": (
             lora_gemv.STAGES,
             gpu,
@@ -104,7 +122,9 @@ def search(table, key, candidates, op, names, t, wrap, device, end):
         put(table, key, wrap(candidate))
         try:
             call(*args)
-            seconds = min(timing.sample(lambda: call(*args), 3, device) for _ in range(3))
+            seconds = min(
+                timing.sample(lambda: call(*args), 3, device) for _ in range(3)
+            )
             timed.append((seconds, candidate))
         except Exception:  # too much shared memory, or a compiler's own trouble
             continue

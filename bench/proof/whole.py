@@ -86,7 +86,9 @@ def measure(plans, device, end, rounds=5):
         labels = {BASE: None} | contenders(plan.method)
         labels.pop(LORA, None)
         missing = training.absent(labels.values())
-        absent = {who: missing[label] for who, label in labels.items() if label in missing}
+        absent = {
+            who: missing[label] for who, label in labels.items() if label in missing
+        }
         calls, losses = {}, {}
         for who in [who for who in labels if who not in absent]:
             try:
@@ -97,16 +99,26 @@ def measure(plans, device, end, rounds=5):
                     plan.compiled,
                 )
                 losses[who] = calls[who]().item()
-            except Exception as error:  # of somebody else's code, which may raise anything
+            except (
+                Exception
+            ) as error:  # of somebody else's code, which may raise anything
                 if who == OURS:
                     raise
                 calls.pop(who, None)
                 absent[who] = said(error)
         timed = {who: Contender({STEP: [call]}, device) for who, call in calls.items()}
         width = SIZES[plan.size]["hidden_size"]
-        line = {"layer": plan.name, "op": "model", "dropout": plan.dropout, "absent": absent}
+        line = {
+            "layer": plan.name,
+            "op": "model",
+            "dropout": plan.dropout,
+            "absent": absent,
+        }
         line["shape"] = ids.numel(), width, width, RANK
-        yield finish(line, *times(timed, STEP, rounds, device, modes=("eager",))), losses
+        yield (
+            finish(line, *times(timed, STEP, rounds, device, modes=("eager",))),
+            losses,
+        )
 
 
 def built(plan, label, device):
@@ -166,5 +178,7 @@ def step(model, ids, frozen, compiled):
 def agree(line, losses):
     """Whether PEFT's loss and ours are equal; always so under dropout or where PEFT is absent."""
     ours = losses[OURS]
-    stock = next((loss for who, loss in losses.items() if who not in (BASE, OURS)), ours)
+    stock = next(
+        (loss for who, loss in losses.items() if who not in (BASE, OURS)), ours
+    )
     return bool(line["dropout"]) or abs(ours - stock) <= CLOSE * abs(stock)

@@ -36,7 +36,11 @@ def missing() -> str | None:
     for tool in ("gcc", "g++"):
         if not shutil.which(tool):
             return f"there is no {tool}"
-    if not Path(torch.__file__).parent.joinpath("include", "torch", "extension.h").exists():
+    if (
+        not Path(torch.__file__)
+        .parent.joinpath("include", "torch", "extension.h")
+        .exists()
+    ):
         return "torch comes without its headers"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "there is no Python.h"
@@ -83,7 +87,13 @@ def compile_into(folder, torch, driver, device):
         driver: the source of the CUDA driver.
         device: the source of the torch device.
     """
-    libcuda = ["-shared", "-Wl,-soname,libcuda.so.1", driver, "-o", folder / "libcuda.so.1"]
+    libcuda = [
+        "-shared",
+        "-Wl,-soname,libcuda.so.1",
+        driver,
+        "-o",
+        folder / "libcuda.so.1",
+    ]
     subprocess.run(["gcc", "-O2", "-fPIC", *libcuda], check=True)
     command = [
         "g++",

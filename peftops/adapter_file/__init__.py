@@ -88,7 +88,9 @@ class Adapter:
         self.targets = dict(zip(self.modules, answer["targets"], strict=True))
         ranks = list(self.config["rank_pattern"].values()) if self.is_lora else []
         matches = zip(self.modules, answer["ranks"], strict=True)
-        self.ranks = {module: ranks[index] for module, index in matches if index is not None}
+        self.ranks = {
+            module: ranks[index] for module, index in matches if index is not None
+        }
         others = zip(self.others, answer["saved"], strict=True)
         self.saved = {key for key, is_saved in others if is_saved}
         self.unmet = answer["unmet"]

@@ -4,7 +4,9 @@ import json
 import stat
 from pathlib import Path
 
-LARGEST = 8 << 20  # bytes; the largest that PEFT writes list the indices of a vocabulary
+LARGEST = (
+    8 << 20
+)  # bytes; the largest that PEFT writes list the indices of a vocabulary
 DEFAULTS = {"modules_to_save": [], "target_parameters": []}
 LORA_DEFAULTS = {
     "r": 8,
@@ -42,7 +44,9 @@ def read_config(path: Path) -> dict:
         ValueError: the file cannot be read, or a field has another type than PEFT gives it.
     """
     if size_of_file(path) > LARGEST:
-        raise ValueError(f"{path} has more than {LARGEST >> 20} MiB: it is no adapter's")
+        raise ValueError(
+            f"{path} has more than {LARGEST >> 20} MiB: it is no adapter's"
+        )
     config = parse(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
@@ -51,10 +55,14 @@ def read_config(path: Path) -> dict:
     if config.get("peft_type") == "LORA":
         defaults = DEFAULTS | LORA_DEFAULTS
         rules = GENERAL | LORA
-    config |= {name: default for name, default in defaults.items() if config.get(name) is None}
+    config |= {
+        name: default for name, default in defaults.items() if config.get(name) is None
+    }
     for name, (is_allowed, wanted) in rules.items():
         if not is_allowed(config.get(name)):
-            raise ValueError(f"{path}: {name} must be {wanted}, got {shown(config.get(name))}")
+            raise ValueError(
+                f"{path}: {name} must be {wanted}, got {shown(config.get(name))}"
+            )
     return config
 
 
@@ -113,7 +121,9 @@ def list_of(is_allowed):
 
 def dict_of(is_allowed):
     """A rule for dicts whose values this rule allows."""
-    return lambda value: isinstance(value, dict) and all(map(is_allowed, value.values()))
+    return lambda value: (
+        isinstance(value, dict) and all(map(is_allowed, value.values()))
+    )
 
 
 def one_of(*rules):

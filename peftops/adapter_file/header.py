@@ -9,7 +9,9 @@ from pathlib import Path
 from .._errors import sentence
 
 LONGEST = 1000  # characters of a key
-LARGEST_HEADER = 48 << 20  # bytes; with factors for 61 layers of 384 experts it has 25 MiB
+LARGEST_HEADER = (
+    48 << 20
+)  # bytes; with factors for 61 layers of 384 experts it has 25 MiB
 
 
 @dataclass
@@ -46,7 +48,9 @@ def read_header(path: Path, size: int) -> dict[str, Stored]:
             )
         tensors = read_entries(path, data)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {sentence(error)}") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {sentence(error)}"
+        ) from None
     end = data + sum(stored.bytes for stored in tensors.values())
     if end != size:
         dtypes = sorted({stored.dtype for stored in tensors.values()})

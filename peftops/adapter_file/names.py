@@ -25,7 +25,9 @@ def match(question: dict) -> dict:
     """
     names = len(question["modules"]) + len(question["keys"])
     patterns = list(patterns_in(question))
-    if len(patterns) * names <= SMALL and all(PLAIN.fullmatch(pattern) for pattern in patterns):
+    if len(patterns) * names <= SMALL and all(
+        PLAIN.fullmatch(pattern) for pattern in patterns
+    ):
         return answer(question)
     return answer_of_script(question)
 
@@ -42,7 +44,9 @@ def answer_of_script(question):
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"matching its names takes more than {SECONDS} seconds") from None
+        raise ValueError(
+            f"matching its names takes more than {SECONDS} seconds"
+        ) from None
     if done.returncode:
         raise ValueError("its names cannot be matched")
     result = json.loads(done.stdout)
@@ -135,7 +139,9 @@ def target_rule(question):
     ]
     wanted = question["target_modules"]
     targeted = name_rule("target_modules", wanted)
-    owners = tuple(f".{name}".rpartition(".")[0] for name in question["target_parameters"])
+    owners = tuple(
+        f".{name}".rpartition(".")[0] for name in question["target_parameters"]
+    )
     # PEFT ignores the layer of a module whose whole name is in the list.
     whole = frozenset(wanted if isinstance(wanted, list) else ())
     layer = layer_rule(question["layers_pattern"])
@@ -178,11 +184,13 @@ def name_rule(field, wanted):
 def layer_rule(layers_pattern):
     """A function of a name: the index of its layer, or None."""
     wholes = {
-        pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in as_list(layers_pattern)
+        pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+        for pattern in as_list(layers_pattern)
     }
     wholes = wholes or {"": LAYER}
     rules = [
-        compiled("layers_pattern", pattern, whole).match for pattern, whole in wholes.items()
+        compiled("layers_pattern", pattern, whole).match
+        for pattern, whole in wholes.items()
     ]
 
     def layer(module):
@@ -199,7 +207,11 @@ def unmet_targets(question, modules):
     if not isinstance(names, list):
         return []
     dotted = [f".{module}" for module in modules]
-    return [name for name in names if not any(module.endswith(f".{name}") for module in dotted)]
+    return [
+        name
+        for name in names
+        if not any(module.endswith(f".{name}") for module in dotted)
+    ]
 
 
 def unmet_layers(question, modules, targets):

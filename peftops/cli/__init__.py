@@ -43,7 +43,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that names the default of an option, unless it says nothing."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or action.default == ()
+        silent = (
+            action.default is None or action.default is False or action.default == ()
+        )
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -162,12 +164,16 @@ def folder(text: str) -> Path:
         with tempfile.TemporaryDirectory(dir=nearest):
             return path
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(
+            f"cannot write to {text}: {error.strerror}"
+        ) from None
 
 
 def escaped(text: str) -> str:
     """The text with escapes for line breaks and for characters that move the cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def one_line(text: str) -> str:
@@ -177,7 +183,9 @@ def one_line(text: str) -> str:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 1 on, got {text!r}"
+        )
     return int(text)
 
 

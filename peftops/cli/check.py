@@ -23,7 +23,10 @@ WIDEST = 400  # characters of a row
 BAD = "broken", "refused", "dropped"
 VARIANTS = *UNREAD, "velora_config"  # they have lora_ tensors of their own
 DELTA = ".token_adapter.trainable_tokens_delta"
-HEADS = "classifier", "score"  # PEFT adds both to modules_to_save, whichever the model has
+HEADS = (
+    "classifier",
+    "score",
+)  # PEFT adds both to modules_to_save, whichever the model has
 
 
 def options(argv):
@@ -77,7 +80,9 @@ def report(adapter, targets):
 def printable(text):
     """One line that every terminal shows. A key may hold control characters, or be long."""
     encoding = sys.stdout.encoding or "utf-8"
-    return escaped(shortened(text)).encode(encoding, "backslashreplace").decode(encoding)
+    return (
+        escaped(shortened(text)).encode(encoding, "backslashreplace").decode(encoding)
+    )
 
 
 def shortened(text):
@@ -93,7 +98,10 @@ def for_peft(adapter):
         yield from trained_tokens(adapter)
     yield from modules_to_save(adapter)
     if find_spec("peft") is None:
-        yield "note", "PEFT is not installed, so the config was not compared with its fields"
+        yield (
+            "note",
+            "PEFT is not installed, so the config was not compared with its fields",
+        )
     else:
         yield from as_config(adapter.config)
 
@@ -109,24 +117,35 @@ def as_config(config):
         yield "refused", f"peft_type {config['peft_type']}: unknown to PEFT {here}"
         return
     known = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := sorted(name for name, value in config.items() if name not in known and value):
+    if unknown := sorted(
+        name for name, value in config.items() if name not in known and value
+    ):
         yield "dropped", f"{listed(unknown)}: unknown to PEFT {here}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config_class(**{name: value for name, value in config.items() if name in known})
+            config_class(
+                **{name: value for name, value in config.items() if name in known}
+            )
             newer = Version(config.get("peft_version") or "0") > Version(here)
     except Exception as error:  # each field has checks of its own
         yield "refused", sentence(error)
         return
     if newer:
-        yield "note", f"PEFT {config['peft_version']} saved it, and PEFT {here} is installed"
+        yield (
+            "note",
+            f"PEFT {config['peft_version']} saved it, and PEFT {here} is installed",
+        )
 
 
 def not_loaded(adapter):
     """The tensors that PEFT would not load: it looks each module and key up by its name."""
     wrapped = {key for keys in adapter.wrapped.values() for key in keys}
-    lora = [stored.key for tensors in adapter.modules.values() for stored in tensors.values()]
+    lora = [
+        stored.key
+        for tensors in adapter.modules.values()
+        for stored in tensors.values()
+    ]
     keys = [key for key in lora if key not in wrapped]
     if bare := [key for key in keys if not key.startswith(adapter_file.PREFIX)]:
         yield (
@@ -152,7 +171,9 @@ def untargeted(adapter):
     """Where the names in the config and those of the tensors do not match."""
     left_out = {}
     for module, target in adapter.targets.items():
-        if target not in ("module", "parameter") and not may_be_tied(module, adapter.config):
+        if target not in ("module", "parameter") and not may_be_tied(
+            module, adapter.config
+        ):
             left_out.setdefault(target, []).append(module)
     for name, modules in left_out.items():
         yield (
@@ -171,7 +192,9 @@ def untargeted(adapter):
 def unexpected(adapter):
     """The tensors that PEFT does not save with LoRA layers."""
     strange = [
-        key for key in adapter.others if key not in adapter.named and not expected(key, adapter)
+        key
+        for key in adapter.others
+        if key not in adapter.named and not expected(key, adapter)
     ]
     if lost := [key for key in strange if not of_base(key)]:
         yield "dropped", f"{listed(lost)}: no part of a LoRA adapter"
@@ -209,7 +232,14 @@ def expected(key, adapter):
     resized = key.endswith((".embed_tokens.weight", ".lm_head.weight"))
     adapted = adapter_file.without_prefix(key).removesuffix(".base_layer.weight")
     base = key.endswith(".base_layer.weight") and adapted in adapter.modules
-    return key in adapter.saved or key.endswith(DELTA) or variant or bias or resized or base
+    return (
+        key in adapter.saved
+        or key.endswith(DELTA)
+        or variant
+        or bias
+        or resized
+        or base
+    )
 
 
 def trained_tokens(adapter):

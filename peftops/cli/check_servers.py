@@ -40,13 +40,18 @@ def for_vllm(adapter):
             "refused",
             f"modules_to_save: vLLM takes {' and '.join(VLLM_SAVES)} alone, not {listed(others)}",
         )
-    allowed = tuple(f".{name}.{tensor}" for name in VLLM_SAVES for tensor in ("weight", "bias"))
+    allowed = tuple(
+        f".{name}.{tensor}" for name in VLLM_SAVES for tensor in ("weight", "bias")
+    )
     if strange := [
         key for key in adapter.others if not key.endswith((*BASE_EMBEDDINGS, *allowed))
     ]:
         yield "refused", f"{listed(strange)}: no LoRA weight to vLLM"
     if adapter.rank > VLLM_RANKS[-1]:
-        yield "refused", f"rank {adapter.rank}: vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}"
+        yield (
+            "refused",
+            f"rank {adapter.rank}: vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}",
+        )
     elif adapter.rank > VLLM_RANK:
         least = min(rank for rank in VLLM_RANKS if rank >= adapter.rank)
         yield "note", f"rank {adapter.rank}: needs --max-lora-rank {least}"
@@ -123,7 +128,10 @@ def foreign(config, server, verdict):
     """The features of PEFT that neither server computes. Not each server says so."""
     for name, what in (LACKED | UNREAD).items():
         if config.get(name):
-            yield verdict if name in LACKED else "dropped", f"{name}: {server} has no {what}"
+            yield (
+                verdict if name in LACKED else "dropped",
+                f"{name}: {server} has no {what}",
+            )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and MOVES_BASE.fullmatch(init):
         yield (

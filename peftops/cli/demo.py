@@ -44,10 +44,7 @@ def options(argv):
         help="what to learn; by default the reference of the Python language",
     )
     parser.add_argument(
-        "--method",
-        default="lora",
-        choices=CHOICES,
-        help="what is trained",
+        "--method", default="lora", choices=CHOICES, help="what is trained"
     )
     parser.add_argument(
         "--compare",
@@ -76,7 +73,9 @@ def options(argv):
         choices=list(STEPS),
         help="of the model; by default bf16, but fp32 on a CPU without bf16 dot products",
     )
-    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is a GPU")
+    parser.add_argument(
+        "--device", help="cpu or cuda; by default cuda where there is a GPU"
+    )
     parser.add_argument(
         "--seed",
         type=int,
@@ -105,7 +104,9 @@ def main(argv=None):
     if len(set(methods)) < len(methods):
         raise BadInput(f"--compare names a method twice: {o.compare}")
     if unknown := [method for method in methods if method not in METHODS]:
-        raise BadInput(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+        raise BadInput(
+            f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}"
+        )
     labels = [label for method in methods for label in METHODS[method]]
     device, chosen = resolve(o)
     refuse_folder(o.model)
@@ -212,7 +213,8 @@ def run(o, labels, dtype, device, console):
             for label in labels
         ]
         before = [
-            losses(c.model) if c.label in training.PACKED else at_first for c in contenders
+            losses(c.model) if c.label in training.PACKED else at_first
+            for c in contenders
         ]
         stage = progress.stage("train by turns", o.steps)
         frozen = training.race(

@@ -36,7 +36,9 @@ DORA = METHODS["dora"] + METHODS["qdora"]
 PACKED = METHODS["qlora"] + METHODS["qdora"]
 BITSANDBYTES = METHODS["qlora"][0], METHODS["qdora"][0]
 RATES = {
-    label: 5e-5 if label == FULL else 5e-4 for labels in METHODS.values() for label in labels
+    label: 5e-5 if label == FULL else 5e-4
+    for labels in METHODS.values()
+    for label in labels
 }
 ADAPTERS = {  # what is kept of the contenders that peftops patches
     labels[1]: "adapter" if method == "lora" else f"adapter-{method}"
@@ -61,15 +63,21 @@ def load_model(name, dtype, device):
     options = {}
     source = name
     refuse_folder(name)
-    file = default_gguf() if name is None else next(Path(name).glob("*.gguf"), Path(name))
-    if file.suffix == ".gguf" and (name is None or not Path(name, "config.json").is_file()):
+    file = (
+        default_gguf() if name is None else next(Path(name).glob("*.gguf"), Path(name))
+    )
+    if file.suffix == ".gguf" and (
+        name is None or not Path(name, "config.json").is_file()
+    ):
         options = {"gguf_file": file.name}
         source = str(file.parent)
     of_model = dict(options)
     if options:
         of_model["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with redirect_stderr(io.StringIO()):  # it hides a progress bar that no option hides
+        with redirect_stderr(
+            io.StringIO()
+        ):  # it hides a progress bar that no option hides
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source,
@@ -77,7 +85,9 @@ def load_model(name, dtype, device):
                 **of_model,
             )
     except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"cannot load the model {name or DEFAULT}: {sentence(error)}") from None
+        raise BadInput(
+            f"cannot load the model {name or DEFAULT}: {sentence(error)}"
+        ) from None
     # The saved adapter names this as its base model.
     model.name_or_path = name or DEFAULT
     model.config._name_or_path = name or DEFAULT
@@ -134,7 +144,9 @@ def chunks(tokenizer, text, device, least=1):
     )["input_ids"][0]
     length = SHAPE[1]
     if len(ids) < least * length:
-        raise BadInput(f"the text must have {least * length} tokens or more, got {len(ids)}")
+        raise BadInput(
+            f"the text must have {least * length} tokens or more, got {len(ids)}"
+        )
     return ids[: len(ids) // length * length].view(-1, length).to(device)
 
 
@@ -202,7 +214,9 @@ def build(label, model, rank, dropout, seed):
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses old names of transformers
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # PEFT uses old names of transformers
         model = peft.get_peft_model(model, config).train()
     return Contender(label, peftops.patch(model) if label in ADAPTERS else model)
 

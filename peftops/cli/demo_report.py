@@ -87,7 +87,9 @@ def table(result):
             }
         )
     for name, form in rows.items():
-        view.add_row(name, *(form.format(**c) for c in shown), *("–" for _ in result["absent"]))
+        view.add_row(
+            name, *(form.format(**c) for c in shown), *("–" for _ in result["absent"])
+        )
     return view
 
 

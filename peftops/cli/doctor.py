@@ -134,7 +134,9 @@ def check_op(op, device, problems):
         cases = None
     errors = []
     for dtype in dtypes:
-        label, error, bound = worst(islice(check(op, backend, SHAPE, dtype, device), cases))
+        label, error, bound = worst(
+            islice(check(op, backend, SHAPE, dtype, device), cases)
+        )
         relation = "≤"
         if not error <= bound:
             relation = ">"

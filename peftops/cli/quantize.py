@@ -10,7 +10,11 @@ from pathlib import Path
 
 from . import BadInput, Parser, find_device, need, one_line, refusing, sentence
 
-PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}  # rich shows names as they are
+PLAIN = {
+    "highlight": False,
+    "soft_wrap": True,
+    "markup": False,
+}  # rich shows names as they are
 
 
 def options(argv):
@@ -246,7 +250,9 @@ def make_config(o, model):
     )
     config = {**model.config, "quantization_config": settings.to_dict()}
     if not config.get("dtype") and not config.get("torch_dtype"):
-        config["dtype"] = dtype  # else transformers would take the dtype of the scales, fp32
+        config["dtype"] = (
+            dtype  # else transformers would take the dtype of the scales, fp32
+        )
     return config
 
 

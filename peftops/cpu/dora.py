@@ -25,7 +25,9 @@ def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
     s = scale.item()
     a, b = rounded(a), rounded(b)
     c = (dn / n).masked_fill((n == 0) | n.isinf(), 0)[:, None]
-    with torch.autocast("cpu", enabled=False):  # it would round what the specification does not
+    with torch.autocast(
+        "cpu", enabled=False
+    ):  # it would round what the specification does not
         cb = c * b
         wide = torch.zeros_like(a)
         u = torch.empty_like(b)

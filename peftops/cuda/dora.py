@@ -26,7 +26,9 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     if not rows:
         return
     k_multiple, n_multiple = ALIGNED[form]
-    tiled = x.dtype is not torch.float32 and k % k_multiple == 0 and rows % n_multiple == 0
+    tiled = (
+        x.dtype is not torch.float32 and k % k_multiple == 0 and rows % n_multiple == 0
+    )
     if not tiled:
         tile = PLAIN
     else:

@@ -69,7 +69,9 @@ def multiply(y, x, base, block):
         noted(torch.mm, x, w.T, out=y[:, first : first + len(w)])
 
 
-def describe(op: str, x: torch.Tensor, m: int, n: int, k: int, r: int, form: str) -> str:
+def describe(
+    op: str, x: torch.Tensor, m: int, n: int, k: int, r: int, form: str
+) -> str:
     """How m rows like x are multiplied by a base of n rows and k columns, in a report's words.
 
     In one launch every block of threads makes its own h. It reads a once more, from L2: together

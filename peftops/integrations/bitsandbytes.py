@@ -37,7 +37,9 @@ def enable() -> Enabled:
     _library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
         # To override is the point.
-        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        warnings.filterwarnings(
+            "ignore", "(?s).*Overriding a previously registered kernel"
+        )
         for name, function in OPS.items():
             for device in DEVICES:
                 _library.impl(name, function, device, allow_override=True)
@@ -61,14 +63,18 @@ def shared_table(quant_type, device):
 
 # The ops of bitsandbytes, with the arguments of its own.
 def quantize_4bit(A, blocksize, quant_type, quant_storage):
-    codes, absmax = nf4_quantize(A, *bounds(shared_table(quant_type, A.device)), blocksize)
+    codes, absmax = nf4_quantize(
+        A, *bounds(shared_table(quant_type, A.device)), blocksize
+    )
     return codes.view(quant_storage)[:, None], absmax
 
 
 def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
     codes = A.contiguous().view(torch.uint8)
     table = shared_table(quant_type, A.device)
-    flat = nf4_dequantize(codes, table, [absmax.float()], blocksize, math.prod(shape), dtype)
+    flat = nf4_dequantize(
+        codes, table, [absmax.float()], blocksize, math.prod(shape), dtype
+    )
     return flat.view(shape)
 
 
@@ -91,7 +97,12 @@ def gemm_4bit(
 ):
     scales = [absmax.float()]
     if absmax_8bit is not None:
-        scales = [absmax_8bit, *scales, absmax_code.float(), absmax_offset.float().reshape(())]
+        scales = [
+            absmax_8bit,
+            *scales,
+            absmax_code.float(),
+            absmax_offset.float().reshape(()),
+        ]
     codes = B.contiguous().view(torch.uint8)
     base = Base("nf4", [codes, shared_table(quant_type, A.device), *scales], blocksize)
     n, k = shapeB

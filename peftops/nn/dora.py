@@ -112,7 +112,9 @@ class Normed(nn.Module):
             RuntimeError: inside checked_norms, the kept gain is of other weights.
         """
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
-        weight = magnitude._parameters["weight"]  # every token reads it; __getattr__ is slower
+        weight = magnitude._parameters[
+            "weight"
+        ]  # every token reads it; __getattr__ is slower
         if weight.dtype in HALF:
             weight = widened(magnitude)
         _, a, b, _ = operands
@@ -122,7 +124,9 @@ class Normed(nn.Module):
         if training or by_formula():
             return layer_class.computed(self, layer_class, weight, operands)
         if torch.compiler.is_compiling():
-            return layer_class.traced_gain(self, layer_class, magnitude, weight, x, operands)
+            return layer_class.traced_gain(
+                self, layer_class, magnitude, weight, x, operands
+            )
         now = stamp(weight, *operands)
         known = (
             now is not None
@@ -151,7 +155,9 @@ class Normed(nn.Module):
         A kept gain serves one position of a frozen adapter; all other calls compute theirs.
         """
         _, a, b, _ = operands
-        frozen = "gain" in magnitude._buffers and not (a.requires_grad or b.requires_grad)
+        frozen = "gain" in magnitude._buffers and not (
+            a.requires_grad or b.requires_grad
+        )
         if frozen and one_position(x):
             return magnitude.gain
         gain = layer_class.computed(self, layer_class, weight, operands)
@@ -170,7 +176,9 @@ class Normed(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        kept = {magnitude: magnitude.weight.data for magnitude in self.magnitudes().values()}
+        kept = {
+            magnitude: magnitude.weight.data for magnitude in self.magnitudes().values()
+        }
         super()._apply(fn, recurse)
         for magnitude, before in kept.items():
             now = magnitude.weight
@@ -236,7 +244,10 @@ def stamp(magnitude, weight, a, b, scaling):
         return (
             _moves,
             scaling,
-            [(t.data_ptr(), t._version) for t in (magnitude, a, b, *tensors_of(weight))],
+            [
+                (t.data_ptr(), t._version)
+                for t in (magnitude, a, b, *tensors_of(weight))
+            ],
         )
     except RuntimeError:
         return None  # tensors of inference_mode count no versions

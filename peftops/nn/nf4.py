@@ -81,7 +81,9 @@ class LinearNF4(StateDictNF4, nn.Linear):
         self.hold(base, dtype, blocksize, quant_type)
         self.bias = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(
+                torch.empty(out_features, device=device, dtype=dtype)
+            )
         if not self.weight.is_meta:
             self.reset_parameters()
 
@@ -117,7 +119,9 @@ class LinearNF4(StateDictNF4, nn.Linear):
             raise ValueError(
                 f"LinearNF4: weight must be {self.shape}, got {tuple(weight.shape)}"
             )
-        q = NF4Weight.quantize(weight, self.blocksize, self.double_quant, self.quant_type)
+        q = NF4Weight.quantize(
+            weight, self.blocksize, self.double_quant, self.quant_type
+        )
         self.hold(q.base, q.dtype, q.block, q.quant_type)
 
     @classmethod
@@ -183,7 +187,9 @@ class LinearNF4(StateDictNF4, nn.Linear):
             )
         weight = linear.weight.T if columns else linear.weight
         q = NF4Weight.quantize(weight.contiguous(), blocksize, double_quant, quant_type)
-        return cls.of(q, linear.bias, compute_dtype=compute_dtype).train(linear.training)
+        return cls.of(q, linear.bias, compute_dtype=compute_dtype).train(
+            linear.training
+        )
 
     @classmethod
     def from_bnb(cls, linear: "Linear4bit") -> "LinearNF4":
@@ -237,7 +243,11 @@ class LinearNF4(StateDictNF4, nn.Linear):
     def bias_for(self, dtype: torch.dtype) -> Tensor | None:
         """The bias as lora_linear takes it, where x is of this dtype."""
         bias = self.bias
-        return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.to(dtype)
+        return (
+            bias
+            if bias is None or bias.dtype in (dtype, torch.float32)
+            else bias.to(dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.computes(x)

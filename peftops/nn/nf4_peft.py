@@ -18,7 +18,14 @@ from importlib import import_module
 import torch
 from torch import nn
 
-INITS = "olora_init", "pissa_init", "mica_init", "corda_init", "orthogonal_init", "lora_ga_init"
+INITS = (
+    "olora_init",
+    "pissa_init",
+    "mica_init",
+    "corda_init",
+    "orthogonal_init",
+    "lora_ga_init",
+)
 LOFTQ = (
     "LinearNF4: init_lora_weights='loftq' must have a base that is not quantized yet; "
     "over this one call peft.replace_lora_weights_loftq, which reads the weight there was "
@@ -70,7 +77,9 @@ def wrap_all(layer, packed):
     corda = peft_module("tuners.lora.corda")
     wrap(corda, "target_modules", each_dense(layer))
     wrap(corda, "collect_eigens_for_layer", argument_dense(layer))
-    wrap_imported("utils.quantization_utils", "resolve_quantization_backend", backend(layer))
+    wrap_imported(
+        "utils.quantization_utils", "resolve_quantization_backend", backend(layer)
+    )
     redirect(peft.replace_lora_weights_loftq, layer)
 
 
@@ -242,7 +251,11 @@ def backend(layer):
 
     def around(stock):
         def resolve_quantization_backend(base_layer, **options):
-            return Backend() if isinstance(base_layer, layer) else stock(base_layer, **options)
+            return (
+                Backend()
+                if isinstance(base_layer, layer)
+                else stock(base_layer, **options)
+            )
 
         return resolve_quantization_backend
 
@@ -258,7 +271,9 @@ class Others:
 
     def named_modules(self):
         return [
-            (name, m) for name, m in self.model.named_modules() if not isinstance(m, self.layer)
+            (name, m)
+            for name, m in self.model.named_modules()
+            if not isinstance(m, self.layer)
         ]
 
     def named_parameters(self):
@@ -284,7 +299,9 @@ def condition(layer):
                     continue
                 if max(linear.shape) <= self.max_dim_size_to_analyze:
                     values = torch.linalg.svdvals(linear.dequantize(torch.float32))
-                    self._condition_numbers[name] = (values[0] / (values[-1] + 1e-8)).item()
+                    self._condition_numbers[name] = (
+                        values[0] / (values[-1] + 1e-8)
+                    ).item()
 
         return _compute_kappas
 
@@ -301,7 +318,9 @@ def redirect(function, layer):
         return _peftops_loftq(peft_model, model_path, adapter_name, callback)  # noqa: F821
 
     inner = getattr(function, "__wrapped__", function)
-    stock = type(inner)(inner.__code__, inner.__globals__, inner.__name__, inner.__defaults__)
+    stock = type(inner)(
+        inner.__code__, inner.__globals__, inner.__name__, inner.__defaults__
+    )
     inner.__globals__["_peftops_loftq"] = functools.partial(
         loftq, stock, inner.__globals__, layer
     )
@@ -327,10 +346,14 @@ def loftq(stock, peft, layer, peft_model, model_path, adapter_name, callback):
             raise TypeError("The passed model does not appear to be a valid PeftModel")
         name = full_name.removeprefix(prefix)
         base = module.get_base_layer()
-        weight = files.get_tensor(f"{name}.weight").to(base.weight.device, torch.float32)
+        weight = files.get_tensor(f"{name}.weight").to(
+            base.weight.device, torch.float32
+        )
         weight = weight.T if getattr(base, "columns", False) else weight
         lost = weight - base.dequantize().float()
-        factors = peft["_low_rank_decomposition"](lost, reduced_rank=module.r[adapter_name])
+        factors = peft["_low_rank_decomposition"](
+            lost, reduced_rank=module.r[adapter_name]
+        )
         a = module.lora_A[adapter_name].weight
         b = module.lora_B[adapter_name].weight
         before = a.data, b.data

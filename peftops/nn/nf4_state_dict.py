@@ -25,11 +25,18 @@ class StateDictNF4(PackedNF4):
             codes = codes.flatten().view(self.quant_storage)[:, None]
         destination[name] = codes
         if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+            destination[f"{prefix}bias"] = (
+                self.bias if keep_vars else self.bias.detach()
+            )
         if not self.weight.is_meta:
             base = [whole(t) for t in self.base().tensors]
             tensors = write(
-                name, base, self.shape, self.weight_dtype, self.blocksize, self.quant_type
+                name,
+                base,
+                self.shape,
+                self.weight_dtype,
+                self.blocksize,
+                self.quant_type,
             )
             destination.update({key: t for key, t in tensors.items() if key != name})
 
@@ -65,7 +72,9 @@ class StateDictNF4(PackedNF4):
         assign = local_metadata.get("assign_to_params_buffers", False)
         has_bias = self.bias is not None and bias_key in state_dict
         tensors = {
-            key: t for key, t in state_dict.items() if key == name or key.startswith(f"{name}.")
+            key: t
+            for key, t in state_dict.items()
+            if key == name or key.startswith(f"{name}.")
         }
         missing, unexpected = [], []
         if strict:
@@ -93,7 +102,9 @@ class StateDictNF4(PackedNF4):
     def find_missing(self, state_dict, prefix):
         """The keys of weight and bias that a state dict lacks."""
         own = {f"{prefix}weight": self.weight, f"{prefix}bias": self.bias}
-        return [key for key, t in own.items() if t is not None and key not in state_dict]
+        return [
+            key for key, t in own.items() if t is not None and key not in state_dict
+        ]
 
     def find_unexpected(self, state_dict, prefix, tensors):
         """The keys with this prefix that are neither the layer's nor those of `tensors`."""
@@ -101,7 +112,9 @@ class StateDictNF4(PackedNF4):
         for key, t in (*self._parameters.items(), *self._buffers.items()):
             if t is not None:
                 known.add(f"{prefix}{key}")
-        return [key for key in state_dict if key.startswith(prefix) and key not in known]
+        return [
+            key for key in state_dict if key.startswith(prefix) and key not in known
+        ]
 
     def take_bias(self, bias, assign):
         """Loads a bias that expect_bias has checked."""
@@ -134,11 +147,17 @@ class StateDictNF4(PackedNF4):
     def readied(self, tensors, name, assign):
         """(NF4Weight that fits this layer, dtype of its stored codes) of a state dict."""
         value = tensors.get(name)
-        if set(tensors) == {name} and isinstance(value, Tensor) and value.is_floating_point():
+        if (
+            set(tensors) == {name}
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+        ):
             return self.quantized_now(value, name, assign), self.quant_storage
         q = NF4Weight.load({key: whole(t) for key, t in tensors.items()}, name)
         if q.shape != self.shape:
-            raise ValueError(f"LinearNF4: {name} must be {self.shape}, got {tuple(q.shape)}")
+            raise ValueError(
+                f"LinearNF4: {name} must be {self.shape}, got {tuple(q.shape)}"
+            )
         return q, value.dtype
 
     def quantized_now(self, value, name, assign):
@@ -187,7 +206,9 @@ class StateDictNF4(PackedNF4):
     @property
     def _keys(self):
         """Has an attribute for every dotted key of the state dict."""
-        states = SimpleNamespace(**{f"bitsandbytes__{name}": None for name in FOUR_BITS})
+        states = SimpleNamespace(
+            **{f"bitsandbytes__{name}": None for name in FOUR_BITS}
+        )
         scales = "absmax", "quant_map", "nested_absmax", "nested_quant_map"
         return SimpleNamespace(
             weight=SimpleNamespace(quant_state=states, **dict.fromkeys(scales))
@@ -208,7 +229,9 @@ def expect_bias(key, bias, own):
             f"LinearNF4: {key} must be {tuple(own.shape)}, got {tuple(bias.shape)}"
         )
     if not bias.is_floating_point():
-        raise TypeError(f"LinearNF4: {key} must be of a floating point dtype, got {bias.dtype}")
+        raise TypeError(
+            f"LinearNF4: {key} must be of a floating point dtype, got {bias.dtype}"
+        )
     if bias.layout is not torch.strided or (bias.is_meta and not own.is_meta):
         raise ValueError(
             f"LinearNF4: {key} must be a dense tensor with data, "

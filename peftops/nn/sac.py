@@ -28,6 +28,10 @@ def sac_policy(*more: torch._ops.OpOverload) -> Callable[..., CheckpointPolicy]:
     kept = {ops.lora_fwd.default, ops.lora_gemv.default, ops.dora_norm.default, *more}
 
     def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if op in kept
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     return policy

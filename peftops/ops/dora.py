@@ -17,7 +17,14 @@ from .dora_contract import (  # noqa: F401  testing/law.py gets a row's ops from
 from .dora_dropout import Dropped, dropped, plain
 from .lora import ADAPTER, linear
 from .lora_base import Base, expect_dims, prepared, weight_fault
-from .lora_formula import applied, by_formula, differentiable, formula, gradients, graph_wanted
+from .lora_formula import (
+    applied,
+    by_formula,
+    differentiable,
+    formula,
+    gradients,
+    graph_wanted,
+)
 from .nf4 import NF4Weight
 
 
@@ -136,6 +143,14 @@ def no_zeros(norm: Tensor) -> Tensor:
     return norm.masked_fill(norm == 0, float("inf"))
 
 
+def norm_for(x, weight, a, b, scaling, detach_norm):
+    """The norm (n,) for a product with x, with inf for 0."""
+    if detach_norm:
+        a = a.detach()
+        b = b.detach()
+    return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=x.dtype))
+
+
 @explained("dora", **ADAPTER, magnitude=tensor, norm=tensor_or_none)
 def dora_linear(
     x: Tensor,
@@ -174,18 +189,18 @@ def dora_linear(
         ValueError: for shapes, dropout_mode, and a weight that requires grad.
         TypeError: for dtypes.
 
-    Source:
-        Liu et al., DoRA, arXiv 2402.09353.
+    Source: Liu et al., DoRA, arXiv 2402.09353.
     """
     if dropout_mode not in ("peft", "lora"):
-        raise ValueError(f"dora: dropout_mode must be peft or lora, got {dropout_mode!r}")
+        raise ValueError(
+            f"dora: dropout_mode must be peft or lora, got {dropout_mode!r}"
+        )
     n = lora_B.shape[:1]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     expect("dora", "magnitude", magnitude, n, torch.float32, wide)
     expect("dora", "norm", norm, n, torch.float32, wide)
     if norm is None:
-        adapter = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
-        norm = no_zeros(dora_weight_norm(weight, *adapter, scaling=scaling, dtype=x.dtype))
+        norm = norm_for(x, weight, lora_A, lora_B, scaling, detach_norm)
     return linear_of_gain(
         x,
         weight,
@@ -223,7 +238,17 @@ def linear_of_gain(
             "dora: w must be given itself for dropout_mode peft, got a product of it"
         )
     seed = torch.randint(2**62, (1,), device=x.device)
-    args = x, a, b, bias, gain, scale, seed, (base.form, base.block, dropout_p), *base.tensors
+    args = (
+        x,
+        a,
+        b,
+        bias,
+        gain,
+        scale,
+        seed,
+        (base.form, base.block, dropout_p),
+        *base.tensors,
+    )
     if by_formula():
         return plain(*args)
     if differentiable(x, a, b, bias, gain):

@@ -10,7 +10,13 @@ from .lora_contract import expect_lora, expect_probability
 
 @op
 def dora_norm(
-    x: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scale: Tensor, form: str, block: int
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    form: str,
+    block: int,
 ) -> Tensor:
     """n = ‖Ŵ + s·b·a‖ of each row
 

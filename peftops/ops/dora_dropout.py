@@ -83,7 +83,9 @@ class Dropped(torch.autograd.Function):
         dy = rows(dy)
         need = [*ctx.needs_input_grad[:5], False]
         no_bits = x.new_empty(x.shape[0], 0, dtype=torch.uint8)
-        kept = dora_mix(x, None, bits, p)  # made again; x is saved anyway, for other layers too
+        kept = dora_mix(
+            x, None, bits, p
+        )  # made again; x is saved anyway, for other layers too
         grads = lora_bwd(
             dy,
             kept,
@@ -102,7 +104,9 @@ class Dropped(torch.autograd.Function):
             0.0,
             need,
         )
-        grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)][:5]
+        grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)][
+            :5
+        ]
         if need[0]:
             dx_rest = product_bwd(dy, x, base, scale, form, block, no_bits)
             grads[0] = dora_mix(grads[0], dx_rest, bits, p).view(given.shape)

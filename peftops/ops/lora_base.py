@@ -163,7 +163,11 @@ def no_delta(
     The tensors are cached, except while a graph is traced.
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
+    if (
+        torch.compiler.is_compiling()
+        or transformed()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return empty_adapter(k, n, wide, device)
     return kept_empty(k, n, wide, device)
 
@@ -185,4 +189,6 @@ def kept_empty(k, n, dtype, device):
 def kept_scale(scaling, dtype, device):
     with torch.inference_mode(False):  # as above
         scale = torch.full((1,), scaling, dtype=dtype, device="cpu")
-        return scale.to(device)  # the copy is done when it returns, so every stream may read it
+        return scale.to(
+            device
+        )  # the copy is done when it returns, so every stream may read it

@@ -145,7 +145,13 @@ def expect_lora(
     if form == "nf4":
         expect_base("lora", base, block, n * k, wide)
     elif base:
-        expect("lora", "y0" if form == "given" else "w", base[0], SHAPES[form](m, n, k), dtype)
+        expect(
+            "lora",
+            "y0" if form == "given" else "w",
+            base[0],
+            SHAPES[form](m, n, k),
+            dtype,
+        )
     expect("lora", "a", a, (r, k), dtype, wide)
     expect("lora", "b", b, (n, r if columns == r else experts * r), dtype, wide)
     expect("lora", "scale", scale, (1,), wide)

@@ -46,7 +46,9 @@ def applied(function, *args):
 def differentiable(*args) -> bool:
     """Whether autograd has to record what is computed from these tensors."""
     # a list, because a generator costs more
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args])
+    return torch.is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in args]
+    )
 
 
 def graph_wanted() -> bool:
@@ -67,7 +69,8 @@ def gradients(function, args, needs, dy):
     """
     with torch.enable_grad():
         args = [
-            arg.view_as(arg) if need else arg for arg, need in zip(args, needs, strict=True)
+            arg.view_as(arg) if need else arg
+            for arg, need in zip(args, needs, strict=True)
         ]
         y = function(*args)
         wanted = [arg for arg, need in zip(args, needs, strict=True) if need]

@@ -33,9 +33,13 @@ def lora_mlp(x: Tensor, gate: tuple, up: tuple, down: tuple) -> Tensor:
         _, *up = arguments(cast, *up)
         _, *down = arguments(cast.new_empty(0, down[1].shape[-1]), *down)
     if transformed():
-        raise RuntimeError("lora_mlp: forward-mode AD and torch.func want layers by themselves")
+        raise RuntimeError(
+            "lora_mlp: forward-mode AD and torch.func want layers by themselves"
+        )
     args = x, cast, (len(gate), len(up)), *gate, *up, *down
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+    if torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in args
+    ):
         return MLP.apply(*args)
     return forward(None, *args)
 
@@ -93,7 +97,9 @@ def forward(ctx, given, x, sizes, *args):
     ctx.layers = layers
     ctx.sizes = [len(tensors) for tensors in saved[:2]]
     ctx.dtype = given.dtype
-    ctx.save_for_backward(g, u, *saved[0], *saved[1], *saved[2][1:])  # without down's input
+    ctx.save_for_backward(
+        g, u, *saved[0], *saved[1], *saved[2][1:]
+    )  # without down's input
     return y
 
 

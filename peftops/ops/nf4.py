@@ -13,7 +13,9 @@ from .nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
 
 
 @op
-def nf4_quantize(w: Tensor, bounds: Tensor, order: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def nf4_quantize(
+    w: Tensor, bounds: Tensor, order: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
     """absmax = the largest magnitude of a block; codes of w / absmax, two in a byte
 
     w of N elements in any shape · bounds (15,) · order (16,)
@@ -81,7 +83,9 @@ def expect_weight(w):
     if traced or type(values) is not Tensor or w.is_meta:
         return  # there may be no values to read
     least, largest = values.aminmax()  # both are finite only if all elements are
-    if not (largest - least).isfinite() and not (least.isfinite() and largest.isfinite()):
+    if not (largest - least).isfinite() and not (
+        least.isfinite() and largest.isfinite()
+    ):
         nans = values.isnan().sum().item()
         infs = values.isinf().sum().item()
         raise ValueError(
@@ -196,7 +200,9 @@ class NF4Weight:
         dtype = dtype or self.dtype
         rounded = torch.float32 if dtype is torch.float64 else dtype
         if torch.compiler.is_exporting():
-            return formula("nf4_plain", self.base, self.block, self.shape, rounded).to(dtype)
+            return formula("nf4_plain", self.base, self.block, self.shape, rounded).to(
+                dtype
+            )
         flat = nf4_dequantize(
             self.codes,
             self.table,
@@ -241,7 +247,9 @@ class NF4Weight:
         Args:
             name: of the parameter, with which all keys start.
         """
-        return write(name, self.base, self.shape, self.dtype, self.block, self.quant_type)
+        return write(
+            name, self.base, self.shape, self.dtype, self.block, self.quant_type
+        )
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], name: str = "weight") -> "NF4Weight":
@@ -296,7 +304,9 @@ def quantize_scales(absmax):
 
 
 @explained("nf4", w=tensor, blocksize=size, double_quant=flag)
-def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+def quantize_nf4(
+    w: Tensor, blocksize: int = 64, double_quant: bool = True
+) -> NF4Weight:
     """codes = the nearest of NormalFloat's sixteen values to w / absmax, for each block of w
 
     absmax is the largest magnitude of a block of consecutive elements, and the division is in fp32.

@@ -12,7 +12,11 @@ from .nf4_tables import FOUR_BITS, four_bits
 
 BLOCKS = tuple(32 << i for i in range(8))
 NESTED = 256  # scales that share a scale
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 FLOATS = *DTYPES.values(), torch.float64  # what scales and tables may have been cast to
 STATE = "quant_state.bitsandbytes__"
 LONGEST = 1 << 16  # bytes of the JSON object; bitsandbytes writes some 200
@@ -36,10 +40,17 @@ def write(
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
     }
-    tensors = {name: codes[:, None], f"{name}.absmax": scales[0], f"{name}.quant_map": table}
+    tensors = {
+        name: codes[:, None],
+        f"{name}.absmax": scales[0],
+        f"{name}.quant_map": table,
+    }
     if len(scales) == 4:
         _, nested, nested_table, offset = scales
-        tensors |= {f"{name}.nested_absmax": nested, f"{name}.nested_quant_map": nested_table}
+        tensors |= {
+            f"{name}.nested_absmax": nested,
+            f"{name}.nested_quant_map": nested_table,
+        }
         state |= {
             "nested_blocksize": NESTED,
             "nested_dtype": "float32",
@@ -97,7 +108,9 @@ def read_scales(tensors, name, blocks, state):
 def read_state(tensors, name):
     """The key of the JSON object, and the object after all of its members were checked."""
     keys = [
-        key for key in tensors if isinstance(key, str) and key.startswith(f"{name}.{STATE}")
+        key
+        for key in tensors
+        if isinstance(key, str) and key.startswith(f"{name}.{STATE}")
     ]
     if len(keys) != 1:
         raise ValueError(
@@ -108,9 +121,13 @@ def read_state(tensors, name):
     packed = tensor_of(tensors, key)
     quant_type = key.removeprefix(f"{name}.{STATE}")
     if quant_type not in FOUR_BITS:
-        raise ValueError(f"nf4: {name}.{STATE} must end in nf4 or fp4, got {short(quant_type)}")
+        raise ValueError(
+            f"nf4: {name}.{STATE} must end in nf4 or fp4, got {short(quant_type)}"
+        )
     if packed.numel() > LONGEST:
-        raise ValueError(f"nf4: {key} must be at most {LONGEST} bytes, got {packed.numel()}")
+        raise ValueError(
+            f"nf4: {key} must be at most {LONGEST} bytes, got {packed.numel()}"
+        )
     check(key, packed, packed.numel(), torch.uint8)
     written = bytes(packed.tolist())
     try:
@@ -118,7 +135,9 @@ def read_state(tensors, name):
     except (ValueError, RecursionError):  # ValueError is for UTF-8 and for JSON
         raise ValueError(f"nf4: {key} must be JSON, got {written[:40]}") from None
     if not isinstance(state, dict):
-        raise ValueError(f"nf4: {key} must be a JSON object, got {type(state).__name__}")
+        raise ValueError(
+            f"nf4: {key} must be a JSON object, got {type(state).__name__}"
+        )
     expect_state(key, state, quant_type)
     if (
         any(member.startswith("nested_") for member in state)
@@ -229,7 +248,9 @@ def tensor_of(tensors, key):
 def check(key, t, size, *dtypes):
     """Raises unless t is a vector of this size in one of these dtypes."""
     if t.dtype not in dtypes:
-        raise TypeError(f"nf4: {key} must be {' or '.join(map(str, dtypes))}, got {t.dtype}")
+        raise TypeError(
+            f"nf4: {key} must be {' or '.join(map(str, dtypes))}, got {t.dtype}"
+        )
     if t.shape != (size,):
         raise ValueError(f"nf4: {key} must be ({size},), got {tuple(t.shape)}")
 
@@ -240,7 +261,9 @@ def numbers(tensors, key, size):
     check(key, given, size, *FLOATS)
     t = wide(given)
     if not t.isfinite().all():
-        raise ValueError(f"nf4: {key} must be finite, got {given[~t.isfinite()][0].item()}")
+        raise ValueError(
+            f"nf4: {key} must be finite, got {given[~t.isfinite()][0].item()}"
+        )
     return t
 
 

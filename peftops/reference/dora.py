@@ -44,7 +44,9 @@ def dora_plain(x, base, a, b, scale, bias, gain, seed, form, block, p):
 def dora_formula(x, base, a, b, scale, bias, gain, bits, form, block, p):
     """y where the base sees drop(x) too, not yet rounded to x's dtype; differentiable by torch."""
     kept = drop(x.to(scale.dtype), bits, p).to(x.dtype)
-    y, *_ = lora_formula(kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0)
+    y, *_ = lora_formula(
+        kept, base, a, b, scale, bias, gain, None, None, form, block, 0.0
+    )
     w = matrix(base, form, block, b.shape[0], x.shape[1]).to(x.dtype)
     return y + (x - kept).to(scale.dtype) @ w.to(scale.dtype).T
 

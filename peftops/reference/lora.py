@@ -42,7 +42,23 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     h = x.new_empty(x.shape[0], a.shape[0])
     none = x.new_empty(0)
     lora_fwd(
-        y, h, none, none, x, base, a, b, scale, bias, gain, gate, None, form, block, 0.0, False
+        y,
+        h,
+        none,
+        none,
+        x,
+        base,
+        a,
+        b,
+        scale,
+        bias,
+        gain,
+        gate,
+        None,
+        form,
+        block,
+        0.0,
+        False,
     )
 
 

@@ -19,7 +19,9 @@ def keep_bits(seed, m, k, p):
         (h0, l0), (h2, l2) = multiply(c[0], 0xD2511F53), multiply(c[2], 0xCD9E8D57)
         c = [h2 ^ c[1] ^ k0, l2, h0 ^ c[3] ^ k1, l0]
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    draws = torch.stack([half for word in c for half in (word & 0xFFFF, word >> 16)], -1)
+    draws = torch.stack(
+        [half for word in c for half in (word & 0xFFFF, word >> 16)], -1
+    )
     bits = (draws >= round(p * 65536)).long() << torch.arange(8, device=seed.device)
     return bits.sum(-1).to(torch.uint8).view(m, width)
 

@@ -45,4 +45,6 @@ def absmax_of(scales):
     if len(scales) == 1:
         return scales[0]
     codes, nested, table, offset = scales
-    return table[codes.long()] * nested.repeat_interleave(NESTED)[: codes.numel()] + offset
+    return (
+        table[codes.long()] * nested.repeat_interleave(NESTED)[: codes.numel()] + offset
+    )

@@ -125,7 +125,9 @@ def nf4(
     """
 
     def random(high, count, dtype):
-        return torch.randint(high, (count,), generator=generator, device=device).to(dtype)
+        return torch.randint(high, (count,), generator=generator, device=device).to(
+            dtype
+        )
 
     blocks = -(-size // block)
     table = four_bits("nf4", torch.device(device)).to(wide)
@@ -176,7 +178,13 @@ BWD = [
 ]
 NORM = ["x", "base", "a", "b", "scale", "form", "block"]
 NORM_BWD = ["dn", "n", *NORM, "need"]
-NORMS = ("plain", "transposed", "nf4", "nf4-few", "nf4-nested")  # variants that a norm can tell
+NORMS = (
+    "plain",
+    "transposed",
+    "nf4",
+    "nf4-few",
+    "nf4-nested",
+)  # variants that a norm can tell
 
 
 def arguments(names: list[str], dropout: bool = True) -> Callable[..., Cases]:
@@ -228,7 +236,9 @@ def norms(names: list[str]) -> Callable[..., Cases]:
     def make(shape, dtype, device="cpu"):
         for label in NORMS:
             tensors = lora(*shape, dtype, device, **VARIANTS[label])
-            dn = torch.linspace(-1, 1, shape[2], dtype=tensors["scale"].dtype, device=device)
+            dn = torch.linspace(
+                -1, 1, shape[2], dtype=tensors["scale"].dtype, device=device
+            )
             n = dn.abs() + 1
             n[::7] = 0
             n[1::7] = float("inf")

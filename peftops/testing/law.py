@@ -42,7 +42,8 @@ def check_case(op: str, backend: str, args: list) -> tuple[float, float]:
     same = call(op, "reference", args)
     outs = call(op, backend, args)
     errors = [
-        (error(out, exact[i]), bound(out, same[i], exact[i])) for i, out in enumerate(outs)
+        (error(out, exact[i]), bound(out, same[i], exact[i]))
+        for i, out in enumerate(outs)
     ]
     wrong = [pair for pair in errors if not pair[0] <= pair[1]]  # NaN is wrong too
     return wrong[0] if wrong else max(errors)

@@ -41,22 +41,58 @@ def gemm(bm: int, bn: int, bk: int, warps: int, stages: int) -> dict:
 # Tiles of 16-bit products, the largest first. The first that gives every multiprocessor a
 # program is taken.
 TILES = {
-    "sm_80": (gemm(128, 128, 64, 8, 4), gemm(64, 128, 64, 4, 4), gemm(64, 64, 64, 4, 4)),
+    "sm_80": (
+        gemm(128, 128, 64, 8, 4),
+        gemm(64, 128, 64, 4, 4),
+        gemm(64, 64, 64, 4, 4),
+    ),
     # also 8.9 and 12.0
-    "sm_86": (gemm(128, 128, 64, 8, 3), gemm(64, 128, 64, 4, 3), gemm(64, 64, 64, 4, 3)),
-    "sm_90": (gemm(128, 256, 64, 8, 3), gemm(128, 128, 64, 8, 3), gemm(64, 128, 64, 4, 4)),
+    "sm_86": (
+        gemm(128, 128, 64, 8, 3),
+        gemm(64, 128, 64, 4, 3),
+        gemm(64, 64, 64, 4, 3),
+    ),
+    "sm_90": (
+        gemm(128, 256, 64, 8, 3),
+        gemm(128, 128, 64, 8, 3),
+        gemm(64, 128, 64, 4, 4),
+    ),
     "sm_100": (gemm(128, 128, 64, 8, 4), gemm(64, 128, 64, 4, 4)),
-    "gfx942": (gemm(128, 128, 64, 8, 2), gemm(64, 128, 64, 4, 2), gemm(64, 64, 64, 4, 2)),
+    "gfx942": (
+        gemm(128, 128, 64, 8, 2),
+        gemm(64, 128, 64, 4, 2),
+        gemm(64, 64, 64, 4, 2),
+    ),
     "interpret": (gemm(32, 32, 32, 4, 1),),
 }
 # Tiles of products with 4-bit weights. They stay tall, since a tile of the weight costs the same
 # instructions to decode whatever the number of rows.
 NF4_TILES = {
-    "sm_80": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
-    "sm_86": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
-    "sm_90": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
-    "sm_100": (gemm(128, 128, 64, 8, 3), gemm(128, 64, 64, 8, 3), gemm(64, 64, 64, 4, 3)),
-    "gfx942": (gemm(128, 128, 64, 8, 2), gemm(128, 64, 64, 8, 2), gemm(64, 64, 64, 4, 2)),
+    "sm_80": (
+        gemm(128, 128, 64, 8, 3),
+        gemm(128, 64, 64, 8, 3),
+        gemm(64, 64, 64, 4, 3),
+    ),
+    "sm_86": (
+        gemm(128, 128, 64, 8, 3),
+        gemm(128, 64, 64, 8, 3),
+        gemm(64, 64, 64, 4, 3),
+    ),
+    "sm_90": (
+        gemm(128, 128, 64, 8, 3),
+        gemm(128, 64, 64, 8, 3),
+        gemm(64, 64, 64, 4, 3),
+    ),
+    "sm_100": (
+        gemm(128, 128, 64, 8, 3),
+        gemm(128, 64, 64, 8, 3),
+        gemm(64, 64, 64, 4, 3),
+    ),
+    "gfx942": (
+        gemm(128, 128, 64, 8, 2),
+        gemm(128, 64, 64, 8, 2),
+        gemm(64, 64, 64, 4, 2),
+    ),
     "interpret": (gemm(32, 32, 32, 4, 1),),
 }
 EPILOGUE = {  # tiles of a pass over y or dx, by bytes an element

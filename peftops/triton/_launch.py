@@ -87,7 +87,9 @@ class Launched:
             compiled, workspace = with_workspace(
                 args, lambda: self.kernel[grid](*args, **options)
             )
-            if compiled is None:  # a stand-in that only records launches compiles nothing
+            if (
+                compiled is None
+            ):  # a stand-in that only records launches compiles nothing
                 return
             self.keep(key, compiled, args, options)
         if notes is not None:
@@ -153,7 +155,13 @@ def note(notes, compiled, kernel, grid, args, workspace):
     threads = 32 * metadata.num_warps
     grid3 = (*grid, 1, 1)[:3]
     notes.launch(
-        profiled, compiled.function, grid3, threads, metadata.shared, parameters, compiled
+        profiled,
+        compiled.function,
+        grid3,
+        threads,
+        metadata.shared,
+        parameters,
+        compiled,
     )
 
 

@@ -47,11 +47,27 @@ def add_ranks(acc, A, B, o_n, o_r, o_k, N, K, R, DTYPE: tl.constexpr):
 @launched
 @triton.jit
 def norm_kernel(
-    OUT, X, W, A, B, SCALE, N, K, R, KS,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, ROOT: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    OUT,
+    X,
+    W,
+    A,
+    B,
+    SCALE,
+    N,
+    K,
+    R,
+    KS,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROOT: tl.constexpr,
+    HELD: tl.constexpr,
+    STAGES: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
     """Σ (Ŵ + s·b·a)² of each row over a stripe of KS columns, or its root (ROOT).
 
     HELD tiles of b are loaded once and kept. STAGES is the loop's pipeline, which loads Ŵ
@@ -101,9 +117,19 @@ def root_kernel(OUT, PARTS, COUNT, N, BP: tl.constexpr, BN: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["threshold"])
 def drop_kernel(
-    DROPPED, REST, BITS, X, SEED, threshold, factor, M, K,
-    EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    DROPPED,
+    REST,
+    BITS,
+    X,
+    SEED,
+    threshold,
+    factor,
+    M,
+    K,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
     """dropped = factor · keep ⊙ x, rest = x - dropped."""
     if EVEN:
         K = K // 8 * 8
@@ -124,7 +150,16 @@ def drop_kernel(
 @launched
 @triton.jit
 def mix_kernel(
-    OUT, U, V, BITS, factor, M, K, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    OUT,
+    U,
+    V,
+    BITS,
+    factor,
+    M,
+    K,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """out = factor · keep ⊙ u + v - factor · keep ⊙ v. Without v its terms are left out."""
     if EVEN:
@@ -149,8 +184,12 @@ NORM = {
     "gfx942": {384: tile(8, 2, BN=128, BK=64)},
     "interpret": {32: tile(4, 1, BN=32, BK=32)},
 }
-NORM_ODD = {32: tile(8, 1, BN=64, BK=32)}  # rows that do not start at multiples of 16 bytes
-NORM_FP32 = {16: tile(4, 1, BN=32, BK=32)}  # without tensor cores tiles live in registers
+NORM_ODD = {
+    32: tile(8, 1, BN=64, BK=32)
+}  # rows that do not start at multiples of 16 bytes
+NORM_FP32 = {
+    16: tile(4, 1, BN=32, BK=32)
+}  # without tensor cores tiles live in registers
 ELEMENTS = tile(4, 1, BM=16, BK=128)  # of drop_kernel and mix_kernel
 
 
@@ -181,12 +220,18 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     rows, r, k = *b.shape, x.shape[1]
     even = k % 8 == 0 and (rows % 8 == 0 or form != "transposed")
     sizes = norm_tile(r, x, even)
-    if r > sizes["BR"]:  # every tile reads all of a and b, so they are rounded once before
+    if (
+        r > sizes["BR"]
+    ):  # every tile reads all of a and b, so they are rounded once before
         a, b = rounded(x.dtype, a, b)
     blocks = max(1, cdiv(rows, sizes["BN"]))
     _, processors = _gemm.machine(x.device)
-    resident = processors * (2 if r <= 64 else 1)  # programs at once, by their registers
-    count, span = _gemm.stripes(k, sizes["BK"], blocks, x, most=max(1, resident // blocks))
+    resident = processors * (
+        2 if r <= 64 else 1
+    )  # programs at once, by their registers
+    count, span = _gemm.stripes(
+        k, sizes["BK"], blocks, x, most=max(1, resident // blocks)
+    )
     sums = n if count == 1 else n.new_empty(count, rows)
     w, base_flags = operand(base, form, block, k, sizes["BK"])
     norm_kernel[(blocks, count)](

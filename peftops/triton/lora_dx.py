@@ -28,11 +28,29 @@ from .nf4 import nf4_tile
 @launched
 @triton.jit
 def dgrad_kernel(
-    DX, DY, W, DH, A, BITS, GAIN, factor, M, N, K, R,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    DROP: tl.constexpr, EVEN: tl.constexpr, RANKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    DX,
+    DY,
+    W,
+    DH,
+    A,
+    BITS,
+    GAIN,
+    factor,
+    M,
+    N,
+    K,
+    R,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    DROP: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
     """dx = factor · keep ⊙ (dh·a) + (gain ⊙ dy)·Ŵ.
 
     FORM "given": W is the second product itself, or None for zeros. Tiles are BN of the K
@@ -70,7 +88,9 @@ def dgrad_kernel(
                     DY.dtype.element_ty,
                 )
             else:
-                t_w = base_tile(W, o_k, n, K, N, TURNED, None, None, BK, DY.dtype.element_ty)
+                t_w = base_tile(
+                    W, o_k, n, K, N, TURNED, None, None, BK, DY.dtype.element_ty
+                )
             acc = dot(t_dy, t_w, acc)
     store_tile(DX, acc, o_m, o_k, M, K)
 

@@ -27,10 +27,30 @@ from .lora_rank import base_tile, gate_columns, widen
 @launched
 @triton.jit
 def gemv_kernel(
-    Y, X, W, A, B, SCALE, BIAS, GAIN, GATE, M, N, K, R, RB, E,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    Y,
+    X,
+    W,
+    A,
+    B,
+    SCALE,
+    BIAS,
+    GAIN,
+    GATE,
+    M,
+    N,
+    K,
+    R,
+    RB,
+    E,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
     """y = gain ⊙ (x·Ŵᵀ + s · (gate ⊙ x·aᵀ)·bᵀ) + bias. Every program makes its own x·aᵀ."""
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
@@ -43,34 +63,54 @@ def gemv_kernel(
         o_k = k + tl.arange(0, BK)
         t_x = load_tile(X, o_m, o_k, M, K)
         acc = dot(
-            t_x, base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty), acc
+            t_x,
+            base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty),
+            acc,
         )
         if BR > 0:
             t_h = dot(
-                t_x, tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)), t_h
+                t_x,
+                tl.trans(cast(load_tile(A, o_r, o_k, R, K), X.dtype.element_ty)),
+                t_h,
             )
     if BR > 0:
         t_h, delta = cast(t_h, X.dtype.element_ty), tl.zeros((BM, BN), tl.float32)
         for first in range(0, RB, R):
             o_b = tl.where(o_r < R, first + o_r, RB)
             t_b = cast(load_tile(B, o_n, o_b, N, RB), X.dtype.element_ty)
-            delta = dot(gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta)
+            delta = dot(
+                gate_columns(t_h, GATE, o_m, o_b, M, RB, E), tl.trans(t_b), delta
+            )
         acc += tl.load(SCALE) * delta
     store_tile(Y, widen(acc, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
 
 
 @triton.jit
 def product(
-    X, W, o_m, o_n, first, last, M, N, K,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    X,
+    W,
+    o_m,
+    o_n,
+    first,
+    last,
+    M,
+    N,
+    K,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """x·Wᵀ (BM, BN) over the columns from `first` to `last`."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(first, last, BK):
         t_w = base_tile(W, o_n, k, N, K, FORM, BLOCK, GROUP, BK, X.dtype.element_ty)
         acc = dot(
-            load_tile(X, o_m, k + tl.arange(0, BK), M, K), cast(t_w, X.dtype.element_ty), acc
+            load_tile(X, o_m, k + tl.arange(0, BK), M, K),
+            cast(t_w, X.dtype.element_ty),
+            acc,
         )
     return acc
 
@@ -80,10 +120,24 @@ def product(
 @launched
 @triton.jit
 def parts_kernel(
-    YP, HP, X, W, A, M, N, K, R, KS,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    YP,
+    HP,
+    X,
+    W,
+    A,
+    M,
+    N,
+    K,
+    R,
+    KS,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Over a stripe of KS columns: x·aᵀ by the first programs, x·Ŵᵀ by all others."""
     if EVEN:
         N, K = N // 8 * 8, K // 8 * 8
@@ -96,11 +150,15 @@ def parts_kernel(
     last = min(first + KS, K)
     if i_n < ranks:
         o_r = i_n * BN + tl.arange(0, BN)
-        acc = product(X, A, o_m, o_r, first, last, M, R, K, "dense", None, None, BM, BN, BK)
+        acc = product(
+            X, A, o_m, o_r, first, last, M, R, K, "dense", None, None, BM, BN, BK
+        )
         store_tile(HP + i_s * M * R, acc, o_m, o_r, M, R)
     elif FORM != "given":
         o_n = (i_n - ranks).to(tl.int64) * BN + tl.arange(0, BN)
-        acc = product(X, W, o_m, o_n, first, last, M, N, K, FORM, BLOCK, GROUP, BM, BN, BK)
+        acc = product(
+            X, W, o_m, o_n, first, last, M, N, K, FORM, BLOCK, GROUP, BM, BN, BK
+        )
         store_tile(YP + i_s * M * N, acc, o_m, o_n, M, N)
 
 
@@ -108,10 +166,26 @@ def parts_kernel(
 @launched
 @triton.jit
 def finish_kernel(
-    Y, YP, HP, B, SCALE, BIAS, GAIN, GATE, M, N, R, RB, E,
-    YPARTS: tl.constexpr, HPARTS: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    Y,
+    YP,
+    HP,
+    B,
+    SCALE,
+    BIAS,
+    GAIN,
+    GATE,
+    M,
+    N,
+    R,
+    RB,
+    E,
+    YPARTS: tl.constexpr,
+    HPARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
     """y = gain ⊙ (Σ yp + s · (gate ⊙ Σ hp)·bᵀ) + bias, from partial sums yp and hp."""
     if EVEN:
         N = N // 8 * 8
@@ -123,14 +197,20 @@ def finish_kernel(
         inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
         for p in tl.static_range(HPARTS):
             t_h += tl.load(
-                HP + (p * M + o_m[:, None]) * R + (o_r % R)[None, :], mask=inside, other=0.0
+                HP + (p * M + o_m[:, None]) * R + (o_r % R)[None, :],
+                mask=inside,
+                other=0.0,
             )
         t_h = gate_columns(cast(t_h, Y.dtype.element_ty), GATE, o_m, o_r, M, RB, E)
-        acc = dot(t_h, tl.trans(cast(load_tile(B, o_n, o_r, N, RB), Y.dtype.element_ty)), acc)
+        acc = dot(
+            t_h, tl.trans(cast(load_tile(B, o_n, o_r, N, RB), Y.dtype.element_ty)), acc
+        )
     acc *= tl.load(SCALE)
     for p in tl.static_range(YPARTS):
         inside = (o_m[:, None] < M) & (o_n[None, :] < N)
-        acc += tl.load(YP + (p * M + o_m[:, None]) * N + o_n[None, :], mask=inside, other=0.0)
+        acc += tl.load(
+            YP + (p * M + o_m[:, None]) * N + o_n[None, :], mask=inside, other=0.0
+        )
     store_tile(Y, widen(acc, GAIN, BIAS, o_n, N), o_m, o_n, M, N)
 
 

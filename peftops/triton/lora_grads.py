@@ -114,7 +114,9 @@ def gates_kernel(
                 t_g = tl.load(GATE + o_m * E + e, mask=o_m < M, other=0.0)
                 acc += t_g[:, None] * load_columns(DHG, o_m, e * own, o_r, own, M, RB)
         else:
-            acc = gate_columns(load_tile(DHG, o_m, o_r, M, RB), GATE, o_m, o_r, M, RB, E)
+            acc = gate_columns(
+                load_tile(DHG, o_m, o_r, M, RB), GATE, o_m, o_r, M, RB, E
+            )
         store_tile(DH, acc, o_m, o_r, M, R)
     if DGATE is not None:
         for e in range(0, E):
@@ -124,7 +126,9 @@ def gates_kernel(
                 t_h = load_columns(H, o_m, 0 if SHARED else e * own, o_r, own, M, R).to(
                     tl.float32
                 )
-                total += tl.sum(t_h * load_columns(DHG, o_m, e * own, o_r, own, M, RB), 1)
+                total += tl.sum(
+                    t_h * load_columns(DHG, o_m, e * own, o_r, own, M, RB), 1
+                )
             tl.store(DGATE + o_m * E + e, total, mask=o_m < M)
 
 
@@ -132,7 +136,9 @@ def gates_kernel(
 def load_columns(P, o_m, first, o_r, count, M, COLS):
     """The columns o_r of the `count` columns from `first` on, with zeros outside of them."""
     inside = (o_m[:, None] < M) & (o_r[None, :] < count)
-    return tl.load(P + o_m[:, None] * COLS + (first + o_r)[None, :], mask=inside, other=0.0)
+    return tl.load(
+        P + o_m[:, None] * COLS + (first + o_r)[None, :], mask=inside, other=0.0
+    )
 
 
 # limits: registers 24-192, spilled 0, reloads 0, loop 0-850, mma 8-, wide 12-
@@ -173,7 +179,9 @@ GRADS_ODD = tile(8, 1, BM=128, BN=32)  # rows that do not start at multiples of 
 GRADS_FP32 = tile(4, 1, BM=32, BN=32)  # without tensor cores tiles live in registers
 DA = {  # tiles of the pass over x
     **dict.fromkeys(("sm_80", "sm_86", "sm_90", "gfx942"), tile(4, 3, BM=64, BK=128)),
-    "sm_100": tile(8, 3, BM=64, BK=128),  # four warps spill where rows are no multiples of 16
+    "sm_100": tile(
+        8, 3, BM=64, BK=128
+    ),  # four warps spill where rows are no multiples of 16
     "interpret": tile(4, 1, BM=32, BK=32),
 }
 DA_FP32 = DA["interpret"]
@@ -231,7 +239,9 @@ def lora_bwd(
     if need_da:
         x_pass(da, x, dh, bits, factor, p > 0)
     if need_dx:
-        dx_pass(dx, dy, dz, base, a, dh, bits, gain, factor, form, block, p > 0, product)
+        dx_pass(
+            dx, dy, dz, base, a, dh, bits, gain, factor, form, block, p > 0, product
+        )
 
 
 def dy_pass(dhg, db, dbias, dgain, dz, dy, z, b, h, scale, gain, gate):
@@ -312,6 +322,18 @@ def x_pass(da, x, dh, bits, factor, drop):
     count, span = _gemm.stripes(m, sizes["BM"], columns * ranks, x)
     sums = partial_sums(da, count)
     da_kernel[(columns, count, ranks)](
-        sums, x, dh, bits, factor, m, k, r, span, DROP=drop, EVEN=k % 8 == 0, BR=br, **sizes
+        sums,
+        x,
+        dh,
+        bits,
+        factor,
+        m,
+        k,
+        r,
+        span,
+        DROP=drop,
+        EVEN=k % 8 == 0,
+        BR=br,
+        **sizes,
     )
     add_partial_sums((da, sums))

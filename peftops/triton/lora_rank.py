@@ -13,10 +13,17 @@ from .nf4 import nf4_tile
 
 @triton.jit
 def base_tile(
-    W, o_n, k, N, K,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    W,
+    o_n,
+    k,
+    N,
+    K,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """(BK, BN) of Ŵᵀ from row k on. W is (N, K), or (K, N) where transposed."""
     o_k = tl.arange(0, BK)
     if FORM == "nf4":
@@ -37,7 +44,9 @@ def gated(H, GATE, o_m, o_r, M, R, RB, E, SHARED: tl.constexpr):
     """
     inside = (o_m[:, None] < M) & (o_r[None, :] < RB)
     o_h = o_r % R if SHARED else o_r
-    t_h = tl.load(H + o_m[:, None].to(tl.int64) * R + o_h[None, :], mask=inside, other=0.0)
+    t_h = tl.load(
+        H + o_m[:, None].to(tl.int64) * R + o_h[None, :], mask=inside, other=0.0
+    )
     return gate_columns(t_h, GATE, o_m, o_r, M, RB, E)
 
 

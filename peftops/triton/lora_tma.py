@@ -48,7 +48,9 @@ def described(P, ROWS, COLS, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.cons
 @triton.jit
 def load_turned(descriptor, row, column, TURNED: tl.constexpr):
     """The transpose of the tile at (row, column) of a matrix that `described` describes."""
-    return descriptor.load([column, row]) if TURNED else descriptor.load([row, column]).T
+    return (
+        descriptor.load([column, row]) if TURNED else descriptor.load([row, column]).T
+    )
 
 
 # limits: registers 128-240, spilled 0-256, reloads 0-1, mma 4-, async 4-, waits 0-1
@@ -57,10 +59,31 @@ def load_turned(descriptor, row, column, TURNED: tl.constexpr):
 @launched
 @triton.jit
 def tma_kernel(
-    OUT, Z, LEFT, W, H, B, SCALE, BITS, GAIN, BIAS, factor, M, N, K, R, FIRST, WHOLE,
-    W_TURNED: tl.constexpr, B_TURNED: tl.constexpr, SPECIALIZED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    OUT,
+    Z,
+    LEFT,
+    W,
+    H,
+    B,
+    SCALE,
+    BITS,
+    GAIN,
+    BIAS,
+    factor,
+    M,
+    N,
+    K,
+    R,
+    FIRST,
+    WHOLE,
+    W_TURNED: tl.constexpr,
+    B_TURNED: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
     """out = gain ⊙ z + bias, z = left·wᵀ + keep ⊙ factor · s · (h·bᵀ).
 
     w (N, K) is a slice: the N columns from FIRST on, of the WHOLE that everything else has.
@@ -71,7 +94,10 @@ def tma_kernel(
     K = K // 8 * 8
     R = R // 8 * 8
     FIRST, WHOLE = FIRST // 8 * 8, WHOLE // 8 * 8
-    lefts, weights = described(LEFT, M, K, False, BM, BK), described(W, N, K, W_TURNED, BN, BK)
+    lefts, weights = (
+        described(LEFT, M, K, False, BM, BK),
+        described(W, N, K, W_TURNED, BN, BK),
+    )
     if H is not None:
         hidden, ranks = (
             described(H, M, R, False, BM, BR),
@@ -80,15 +106,21 @@ def tma_kernel(
         if SCALE is not None:
             factor *= tl.load(SCALE)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALIZED):
+    for t in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALIZED
+    ):
         i_m, i_n = tile_of(t, M, N, BM, BN, 8)
         row, column = (i_m * BM).to(tl.int32), (i_n * BN).to(tl.int32)
         o_m, o_n = i_m * BM + tl.arange(0, BM), FIRST + i_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
-        if H is not None:  # in one stage: more would take the shared memory of the loop below
+        if (
+            H is not None
+        ):  # in one stage: more would take the shared memory of the loop below
             for r in tl.range(0, R, BR, num_stages=1):
                 acc = dot(
-                    hidden.load([row, r]), load_turned(ranks, FIRST + column, r, B_TURNED), acc
+                    hidden.load([row, r]),
+                    load_turned(ranks, FIRST + column, r, B_TURNED),
+                    acc,
                 )
             acc *= factor
             if BITS is not None:
@@ -96,7 +128,9 @@ def tma_kernel(
                     load_keep(BITS, o_m, FIRST + i_n * BN, M, WHOLE, BM, BN), acc, 0.0
                 )
         for k in range(0, K, BK):
-            acc = dot(lefts.load([row, k]), load_turned(weights, column, k, W_TURNED), acc)
+            acc = dot(
+                lefts.load([row, k]), load_turned(weights, column, k, W_TURNED), acc
+            )
         inside = (o_m[:, None] < M) & (o_n[None, :] < FIRST + N)
         at = o_m[:, None] * WHOLE + o_n[None, :]
         if Z is not None:

@@ -23,9 +23,16 @@ PIECE = 4096  # elements that a program decodes, 32 of them a thread
 
 @triton.jit
 def nf4_tile(
-    W, first, o_m, M, left, PITCH,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    W,
+    first,
+    o_m,
+    M,
+    left,
+    PITCH,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """(BM, WIDTH) in fp32: table[code] · absmax of a part of the flattened weight.
 
     Row o_m and column c are element first + o_m · PITCH + c, for rows below M and columns below
@@ -48,12 +55,13 @@ def nf4_tile(
         o_h = tl.arange(0, HALF)[None, :]
         # In whole groups, so that the compiler knows how many bytes it may load at once.
         inside = (o_m[:, None] < M) & (o_h < left // GROUP * (GROUP // 2))
-        at = o_m[:, None].to(tl.int64) * (PITCH // GROUP * (GROUP // 2)) + first // GROUP * (
-            GROUP // 2
-        )
+        at = o_m[:, None].to(tl.int64) * (
+            PITCH // GROUP * (GROUP // 2)
+        ) + first // GROUP * (GROUP // 2)
         t_byte = tl.load(W[0] + at + o_h, mask=inside, other=0).to(tl.int32)
         t_w = tl.join(
-            look_up(t_table, t_byte >> 4, BM, HALF), look_up(t_table, t_byte & 15, BM, HALF)
+            look_up(t_table, t_byte >> 4, BM, HALF),
+            look_up(t_table, t_byte & 15, BM, HALF),
         )
     o_g = tl.arange(0, WIDTH // GROUP)[None, :] * GROUP
     inside = (o_m[:, None] < M) & (o_g < left)
@@ -85,13 +93,22 @@ def absmax_of(W, o_q, inside):
 @launched
 @triton.jit
 def nf4_dequantize_kernel(
-    OUT, W, first, COLS, PITCH, BLOCK: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr
+    OUT,
+    W,
+    first,
+    COLS,
+    PITCH,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """out (rows, COLS): elements first + row · PITCH + column of the flattened weight."""
     pieces = (tl.full((), BK - 1, tl.int64) + COLS) // BK
     i_m, k = tl.program_id(0) // pieces, tl.program_id(0) % pieces * BK
     o_m, o_k = tl.arange(0, 1), k + tl.arange(0, BK)
-    t_w = nf4_tile(W, first + i_m * PITCH + k, o_m, 1, COLS - k, PITCH, BLOCK, GROUP, BK)
+    t_w = nf4_tile(
+        W, first + i_m * PITCH + k, o_m, 1, COLS - k, PITCH, BLOCK, GROUP, BK
+    )
     at = OUT + (o_m[:, None] + i_m) * COLS + o_k[None, :]
     tl.store(at, cast(t_w, OUT.dtype.element_ty), mask=(o_k < COLS)[None, :])
 
@@ -101,13 +118,25 @@ def nf4_dequantize_kernel(
 @launched
 @triton.jit
 def nf4_quantize_kernel(
-    CODES, ABSMAX, X, BOUNDS, ORDER, SIZE, BYTES, BLOCKS, BLOCK: tl.constexpr, BM: tl.constexpr
+    CODES,
+    ABSMAX,
+    X,
+    BOUNDS,
+    ORDER,
+    SIZE,
+    BYTES,
+    BLOCKS,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
 ):
     """absmax = max |x| of each block; a code is how many BOUNDS are below x · (1 / absmax).
 
     ORDER maps that count to the code that is stored.
     """
-    o_m, o_k = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BLOCK)
+    o_m, o_k = (
+        tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM),
+        tl.arange(0, BLOCK),
+    )
     at = o_m[:, None] * BLOCK + o_k[None, :]
     t_x = tl.load(X + at, mask=at < SIZE, other=0.0).to(tl.float32)
     # As integers, magnitudes keep their order, and NaN is above all of them.
@@ -124,7 +153,9 @@ def nf4_quantize_kernel(
     for i in tl.static_range(15):
         count += tl.where(t_x <= tl.load(BOUNDS + i), 0, 1)
     order = tl.sum(
-        tl.load(ORDER + tl.arange(0, 16)).to(tl.int64) << tl.arange(0, 16).to(tl.int64) * 4, 0
+        tl.load(ORDER + tl.arange(0, 16)).to(tl.int64)
+        << tl.arange(0, 16).to(tl.int64) * 4,
+        0,
     )
     code = (order >> count.to(tl.int64) * 4 & 15).to(tl.uint8)
     high, low = tl.split(tl.reshape(code, (BM, BLOCK // 2, 2)))

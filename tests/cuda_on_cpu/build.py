@@ -79,14 +79,23 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
             for source in sources
         ]
         machine = [
-            HERE / name for name in ("machine.cpp", "warps.cpp", "hopper.cpp", "runtime.cpp")
+            HERE / name
+            for name in ("machine.cpp", "warps.cpp", "hopper.cpp", "runtime.cpp")
         ]
         for source in (*machine, module):
             tasks.append(pool.submit(support, source, headers, include))
         objects = [built for task in tasks for built in task.result()]
 
     def join(target):
-        call("g++", "-shared", *SANITIZERS[sanitizer], "-Wl,-Bsymbolic", *objects, "-o", target)
+        call(
+            "g++",
+            "-shared",
+            *SANITIZERS[sanitizer],
+            "-Wl,-Bsymbolic",
+            *objects,
+            "-o",
+            target,
+        )
 
     return made("emulated.so", [], [*map(str, objects), sanitizer], join)
 
@@ -107,7 +116,17 @@ def kernel(source, headers, sanitize, include):
     def host(target):
         kept = target.with_suffix(".kept")
         kept.mkdir(exist_ok=True)
-        call(*nvcc, f"-I{include}", "--keep", "--keep-dir", kept, "-c", source, "-o", target)
+        call(
+            *nvcc,
+            f"-I{include}",
+            "--keep",
+            "--keep-dir",
+            kept,
+            "-c",
+            source,
+            "-o",
+            target,
+        )
 
     def device(target):
         (ptx,) = launchers.with_suffix(".kept").glob("*.ptx")
@@ -172,9 +191,13 @@ def made(name, sources, words, make):
 def nvcc_home():
     """The folder that nvcc takes its headers from."""
     dry = subprocess.run(
-        ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True
+        ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"],
+        capture_output=True,
+        text=True,
     ).stderr
-    return next(line.partition("TOP=")[2] for line in dry.splitlines() if "TOP=" in line)
+    return next(
+        line.partition("TOP=")[2] for line in dry.splitlines() if "TOP=" in line
+    )
 
 
 def call(*command):

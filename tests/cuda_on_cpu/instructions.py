@@ -74,7 +74,9 @@ class Instructions:
 
     def address(self, operand):
         """[base + offset] as C++."""
-        base, offset = re.match(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]$", operand).groups()
+        base, offset = re.match(
+            r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]$", operand
+        ).groups()
         start = f"Any({self.value(base)}).bits"
         return f"{start} + ({offset})" if offset else start
 
@@ -127,10 +129,14 @@ class Instructions:
         bits = 8 * SIZES[dtype]
         parts = vector(args[0])
         if args[1].startswith("{"):
-            return self.set(args[0], f"pack<u{bits}>({{{self.values(vector(args[1]))}}})")
+            return self.set(
+                args[0], f"pack<u{bits}>({{{self.values(vector(args[1]))}}})"
+            )
         value = self.value(args[1])
         if len(parts) > 1:
-            return self.spread(parts, f"unpack<{bits // len(parts)}, {len(parts)}>({value})")
+            return self.spread(
+                parts, f"unpack<{bits // len(parts)}, {len(parts)}>({value})"
+            )
         return self.set(args[0], f"as<{dtype}>({value})")
 
     def do_setp(self, name, modifiers, args):
@@ -176,7 +182,9 @@ class Instructions:
     def do_atom(self, name, modifiers, args):
         *modifiers, operation, dtype = modifiers
         space = self.space(modifiers)
-        given = f"{space}, {self.address(args[1])}, {self.site}, {self.values(args[2:])}"
+        given = (
+            f"{space}, {self.address(args[1])}, {self.site}, {self.values(args[2:])}"
+        )
         return space and self.set(args[0], f"atomic_{operation}<{dtype}>({given})")
 
     def do_red(self, name, modifiers, args):
@@ -206,7 +214,9 @@ class Instructions:
         return self.spread(args[0].split("|"), shuffled)
 
     def do_vote(self, name, modifiers, args):
-        return self.set(args[0], f"vote_{modifiers[1]}({self.values(args[1:])}, {self.site})")
+        return self.set(
+            args[0], f"vote_{modifiers[1]}({self.values(args[1:])}, {self.site})"
+        )
 
     def do_redux(self, name, modifiers, args):
         function = f"reduce_{modifiers[1]}<{modifiers[-1]}>"
@@ -249,9 +259,17 @@ class Instructions:
             return f"wait_tiles({args[0]});"
         words = set(modifiers) - {"tile", "L2::cache_hint"}
         for space in SHARED:
-            if words == {"tensor", "2d", space, "global", "mbarrier::complete_tx::bytes"}:
+            if words == {
+                "tensor",
+                "2d",
+                space,
+                "global",
+                "mbarrier::complete_tx::bytes",
+            }:
                 to, barrier = self.address(args[0]), self.address(args[2])
-                return f"fetch_tile({to}, {self.tile(args[1])}, {barrier}, {self.site});"
+                return (
+                    f"fetch_tile({to}, {self.tile(args[1])}, {barrier}, {self.site});"
+                )
         if words == {"tensor", "2d", "global", "shared::cta", "bulk_group"}:
             return f"store_tile({self.tile(args[0])}, {self.address(args[1])}, {self.site});"
         return None
@@ -294,7 +312,8 @@ class Instructions:
         if modifiers[0] == "wait_group":
             return f"wait_products({args[0]}, {self.site});"
         shape = re.match(
-            r"mma_async sync aligned m64n(\d+)k16 f32 (bf16|f16) \2$", " ".join(modifiers)
+            r"mma_async sync aligned m64n(\d+)k16 f32 (bf16|f16) \2$",
+            " ".join(modifiers),
         )
         sums = vector(args[0])
         signs = args[4:6]  # 1: the factor is not negated

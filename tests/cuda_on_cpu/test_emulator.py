@@ -13,10 +13,14 @@ from law import error
 from . import build
 from .translate import Unknown, translate
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = pytest.mark.skipif(
+    build.missing() is not None, reason=str(build.missing())
+)
 HERE = Path(__file__).parent
 SCHEDULES = [
-    (order, lazy) for order in ("forward", "reverse", "random") for lazy in (True, False)
+    (order, lazy)
+    for order in ("forward", "reverse", "random")
+    for lazy in (True, False)
 ]
 
 
@@ -32,9 +36,17 @@ def ask(module):
     def run(kernel, values=(), bits=(), n=0, size=256, blocks=1, threads=32, out=None):
         out = torch.full((size,), float("nan")) if out is None else out
         values = torch.as_tensor(values, dtype=torch.float32)
-        words = torch.from_numpy(numpy.asarray(bits, dtype=numpy.uint32).view(numpy.int32))
+        words = torch.from_numpy(
+            numpy.asarray(bits, dtype=numpy.uint32).view(numpy.int32)
+        )
         module.ask(
-            kernel, out.data_ptr(), values.data_ptr(), words.data_ptr(), n, blocks, threads
+            kernel,
+            out.data_ptr(),
+            values.data_ptr(),
+            words.data_ptr(),
+            n,
+            blocks,
+            threads,
         )
         module.finish()
         return out
@@ -110,7 +122,8 @@ def test_a_missing_barrier_shows_in_some_order(module, ask, kernel, threads):
         for n in right:
             right[n].append(
                 torch.equal(
-                    ask(kernel, values, n=n, size=threads, threads=threads), values.flip(0)
+                    ask(kernel, values, n=n, size=threads, threads=threads),
+                    values.flip(0),
                 )
             )
     assert all(right[1]) and not any(right[0])
@@ -130,7 +143,9 @@ def test_copies_arrive_at_the_wait(module, ask):
     expected[3::4, 2:] = 0
     for lazy in (True, False):
         module.schedule("forward", lazy)
-        assert torch.equal(ask("copies", values, n=1, size=128).view(32, 4), expected.flip(0))
+        assert torch.equal(
+            ask("copies", values, n=1, size=128).view(32, 4), expected.flip(0)
+        )
         forgotten = ask("copies", values, n=0, size=128)
         assert (
             forgotten.isnan().all()
@@ -143,7 +158,9 @@ def test_overlapping_launches(module, ask):
     values = torch.randn(32)
     for lazy in (True, False):
         module.schedule("forward", lazy)
-        assert torch.equal(ask("overlapping", values, n=1, size=64).view(2, 32)[1], values)
+        assert torch.equal(
+            ask("overlapping", values, n=1, size=64).view(2, 32)[1], values
+        )
         assert ask("overlapping", values, n=0, size=64)[32:].isnan().all() == lazy
 
 
@@ -175,7 +192,10 @@ def test_tensor_core_layout_is_the_manuals(ask, dtype):
     a = torch.randn(16, 16).to(dtype)
     b = torch.randn(16, 8).to(dtype)
     c = torch.randn(16, 8)
-    halves = {"a": numpy.zeros((32, 8), numpy.uint16), "b": numpy.zeros((32, 4), numpy.uint16)}
+    halves = {
+        "a": numpy.zeros((32, 8), numpy.uint16),
+        "b": numpy.zeros((32, 4), numpy.uint16),
+    }
     for factor, matrix in (("a", a), ("b", b)):
         for (lane, i), place in layout(factor).items():
             halves[factor][lane, i] = matrix[place].view(torch.int16).item() & 0xFFFF
@@ -196,9 +216,13 @@ def test_tensor_core_layout_is_the_manuals(ask, dtype):
 def test_layouts_agree_with_cute():
     """NVIDIA's own layouts give the same bits. Needs `pip install --no-deps nvidia-cutlass`."""
     cutlass = (
-        Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+        Path(pytest.importorskip("cutlass_library").__file__).parent
+        / "source"
+        / "include"
     )
-    cute = build.load([HERE / "cute.cu"], module=HERE / "semantics.cpp", include=cutlass)
+    cute = build.load(
+        [HERE / "cute.cu"], module=HERE / "semantics.cpp", include=cutlass
+    )
     a, b = (torch.randint(-8, 8, shape).bfloat16() for shape in ((64, 64), (32, 64)))
     out = torch.full((64, 32), float("nan"))
     cute.counts()
@@ -311,13 +335,19 @@ print("ran")
     ],
 )
 def test_sanitizers(sanitizer, kernel, n, threads, report):
-    library = str(build.link([HERE / "semantics.cu"], sanitizer, HERE / "semantics.cpp"))
+    library = str(
+        build.link([HERE / "semantics.cu"], sanitizer, HERE / "semantics.cpp")
+    )
     done = sanitized(
         sanitizer, ASK.format(library=library, kernel=kernel, n=n, threads=threads)
     )
     if report:
-        assert report in done.stderr and "semantics.cu" in done.stderr, done.stderr[-3000:]
+        assert report in done.stderr and "semantics.cu" in done.stderr, done.stderr[
+            -3000:
+        ]
     else:
         assert (
-            done.returncode == 0 and done.stdout == "ran\n" and "Sanitizer" not in done.stderr
+            done.returncode == 0
+            and done.stdout == "ran\n"
+            and "Sanitizer" not in done.stderr
         ), done.stderr[-3000:]

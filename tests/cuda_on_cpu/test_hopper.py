@@ -9,9 +9,11 @@ import torch
 from law import bound, error
 
 from . import build
-from .test_emulator import SCHEDULES, sanitized
+from .test_emulator import SCHEDULES
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = pytest.mark.skipif(
+    build.missing() is not None, reason=str(build.missing())
+)
 HERE = Path(__file__).parent
 SOURCES = [HERE / "hopper_semantics.cu", HERE / "hopper_product.cu"]
 
@@ -95,7 +97,8 @@ def test_an_mbarrier_is_asked_and_made_anew(ask):
 
 
 @pytest.mark.parametrize(
-    "n, expected", [(1, RIGHT), (0, WRONG), (2, WRONG), (3, "count those who meet differently")]
+    "n, expected",
+    [(1, RIGHT), (0, WRONG), (2, WRONG), (3, "count those who meet differently")],
 )
 def test_a_part_of_a_block_meets(judge, ask, n, expected):
     values = torch.randn(64)
@@ -104,7 +107,12 @@ def test_a_part_of_a_block_meets(judge, ask, n, expected):
     def run():
         return ask("named", values, n=n, size=(96,), threads=96)
 
-    judge(run, lambda out: torch.equal(out, swapped), expected, somewhere=expected == WRONG)
+    judge(
+        run,
+        lambda out: torch.equal(out, swapped),
+        expected,
+        somewhere=expected == WRONG,
+    )
 
 
 def box(matrix, column, row, width, height):
@@ -220,7 +228,13 @@ def of_threads(product):
     return held
 
 
-FORMS = ["product_bf16", "product_f16", "product_turned_a", "product_turned_b", "product_held"]
+FORMS = [
+    "product_bf16",
+    "product_f16",
+    "product_turned_a",
+    "product_turned_b",
+    "product_held",
+]
 
 
 def factors(kernel):
@@ -272,9 +286,13 @@ def test_products_agree_with_cute(turned):
     Needs `pip install --no-deps nvidia-cutlass`.
     """
     cutlass = (
-        Path(pytest.importorskip("cutlass_library").__file__).parent / "source" / "include"
+        Path(pytest.importorskip("cutlass_library").__file__).parent
+        / "source"
+        / "include"
     )
-    cute = build.load([HERE / "cute_hopper.cu"], module=HERE / "semantics.cpp", include=cutlass)
+    cute = build.load(
+        [HERE / "cute_hopper.cu"], module=HERE / "semantics.cpp", include=cutlass
+    )
     a, b = (torch.randint(-8, 8, shape).bfloat16() for shape in ((64, 64), (128, 64)))
     out = torch.full((64, 128), float("nan"))
     cute.ask("", out.data_ptr(), a.data_ptr(), b.data_ptr(), turned, 0, 0)
@@ -311,72 +329,3 @@ def test_a_pipeline(judge, ask, kernel, n, expected):
         *expected,
         somewhere=n in (0, 2, 6, 7),
     )
-
-
-RUNS = """
-import ctypes, sys
-from cuda_on_cpu import build
-m = build.opened({library!r})
-a, b, out = ((ctypes.c_float * 32768)() for _ in range(3))
-for kernel, n, threads, blocks, schedule in {cases!r}:
-    m.schedule(*schedule)
-    try:
-        m.ask(kernel, *map(ctypes.addressof, (out, a, b)), n, blocks, threads)
-        m.finish()
-    except RuntimeError as raised:
-        print("raised", raised, file=sys.stderr, flush=True)
-print("ran")
-"""
-SHAPES = {"phases": (64, 1), "named": (96, 1), "tiles": (32, 1), "stores": (32, 1)}
-SHAPES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(
-    ("pipeline", "pipeline_turned"), (288, 2)
-)
-
-
-def reports(sanitizer, schedules, *cases):
-    """What a process prints that runs these kernels."""
-    library = str(build.link(SOURCES, sanitizer, HERE / "semantics.cpp"))
-    cases = [
-        (kernel, n, *SHAPES[kernel], schedule) for kernel, n in cases for schedule in schedules
-    ]
-    done = sanitized(sanitizer, RUNS.format(library=library, cases=cases))
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
-    assert (
-        reports(sanitizer, SCHEDULES, ("product_bf16", 10), *((kernel, 1) for kernel in SHAPES))
-        == "ran\n"
-    )
-
-
-@pytest.mark.parametrize(
-    "kernel, n, mistake",
-    [
-        ("phases", 0, "does not wait"),
-        ("phases", 2, "gives back what it still reads"),
-        ("phases", 4, "takes back what one still reads"),
-        ("named", 0, "forgets a barrier"),
-        ("named", 2, "forgets a barrier"),
-        ("tiles", 0, "reads a tile before it comes"),
-        ("stores", 0, "writes what is being sent"),
-        ("stores", 2, "forgets fence.proxy.async"),
-        ("product_bf16", 2, "forgets fence.proxy.async"),
-        ("product_turned_b", 2, "forgets fence.proxy.async"),
-        ("product_bf16", 6, "forgets a barrier"),
-        ("product_bf16", 11, "forgets fence.proxy.async"),
-        ("pipeline", 2, "gives back what it still reads"),
-        ("pipeline", 6, "reads tiles before they come"),
-        ("pipeline_turned", 7, "fetches over what others read"),
-    ],
-)
-def test_threadsanitizer_sees_what_nothing_orders(kernel, n, mistake):
-    said = reports("thread", SCHEDULES[:2], (kernel, n))
-    assert "ThreadSanitizer: data race" in said and "hopper_" in said, said[:3000]
-
-
-@pytest.mark.parametrize("kernel", ["product_bf16", "product_held"])
-def test_addresssanitizer_sees_a_read_past_a_tile(kernel):
-    said = reports("address", SCHEDULES[:1], (kernel, 3))
-    assert "AddressSanitizer: use-after-poison" in said and "hopper_" in said, said[:3000]

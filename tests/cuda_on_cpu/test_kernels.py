@@ -15,7 +15,9 @@ from peftops.testing.law import call, check, check_case
 from . import build
 from .test_emulator import SCHEDULES, sanitized
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = pytest.mark.skipif(
+    build.missing() is not None, reason=str(build.missing())
+)
 # float16 runs the same code as bfloat16; test_ops.py holds it to the law.
 DTYPES = [torch.float32, torch.bfloat16]
 # (m, k, n, r) and what runs for it on a GPU of four multiprocessors. The rows of one shape are
@@ -92,7 +94,10 @@ def test_ways(cuda_on_cpu):
     assert described(torch.float16, 1, 100, 264, 0) == "one launch"
     assert described(torch.float32, 5, 100, 264, 2) == "cuBLAS + epilogue"
     assert described(torch.float16, 1, 100, 261, 2) == "cuBLAS + epilogue"
-    assert described(torch.float16, 1, 100, 264, 2, form="transposed") == "cuBLAS + epilogue"
+    assert (
+        described(torch.float16, 1, 100, 264, 2, form="transposed")
+        == "cuBLAS + epilogue"
+    )
     assert described(torch.float16, 1, 100, 264, 2, form="given") == "epilogue"
 
 
@@ -159,11 +164,13 @@ def test_blocks_of_every_size_are_quantized(cuda_on_cpu):
 
 def test_any_part_of_a_weight_is_dequantized(cuda_on_cpu):
     for k in (40, 33):
-        for label, (codes, table, scales, block, size, dtype) in CASES["nf4_dequantize"](
-            (0, k, 50, 0), torch.bfloat16
-        ):
+        for label, (codes, table, scales, block, size, dtype) in CASES[
+            "nf4_dequantize"
+        ]((0, k, 50, 0), torch.bfloat16):
             (whole,) = call(
-                "nf4_dequantize", "reference", [codes, table, scales, block, size, dtype]
+                "nf4_dequantize",
+                "reference",
+                [codes, table, scales, block, size, dtype],
             )
             for row, rows, column, columns in (
                 (0, 50, 0, k),
@@ -172,7 +179,9 @@ def test_any_part_of_a_weight_is_dequantized(cuda_on_cpu):
                 (3, 5, 11, 13),
             ):
                 part = torch.empty(rows, columns, dtype=dtype)
-                nf4.dequantize_rows(part, [codes, table, *scales], block, k, row, column)
+                nf4.dequantize_rows(
+                    part, [codes, table, *scales], block, k, row, column
+                )
                 wanted = whole.view(50, k)[row : row + rows, column : column + columns]
                 assert torch.equal(part, wanted), (label, k, row, column)
 
@@ -186,7 +195,9 @@ def test_law_in_little_shared_memory(cuda_on_cpu):
         cuda_on_cpu.counts()
         try:
             for shape in shapes:
-                for label, error, bound in check("lora_gemv", "cuda", shape, torch.bfloat16):
+                for label, error, bound in check(
+                    "lora_gemv", "cuda", shape, torch.bfloat16
+                ):
                     assert error <= bound, (shape, label)
         finally:
             cuda_on_cpu.limit_shared(before)
@@ -273,7 +284,9 @@ def test_what_is_not_finite_stays_in_its_row(cuda_on_cpu):
         for bad in (torch.nan, torch.inf):
             _, args = next(CASES["dora_norm"](shape, torch.bfloat16))
             args[1][0][5, 70], args[3][9, 1] = bad, bad
-            ours, wanted = (call("dora_norm", name, args)[0] for name in ("cuda", "reference"))
+            ours, wanted = (
+                call("dora_norm", name, args)[0] for name in ("cuda", "reference")
+            )
             assert torch.equal(ours.isnan(), wanted.isnan()) and torch.equal(
                 ours.isinf(), wanted.isinf()
             )
@@ -284,8 +297,12 @@ def test_norms_of_blocks_of_every_size(cuda_on_cpu):
     shape = (1, 336, 40, 3)
     for block in (32, 128, 512, 4096):
         for nested in (False, True):
-            made = tensors(*shape, torch.bfloat16, form="nf4", block=block, nested=nested)
-            error, bound = check_case("dora_norm", "cuda", [made[name] for name in NORM])
+            made = tensors(
+                *shape, torch.bfloat16, form="nf4", block=block, nested=nested
+            )
+            error, bound = check_case(
+                "dora_norm", "cuda", [made[name] for name in NORM]
+            )
             assert error <= bound, (block, nested)
 
 
@@ -293,7 +310,9 @@ def test_norms_need_no_more_shared_memory_than_there_is(cuda_on_cpu):
     before = cuda_on_cpu.limit_shared(99 << 10)
     try:
         for shape in ((1, 144, 36, 64), (1, 272, 132, 70)):
-            for label, error, bound in check("dora_norm", "cuda", shape, torch.bfloat16):
+            for label, error, bound in check(
+                "dora_norm", "cuda", shape, torch.bfloat16
+            ):
                 assert error <= bound, (shape, label)
     finally:
         cuda_on_cpu.limit_shared(before)
@@ -351,11 +370,16 @@ print("lawful")
 
 
 # Races do not depend on the dtype.
-@pytest.mark.parametrize("sanitizer, dtypes", [("address", DTYPES), ("thread", DTYPES[1:])])
+@pytest.mark.parametrize(
+    "sanitizer, dtypes", [("address", DTYPES), ("thread", DTYPES[1:])]
+)
 def test_sanitizers_find_nothing(sanitizer, dtypes):
     done = sanitized(
-        sanitizer, LAW.format(library=str(build.link(sanitizer=sanitizer)), dtypes=dtypes)
+        sanitizer,
+        LAW.format(library=str(build.link(sanitizer=sanitizer)), dtypes=dtypes),
     )
     assert (
-        done.returncode == 0 and done.stdout == "lawful\n" and "Sanitizer" not in done.stderr
+        done.returncode == 0
+        and done.stdout == "lawful\n"
+        and "Sanitizer" not in done.stderr
     ), done.stderr[-3000:]

@@ -76,8 +76,18 @@ BUGS = {  # (file, what stands there, what is planted, which run has to notice i
         "  }",
         "plain",
     ),
-    "rows of w past the last": ("lora_mma.cu", "n0 + row < g.n, k", "true, k", "address"),
-    "rows of x past the last": ("lora.cu", "min(i, rows - 1) * k)", "i * k)", "address"),
+    "rows of w past the last": (
+        "lora_mma.cu",
+        "n0 + row < g.n, k",
+        "true, k",
+        "address",
+    ),
+    "rows of x past the last": (
+        "lora.cu",
+        "min(i, rows - 1) * k)",
+        "i * k)",
+        "address",
+    ),
     "columns past the last": (
         "lora_mma.cu",
         "    if (c < columns) store",
@@ -114,8 +124,18 @@ BUGS = {  # (file, what stands there, what is planted, which run has to notice i
         "lane % 4 * 2 + e / 2;",
         "plain",
     ),
-    "half of a warp": ("tile.cuh", "__shfl_xor_sync(~0u", "__shfl_xor_sync(0xffffu", "plain"),
-    "operands swapped in PTX": ("ptx.cuh", "{%4, %5, %6, %7}", "{%5, %4, %6, %7}", "plain"),
+    "half of a warp": (
+        "tile.cuh",
+        "__shfl_xor_sync(~0u",
+        "__shfl_xor_sync(0xffffu",
+        "plain",
+    ),
+    "operands swapped in PTX": (
+        "ptx.cuh",
+        "{%4, %5, %6, %7}",
+        "{%5, %4, %6, %7}",
+        "plain",
+    ),
     "registers swapped in PTX": (
         "ptx.cuh",
         "b16 {%0, %1, %2, %3}, [%4];",
@@ -128,7 +148,12 @@ BUGS = {  # (file, what stands there, what is planted, which run has to notice i
         "copy_async(tile + chunk_at(row, chunk) + 4, inside",
         "plain",
     ),
-    "rows in the same banks": ("lora_mma.cu", "(chunk ^ (row & 7))", "chunk", "conflicts"),
+    "rows in the same banks": (
+        "lora_mma.cu",
+        "(chunk ^ (row & 7))",
+        "chunk",
+        "conflicts",
+    ),
     "barrier missing after the table": (
         "lora_nf4.cu",
         "__ldg(base.table + i / COPIES % 16)};\n  __syncthreads();",
@@ -249,7 +274,12 @@ BUGS = {  # (file, what stands there, what is planted, which run has to notice i
         "column >= g.k",
         "address",
     ),
-    "the approximate reciprocal": ("nf4.cu", "__frcp_rn(", "__fdividef(1.001f, ", "plain"),
+    "the approximate reciprocal": (
+        "nf4.cu",
+        "__frcp_rn(",
+        "__fdividef(1.001f, ",
+        "plain",
+    ),
     "elements past the last quantized": (
         "nf4.cu",
         "if (at + 8 <= size) return",

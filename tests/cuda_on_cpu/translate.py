@@ -10,7 +10,12 @@ import re
 from .instructions import Instructions
 from .ptx import SIZES, Unknown, commas, identifier, literal
 
-REGISTERS = {1: "bool", 2: "u16", 4: "u32", 8: "u64"}  # the variable for each size in bytes
+REGISTERS = {
+    1: "bool",
+    2: "u16",
+    4: "u32",
+    8: "u64",
+}  # the variable for each size in bytes
 ASYNCHRONOUS = re.compile(r"\b(?:mbarrier|wgmma|cp\.async\.bulk|fence\.proxy\.async)\b")
 VARIABLE = re.compile(
     r"(?:\.(?:visible|extern|weak|common)\s+)*\.(global|const|shared|local)\s+"
@@ -116,16 +121,23 @@ class Kernel(Instructions):
             if space == "shared":
                 self.shared.append((name, align, size))
             else:
-                self.memory.append(f"  alignas({align}) unsigned char V_{name}[{size}];")
+                self.memory.append(
+                    f"  alignas({align}) unsigned char V_{name}[{size}];"
+                )
             self.symbols[variable] = f"u64(V_{name})"
 
     def declare_registers(self, body):
         for dtype, names in re.findall(r"\.reg\s*\.(\w+)\s+([^;]+);", body):
             for declared in commas(names):
                 stem, _, count = declared.rstrip(">").partition("<")
-                registers = [f"{stem}{i}" for i in range(int(count))] if count else [stem]
+                registers = (
+                    [f"{stem}{i}" for i in range(int(count))] if count else [stem]
+                )
                 for register in registers:
-                    if self.registers.setdefault(register, SIZES[dtype]) != SIZES[dtype]:
+                    if (
+                        self.registers.setdefault(register, SIZES[dtype])
+                        != SIZES[dtype]
+                    ):
                         raise Unknown(f"register {register} of two sizes")
 
     def statements(self, body):
@@ -167,6 +179,8 @@ class Kernel(Instructions):
         shared = ", ".join(
             f"{{&V_{name}, {align}, {size}}}" for name, align, size in self.shared
         )
-        parameters = ", ".join(f"{{{at}, {size}}}" for at, size in self.parameters.values())
+        parameters = ", ".join(
+            f"{{{at}, {size}}}" for at, size in self.parameters.values()
+        )
         kernel = f"{{K_{self.id}, {{{shared}}}, {{{parameters}}}, {self.asynchronous}}}"
         yield f'static const bool B_{self.id} = (kernels()["{self.name}"] = {kernel}, true);'

@@ -95,14 +95,10 @@ def by_accelerate(model, plugin=None):
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
     )
     state = SimpleNamespace(fsdp_plugin=plugin)
-    return fsdp2_prepare_model(
-        SimpleNamespace(
-            state=state,
-            mixed_precision="no",
-            is_main_process=True,
-        ),
-        model,
+    accelerator = SimpleNamespace(
+        state=state, mixed_precision="no", is_main_process=True
     )
+    return fsdp2_prepare_model(accelerator, model)
 
 
 def by_blocks(model, **options):
@@ -154,7 +150,12 @@ def assert_law(method, wrap, first, checkpointing, calls=None):
     out = step(ours, TOKENS[dist.get_rank() :][:1])
     for piece in (slice(0, 1), slice(1, None)):  # the loss, and the gradients
         limit = chain_bound([draw[piece] for draw in same], exact[piece])
-        assert error(out[piece], exact[piece]) <= limit, (method, wrap, first, checkpointing)
+        assert error(out[piece], exact[piece]) <= limit, (
+            method,
+            wrap,
+            first,
+            checkpointing,
+        )
     report = peftops.report(ours)
     count = len(lora_layers(ours))
     times = 2 if checkpointing else 1
@@ -216,7 +217,9 @@ def assert_law_of_mlps(method, first):
     ours = by_blocks(fused(ours)) if first else fused(by_blocks(ours))
     assert error(step(ours, TOKENS), exact) <= chain_bound(same, exact), method
     assert mlp.calls(ours) == {"fused": 2}
-    assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(ours).modules())
+    assert not any(
+        isinstance(module, FusedMLP) for module in peftops.unpatch(ours).modules()
+    )
 
 
 def assert_law_in_bf16(method):
@@ -261,7 +264,8 @@ def saved(rank):
 
 def save(model, optimizer, folder):
     dcp.save(
-        dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder
+        dict(zip("mo", get_state_dict(model, optimizer), strict=True)),
+        checkpoint_id=folder,
     )
 
 
@@ -289,7 +293,9 @@ def as_launched(**options):
         **options,
     )
     accelerator.state.fsdp_plugin = plugin
-    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = accelerator.state.distributed_type = (
+        DistributedType.FSDP
+    )
     return accelerator, plugin
 
 
@@ -300,7 +306,9 @@ def checkpoints(rank):
         ("sharded_state_dict", False, METHODS),
         ("full_state_dict", True, ("lora", "dora")),
     ):
-        accelerator, plugin = as_launched(state_dict_type=form, cpu_ram_efficient_loading=whole)
+        accelerator, plugin = as_launched(
+            state_dict_type=form, cpu_ram_efficient_loading=whole
+        )
         for method in methods:
             folder = Path(sys.argv[2]) / f"{form} {method}"
             models = [peftops.patch(pair(method)[1]) for _ in range(2)]
@@ -356,7 +364,11 @@ def fallbacks(rank):
     """PEFT runs a layer whose adapter's modules do more than multiply, such as gather or split."""
     for method in METHODS:
         assert_law(
-            method, by_trained_modules, True, True, calls="adapter layer is not nn.Linear"
+            method,
+            by_trained_modules,
+            True,
+            True,
+            calls="adapter layer is not nn.Linear",
         )
     model = peftops.patch(pair("lora")[1])
     fully_shard(model.base_model.model.model.layers[1].mlp.up_proj)
@@ -369,7 +381,8 @@ def fallbacks(rank):
     model = mlp.fuse(peftops.patch(pair("lora")[1]))
     fully_shard(model.base_model.model.model.layers[1].mlp)
     with pytest.raises(
-        ValueError, match=r"unpatch: .*1.mlp has been made a FSDPFusedLlamaMLP since patch"
+        ValueError,
+        match=r"unpatch: .*1.mlp has been made a FSDPFusedLlamaMLP since patch",
     ):
         peftops.unpatch(model)
     for name, (plan, calls) in PLANS.items():

@@ -37,7 +37,10 @@ HYBRID = HEADS | {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-SLIDING = HEADS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+SLIDING = HEADS | {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 4,
+}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {
     "kv_lora_rank": 8,
@@ -170,7 +173,9 @@ def step(model, inputs):
     """The loss, and gradients by name."""
     model.zero_grad()
     dtype = next(model.parameters()).dtype
-    inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
+    inputs = {
+        key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()
+    }
     loss = model(**inputs).loss
     loss.backward()
     return {"loss": loss.detach()} | {
@@ -191,10 +196,14 @@ def test_every_layer_is_fused_and_a_step_is_stock(name):
     assert sum("lora_" in key for key in out) >= 8
     limit = chain_bound([draw.values() for draw in same], exact.values())
     assert error(out.values(), exact.values()) <= limit
-    layers = Counter(type(layer) for layer in model.modules() if isinstance(layer, LoraLayer))
+    layers = Counter(
+        type(layer) for layer in model.modules() if isinstance(layer, LoraLayer)
+    )
     experts = layers.pop(ParamWrapper, 0)
     report = peftops.report(patched)
     assert report.fused == layers.pop(Linear) and not layers
     assert set(report.calls) == {"fused"}
-    assert report.reasons == ({"layer is lora.layer.ParamWrapper": experts} if experts else {})
+    assert report.reasons == (
+        {"layer is lora.layer.ParamWrapper": experts} if experts else {}
+    )
     assert bool(experts) == (name in EXPERTS)

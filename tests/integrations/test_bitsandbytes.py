@@ -54,9 +54,13 @@ def bits(codes, state):
     return {"codes": codes, **state.as_dict(packed=True)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("quant_type, double, block", FORMATS)
-def test_quantizes_and_dequantizes_the_same_bits(quant_type, double, block, dtype, bodies):
+def test_quantizes_and_dequantizes_the_same_bits(
+    quant_type, double, block, dtype, bodies
+):
     w = torch.randn(48, 256, dtype=dtype)
     codes, state = quantized(w, quant_type, double, block)
     expected = bits(codes, state)
@@ -78,11 +82,18 @@ def test_quantizes_and_dequantizes_the_same_bits(quant_type, double, block, dtyp
     assert bodies["dequantize_4bit.out"] == 1
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str
+)
 def test_other_storage(storage, enabled):
     w = torch.randn(32, 64)
-    codes, state = bnb.functional.quantize_4bit(w, quant_type="nf4", quant_storage=storage)
-    assert codes.dtype == storage and codes.shape == (32 * 64 // 2 // storage.itemsize, 1)
+    codes, state = bnb.functional.quantize_4bit(
+        w, quant_type="nf4", quant_storage=storage
+    )
+    assert codes.dtype == storage and codes.shape == (
+        32 * 64 // 2 // storage.itemsize,
+        1,
+    )
     x, back = torch.randn(3, 64), bnb.functional.dequantize_4bit(codes, state)
     exact = x.double() @ back.double().T
     assert error(bnb.matmul_4bit(x, codes, state), exact) <= bound(x @ back.T, exact)

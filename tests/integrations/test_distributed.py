@@ -15,19 +15,22 @@ import peftops
 
 pytest.importorskip("accelerate")
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "distributed.md"
 ZERO3 = "ZeRO-3"
 
 
 @pytest.mark.parametrize("case", ["ddp", "fsdp2", "saved", "checkpoints", "fallbacks"])
 def test_on_two_ranks(case, tmp_path):
-    assert ranks.run(f"from on_ranks import {case} as work\n", tmp_path, str(tmp_path)) == ""
+    assert (
+        ranks.run(f"from on_ranks import {case} as work\n", tmp_path, str(tmp_path))
+        == ""
+    )
 
 
 def launch(folder, *args):
-    """Runs launched.py on two ranks under accelerate, with README's configuration."""
+    """Runs launched.py on two ranks under accelerate, with the documented configuration."""
     (config,) = re.findall(
-        r"^```yaml\n(# fsdp2.yaml\n.*?)^```$", README.read_text(), re.M | re.S
+        r"^```yaml\n(# fsdp2.yaml\n.*?)^```$", PAGE.read_text(), re.M | re.S
     )
     (folder / "fsdp2.yaml").write_text(config)
     launcher = [

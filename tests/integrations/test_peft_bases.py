@@ -47,7 +47,9 @@ class Quantized(nn.Module):
 
     def __init__(self, computes=None):
         super().__init__()
-        self.register_buffer("qweight", torch.randint(-127, 128, (N, K), dtype=torch.int8))
+        self.register_buffer(
+            "qweight", torch.randint(-127, 128, (N, K), dtype=torch.int8)
+        )
         self.computes = computes
 
     def forward(self, x):
@@ -116,7 +118,9 @@ def base_of(name, computes=None):
 def exactly(model, x, autocast=None):
     """Stock PEFT with an adapter of float64, over the same product of the base."""
     model = copy.deepcopy(model)
-    layer = model.get_submodule("lin" if hasattr(model, "lin") else "base_model.model.lin")
+    layer = model.get_submodule(
+        "lin" if hasattr(model, "lin") else "base_model.model.lin"
+    )
     base = Wide(layer.base_layer, x.dtype)
     for name in {"base_layer", "quant_linear_module"} & set(layer._modules):
         setattr(layer, name, base)
@@ -160,14 +164,19 @@ def test_is_stock_peft(name, case, monkeypatch):
     layer_class = stock_class(name, monkeypatch)
     for p, rows in ((0.3, 70), (0.0, 5)):
         base = base_of(name, computes)
-        model = lora(layer_class, base if autocast else base.to(dtype), adapter, lora_dropout=p)
+        model = lora(
+            layer_class, base if autocast else base.to(dtype), adapter, lora_dropout=p
+        )
         assert_law(model, torch.randn(2, rows, K, dtype=dtype), autocast)
 
 
-@pytest.mark.parametrize("name", ["Linear", "AqlmLoraLinear", "AwqLoraLinear", "Linear8bitLt"])
+@pytest.mark.parametrize(
+    "name", ["Linear", "AqlmLoraLinear", "AwqLoraLinear", "Linear8bitLt"]
+)
 def test_a_bias_of_the_adapter(name, monkeypatch):
     assert_law(
-        lora(stock_class(name, monkeypatch), Quantized(), lora_bias=True), torch.randn(70, K)
+        lora(stock_class(name, monkeypatch), Quantized(), lora_bias=True),
+        torch.randn(70, K),
     )
 
 

@@ -42,7 +42,9 @@ def captured(model, *args):
         graphs.append(graph)
         return graph
 
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = torch._dynamo.backends.common.aot_autograd(
+        fw_compiler=keep, bw_compiler=keep
+    )
     out = torch.compile(model, backend=backend, fullgraph=True)(*args)
     out.sum().backward()
     return graphs

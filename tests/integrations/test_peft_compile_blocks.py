@@ -34,7 +34,9 @@ class Block(torch.nn.Module):
         inner = model.base_model.model.model
         self.block = inner.layers[0]
         with torch.no_grad():
-            self.positions = inner.rotary_emb(next(model.parameters()), torch.arange(24)[None])
+            self.positions = inner.rotary_emb(
+                next(model.parameters()), torch.arange(24)[None]
+            )
 
     def forward(self, x):
         return self.block(x, position_embeddings=self.positions)
@@ -54,7 +56,9 @@ def step(block, x):
     ]
 
 
-@pytest.mark.parametrize("method, p", [*zip(METHODS, (0.3, 0.0, 0.3, 0.0), strict=True)])
+@pytest.mark.parametrize(
+    "method, p", [*zip(METHODS, (0.3, 0.0, 0.3, 0.0), strict=True)]
+)
 def test_one_graph_for_all_batch_sizes(method, p, monkeypatch):
     install_our_mask(monkeypatch)
     stock, ours = pair(method, lora_dropout=p)
@@ -93,5 +97,8 @@ def test_adapters_that_take_turns_compile_no_more_than_stock(method):
     """Stock is LoRA in any case, since stock DoRA makes many graphs."""
     expected = graphs(pair("lora")[0])
     counts = graphs(peftops.patch(pair(method)[1], strict=True))
-    assert all(a <= b for a, b in zip(counts, expected, strict=True)), (counts, expected)
+    assert all(a <= b for a, b in zip(counts, expected, strict=True)), (
+        counts,
+        expected,
+    )
     assert counts[-1] == counts[2], (counts, expected)

@@ -193,7 +193,10 @@ def test_a_trained_base_is_pefts_own():
 
 def state_of(model):
     """Class and attributes of each module."""
-    return {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
+    return {
+        name: (type(module), dict(vars(module)))
+        for name, module in model.named_modules()
+    }
 
 
 def test_unpatch_leaves_nothing():
@@ -298,7 +301,9 @@ def test_a_magnitude_that_a_trainer_casts():
             optimizer.zero_grad()
             model(input_ids=TOKENS, labels=TOKENS).loss.backward()
             optimizer.step()
-        changed = [p.detach().float() != b for p, b in zip(magnitudes, before, strict=True)]
+        changed = [
+            p.detach().float() != b for p, b in zip(magnitudes, before, strict=True)
+        ]
         return torch.cat(changed).float().mean()
 
     stock, ours = dora(), dora()
@@ -332,4 +337,7 @@ def test_from_config_and_from_peft():
     exact = copy.deepcopy(theirs).double()(x.double())
     same = theirs(x)
     assert error(shared(x), exact) <= bound(same, exact)
-    assert shared.lora_magnitude_vector["default"] is theirs.lora_magnitude_vector["default"]
+    assert (
+        shared.lora_magnitude_vector["default"]
+        is theirs.lora_magnitude_vector["default"]
+    )

@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from accelerate.hooks import ModelHook, add_hook_to_module
 from law import bound, error
 from peft.helpers import disable_input_dtype_casting
 from tiny import adapted, single
@@ -106,9 +105,9 @@ CASES = {  # reason -> what is done to the model, how it is called, options of t
     "several active adapters": (several, plain),
     "no active adapter": (lambda model: lin(model).set_adapter([]), plain),
     "DoRA with a bias or hooks of its own": (
-        lambda model: adapter_module(model, "lora_magnitude_vector").register_forward_hook(
-            lambda *args: None
-        ),
+        lambda model: adapter_module(
+            model, "lora_magnitude_vector"
+        ).register_forward_hook(lambda *args: None),
         plain,
         {"use_dora": True},
     ),
@@ -133,7 +132,10 @@ CASES = {  # reason -> what is done to the model, how it is called, options of t
         {"lora_dropout": 0.3},
     ),
     "torch.func, forward-mode AD, tracing or export": (None, mapped),
-    "base weight is trained": (lambda model: lin(model).base_layer.requires_grad_(), plain),
+    "base weight is trained": (
+        lambda model: lin(model).base_layer.requires_grad_(),
+        plain,
+    ),
     "dtype of x or of the base weight": (
         lambda model: model.double(),
         lambda model, x: model(x.double()),
@@ -169,7 +171,10 @@ CASES = {  # reason -> what is done to the model, how it is called, options of t
         lambda model: model.to("meta"),
         lambda model, x: model(x.to("meta")),
     ),
-    "tensors on different devices": (lambda model: lin(model).base_layer.to("meta"), plain),
+    "tensors on different devices": (
+        lambda model: lin(model).base_layer.to("meta"),
+        plain,
+    ),
 }
 RAISES = {
     "x is not of the base weight's dtype",
@@ -249,7 +254,10 @@ def test_hooks_on_a_part(name, hook):
     model = single(lora_dropout=0.3)
     without_hook = outcome(copy.deepcopy(model), plain)
     expected = assert_falls_back(
-        model, lambda model: HOOKS[hook](ADAPTER_MODULES[name](model)), plain, "hooks on a part"
+        model,
+        lambda model: HOOKS[hook](ADAPTER_MODULES[name](model)),
+        plain,
+        "hooks on a part",
     )
     assert not all(
         map(same, without_hook, expected)
@@ -275,7 +283,10 @@ def test_traced_calls_are_stock(recwarn):
     x = torch.randn(7, 16)
     program = torch.jit.trace(lin(patched), x)
     assert torch.equal(program(2 * x), stock(2 * x))
-    assert "torch.func, forward-mode AD, tracing or export" in peftops.report(patched).calls
+    assert (
+        "torch.func, forward-mode AD, tracing or export"
+        in peftops.report(patched).calls
+    )
 
 
 def test_forward_mode_ad_is_stock():
@@ -317,56 +328,6 @@ def test_a_bias_that_is_a_buffer():
     assert peftops.report(patched).calls == {"fused": 1}
 
 
-class Counting(ModelHook):
-    calls = 0
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls += 1
-        return args, kwargs
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_hooks_of_accelerate_on_the_layer_itself(late):
-    """The hooks of a model that is dispatched over devices, before or after patch."""
-    stock, model = single(), single()
-    hook = Counting()
-    if late:
-        peftops.patch(model)
-    add_hook_to_module(lin(model), hook)
-    if not late:
-        peftops.patch(model, strict=True)
-    x = torch.randn(7, 16)
-    assert torch.equal(model(x), peftops.patch(copy.deepcopy(stock))(x))
-    assert hook.calls == 1
-    assert peftops.report(model).calls == {"fused": 1}
-    peftops.unpatch(model)
-    assert torch.equal(model(x), stock(x))
-    assert hook.calls == 2
-    assert type(lin(model)) is type(lin(stock))
-
-
-def test_a_forward_of_its_own_is_called_and_named():
-    stock, model = single(), single()
-    for each in (stock, model):
-        shadow_forward(lin(each))
-    peftops.patch(model)
-    x = torch.randn(7, 16)
-    assert torch.equal(model(x), stock(x))
-    assert type(lin(model)) is type(lin(stock))
-    assert peftops.report(model).reasons == {"its forward was replaced": 1}
-    with pytest.raises(ValueError, match="lin cannot be fused: its forward was replaced"):
-        peftops.patch(model, strict=True)
-    patched = peftops.patch(single())
-    shadow_forward(lin(patched))
-    assert peftops.report(patched).reasons == {"its forward was replaced": 1}
-    patched(x)
-    assert peftops.report(patched).fused == 1  # since it calls ours
-    with pytest.raises(
-        ValueError, match=r"unpatch: .*lin has been given a forward of its own since patch"
-    ):
-        peftops.unpatch(patched)
-
-
 def test_every_reason_has_a_case():
     deciders = planning.plan, planning.only_one, planning.dora_misfit
     deciders += planning.modules_misfit, planning.misfit, planning.dtype_misfit
@@ -391,10 +352,14 @@ def test_dropout_that_is_not_active_is_fused():
 
 def test_warns_and_names_what_is_not_fused(caplog):
     model = adapted(
-        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), target_modules=["0", "1", "2"]
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))),
+        target_modules=["0", "1", "2"],
     )
     model.base_model.model[1].base_layer.weight.requires_grad_()
     peftops.patch(model)
     (record,) = (record for record in caplog.records if record.name == "peftops")
     assert record.levelname == "WARNING"
-    assert record.getMessage() == "2/3 LoRA layers fused; PEFT's own: 1 base weight is trained"
+    assert (
+        record.getMessage()
+        == "2/3 LoRA layers fused; PEFT's own: 1 base weight is trained"
+    )

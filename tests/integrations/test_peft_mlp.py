@@ -41,7 +41,11 @@ class Gated(nn.Module):
 
 
 def gated(
-    block=Gated, autocast_adapter_dtype=True, targets=("w1", "w2", "w3"), config=None, **options
+    block=Gated,
+    autocast_adapter_dtype=True,
+    targets=("w1", "w2", "w3"),
+    config=None,
+    **options,
 ):
     """A LoRA model of one block under the name lin."""
     torch.manual_seed(0)
@@ -123,7 +127,9 @@ def test_bases_and_rows(linear_class, autocast, rows):
     if linear_class is LinearNF4:
         for layer in mlp_of(model).children():
             if isinstance(layer, peft.tuners.lora.Linear):
-                layer.base_layer.quantize(torch.randn(layer.out_features, layer.in_features))
+                layer.base_layer.quantize(
+                    torch.randn(layer.out_features, layer.in_features)
+                )
     assert_same_bits(model, torch.randn(2, rows, K, dtype=dtype), autocast)
 
 
@@ -135,7 +141,9 @@ def test_what_needs_no_gradient_gets_none():
             grads = []
             for model in (by_layers, whole):
                 for name, parameter in model.named_parameters():
-                    is_trained = "lora" in name and any(f".{w}." in name for w in trained)
+                    is_trained = "lora" in name and any(
+                        f".{w}." in name for w in trained
+                    )
                     parameter.requires_grad_(is_trained)
                     parameter.grad = None
                 x.grad = None
@@ -143,7 +151,9 @@ def test_what_needs_no_gradient_gets_none():
                 assert y.requires_grad == (bool(trained) or x.requires_grad)
                 if y.requires_grad:
                     y.sum().backward()
-                grads.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+                grads.append(
+                    [x.grad, *(parameter.grad for parameter in model.parameters())]
+                )
             for ours, theirs in zip(*grads, strict=True):
                 assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
@@ -155,7 +165,8 @@ def test_keeps_half_of_what_lies_between_the_layers(p):
     by_layers = peftops.patch(copy.deepcopy(model))
     whole = fused(model)
     before, after = (
-        saved(each, lambda each=each: each(x).sum().backward()) for each in (by_layers, whole)
+        saved(each, lambda each=each: each(x).sum().backward())
+        for each in (by_layers, whole)
     )
     assert before - after == 2 * 100 * N * 4  # silu and product
     assert after >= 2 * 100 * N * 4  # gate and up
@@ -179,7 +190,9 @@ def test_backward_twice_and_nothing_kept_after():
     model = fused(gated())
     y = model(torch.randn(70, K)).sum()
     grads = [
-        torch.autograd.grad(y, list(mlp_of(model).w1.lora_A.parameters()), retain_graph=keep)
+        torch.autograd.grad(
+            y, list(mlp_of(model).w1.lora_A.parameters()), retain_graph=keep
+        )
         for keep in (1, 0)
     ]
     assert torch.equal(grads[0][0], grads[1][0])
@@ -212,10 +225,12 @@ FALLBACKS = {
         ),
         model.base_model.set_adapter(["default", "other"]),
     ),
-    "a base's own product": lambda model: mlp_of(model).w1.base_layer.register_forward_hook(
-        lambda *args: None
-    ),
-    "base weight is trained": lambda model: mlp_of(model).w3.base_layer.weight.requires_grad_(),
+    "a base's own product": lambda model: mlp_of(
+        model
+    ).w1.base_layer.register_forward_hook(lambda *args: None),
+    "base weight is trained": lambda model: mlp_of(
+        model
+    ).w3.base_layer.weight.requires_grad_(),
 }
 
 
@@ -235,7 +250,9 @@ def test_a_cast_between_the_layers_falls_back():
     model = gated(linear_class=LinearNF4, compute_dtype=torch.bfloat16)
     for layer in (mlp_of(model).w1, mlp_of(model).w2, mlp_of(model).w3):
         layer.base_layer.quantize(torch.randn(layer.out_features, layer.in_features))
-    assert_same_bits(model, torch.randn(5, K), torch.bfloat16, {"a layer casts its result": 1})
+    assert_same_bits(
+        model, torch.randn(5, K), torch.bfloat16, {"a layer casts its result": 1}
+    )
 
 
 def test_compiled_it_runs_by_layers():
@@ -331,7 +348,9 @@ def test_copies_and_pickles_and_saves_what_stock_saves(tmp_path):
     model.save_pretrained(tmp_path / "stock")
     fused(model).save_pretrained(tmp_path / "fused")
     for file in (tmp_path / "stock").iterdir():
-        assert file.read_bytes() == (tmp_path / "fused" / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (tmp_path / "fused" / file.name).read_bytes(), (
+            file.name
+        )
     expected = logits(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -339,7 +358,9 @@ def test_copies_and_pickles_and_saves_what_stock_saves(tmp_path):
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         assert torch.equal(logits(other), expected)
         assert mlp.calls(other) == {FUSED: 4}
-        other.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.data.zero_()
+        other.base_model.model.model.layers[0].mlp.up_proj.lora_B[
+            "default"
+        ].weight.data.zero_()
         assert not torch.equal(logits(other), expected)
     assert torch.equal(logits(model), expected)
     assert mlp.calls(model) == {FUSED: 4}
@@ -347,7 +368,10 @@ def test_copies_and_pickles_and_saves_what_stock_saves(tmp_path):
 
 def test_unpatch_and_merging_give_back_what_was():
     model = tiny()
-    before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    before = {
+        name: (type(module), set(vars(module)))
+        for name, module in model.named_modules()
+    }
     fused(fused(model))
     assert sum(isinstance(module, FusedMLP) for module in model.modules()) == 2
     step(model)
@@ -357,7 +381,9 @@ def test_unpatch_and_merging_give_back_what_was():
         for name, module in peftops.unpatch(model).named_modules()
     } == before
     assert torch.equal(logits(merged), logits(model.merge_and_unload()))
-    assert not any(isinstance(module, FusedMLP) for module in peftops.unpatch(merged).modules())
+    assert not any(
+        isinstance(module, FusedMLP) for module in peftops.unpatch(merged).modules()
+    )
 
 
 def test_a_second_derivative_is_refused():

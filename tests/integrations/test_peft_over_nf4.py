@@ -55,7 +55,9 @@ def bits(layer):
 def same_bits(a, b):
     if list(a) != list(b):
         return False
-    return all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 def made(lin, config, seed=1):
@@ -142,7 +144,9 @@ def test_initializations_are_those_of_the_dense_weight(init, dtype):
     expected = NF4Weight.quantize(weight.detach()) if moved else NF4Weight.load(before)
     assert type(layer) is LinearNF4
     assert layer.weight_dtype is dtype
-    assert torch.equal(layer.dequantize(torch.float32), expected.dequantize(torch.float32))
+    assert torch.equal(
+        layer.dequantize(torch.float32), expected.dequantize(torch.float32)
+    )
     assert same_bits(before, bits(layer)) != moved
 
 
@@ -245,7 +249,9 @@ def test_loftq_replaces_adapters_by_what_quantization_lost(columns, tmp_path):
         ),
     )
     stored = linear.weight.T if columns else linear.weight
-    save_file({"lin.weight": stored.detach().contiguous()}, tmp_path / "model.safetensors")
+    save_file(
+        {"lin.weight": stored.detach().contiguous()}, tmp_path / "model.safetensors"
+    )
     lost = linear.weight - layer.dequantize()
     before = bits(layer)
     kept = layer_of(model).lora_A["default"].weight.detach().clone()
@@ -265,7 +271,9 @@ def test_loftq_replaces_adapters_by_what_quantization_lost(columns, tmp_path):
 
 
 def test_loftq_of_a_model_without_4_bits_is_pefts(tmp_path):
-    model = peft.get_peft_model(Net(nn.Linear(K, N)), peft.LoraConfig(target_modules=["lin"]))
+    model = peft.get_peft_model(
+        Net(nn.Linear(K, N)), peft.LoraConfig(target_modules=["lin"])
+    )
     save_file({"lin.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="No bnb LoRA module found on the model"):

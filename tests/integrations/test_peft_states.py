@@ -23,7 +23,10 @@ pytestmark = [
 
 def state(model):
     """Class and names of attributes of each module."""
-    return {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    return {
+        name: (type(module), set(vars(module)))
+        for name, module in model.named_modules()
+    }
 
 
 def classes(model):

@@ -101,7 +101,10 @@ def test_verdicts(checkout, monkeypatch, capsys, runs, code, says):
 def test_what_is_no_checkout_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         peft_suite.main([str(tmp_path)])
-    assert f"there is no tests/test_custom_models.py in {tmp_path}" in capsys.readouterr().err
+    assert (
+        f"there is no tests/test_custom_models.py in {tmp_path}"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_plugin_leaves_nothing_behind():

@@ -111,7 +111,11 @@ def waiting(model):
 
 
 # Module, name of a function in it, and whether to stop after its call.
-PLAN = layer_module, "plan", True  # the layer has been read, and nothing is computed yet
+PLAN = (
+    layer_module,
+    "plan",
+    True,
+)  # the layer has been read, and nothing is computed yet
 NORM = peftops.nn.dora, "dora_weight_norm", False
 CASES = {  # options of the model, what is done to it, where a call is stopped, and the shape of x
     "fused": ({"lora_dropout": 0.3}, None, PLAN, (7, 16)),
@@ -204,7 +208,9 @@ def test_patch_and_unpatch_again_and_again():
     threads = []
     for model in models:
         truth = model(x).detach(), exactly(model)(x.double()).detach()
-        threads += [threading.Thread(target=serve, args=(model, *truth)) for _ in range(2)]
+        threads += [
+            threading.Thread(target=serve, args=(model, *truth)) for _ in range(2)
+        ]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

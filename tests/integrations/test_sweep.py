@@ -155,7 +155,9 @@ def build(config, model):
 def inputs_of(model):
     name = getattr(model.base_model.model, "main_input_name", "input_ids")
     if name == "pixel_values":
-        return {name: torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+        return {
+            name: torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        }
     tokens = torch.arange(18).view(2, 9) * 7 % 60 + 3
     inputs = {"input_ids": tokens}
     if model.config.is_encoder_decoder:
@@ -169,7 +171,8 @@ def step(model):
     torch.manual_seed(1)
     dtype = next(model.parameters()).dtype
     inputs = {
-        key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs_of(model).items()
+        key: t.to(dtype) if t.is_floating_point() else t
+        for key, t in inputs_of(model).items()
     }
     y = next(
         t
@@ -177,7 +180,9 @@ def step(model):
         if isinstance(t, torch.Tensor) and t.is_floating_point()
     )
     y.square().mean().backward()
-    grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None
+    }
     return {"y": y.detach()} | grads
 
 
@@ -193,7 +198,9 @@ def verdict(config, model):
         return "", 0
     if not all(t.isfinite().all() for draw in draws for t in draw.values()):
         return "", 0
-    if not all(t.isfinite().all() for t in exact.values()):  # some masks are for float32 only
+    if not all(
+        t.isfinite().all() for t in exact.values()
+    ):  # some masks are for float32 only
         exact = {key: t.double() for key, t in draws[0].items()}
         draws = draws[1:]
     patched = peftops.patch(copy.deepcopy(stock))

@@ -29,7 +29,9 @@ def test_axolotl(monkeypatch):
     cfg = {"lora_r": 8, "lora_qkv_kernel": True}
     model = tiny()
     plugin.register(cfg)
-    assert cfg == {"lora_r": 8} | dict.fromkeys(peftops.integrations.axolotl.KERNELS, False)
+    assert cfg == {"lora_r": 8} | dict.fromkeys(
+        peftops.integrations.axolotl.KERNELS, False
+    )
     [callback] = plugin.add_callbacks_pre_trainer(cfg, model)
     callback.on_init_end(None, None, None, model=model)
     assert peftops.report(model).fused == 14
@@ -50,7 +52,9 @@ def test_lightning(tmp_path):
             return self.losses[-1]
 
         def configure_optimizers(self):
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+            return torch.optim.AdamW(
+                [p for p in self.parameters() if p.requires_grad], lr=1e-3
+            )
 
     losses = []
     for change in (lambda model: model, peftops.patch):
@@ -67,7 +71,9 @@ def test_lightning(tmp_path):
             default_root_dir=tmp_path,
             **quiet,
         )
-        trainer.fit(module, torch.utils.data.DataLoader(TOKENS.repeat(20, 1), batch_size=2))
+        trainer.fit(
+            module, torch.utils.data.DataLoader(TOKENS.repeat(20, 1), batch_size=2)
+        )
         losses.append(torch.stack(module.losses))
     assert error(losses[1], losses[0]) <= 1e-5
     assert len(losses[0]) == 20

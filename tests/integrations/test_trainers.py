@@ -59,7 +59,10 @@ def text(seed, count=8):
 
 def numbers():
     return datasets.Dataset.from_list(
-        [{"input_ids": ids, "labels": ids} for ids in torch.arange(256).view(16, 16) % 64]
+        [
+            {"input_ids": ids, "labels": ids}
+            for ids in torch.arange(256).view(16, 16) % 64
+        ]
     )
 
 
@@ -119,8 +122,12 @@ def test_trainer(tmp_path):
         )
 
     lines = [line for line in assert_same(make).state.log_history if "loss" in line]
-    assert [(line["lora_layers"], line["fused_layers"]) for line in lines] == [(14, 14)] * 2
-    assert all(line["tokens_per_second"] > 0 and line["peak_memory_gib"] > 0 for line in lines)
+    assert [(line["lora_layers"], line["fused_layers"]) for line in lines] == [
+        (14, 14)
+    ] * 2
+    assert all(
+        line["tokens_per_second"] > 0 and line["peak_memory_gib"] > 0 for line in lines
+    )
 
 
 class Fusing(transformers.TrainerCallback):
@@ -229,7 +236,9 @@ def test_sft_casts_adapters_over_4_bits(tmp_path, tokenizer, dora):
     _, stock = train(make, [])
     trainer, ours = train(make, [PeftopsCallback(strict=True)])
     assert error(ours, stock) <= ROUNDED
-    adapter = next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
+    adapter = next(
+        p for name, p in trainer.model.named_parameters() if "lora_A" in name
+    )
     assert adapter.dtype is torch.bfloat16
     assert set(report(trainer.model).calls) == {FUSED}
 
@@ -277,7 +286,9 @@ def test_grpo(tmp_path, tokenizer):
             processing_class=tokenizer,
             peft_config=peft.LoraConfig(**LORA),
             callbacks=callbacks,
-            reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+            reward_funcs=lambda completions, **_: [
+                float(len(set(c))) for c in completions
+            ],
         )
 
     assert_same(make)

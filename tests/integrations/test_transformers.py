@@ -21,9 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import peftops
-import peftops.functional as F
 from peftops.integrations.transformers import disable, enable, enable_nf4
-from peftops.integrations.transformers import experts as experts_module
 from peftops.integrations.transformers.nf4 import METHOD
 from peftops.nn import LinearNF4
 
@@ -91,7 +89,9 @@ CONFIGS = [
 
 @pytest.mark.parametrize("options", CONFIGS, ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_makes_loads_and_saves_what_bitsandbytes_does(architecture, options, saved, tmp_path):
+def test_makes_loads_and_saves_what_bitsandbytes_does(
+    architecture, options, saved, tmp_path
+):
     pytest.importorskip("bitsandbytes")
     source = saved / architecture
     dtype = torch.bfloat16 if architecture == "llama" else torch.float32
@@ -104,7 +104,9 @@ def test_makes_loads_and_saves_what_bitsandbytes_does(architecture, options, sav
             model.save_pretrained(tmp_path / name)
             assert files(tmp_path / name) == files(tmp_path / "theirs")
         assert load(tmp_path / "again").is_loaded_in_4bit
-    quantized = {name for name, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    quantized = {
+        name for name, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"
+    }
     assert quantized
     for model in (ours, again):
         packed = {name for name, m in model.named_modules() if isinstance(m, LinearNF4)}
@@ -113,7 +115,10 @@ def test_makes_loads_and_saves_what_bitsandbytes_does(architecture, options, sav
         assert model.num_parameters() == theirs.num_parameters()
     # In eval mode, bitsandbytes may repack its weights for the CPU and round their scales.
     theirs.train()
-    out = [ours.train()(input_ids=TOKENS).logits, again.train()(input_ids=TOKENS).logits]
+    out = [
+        ours.train()(input_ids=TOKENS).logits,
+        again.train()(input_ids=TOKENS).logits,
+    ]
     same = theirs(input_ids=TOKENS).logits
     exact = copy.deepcopy(ours).dequantize().double()(input_ids=TOKENS).logits
     assert all(error(t, exact) <= bound(same, exact) for t in out)
@@ -189,11 +194,17 @@ def test_does_without_bitsandbytes(saved, tmp_path):
         *filter(None, [forced]),
     ]
     environment = os.environ | {"PYTHONPATH": ranks.python_path()}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert files(tmp_path / "saved") == files(stored if stored.exists() else tmp_path / "made")
+    assert files(tmp_path / "saved") == files(
+        stored if stored.exists() else tmp_path / "made"
+    )
     with enable():
-        assert torch.equal(logits(load(tmp_path / "saved")), torch.load(tmp_path / "logits.pt"))
+        assert torch.equal(
+            logits(load(tmp_path / "saved")), torch.load(tmp_path / "logits.pt")
+        )
 
 
 def test_undoes_itself():
@@ -215,7 +226,10 @@ def test_undoes_itself():
 
 def test_the_old_name_answers_with_the_new():
     before = AUTO_QUANTIZER_MAPPING[METHOD]
-    with pytest.warns(FutureWarning, match="enable_nf4 is now called enable"), enable_nf4():
+    with (
+        pytest.warns(FutureWarning, match="enable_nf4 is now called enable"),
+        enable_nf4(),
+    ):
         assert AUTO_QUANTIZER_MAPPING[METHOD] is not before
     assert AUTO_QUANTIZER_MAPPING[METHOD] is before
 
@@ -235,7 +249,9 @@ def test_names_a_checkpoint_that_is_broken(saved, tmp_path):
 
 def test_dequantizes(saved):
     with enable():
-        model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
+        model = load(
+            saved / "llama", quantization_config=config(), dtype=torch.bfloat16
+        )
     expected = logits(model)
     plain = model.dequantize()
     assert not any(isinstance(m, LinearNF4) for m in plain.modules())
@@ -248,7 +264,9 @@ def test_dequantizes(saved):
 
 def test_copies_and_counts(saved):
     with enable():
-        model = load(saved / "llama", quantization_config=config(), dtype=torch.bfloat16)
+        model = load(
+            saved / "llama", quantization_config=config(), dtype=torch.bfloat16
+        )
     other = copy.deepcopy(model)
     nn.init.zeros_(other.lm_head.weight)
     assert logits(model).any()
@@ -256,88 +274,17 @@ def test_copies_and_counts(saved):
     other.lm_head = nn.Linear(64, 2)
     assert model.num_parameters() == load(saved / "llama").num_parameters()
     assert other.num_parameters() != model.num_parameters()
-    assert json.loads(model.config.to_json_string())["quantization_config"]["load_in_4bit"]
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = transformers.MixtralConfig(
-        **sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=64
-    )
-    folder = tmp_path_factory.mktemp("mixtral")
-    transformers.MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def test_names_the_experts_it_leaves(mixture, caplog):
-    with enable():
-        model = load(mixture, quantization_config=config(), dtype=torch.float32)
-    message = "load_in_4bit: 4 expert weights stay in 16 bits, model.layers.0.mlp.experts."
-    assert message in caplog.text
-    assert model.model.layers[0].mlp.experts.gate_up_proj.dim() == 3
-
-
-def trained(model):
-    model.train().zero_grad()
-    embeddings = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
-    out = model(inputs_embeds=embeddings, labels=TOKENS)
-    out.loss.backward()
-    return [out.logits.detach(), embeddings.grad]
-
-
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_experts_in_4_bits(mixture, implementation, tmp_path):
-    with enable(experts=True):
-        model = load(mixture, quantization_config=config(), dtype=torch.float32)
-        model.save_pretrained(tmp_path)
-        again = load(tmp_path)
-    plain = load(mixture, dtype=torch.float32)
-    assert model.num_parameters() == plain.num_parameters()
-    for ours, theirs in zip(model.model.layers, plain.model.layers, strict=True):
-        for name in ("gate_up_proj", "down_proj"):
-            packed, weight = getattr(ours.mlp.experts, name), getattr(theirs.mlp.experts, name)
-            assert torch.equal(packed.dequantize(), F.quantize_nf4(weight.data).dequantize())
-            assert packed.weight.nbytes * 8 == weight.nbytes
-            weight.data = packed.dequantize()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            weight = getattr(ours.self_attn, name).dequantize()
-            getattr(theirs.self_attn, name).weight.data = weight
-    plain.set_experts_implementation("eager")
-    exact = trained(copy.deepcopy(plain).double())
-    model.set_experts_implementation(implementation)
-    plain.set_experts_implementation(implementation)
-    same = trained(plain)
-    limit = bound(same, exact)
-    assert error(trained(model), exact) <= limit
-    assert error(trained(copy.deepcopy(model)), exact) <= limit
-    for module in model.modules():
-        assert not {"gate_up_proj", "_peftops_hooks"} & set(vars(module))
-    assert not experts_module._recent
-    assert type(again.model.layers[0].mlp.experts.down_proj).__name__ == "PackedExperts"
-
-
-def test_experts_fail_cleanly(mixture):
-    with enable(experts=True):
-        model = load(mixture, quantization_config=config(), dtype=torch.float32)
-    layer = model.model.layers[0].mlp.experts
-    with pytest.raises(RuntimeError):
-        layer(torch.ones(2, 63), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2))
-    assert not {"gate_up_proj", "_peftops_hooks"} & set(vars(layer))
-    with pytest.raises(NotImplementedError, match="cannot be dequantized for good"):
-        model.dequantize()
+    assert json.loads(model.config.to_json_string())["quantization_config"][
+        "load_in_4bit"
+    ]
 
 
 @pytest.mark.parametrize("device", ["disk", "cpu"])
 def test_modules_that_come_for_a_call_are_refused_on_loading(saved, tmp_path, device):
     """As bitsandbytes does. If all modules are on the CPU, none is moved for a call."""
-    device_map = {"model": "cpu", "lm_head": "disk"} if device == "disk" else {"": "cpu"}
+    device_map = (
+        {"model": "cpu", "lm_head": "disk"} if device == "disk" else {"": "cpu"}
+    )
     options = {
         "quantization_config": config(),
         "device_map": device_map,
@@ -389,10 +336,19 @@ def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, caplog):
 
 
 def test_a_model_that_divides_its_weights_in_place_is_refused(tmp_path):
-    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 16}
-    transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).save_pretrained(tmp_path)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "context_length": 16,
+    }
+    transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes)).save_pretrained(
+        tmp_path
+    )
     with (
         enable(),
-        pytest.raises(ValueError, match="load_in_4bit: rwkv models cannot be quantized"),
+        pytest.raises(
+            ValueError, match="load_in_4bit: rwkv models cannot be quantized"
+        ),
     ):
         load(tmp_path, quantization_config=config())

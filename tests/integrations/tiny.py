@@ -23,7 +23,9 @@ class Net(nn.Module):
         return self.lin(x)
 
 
-def tiny(architecture="llama", autocast_adapter_dtype=True, dtype=torch.float32, **config):
+def tiny(
+    architecture="llama", autocast_adapter_dtype=True, dtype=torch.float32, **config
+):
     """A language model of two blocks whose adapters are not zero."""
     torch.manual_seed(0)
     if architecture == "gpt2":
@@ -35,7 +37,9 @@ def tiny(architecture="llama", autocast_adapter_dtype=True, dtype=torch.float32,
             "embd_pdrop": 0,
             "attn_pdrop": 0,
         }
-        base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, vocab_size=64))
+        base = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**sizes, vocab_size=64)
+        )
         targets = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
     else:
         sizes = {
@@ -56,7 +60,9 @@ def tiny(architecture="llama", autocast_adapter_dtype=True, dtype=torch.float32,
     # Large enough that no gradient is near zero: there, only noise would be compared.
     for name, parameter in model.named_parameters():
         if "norm" not in name and "ln_" not in name:
-            nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else 0.1)
+            nn.init.normal_(
+                parameter, std=1.0 if "embed" in name or "wte" in name else 0.1
+            )
     return model
 
 
@@ -125,7 +131,9 @@ def step(model, autocast=None):
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = model(input_ids=TOKENS, labels=TOKENS)
     out.loss.backward()
-    return out.logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    return out.logits.detach(), [
+        p.grad.clone() for p in model.parameters() if p.requires_grad
+    ]
 
 
 def pass_of(model, x, autocast=None):

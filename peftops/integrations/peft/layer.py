@@ -187,7 +187,13 @@ HOMES = {
     "TeLinear": "te",
     "TorchaoLoraLinear": "torchao",
 }
-WIDENING = {"AwqLoraLinear", "EetqLoraLinear", "HqqLoraLinear", "Linear4bit", "Linear8bitLt"}
+WIDENING = {
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "HqqLoraLinear",
+    "Linear4bit",
+    "Linear8bitLt",
+}
 
 
 def fused_classes():
@@ -218,7 +224,9 @@ def __getattr__(name):
     stock = name.removeprefix("Fused")
     if stock == name or stock not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return fused_class(getattr(import_module(f"peft.tuners.lora.{HOMES[stock]}"), stock))
+    return fused_class(
+        getattr(import_module(f"peft.tuners.lora.{HOMES[stock]}"), stock)
+    )
 
 
 def has_own_forward(layer):
@@ -232,7 +240,10 @@ def has_own_forward(layer):
 
 def dispatched(layer):
     """Whether accelerate's forward calls that of the layer's class."""
-    return getattr(vars(layer).get("_old_forward"), "__func__", None) is type(layer).forward
+    return (
+        getattr(vars(layer).get("_old_forward"), "__func__", None)
+        is type(layer).forward
+    )
 
 
 def become(layer, layer_class):

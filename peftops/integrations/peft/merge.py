@@ -12,7 +12,9 @@ from ...nn.nf4_peft import meet
 from ...ops.nf4 import NF4Weight
 
 meet(LinearNF4, PackedNF4)
-ORIGINAL = "_peftops_unmerged"  # attribute of a merged layer: its weight and bias before
+ORIGINAL = (
+    "_peftops_unmerged"  # attribute of a merged layer: its weight and bias before
+)
 
 
 @torch.no_grad()
@@ -49,7 +51,9 @@ def merge(layer, safe_merge, adapter_names):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
             )
-        q = NF4Weight.quantize(weight, base.blocksize, base.double_quant, base.quant_type)
+        q = NF4Weight.quantize(
+            weight, base.blocksize, base.double_quant, base.quant_type
+        )
         base.hold(q.base, base.weight_dtype, q.block, q.quant_type)
         if bias is not None:
             base.bias.copy_(bias)

@@ -43,7 +43,10 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
         if isinstance(module, FusedMLP):
             targets[name] = module, type(module)
         elif roles := roles_of(module):
-            targets[name] = module, fused_class(type(module), roles, beside(module, roles))
+            targets[name] = (
+                module,
+                fused_class(type(module), roles, beside(module, roles)),
+            )
     if strict:
         expect_fused(model, targets)
     for module, fused in targets.values():
@@ -183,7 +186,9 @@ def roles_of(module):
         return None
     if tensors_of(module) != sum(map(tensors_of, layers.values())):
         return None
-    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    sizes = {
+        name: (layer.in_features, layer.out_features) for name, layer in layers.items()
+    }
     for roles in permutations(layers):
         gate, up, down = (sizes[name] for name in roles)
         k, n = gate
@@ -212,7 +217,9 @@ def is_swiglu(module, roles, k, n):
     expected = down(silu(gate(x)) * up(x))
     probe = copy.copy(module)
     children = vars(module)["_modules"].items()
-    others = {name: copy.deepcopy(child) for name, child in children if name not in roles}
+    others = {
+        name: copy.deepcopy(child) for name, child in children if name not in roles
+    }
     vars(probe)["_modules"] = others | dict(zip(roles, (gate, up, down), strict=True))
     with torch.random.fork_rng(devices=[]):
         for training in (True, False):  # both, to notice dropout of the module's own

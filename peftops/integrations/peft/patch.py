@@ -81,7 +81,9 @@ def say(layers, reasons):
     counts = Counter(reasons.values()).most_common()
     own = ""
     if reasons:
-        own = "; PEFT's own: " + ", ".join(f"{count} {reason}" for reason, count in counts)
+        own = "; PEFT's own: " + ", ".join(
+            f"{count} {reason}" for reason, count in counts
+        )
     log.log(level, "%d/%d LoRA layers fused%s", fused, layers, own)
 
 

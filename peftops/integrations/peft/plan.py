@@ -176,7 +176,9 @@ def foundation_of(base, x):
         computes = base.compute_dtype
         cast = x.dtype
     elif (
-        base_class is not nn.Linear and base_class is not Conv1D and base_class is not LinearNF4
+        base_class is not nn.Linear
+        and base_class is not Conv1D
+        and base_class is not LinearNF4
     ):
         return Foundation(own=f"base layer is {base_class.__name__}")
     elif type(weight) not in PLAIN:
@@ -212,7 +214,9 @@ def packed(base, weight):
         codes = weight.detach().view(torch.uint8)
     if type(codes) is not torch.Tensor:
         return Fallback("a tensor is not plain")
-    return codes, Base("nf4", [codes, table_of(state), *scales_of(state)], state.blocksize)
+    return codes, Base(
+        "nf4", [codes, table_of(state), *scales_of(state)], state.blocksize
+    )
 
 
 def modules_misfit(lora_a, lora_b, dropout):
@@ -350,6 +354,10 @@ def dtype_of(layer):
         or getattr(state, "dtype", None)
         or getattr(weight, "dtype", None)
     )
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+    if (
+        isinstance(dtype, torch.dtype)
+        and dtype.is_floating_point
+        and dtype.itemsize > 1
+    ):
         return dtype
     return next(layer.lora_A.parameters(), torch.empty(0)).dtype

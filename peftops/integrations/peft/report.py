@@ -48,7 +48,9 @@ class Report:
         }
         for title, counts in titles.items():
             if counts:
-                items = ", ".join(f"{count} {key}" for key, count in counts.most_common())
+                items = ", ".join(
+                    f"{count} {key}" for key, count in counts.most_common()
+                )
                 lines.append(f"{title}: {items}")
         if self.norms:
             lines.append(f"norms: {self.norms} computed")
@@ -88,7 +90,9 @@ def report(model: nn.Module) -> Report:
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """{name: layer} of PEFT's LoRA layers, patched or not."""
     return {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
     }
 
 

@@ -25,7 +25,9 @@ def gathered(model):
                     sharded.append((module._parameters, name, parameter))
     try:
         for group, name, parameter in sharded:
-            group[name] = nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
+            group[name] = nn.Parameter(
+                parameter.detach().to_local(), parameter.requires_grad
+            )
         yield
     finally:
         for group, name, parameter in sharded:

@@ -59,7 +59,9 @@ class PeftopsCallback(TrainerCallback):
         now, seen = time.monotonic(), state.num_input_tokens_seen
         self.last_log = now, seen
         if seen > last_seen:
-            entries["tokens_per_second"] = round((seen - last_seen) / (now - last_time), 1)
+            entries["tokens_per_second"] = round(
+                (seen - last_seen) / (now - last_time), 1
+            )
         logs.update(entries)
         state.log_history[-1].update(entries)
 

@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 
 from ..._errors import sentence
-from .folder import CONFIG, INDEX, SINGLE, file_in, is_file, is_plain, read_json, refuse_counts
+from .folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    file_in,
+    is_file,
+    is_plain,
+    read_json,
+    refuse_counts,
+)
 from .meta_model import DTYPES, make_on_meta
 
 FLOATS = {"F64", *DTYPES}
@@ -75,13 +84,18 @@ def load(folder: Path) -> Checkpoint:
                 f"{folder} has no weights in safetensors: neither {SINGLE} nor {INDEX}"
             )
         index = read_index(folder)
-    headers = {name: read_header(file_in(folder, name)) for name in shard_names(folder, index)}
+    headers = {
+        name: read_header(file_in(folder, name)) for name in shard_names(folder, index)
+    }
     if index:
         refuse_lost(folder, index, headers)
     tensors = {key: value for keys in headers.values() for key, value in keys.items()}
-    homes = {key: name for name, keys in headers.items() for key in keys}  # the last one counts
+    homes = {
+        key: name for name, keys in headers.items() for key in keys
+    }  # the last one counts
     shards = {
-        name: [key for key in keys if homes[key] == name] for name, keys in headers.items()
+        name: [key for key in keys if homes[key] == name]
+        for name, keys in headers.items()
     }
     model, dtype = make_on_meta(folder, tensors)
     checkpoint = Checkpoint(folder, config, index, shards, dtype)
@@ -93,7 +107,9 @@ def refuse_lost(folder, index, headers):
     """Refuses an index that names a tensor which its shard does not hold."""
     for key, name in index["weight_map"].items():
         if key not in headers[name]:
-            raise ValueError(f"{folder / name} lacks {key}, which {INDEX} says it holds")
+            raise ValueError(
+                f"{folder / name} lacks {key}, which {INDEX} says it holds"
+            )
 
 
 def read_config(folder):
@@ -103,10 +119,14 @@ def read_config(folder):
     nested = [value for value in config.values() if isinstance(value, dict)]
     names = "quantization_config", "compression_config"
     if any(value.get(name) for value in [config, *nested] for name in names):
-        raise ValueError(f"{folder} is already quantized: {CONFIG} has a quantization_config")
+        raise ValueError(
+            f"{folder} is already quantized: {CONFIG} has a quantization_config"
+        )
     refuse_counts(path, config)
     if config.get("configuration_files"):
-        raise ValueError(f"cannot read {path}: it names configuration_files in its place")
+        raise ValueError(
+            f"cannot read {path}: it names configuration_files in its place"
+        )
     return config
 
 
@@ -117,7 +137,9 @@ def read_index(folder):
     files = index.get("weight_map")
     has_files = isinstance(files, dict) and bool(files)
     if not has_files or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"cannot read {path}: weight_map must name the file of each tensor")
+        raise ValueError(
+            f"cannot read {path}: weight_map must name the file of each tensor"
+        )
     metadata = index.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise ValueError(f"cannot read {path}: metadata must be a JSON object")
@@ -164,7 +186,9 @@ def map_tensors(checkpoint, model, tensors):
     """Fills dtypes, linear, kept and skipped."""
     from transformers.quantizers.base import HfQuantizer
 
-    excluded = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    excluded = HfQuantizer.get_modules_to_not_convert(
+        model, None, model._keep_in_fp32_modules
+    )
     wanted = linear_weights(model, excluded)
     parameters = model.state_dict()
     refuse_state(checkpoint.folder, tensors, parameters)
@@ -173,7 +197,9 @@ def map_tensors(checkpoint, model, tensors):
     for key, parameter in loaded_alone(model, tensors).items():
         dtype, shape = tensors[key]
         if dtype in FLOATS and parameters[parameter].is_floating_point():
-            checkpoint.dtypes[key] = special_dtype(parameter) or parameters[parameter].dtype
+            checkpoint.dtypes[key] = (
+                special_dtype(parameter) or parameters[parameter].dtype
+            )
         if parameter not in wanted:
             continue
         if parameter in loaded:
@@ -181,7 +207,9 @@ def map_tensors(checkpoint, model, tensors):
                 f"{checkpoint.folder} holds {parameter} twice: as {loaded[parameter]} and as {key}"
             )
         if dtype not in FLOATS:
-            raise ValueError(f"{checkpoint.folder} is already quantized: {key} is {dtype}")
+            raise ValueError(
+                f"{checkpoint.folder} is already quantized: {key} is {dtype}"
+            )
         if shape != tuple(parameters[parameter].shape) or 0 in shape:
             raise ValueError(
                 f"{key} must be {tuple(parameters[parameter].shape)} by {CONFIG}, got {shape}"
@@ -239,7 +267,9 @@ def state_endings() -> list[str]:
     endings = set()
     for quant_type in FOUR_BITS:
         for double_quant in (False, True):
-            endings |= set(NF4Weight.quantize(w, 64, double_quant, quant_type).state_dict(""))
+            endings |= set(
+                NF4Weight.quantize(w, 64, double_quant, quant_type).state_dict("")
+            )
     return sorted(endings - {""})
 
 
@@ -270,7 +300,9 @@ def refuse_packed(checkpoint, keys):
 
 def listed(keys):
     """The first key and how many more there are, for a message."""
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more such keys"
+    return (
+        keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more such keys"
+    )
 
 
 def loaded_alone(model, keys):
@@ -293,7 +325,9 @@ def loaded_alone(model, keys):
         return rename_source_key(key, *rules, model.base_model_prefix, names)
 
     alone = {}
-    for key in sorted(keys, key=dot_natural_key):  # some renamings depend on what came before
+    for key in sorted(
+        keys, key=dot_natural_key
+    ):  # some renamings depend on what came before
         name, converter = renamed(key, renamings, converters)
         if name not in names and key in names:
             name, converter = renamed(key, [], [])

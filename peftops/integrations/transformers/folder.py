@@ -23,7 +23,9 @@ WEIGHTS = {  # endings of files that are not copied
     ".tflite",
 }
 SMALL = 100_000_000  # most bytes of a file that is copied, and of a JSON file
-DEPTH = 100  # of objects and lists in each other; Python and transformers recurse over them
+DEPTH = (
+    100  # of objects and lists in each other; Python and transformers recurse over them
+)
 # Names of numbers in a config. A model makes as many modules, one by one.
 COUNTS = re.compile("layer|expert|head|depth|blocks|stage|group|label")
 MANY = 1_000_000
@@ -82,11 +84,15 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if size > SMALL:
-        raise ValueError(f"cannot read {path}: it has {size:,} bytes, and may have {SMALL:,}")
+        raise ValueError(
+            f"cannot read {path}: it has {size:,} bytes, and may have {SMALL:,}"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError(f"cannot read {path}: it is nested more than {DEPTH} deep") from None
+        raise ValueError(
+            f"cannot read {path}: it is nested more than {DEPTH} deep"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
@@ -125,7 +131,9 @@ def refuse_counts(path: Path, config: dict) -> None:
         elif isinstance(value, list):
             waiting += [(name, item) for item in value]
         elif isinstance(value, int) and value > MANY and COUNTS.search(name.lower()):
-            raise ValueError(f"cannot read {path}: {name} is {value}, and may be {MANY}")
+            raise ValueError(
+                f"cannot read {path}: {name} is {value}, and may be {MANY}"
+            )
 
 
 def beside_weights(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -34,7 +34,10 @@ def make_on_meta(folder, tensors):
     import transformers
 
     try:
-        from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
+        from transformers.initialization import (
+            meta_device_safe_creation_ops,
+            no_tie_weights,
+        )
         from transformers.modeling_utils import local_torch_dtype
     except ImportError:
         raise ValueError(
@@ -74,7 +77,9 @@ def make_model(config):
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         return named(config)
-    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False
+    )
 
 
 def bounded_parameters(most):

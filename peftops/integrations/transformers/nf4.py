@@ -12,7 +12,10 @@ from transformers.core_model_loading import ConversionOps, _IdentityOp
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import (
+    get_module_from_name,
+    should_convert_module,
+)
 
 from ...nn import LinearNF4
 from ...nn.nf4_packed import PackedNF4
@@ -116,7 +119,9 @@ class NF4Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, name = get_module_from_name(model, param_name)
-        return (isinstance(module, LinearNF4) and name == "weight") or param_name in self.packed
+        return (
+            isinstance(module, LinearNF4) and name == "weight"
+        ) or param_name in self.packed
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         config = self.quantization_config
@@ -129,7 +134,9 @@ class NF4Quantizer(HfQuantizer):
             model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
         )
         if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
-            skip += [name for name, device in device_map.items() if device in ("disk", "cpu")]
+            skip += [
+                name for name, device in device_map.items() if device in ("disk", "cpu")
+            ]
         self.modules_to_not_convert = skip
         for name, module in [*model.named_modules()]:
             is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
@@ -175,7 +182,9 @@ class NF4Quantizer(HfQuantizer):
                     module.bias is not None,
                     device="meta",
                 )
-                linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                linear.weight = nn.Parameter(
+                    module.dequantize(dtype), requires_grad=False
+                )
                 linear.bias = module.bias
                 model.set_submodule(name, linear.train(module.training))
         model.is_loaded_in_4bit = False
@@ -267,7 +276,9 @@ class Deserialize(ConversionOps):
             raise TypeError(
                 f"load_in_4bit: {full_layer_name} must be of a linear layer, got {got}"
             )
-        module.load({key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()})
+        module.load(
+            {key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()}
+        )
         module._is_hf_initialized = True
         return {"weight": module.weight}
 

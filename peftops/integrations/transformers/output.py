@@ -11,7 +11,9 @@ from pathlib import Path
 
 from ..._errors import sentence
 
-UNFINISHED = "unfinished.json"  # what OUT is being made of; it lies there until all is there
+UNFINISHED = (
+    "unfinished.json"  # what OUT is being made of; it lies there until all is there
+)
 BEING_WRITTEN = "unfinished.files"
 
 
@@ -52,7 +54,11 @@ def begin_or_go_on(out, origin):
     if strangers:
         raise ValueError(f"{out} is not empty: it holds {sorted(strangers)[0]}")
     clear(out)
-    put(out, UNFINISHED, lambda path: path.write_text(json.dumps(origin, indent=1) + "\n"))
+    put(
+        out,
+        UNFINISHED,
+        lambda path: path.write_text(json.dumps(origin, indent=1) + "\n"),
+    )
 
 
 def names_in(folder):
@@ -86,7 +92,9 @@ def put(
     try:
         write(path)
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut may leave the name without the bytes
+            os.fsync(
+                file.fileno()
+            )  # else a power cut may leave the name without the bytes
         place.parent.mkdir(exist_ok=True)
         os.replace(path, place)
     finally:

@@ -161,7 +161,9 @@ def finish(
     """
     files, links = beside_weights(checkpoint.folder)
     for file in files:
-        if file.name in (CONFIG, output.UNFINISHED) or file.name.endswith(".index.json"):
+        if file.name in (CONFIG, output.UNFINISHED) or file.name.endswith(
+            ".index.json"
+        ):
             continue
         name = file.relative_to(checkpoint.folder)
         output.put(out, name, lambda path, file=file: copyfile(file, path))
