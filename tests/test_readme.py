@@ -79,7 +79,9 @@ def names(tmp_path, monkeypatch, tokenizer):
 )
 def test_block(block, names, ops):
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
-    if re.search(r"\bTrainer\(model", block):  # unlike TRL's, it adapts no model itself
+    if re.search(
+        r"\bTrainer\(\s*model", block
+    ):  # unlike TRL's, it adapts no model itself
         model = names["get_peft_model"](
             model, names["LoraConfig"](target_modules="all-linear")
         )
