@@ -147,8 +147,9 @@ def plan(layer, x):
     weight, _, computes, bias, cast, own = foundation
     if b_bias is not None:
         bias = biases(bias, b_bias, scaling)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    widen = computes is torch.float32 and x.dtype is not computes and not autocast
+    widen = computes is torch.float32 and x.dtype is not computes
+    if widen and torch.is_autocast_enabled(x.device.type):
+        widen = False
     if widen and bias is not None:
         bias = bias.float()
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
@@ -258,7 +259,7 @@ def misfit(x, foundation, a, b, b_bias, dora):
             return "tensors on different devices"
     if device != a.device or device != b.device:
         return "tensors on different devices"
-    if not accelerated(device.type):
+    if not ACCELERATED.get(device.type) and not accelerated(device.type):
         return f"no kernels for {device.type}"
     return dtype_misfit(x, foundation, a, b, b_bias)
 
@@ -296,9 +297,10 @@ def dtype_misfit(x, foundation, a, b, b_bias):
     narrow = dtype, torch.float32
     if a.dtype is not b.dtype or a.dtype not in narrow:
         return "dtype of the adapter"
-    for addend in (bias, b_bias):
-        if addend is not None and addend.dtype not in narrow:
-            return "dtype of a bias"
+    if bias is not None and bias.dtype not in narrow:
+        return "dtype of a bias"
+    if b_bias is not None and b_bias.dtype not in narrow:
+        return "dtype of a bias"
     return None
 
 
