@@ -96,9 +96,8 @@ HOOKED = Foundation(own="hooks on the base layer")
 def plan(layer, x):
     """The Plan for layer(x), or a Fallback where our operation would not give what PEFT gives.
 
-    layer: a LoRA layer of PEFT. x: (..., k), whose values are not read.
-    Everything may change between two calls, so every call looks. Modules are read where nn.Module
-    keeps them: its __getattr__ would cost as much as the rest of this function.
+    x: (..., k), whose values are not read. Everything may change between two calls, so every call
+    looks. Modules are read where nn.Module keeps them: its __getattr__ would double the cost.
     """
     state = vars(layer)
     if state["_disable_adapters"]:
