@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...nn import LinearNF4
 from ...nn.nf4_packed import PackedNF4
+from ...nn.nf4_peft import meet
 from ...ops.nf4 import NF4Weight
 
 # The weights of the one module that backward is at: (module, name, dtype) -> dequantized weight.
@@ -22,6 +24,7 @@ class PackedExperts(PackedNF4):
         super().__init__()
         self.shape = tuple(q.shape)
         self.hold(q.base, q.dtype, q.block, q.quant_type)
+        meet(LinearNF4, PackedNF4)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix[:-1]] = self.dequantize()

@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from types import MethodType
 
 import torch
@@ -24,6 +25,9 @@ from ...ops.nf4_state import STATE
 from ...ops.nf4_tables import FOUR_BITS
 from .. import Enabled
 from .experts import PackedExperts, experts, pack
+
+if find_spec("peft"):  # PEFT has to know LinearNF4 before it adapts a model
+    from ..peft import merge  # noqa: F401
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"
