@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("peftops", "bench", "csrc", "tests", ".ci")
 FILES = (
     "setup.py",

@@ -4,11 +4,10 @@ import importlib
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 UNINSTALLED = """
 import sys
 

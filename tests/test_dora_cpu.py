@@ -8,7 +8,7 @@ from law import bound, error
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backend
 from peftops.cpu import nf4
-from peftops.testing.cases import NORMS, VARIANTS, lora
+from peftops.testing.cases import FWD, NORMS, VARIANTS, lora
 from peftops.testing.law import call, check, double
 
 dora = pytest.importorskip("peftops.cpu.dora")
@@ -124,21 +124,8 @@ def test_no_dropout(dtype, isa):
 
 def test_the_mask_is_that_of_the_product():
     t = lora(70, 300, 24, 4, torch.bfloat16, p=0.3)
-    names = [
-        "x",
-        "base",
-        "a",
-        "b",
-        "scale",
-        "bias",
-        "gain",
-        "gate",
-        "seed",
-        "form",
-        "block",
-        "p",
-    ]
-    bits = call("lora_fwd", "cpu", [*(t[name] for name in names), False])[2]
+    t["keep_z"] = False
+    bits = call("lora_fwd", "cpu", [t[name] for name in FWD])[2]
     with backend("cpu"):
         dropped, remainder, same = torch.ops.peftops.dora_drop(t["x"], t["seed"], 0.3)
     assert torch.equal(bits, same) and (dropped == 0).any()

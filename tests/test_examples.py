@@ -44,4 +44,4 @@ def test_an_example_runs(name, tmp_path):
     if name == "functional":
         assert "kernel and specification differ by" in done.stdout
     else:
-        assert "14/14 LoRA layers fused" in done.stdout and "fused" in done.stdout
+        assert "14/14 LoRA layers fused" in done.stdout

@@ -2,11 +2,11 @@
 
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from tree import ROOT
 
 import peftops
 
@@ -14,7 +14,6 @@ datasets, peft, transformers, trl = map(
     pytest.importorskip, ("datasets", "peft", "transformers", "trl")
 )
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     block

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from commands import run
 from peftops.bench.proof import sass, static, static_cuda
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 KERNELS = [*(ROOT / "peftops/triton").glob("*.py"), *(ROOT / "csrc/cuda").glob("*.cu")]
 GOOD = {
     "registers": 64,

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from peftops.ops.lora_base import mask_bytes
+
 
 class Case(NamedTuple):
     """One call of an op; fast ones are held to the limits that stand above their kernels."""
@@ -368,7 +370,7 @@ def tensors(c):
         "dy": make(c.m, c.n),
         "h": make(c.m, ra),
         "z": make(c.m, c.n if c.gain else 0),
-        "bits": make(c.m, 4 * -(-c.k // 32) if c.p else 0, dtype=torch.uint8),
+        "bits": make(c.m, mask_bytes(c.k) if c.p else 0, dtype=torch.uint8),
         "need": need,
         "m": c.m,
         "k": c.k,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from peftops.ops.lora_base import mask_bytes
 from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
 
 Cases = Iterator[tuple[str, list]]
@@ -105,7 +106,7 @@ def lora(
 
 def random_bits(m, k, generator, device):
     """Bits of dropout for an (m, k) matrix: rows of whole 32-bit words."""
-    shape = m, 4 * -(-k // 32)
+    shape = m, mask_bytes(k)
     return torch.randint(256, shape, generator=generator, device=device).to(torch.uint8)
 
 

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from law import bound, error
+from nf4_layers import bits, same_bits
 from safetensors.torch import save_file
 from torch import nn
 
@@ -46,18 +47,6 @@ def dense(layer):
     linear.weight = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
     linear.bias = copy.deepcopy(layer.bias)
     return linear
-
-
-def bits(layer):
-    return {key: t.clone() for key, t in layer.state_dict().items()}
-
-
-def same_bits(a, b):
-    if list(a) != list(b):
-        return False
-    return all(
-        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
-    )
 
 
 def made(lin, config, seed=1):
