@@ -26,8 +26,10 @@ pytest.importorskip("peft")
 def test_a_rehearsal_of_every_stage(capsys, tmp_path, monkeypatch):
     """Runs what a GPU would run, but for what needs a GPU and for the kernels (test_bench_matrix).
 
-    The stages get more time, for two cores that others use too.
+    The stages get more time, for two cores that others use too, and one thread: two would wait
+    for each other there.
     """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     longer = {
         stage: (4 * seconds, what) for stage, (seconds, what) in command.STAGES.items()
     }
@@ -87,6 +89,22 @@ print('{"what": "a", "ok": false, "said": "b"}')
 """,
     "stack": """print('{"what": "c", "ok": true, "misses": ["d"]}')""",
 }
+
+
+def test_lines_end_before_the_one_that_would_not_fit(monkeypatch):
+    now = SimpleNamespace(time=0.0)
+    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: now.time))
+
+    def lines(*seconds):
+        for took in seconds:
+            now.time += took
+            yield took
+
+    assert list(stages.in_time(lines(30, 5, 5, 5), 49)) == [30, 5, 5]
+    now.time = 0.0
+    assert list(stages.in_time(lines(40, 5), 50)) == [40, 5]
+    now.time = 0.0
+    assert list(stages.in_time(lines(1, 1), 3)) == [1]
 
 
 def test_a_stage_that_hangs_or_dies_stops_no_other(capsys, tmp_path, monkeypatch):

@@ -200,7 +200,8 @@ def host(o):
         )
         return
     origin = results.describe(o.device) | {"row": "host", "dtype": "bf16"}
-    for line in row.measure(o.device, list(row.SUFFIXES), (0.0, 0.1), 5, Progress()):
+    lines = row.measure(o.device, list(row.SUFFIXES), (0.0, 0.1), 5, Progress())
+    for line in in_time(lines, o.end):
         results.append(o.out / "bench.jsonl", origin | line)
         what = f"{line['layer']}, p = {line['dropout']}, {line['pass']}"
         ratios = line["ratio"]
@@ -212,8 +213,21 @@ def host(o):
             )
         said = ", ".join(filter(None, (f"{took:.0f} µs", results.beside(ratios))))
         say(f"host time of {what}", True, said, misses=missed)
-        if time.monotonic() > o.end - 3:
-            break
+
+
+def in_time(lines, end):
+    """Lines, as long as there is time for one that takes twice as long as the last.
+
+    What the first one took does not count: it made what all of them use.
+    """
+    before = None
+    for line in lines:
+        yield line
+        now = time.monotonic()
+        last = now - before if before else 0
+        before = now
+        if now + max(3, 2 * last) > end:
+            return
 
 
 def bench(o):
@@ -235,7 +249,7 @@ def bench(o):
         return
     origin = results.describe(o.device)
     lines = []
-    for row, line in measured(rows, o.device, dtype):
+    for row, line in in_time(measured(rows, o.device, dtype), o.end):
         here = origin | {"row": row.__name__.rpartition(".")[2], "dtype": name} | line
         results.append(o.out / "bench.jsonl", here)
         lines.append(line)
@@ -249,8 +263,6 @@ def bench(o):
             results.beside(line["ratio"]),
             misses=list(misses(line, row.TARGETS)),
         )
-        if time.monotonic() > o.end - 5:
-            break
     for absent in results.absentees(lines):
         say("peers", True, absent, absent=True)
 
