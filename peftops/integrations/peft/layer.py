@@ -43,7 +43,7 @@ def count(module, key, patched_class):
     patched_class: Fused or FusedMLP, which the module was when the call began. If another thread
     has restored the module since, it keeps no count.
     """
-    calls = vars(module).setdefault("_peftops_calls", {})
+    calls = module.__dict__.setdefault("_peftops_calls", {})
     calls[key] = calls.get(key, 0) + 1
     if not isinstance(module, patched_class):
         vars(module).pop("_peftops_calls", None)

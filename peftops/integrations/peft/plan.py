@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -99,13 +100,13 @@ def plan(layer, x):
     x: (..., k), whose values are not read. Everything may change between two calls, so every call
     looks. Modules are read where nn.Module keeps them: its __getattr__ would double the cost.
     """
-    state = vars(layer)
+    state = layer.__dict__
     if state["_disable_adapters"]:
         return Fallback("adapters disabled")
     if state["merged_adapters"]:
         return Fallback("merged")
     modules = state["_modules"]
-    adapters = vars(modules["lora_A"])["_modules"]
+    adapters = modules["lora_A"].__dict__["_modules"]
     name = state["_active_adapter"]
     if type(name) is not str:
         name = only_one(name, adapters)
@@ -121,8 +122,8 @@ def plan(layer, x):
         dora = name
     base = modules["base_layer"]
     lora_a = adapters[name]
-    lora_b = vars(modules["lora_B"])["_modules"][name]
-    dropout = vars(modules["lora_dropout"])["_modules"][name]
+    lora_b = modules["lora_B"].__dict__["_modules"][name]
+    dropout = modules["lora_dropout"].__dict__["_modules"][name]
     foundation = HOOKED if hooked(base) else foundation_of(base, x)
     reason = modules_misfit(lora_a, lora_b, dropout)
     if reason:
@@ -133,13 +134,13 @@ def plan(layer, x):
     reason = misfit(x, foundation, a, b, b_bias, dora is not None)
     if reason:
         return Fallback(reason)
-    if a.dtype is not x.dtype and not state.get("cast_input_dtype_enabled", True):
+    if not state.get("cast_input_dtype_enabled", True) and a.dtype is not x.dtype:
         return Fallback("input casting disabled")
     scaling = state["scaling"][name]
     if type(scaling) is not float and type(scaling) is not int:
         return Fallback("scaling is not a number")
     if dora is not None:
-        magnitude = vars(modules["lora_magnitude_vector"])["_modules"][dora]
+        magnitude = modules["lora_magnitude_vector"].__dict__["_modules"][dora]
         reason = dora_misfit(x, foundation, b_bias, magnitude)
         if reason:
             return Fallback(reason)
@@ -247,8 +248,7 @@ def misfit(x, foundation, a, b, b_bias, dora):
     if hasattr(held, "ds_id") or hasattr(a, "ds_id"):
         return "ZeRO-3"
     # An export runs by PEFT's own code, DoRA's apart, which dynamo cannot follow.
-    exported = torch.compiler.is_exporting() and not dora
-    if transformed() or torch._C._get_tracing_state() or exported:
+    if transformed() or torch._C._get_tracing_state() or (is_exporting() and not dora):
         return "torch.func, forward-mode AD, tracing or export"
     device = x.device
     if held is not None:
@@ -258,9 +258,10 @@ def misfit(x, foundation, a, b, b_bias, dora):
             return "tensors on different devices"
     if device != a.device or device != b.device:
         return "tensors on different devices"
-    if not ACCELERATED.get(device.type) and not accelerated(device.type):
-        return f"no kernels for {device.type}"
-    return dtype_misfit(x, foundation, a, b, b_bias)
+    device_type = device.type  # read once, since torch makes a new text at each reading
+    if not ACCELERATED.get(device_type) and not accelerated(device_type):
+        return f"no kernels for {device_type}"
+    return dtype_misfit(x.dtype, device_type, foundation, a, b, b_bias)
 
 
 def accelerated(device_type):
@@ -268,33 +269,37 @@ def accelerated(device_type):
 
     True while dynamo traces, unless a call before has found that there are none.
     """
-    if device_type not in ACCELERATED and not torch.compiler.is_compiling():
+    if device_type not in ACCELERATED and not is_compiling():
         cell = backends.choose("lora_fwd", None, device_type, False)
         ACCELERATED[device_type] = "reference" not in cell.__module__
-    return ACCELERATED.get(device_type, True) or torch.compiler.is_exporting()
+    return ACCELERATED.get(device_type, True) or is_exporting()
 
 
-def dtype_misfit(x, foundation, a, b, b_bias):
-    """Why lora_linear would not round as PEFT does for these dtypes, or None."""
+def dtype_misfit(given, device_type, foundation, a, b, b_bias):
+    """Why lora_linear would not round as PEFT does for these dtypes, or None.
+
+    given: the dtype of x.
+    """
     held = foundation.held
     computes = foundation.computes
     bias = foundation.bias
-    dtype, device_type = x.dtype, x.device.type
-    if dtype not in DTYPES or (computes is not None and computes not in DTYPES):
+    if given not in DTYPES or (computes is not None and computes not in DTYPES):
         return "dtype of x or of the base weight"
+    dtype = given
+    adapter = a.dtype
     in_4_bits = held is not None and held.dtype is torch.uint8
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        if in_4_bits and not {x.dtype, computes} <= {dtype, torch.float32, None}:
+        if in_4_bits and not {given, computes} <= {dtype, torch.float32, None}:
             return "compute_dtype or x is not of autocast's dtype"
     elif computes is not None and dtype is not computes:
         # A 4-bit base that computes in fp32 widens x.
-        if not in_4_bits or computes is not torch.float32 or a.dtype is not computes:
+        if not in_4_bits or computes is not torch.float32 or adapter is not computes:
             return "x is not of the base weight's dtype"
-    elif dtype is torch.float16 and a.dtype is torch.float32:
+    elif dtype is torch.float16 and adapter is torch.float32:
         return FP16
     narrow = dtype, torch.float32
-    if a.dtype is not b.dtype or a.dtype not in narrow:
+    if adapter is not b.dtype or adapter not in narrow:
         return "dtype of the adapter"
     if bias is not None and bias.dtype not in narrow:
         return "dtype of a bias"
@@ -317,7 +322,7 @@ def dora_misfit(x, foundation, b_bias, magnitude):
 
 def hooked(module):
     """Whether the module has hooks or a forward of its own: fused layers do not call it."""
-    state = vars(module)
+    state = module.__dict__
     return (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -332,7 +337,7 @@ def parameter(module, name):
 
     A module may also hold it as a buffer or a plain attribute.
     """
-    held = vars(module)["_parameters"]
+    held = module.__dict__["_parameters"]
     return held[name] if name in held else getattr(module, name, None)
 
 
