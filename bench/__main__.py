@@ -128,7 +128,7 @@ def main(argv=None):
             f"there is no row {unknown[0]!r};"
             f" there are {', '.join(ROWS)} and {', '.join(COMMANDS)}"
         )
-    need("torch", "peft")
+    need("torch", "peft", extra="bench")
     names = dict.fromkeys(o.rows or ROWS)
     rows = [importlib.import_module(f".{row}", __package__) for row in names]
     device = find_device(o.device)

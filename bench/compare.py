@@ -62,7 +62,7 @@ def main(argv=None):
     o = options(argv)
     if unknown := [row for row in o.rows if row not in ROWS]:
         raise BadInput(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
-    need("torch", "peft", "pybind11", "ninja")
+    need("torch", "peft", "pybind11", "ninja", extra="bench")
     device = find_device(o.device)
     dtype = torch_dtype(o.dtype)
     commit = resolve(o.commit)

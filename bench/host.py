@@ -61,7 +61,7 @@ def options(argv):
 
 def main(argv=None):
     o = options(argv)
-    need("torch", "peft", "triton")
+    need("torch", "peft", "triton", extra="bench")
     device = find_device(o.device)
     if standin.interpreted():
         raise BadInput(

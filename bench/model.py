@@ -49,7 +49,7 @@ def options(argv):
 
 def main(argv=None):
     o = options(argv)
-    need("torch", "peft", "transformers", "gguf")
+    need("torch", "peft", "transformers", "gguf", extra="bench")
     from peftops.cli.demo_contenders import METHODS, load_text, refuse_folder
 
     from . import dora, lora

@@ -64,7 +64,7 @@ def options(argv):
 
 def main(argv=None):
     o = options(argv)
-    need("matplotlib")
+    need("matplotlib", extra="bench")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -100,7 +100,7 @@ def test_missing_packages_are_named_with_their_command(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "find_spec", find_spec)
     error = refusal(capsys, "demo")
-    assert "gguf and rich are not installed: pip install gguf rich" in error
+    assert "gguf and rich are not installed: pip install 'peftops[demo]'" in error
 
 
 def test_a_missing_model_is_named_with_its_command(capsys, monkeypatch, tmp_path):

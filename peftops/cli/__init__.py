@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._errors import sentence  # noqa: F401  commands and bench import it from here
+from .._errors import not_installed
+from .._errors import sentence as sentence  # commands and bench import it from here
 
 if TYPE_CHECKING:
     import torch
@@ -59,13 +60,15 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def need(*packages: str) -> None:
-    """Raises BadInput if a package is not installed. The text has the pip command for it."""
+def need(*packages: str, extra: str | None = None) -> None:
+    """Raises BadInput if a package is not installed. The text has the pip command for it.
+
+    Args:
+        extra: the extra of peftops that installs the packages, if there is one.
+    """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        *others, last = missing
-        subject = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-        raise BadInput(f"{subject} not installed: pip install {' '.join(missing)}")
+        raise BadInput(not_installed(missing, extra))
 
 
 def find_device(name: str | None = None) -> "torch.device":

@@ -49,8 +49,8 @@ def options(argv):
 def main(argv=None):
     o = options(argv)
     if o.target == "peft":
-        need("peft")
-    need("safetensors")
+        need("peft", extra="peft")
+    need("safetensors", extra="peft")
     with refusing(printable):
         adapter = adapter_file.load(o.adapter)
     rows = report(adapter, [o.target] if o.target else list(TARGETS))

@@ -94,7 +94,7 @@ def options(argv):
 
 def main(argv=None):
     o = options(argv)
-    need("peft", "transformers", "gguf", "matplotlib", "rich")
+    need("peft", "transformers", "gguf", "matplotlib", "rich", extra="demo")
     import torch
     from rich.console import Console
 

@@ -64,7 +64,7 @@ def main(argv=None):
 
 
 def run(o):
-    need("transformers", "safetensors", "rich")
+    need("transformers", "safetensors", "rich", extra="demo")
     import transformers
     from rich.console import Console
     from safetensors import SafetensorError

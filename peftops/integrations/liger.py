@@ -1,6 +1,9 @@
 """Liger-Kernel's fused cross entropy reads the weight of a model's head, and skips its adapter."""
 
-from peft.tuners.lora.layer import LoraLayer
+from .._errors import naming_extra
+
+with naming_extra("peft", "peft", "transformers"):
+    from peft.tuners.lora.layer import LoraLayer
 
 
 def untrained(model):

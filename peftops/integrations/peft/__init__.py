@@ -3,9 +3,12 @@
 plan.py decides whether a call runs fused, layer.py holds the classes, patch.py puts them in place.
 """
 
-from .layer import FUSED, OWN, Fused, FusedLinear
-from .patch import patch, unpatch
-from .report import Report, lora_layers, report
+from ..._errors import naming_extra
+
+with naming_extra("peft", "peft", "transformers"):
+    from .layer import FUSED, OWN, Fused, FusedLinear
+    from .patch import patch, unpatch
+    from .report import Report, lora_layers, report
 
 __all__ = [
     "FUSED",

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from ..._errors import naming_extra
+
 HOMES = {
     "PeftopsCallback": "callback",
     "disable": "nf4",
@@ -15,4 +17,5 @@ def __getattr__(name):
     """Loads a public name on demand: checkpoint.py also runs with an older transformers."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    with naming_extra("peft", "peft", "transformers"):
+        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
