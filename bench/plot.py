@@ -1,6 +1,7 @@
 """peftops bench plot: draws the newest results as PNG and SVG.
 
-It draws bars of all peers, the roofline, and the time of a layer against its rows.
+It draws bars of all peers, the roofline, the time of a layer against its rows, and the chart of
+README.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from peftops.cli import BadInput, Parser, folder, named, need, replace
 
-from . import results
+from . import chart, results
 from .peers import BASE, OURS
 
 COLOURS = {
@@ -37,6 +38,7 @@ OTHERS = (
 )
 TITLES = {"lora": "", "nf4": ", 4-bit base", "dora": ", DoRA"}
 MARKERS = {"lora": "o", "nf4": "s", "dora": "^"}
+README = results.HERE.parent / "docs" / "speed"
 BARS = {
     "bars" if family == "lora" else f"bars-{family}": (family, title)
     for family, title in TITLES.items()
@@ -59,6 +61,11 @@ def options(argv):
         default=Path("peftops-plots"),
         help="where to draw",
     )
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="draw nothing but the chart of README, in its place",
+    )
     return parser.parse_args(argv)
 
 
@@ -70,29 +77,47 @@ def main(argv=None):
     matplotlib.use("Agg")
     matplotlib.rcParams |= {
         "svg.hashsalt": "peftops",
+        "svg.fonttype": "none",  # letters stay letters
         "figure.constrained_layout.use": True,
         "font.size": 9,
     }
     lines = [line for line in results.newest(o.results) if BASE in line["ratio"]]
+    if o.readme:
+        return draw_all({README: partial(chart.draw, lines)}, (".svg",), o.results)
     figures = {
         name: partial(bars, family, title) for name, (family, title) in BARS.items()
     }
     figures["roofline"] = roofline
     figures["rows"] = rows
-    drawn = 0
+    drawings = {o.out / "speed": partial(chart.draw, lines)}
     for device in sorted({line["device"] for line in lines}):
         of_device = [line for line in lines if line["device"] == device]
         for name, draw in figures.items():
-            figure = draw(of_device, device)
-            if figure is None:
-                continue
-            for suffix in (".png", ".svg"):
-                path = o.out / f"{results.slug(device)}-{name}{suffix}"
-                save(figure, path)
-                print(path)
-                drawn += 1
+            path = o.out / f"{results.slug(device)}-{name}"
+            drawings[path] = partial(draw, of_device, device)
+    return draw_all(drawings, (".png", ".svg"), o.results)
+
+
+def draw_all(drawings, suffixes, source):
+    """Draws and saves all figures for which there are results.
+
+    Args:
+        drawings: {path without suffix: a function that draws the figure, or returns None}.
+        suffixes: of the files.
+        source: the folder of the results, for the error where there is nothing to draw.
+    """
+    drawn = 0
+    for path, draw in drawings.items():
+        figure = draw()
+        if figure is None:
+            continue
+        for suffix in suffixes:
+            target = path.with_suffix(suffix)
+            save(figure, target)
+            print(target)
+            drawn += 1
     if not drawn:
-        raise BadInput(f"no line in {o.results} can be drawn")
+        raise BadInput(f"no line in {source} can be drawn")
     return 0
 
 

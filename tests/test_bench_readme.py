@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peftops.bench import plot, readme, results
+from peftops.bench import chart, plot, readme, results
 from peftops.bench.peers import OURS
 from result_lines import result_line
 
@@ -189,7 +189,19 @@ def test_the_pages_have_room_for_what_is_put_and_read_there():
         assert page.read_text().count(mark) == 1
 
 
-def test_plots_are_drawn_of_what_there_is(tmp_path):
+def test_the_chart_of_readme_shows_the_newest_results():
+    root = Path(__file__).parent.parent
+    assert "(docs/speed.svg)" in (root / "README.md").read_text()
+    drawing = (root / "docs/speed.svg").read_text()
+    values = chart.shares(results.newest(results.RESULTS))
+    assert [*values] == [*chart.BARS]
+    for bar, share in values.items():
+        assert f">{bar.label}<" in drawing
+        assert f">{share:.2f}<" in drawing
+    assert max(values.values()) > 1 or "red bar" not in (root / "README.md").read_text()
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     file = tmp_path / "a.jsonl"
     for m in (1, 16, 256):
@@ -201,6 +213,17 @@ def test_plots_are_drawn_of_what_there_is(tmp_path):
     results.append(file, result_line(row="nf4", **packed))
     results.append(file, result_line(row="nf4", **codec))
     results.append(file, result_line(row="dora", layer="q, NF4"))
+    bar = chart.Bar("a layer", "A B", "lora", "q", "bf16", 0.0, "forward + backward")
+    monkeypatch.setattr(
+        chart,
+        "BARS",
+        (
+            bar,
+            bar._replace(
+                label="not measured", row="nf4", layer="q, 8 rows", dropout=0.5
+            ),
+        ),
+    )
     assert (
         plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
     )
@@ -209,7 +232,9 @@ def test_plots_are_drawn_of_what_there_is(tmp_path):
         f"a-b-{name}.{suffix}"
         for name in ("bars", "bars-nf4", "bars-dora", "roofline", "rows")
         for suffix in ("png", "svg")
-    }
+    } | {"speed.png", "speed.svg"}
+    assert b">a layer<" in images["speed.svg"]
+    assert b"not measured" not in images["speed.svg"]
     assert images["a-b-bars.png"].startswith(b"\x89PNG")
     assert b"PEFT" not in images["a-b-roofline.svg"][:100]
     assert plot.multiple(result_line(), "PEFT") == 2
