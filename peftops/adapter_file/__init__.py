@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import names, values
 from .config import read_config, size_of_file
@@ -78,7 +79,7 @@ class Adapter:
     saved: set[str] = field(default_factory=set)
     unmet: dict[str, list] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, stored in self.tensors.items():
             self.sort(key, stored)
         try:
@@ -95,7 +96,7 @@ class Adapter:
         self.saved = {key for key, is_saved in others if is_saved}
         self.unmet = answer["unmet"]
 
-    def sort(self, key, stored):
+    def sort(self, key: str, stored: Stored) -> None:
         """Adds a tensor to modules, or its key to others; and the key to named and wrapped."""
         for wrapper in wrappers(key):
             self.wrapped.setdefault(wrapper, []).append(key)
@@ -105,24 +106,25 @@ class Adapter:
             match = LORA_TENSOR.fullmatch(named[1] + named[3])
         if named and match:
             self.named[key] = named[2]
-        is_of_module = bool(match) and self.add_to_module(match, stored)
+        is_of_module = match is not None and self.add_to_module(match, stored)
         if not is_of_module or key in self.named:
             self.others.append(key)
 
-    def add_to_module(self, match, stored):
+    def add_to_module(self, match: re.Match[str], stored: Stored) -> bool:
         """Adds a tensor to its module. False if the module has such a tensor; that one stays."""
         module, *labels = match.groups()
         held = self.modules.setdefault(without_prefix(module), {})
         label = next(filter(None, labels))
         return held.setdefault(label, stored) is stored
 
-    def question(self):
+    def question(self) -> dict[str, Any]:
         """The question for names.match.
 
         Only a LoRA adapter asks about its modules: other methods have other rules.
         """
         fields = FIELDS if self.is_lora else ("modules_to_save",)
-        question = {name: None for name in FIELDS} | {"target_parameters": []}
+        question: dict[str, Any] = dict.fromkeys(FIELDS)
+        question["target_parameters"] = []
         question |= {name: self.config.get(name) for name in fields}
         for name in ("rank_pattern", "alpha_pattern"):
             question[name] = list(self.config[name]) if self.is_lora else []
@@ -131,21 +133,21 @@ class Adapter:
         return question
 
     @property
-    def is_lora(self):
+    def is_lora(self) -> bool:
         return self.config["peft_type"] == "LORA"
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         """The largest rank in the config."""
         return max(self.config["r"], *self.config["rank_pattern"].values(), 0)
 
-    def rank_of(self, module):
+    def rank_of(self, module: str) -> int | None:
         """The rank in the config; None where A and B of several experts are stacked."""
         if self.targets[module] == "parameter":
             return None
         return self.ranks.get(module, self.config["r"])
 
-    def __str__(self):
+    def __str__(self) -> str:
         dtypes = " and ".join({stored.dtype: None for stored in self.tensors.values()})
         method = self.config["peft_type"]
         if self.is_lora:
@@ -160,7 +162,7 @@ def without_prefix(key: str) -> str:
     return key.removeprefix(PREFIX)
 
 
-def adapted_module(module):
+def adapted_module(module: str) -> str:
     """The module that PEFT was asked to adapt.
 
     The name of a layer has .base_layer in it if PEFT adapts a part of that module, or wraps it
@@ -169,7 +171,7 @@ def adapted_module(module):
     return f"{module}.".partition(".base_layer.")[0].removesuffix(".")
 
 
-def wrappers(key):
+def wrappers(key: str) -> list[str]:
     """The names of wrappers of modules in a key."""
     if "_orig_mod" not in key and "module" not in key:  # true of most keys
         return []
@@ -204,7 +206,7 @@ def load(folder: Path) -> Adapter:
     return adapter
 
 
-def another_format(folder):
+def another_format(folder: Path) -> str:
     """What a message says of weights in another format; empty if there are none."""
     file = next(folder.glob("adapter_model.*"), None)
     return f", only {file.name}: save it as safetensors" if file else ""
@@ -235,7 +237,7 @@ def faults(adapter: Adapter) -> Iterator[tuple[str, str]]:
         yield from faults_of_modules(adapter)
 
 
-def faults_of_modules(adapter):
+def faults_of_modules(adapter: Adapter) -> Iterator[tuple[str, str]]:
     for module, tensors in adapter.modules.items():
         if wrong := misshapen(adapter, module, tensors):
             yield "broken", f"{module}: {wrong}"
@@ -269,7 +271,7 @@ def listed(keys: list[str]) -> str:
     return f"{first} and {len(keys) - 1} more" if len(keys) > 1 else first
 
 
-def misshapen(adapter, module, tensors):
+def misshapen(adapter: Adapter, module: str, tensors: dict[str, Stored]) -> str | None:
     """What is wrong with the shapes of a layer, or None.
 
     A is (r, in, …), B is (out, r, …), and the others hold out numbers.

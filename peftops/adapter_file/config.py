@@ -2,13 +2,17 @@
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+Rule = Callable[[Any], bool]  # whether a field may have this value
 
 LARGEST = (
     8 << 20
 )  # bytes; the largest that PEFT writes list the indices of a vocabulary
-DEFAULTS = {"modules_to_save": [], "target_parameters": []}
-LORA_DEFAULTS = {
+DEFAULTS: dict[str, Any] = {"modules_to_save": [], "target_parameters": []}
+LORA_DEFAULTS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
     "rank_pattern": {},
@@ -66,7 +70,7 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def parse(path):
+def parse(path: Path) -> object:
     """The JSON in the file, of which at most LARGEST bytes are read."""
     try:
         with path.open("rb") as file:
@@ -78,55 +82,55 @@ def parse(path):
         raise ValueError(f"cannot read {path}: {reason(error)}") from None
 
 
-def reason(error):
+def reason(error: Exception) -> object:
     """What the system says of an error, without the path. Other errors are told as they are."""
     return getattr(error, "strerror", None) or error
 
 
-def shown(value):
+def shown(value: object) -> str:
     """A value in a few words."""
     if isinstance(value, str | int | float | None):
         return repr(value)[:80]
     return f"a {type(value).__name__}"
 
 
-def is_text(value):
+def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def is_version(value):
+def is_version(value: Any) -> bool:
     return value is None or (is_text(value) and len(value) <= VERSION)
 
 
-def is_rank(value):
+def is_rank(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-def is_scale(value):
+def is_scale(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < float("inf")  # NaN is not less
 
 
-def is_index(value):
+def is_index(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def is_flag(value):
+def is_flag(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
-def list_of(is_allowed):
+def list_of(is_allowed: Rule) -> Rule:
     """A rule for lists whose items this rule allows."""
     return lambda value: isinstance(value, list) and all(map(is_allowed, value))
 
 
-def dict_of(is_allowed):
+def dict_of(is_allowed: Rule) -> Rule:
     """A rule for dicts whose values this rule allows."""
     return lambda value: (
         isinstance(value, dict) and all(map(is_allowed, value.values()))
     )
 
 
-def one_of(*rules):
+def one_of(*rules: Rule) -> Rule:
     """A rule that allows null, and whatever one of these rules allows."""
     return lambda value: value is None or any(rule(value) for rule in rules)
 

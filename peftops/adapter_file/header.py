@@ -65,7 +65,7 @@ def read_header(path: Path, size: int) -> dict[str, Stored]:
     return tensors
 
 
-def read_entries(path, start):
+def read_entries(path: Path, start: int) -> dict[str, Stored]:
     """{key: Stored} of tensors that lie one after the other from start on."""
     from safetensors import safe_open
 
@@ -82,7 +82,7 @@ def read_entries(path, start):
 
 
 @cache
-def bits_per_number(dtype):
+def bits_per_number(dtype: str) -> int:
     """safetensors writes the bits in the names of dtypes, except for BOOL."""
     digits = re.search(r"\d+", dtype)
     return int(digits[0]) if digits else 8

@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 SECONDS = 10  # for the script
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)  # as a regex it matches in linear time
@@ -17,7 +19,11 @@ SMALL = 100_000  # pairs of a name and a pattern that are compared without the s
 LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # PEFT's, where layers_pattern is not given
 
 
-def match(question: dict) -> dict:
+Question = dict[str, Any]  # see `answer`
+Answer = dict[str, Any]
+
+
+def match(question: Question) -> Answer:
     """What answer(question) returns, within SECONDS.
 
     Raises:
@@ -32,7 +38,7 @@ def match(question: dict) -> dict:
     return answer_of_script(question)
 
 
-def answer_of_script(question):
+def answer_of_script(question: Question) -> Answer:
     """What answer(question) returns, from a process that is killed after SECONDS."""
     command = [sys.executable, "-I", "-S", __file__]
     try:
@@ -55,7 +61,7 @@ def answer_of_script(question):
     return result
 
 
-def patterns_in(question):
+def patterns_in(question: Question) -> Iterator[str]:
     """Everything in the config that is compared with names."""
     fields = (
         "target_modules",
@@ -68,14 +74,14 @@ def patterns_in(question):
         yield from as_list(question[name])
 
 
-def as_list(value):
+def as_list(value: str | list[str] | None) -> list[str]:
     """The strings of a field that is a string, a list, or null."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else value
 
 
-def compiled(field, pattern, whole):
+def compiled(field: str, pattern: str, whole: str) -> re.Pattern[str]:
     """re.compile(whole), where whole is what PEFT makes of a pattern of the field."""
     try:
         return re.compile(whole)
@@ -83,7 +89,7 @@ def compiled(field, pattern, whole):
         raise ValueError(f"{field} {pattern[:80]!r} is no regex: {error}") from None
 
 
-def answer(question: dict) -> dict:
+def answer(question: Question) -> Answer:
     """Matches the fields of adapter_config.json with names.
 
     Args:
@@ -125,12 +131,12 @@ def answer(question: dict) -> dict:
     }
 
 
-def first_match(rules, module):
+def first_match(rules: Iterable[Callable[[str], object]], module: str) -> int | None:
     """The index of the first rule that matches, or None."""
     return next((index for index, rule in enumerate(rules) if rule(module)), None)
 
 
-def target_rule(question):
+def target_rule(question: Question) -> Callable[[str], str]:
     """PEFT's check_target_module_exists, as a function of a name."""
     excluded = name_rule("exclude_modules", question["exclude_modules"])
     saved = [
@@ -169,7 +175,7 @@ def target_rule(question):
     return target
 
 
-def name_rule(field, wanted):
+def name_rule(field: str, wanted: str | list[str] | None) -> Callable[[str], object]:
     """A function that says whether a name is one of these or ends with one. A string is a regex."""
     if wanted is None:
         return lambda module: False
@@ -181,7 +187,7 @@ def name_rule(field, wanted):
     return compiled(field, wanted, wanted).fullmatch
 
 
-def layer_rule(layers_pattern):
+def layer_rule(layers_pattern: str | list[str] | None) -> Callable[[str], int | None]:
     """A function of a name: the index of its layer, or None."""
     wholes = {
         pattern: rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
@@ -201,7 +207,7 @@ def layer_rule(layers_pattern):
     return layer
 
 
-def unmet_targets(question, modules):
+def unmet_targets(question: Question, modules: list[str]) -> list[str]:
     """The names of target_modules that no module has."""
     names = question["target_modules"]
     if not isinstance(names, list):
@@ -214,7 +220,9 @@ def unmet_targets(question, modules):
     ]
 
 
-def unmet_layers(question, modules, targets):
+def unmet_layers(
+    question: Question, modules: list[str], targets: list[str]
+) -> list[int]:
     """The layers of layers_to_transform in which no module is targeted."""
     layers = question["layers_to_transform"]
     if not isinstance(layers, list):
@@ -225,7 +233,7 @@ def unmet_layers(question, modules, targets):
     return [index for index in layers if index not in met]
 
 
-def main():
+def main() -> None:
     warnings.simplefilter("ignore")  # of re
     question = json.load(sys.stdin)
     try:

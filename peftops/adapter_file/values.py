@@ -2,10 +2,13 @@
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 
 import numpy
+
+from .header import Stored
 
 CHUNK = 1 << 22  # bytes that are in memory at a time
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -17,8 +20,8 @@ EXPONENT = {  # its bits; if all of them are set, the number is infinite or NaN
 }
 
 
-def look_at_values(path: Path, tensors: Iterable) -> None:
-    """Sets .finite and .zero of each tensor (a Stored) whose dtype is in BYTES.
+def look_at_values(path: Path, tensors: Iterable[Stored]) -> None:
+    """Sets .finite and .zero of each tensor whose dtype is in BYTES.
 
     Args:
         path: the safetensors file.
@@ -35,7 +38,9 @@ def look_at_values(path: Path, tensors: Iterable) -> None:
                 look_at_tensor(file, stored, pieces, buffer)
 
 
-def look_at_tensor(file, stored, pieces, buffer):
+def look_at_tensor(
+    file: FileIO, stored: Stored, pieces: "Pieces", buffer: memoryview
+) -> None:
     """Sets .finite and .zero of one tensor."""
     dtype = numpy.dtype(f"<u{BYTES[stored.dtype]}")
     mask = dtype.type(EXPONENT[stored.dtype])
@@ -62,12 +67,12 @@ class Pieces:
         data, end: a range of the file without a hole.
     """
 
-    def __init__(self, handle):
+    def __init__(self, handle: int):
         self.handle = handle
         self.data = 0
         self.end = 0
 
-    def of(self, stored):
+    def of(self, stored: Stored) -> Iterator[tuple[int, int]]:
         """(start, stop) of each piece of a tensor: whole entries, and at most CHUNK bytes."""
         size = BYTES[stored.dtype]
         position = stored.start
@@ -84,7 +89,7 @@ class Pieces:
             yield position, end
             position = end
 
-    def find_data(self, position):
+    def find_data(self, position: int) -> None:
         """Sets data and end to the first range without a hole at position or later.
 
         Where the file system does not tell, everything counts as data.

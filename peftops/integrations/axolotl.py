@@ -1,6 +1,8 @@
 """axolotl's plugin, in its YAML:  plugins: [peftops.integrations.axolotl.PeftopsPlugin]"""
 
 from axolotl.integrations.base import BasePlugin
+from torch import nn
+from transformers import TrainerCallback
 
 from .transformers import PeftopsCallback
 
@@ -13,10 +15,12 @@ class PeftopsPlugin(BasePlugin):
     It switches axolotl's own LoRA kernels off: they read the adapters and call no layer.
     """
 
-    def register(self, cfg):
+    def register(self, cfg: dict) -> None:
         for name in KERNELS:
             cfg[name] = False
 
-    def add_callbacks_pre_trainer(self, cfg, model):
+    def add_callbacks_pre_trainer(
+        self, cfg: dict, model: nn.Module
+    ) -> list[TrainerCallback]:
         # Not patch(model): for DPO and its like the trainer makes the adapters later.
         return [PeftopsCallback()]

@@ -3,9 +3,12 @@
 import functools
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..functional import Base, lora_linear
 from ..ops.lora_base import no_delta
@@ -14,7 +17,7 @@ from ..ops.nf4_tables import bounds, four_bits
 from . import Enabled
 
 DEVICES = "CPU", "CUDA"
-_library = None
+_library: torch.library.Library | None = None
 
 
 def enable() -> Enabled:
@@ -55,21 +58,30 @@ def disable() -> None:
 
 
 @functools.cache
-def shared_table(quant_type, device):
+def shared_table(quant_type: str, device: torch.device) -> Tensor:
     """One table for all calls. No call returns it."""
     with torch.inference_mode(False):
         return four_bits(quant_type, device)
 
 
 # The ops of bitsandbytes, with the arguments of its own.
-def quantize_4bit(A, blocksize, quant_type, quant_storage):
+def quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
     codes, absmax = nf4_quantize(
         A, *bounds(shared_table(quant_type, A.device)), blocksize
     )
     return codes.view(quant_storage)[:, None], absmax
 
 
-def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
+def dequantize_4bit(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
     codes = A.contiguous().view(torch.uint8)
     table = shared_table(quant_type, A.device)
     flat = nf4_dequantize(
@@ -78,25 +90,34 @@ def dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
     return flat.view(shape)
 
 
-def dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
+def dequantize_4bit_out(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
     out.copy_(dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype))
 
 
 @torch.no_grad()  # bitsandbytes has a backward of its own
 def gemm_4bit(
-    A,
-    B,
-    shapeB,
-    absmax,
-    blocksize,
-    quant_type,
-    bias=None,
-    absmax_8bit=None,
-    absmax_code=None,
-    absmax_offset=None,
-):
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
     scales = [absmax.float()]
     if absmax_8bit is not None:
+        assert absmax_code is not None and absmax_offset is not None
         scales = [
             absmax_8bit,
             *scales,
@@ -109,7 +130,7 @@ def gemm_4bit(
     return lora_linear(A, base, *no_delta(k, n, A.dtype, A.device), bias).to(A.dtype)
 
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "quantize_4bit": quantize_4bit,
     "dequantize_4bit": dequantize_4bit,
     "dequantize_4bit.out": dequantize_4bit_out,

@@ -7,36 +7,29 @@ takes the gain that the prompt's call has kept, if the stamp of that gain is unc
 """
 
 import sys
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..functional import dora_weight_norm
+from ..functional import Base, dora_weight_norm
 from ..ops.dora import no_zeros
 from ..ops.lora_formula import by_formula
+from .dora_magnitude import HALF, Magnitude, widened
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Weight = Tensor | Base
+Operands = tuple[Weight, Tensor, Tensor, float]  # weight, lora_A, lora_B, scaling
 PLAIN = torch.Tensor, nn.Parameter
-HALF = torch.bfloat16, torch.float16
-CHECKING = []  # one entry for each checked_norms() that some thread is inside of
-WIDENED = {}  # id of a magnitude that `widened` made fp32 -> a weak reference to it
+# One entry for each checked_norms() that some thread is inside of.
+CHECKING: list[bool] = []
 # Counts steps of optimizers and changes of mode. No norm that was kept before either is trusted.
 _moves = 0
-
-
-class Magnitude(nn.Module):
-    """The lengths of a weight's rows, under the key of PEFT's layer."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
 
 
 class Normed(nn.Module):
@@ -46,18 +39,21 @@ class Normed(nn.Module):
     the model is cast to 16 bits: in bf16, an optimizer's step is too small to change it.
     """
 
-    def operands(self, name):
+    if TYPE_CHECKING:
+        _modules: dict[str, Any]
+
+    def operands(self, name: str) -> Operands | None:
         """(weight, lora_A, lora_B, scaling) for dora_weight_norm of one adapter.
 
         None where the adapter has no norm.
         """
         raise NotImplementedError
 
-    def computes_in(self):
+    def computes_in(self) -> torch.dtype:
         """The dtype of the product that the norm is for."""
         raise NotImplementedError
 
-    def magnitudes(self) -> dict[str, nn.Module]:
+    def magnitudes(self) -> dict[str, Magnitude]:
         """{name of an adapter: its Magnitude} of the DoRA adapters."""
         if "lora_magnitude_vector" not in self._modules:
             return {}
@@ -98,7 +94,9 @@ class Normed(nn.Module):
                 gain = self.computed(type(self), weight, operands)
                 keep(magnitude, gain, stamp(weight, *operands))
 
-    def gain(self, layer_class, name, x, *operands):
+    def gain(
+        self, layer_class: type["Normed"], name: str, x: Tensor, *operands: Any
+    ) -> Tensor:
         """The gain (n,) of one adapter for a call with x, differentiable in the magnitude.
 
         Args:
@@ -149,7 +147,14 @@ class Normed(nn.Module):
             )
         return kept
 
-    def traced_gain(self, layer_class, magnitude, weight, x, operands):
+    def traced_gain(
+        self,
+        layer_class: type["Normed"],
+        magnitude: Magnitude,
+        weight: Tensor,
+        x: Tensor,
+        operands: Operands,
+    ) -> Tensor:
         """The gain under torch.compile, where no stamp can be compared.
 
         A kept gain serves one position of a frozen adapter; all other calls compute theirs.
@@ -165,13 +170,15 @@ class Normed(nn.Module):
             magnitude.gain.copy_(gain)
         return gain
 
-    def computed(self, layer_class, weight, operands):
+    def computed(
+        self, layer_class: type["Normed"], weight: Tensor, operands: Operands
+    ) -> Tensor:
         """The gain of these weights, computed now. `report` counts it outside of torch.compile."""
         if not torch.compiler.is_compiling():
             vars(self)["_peftops_norms"] = vars(self).get("_peftops_norms", 0) + 1
         return weight / norm_of(*operands, layer_class.computes_in(self))
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Self":
         moved()
         return super().train(mode)
 
@@ -193,7 +200,9 @@ class Normed(nn.Module):
         return self
 
 
-def norm_of(weight, a, b, scaling, dtype):
+def norm_of(
+    weight: Weight, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
     """The norm (n,), a constant: the weight is frozen and the adapters are detached.
 
     Autocast is left only where it is on: an exported graph would hold the context.
@@ -209,12 +218,12 @@ def norm_of(weight, a, b, scaling, dtype):
     return no_zeros(dora_weight_norm(weight, a, b, scaling=scaling, dtype=dtype))
 
 
-def same(a, b):
+def same(a: Tensor, b: Tensor) -> bool:
     """Whether two gains are equal; NaN equals itself."""
     return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def keep(magnitude, gain, gain_stamp):
+def keep(magnitude: Magnitude, gain: Tensor, gain_stamp: tuple | None) -> None:
     """Copies a gain and its stamp to the magnitude.
 
     It is copied in place where a buffer fits, since graphs read that buffer. Autograd has not saved
@@ -233,7 +242,9 @@ def keep(magnitude, gain, gain_stamp):
     magnitude.gain_of = gain_stamp
 
 
-def stamp(magnitude, weight, a, b, scaling):
+def stamp(
+    magnitude: Tensor, weight: Weight, a: Tensor, b: Tensor, scaling: float
+) -> tuple | None:
     """Identifies the weights that a gain is of, as far as versions and addresses show.
 
     None where they do not show a change: a gain without a stamp is never reused.
@@ -253,21 +264,21 @@ def stamp(magnitude, weight, a, b, scaling):
         return None  # tensors of inference_mode count no versions
 
 
-def one_position(x):
+def one_position(x: Tensor) -> bool:
     """Whether x (..., k) is one token of each sequence."""
     return (x.shape[-2] if x.dim() > 1 else 1) == 1
 
 
-def sharded():
+def sharded() -> bool:
     """Whether FSDP2 is at work in this process.
 
     What it gathers has the same versions as what it gathered before, so stamps show no change.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return hasattr(fsdp, "FSDPModule") and bool(fsdp.FSDPModule.__subclasses__())
 
 
-def ready(weights, *others):
+def ready(weights: Sequence[Tensor], *others: Tensor) -> bool:
     """Whether a norm can be computed of these outside of a forward.
 
     The weights must be frozen, as those of a fused layer are, and there: not on the meta device,
@@ -282,50 +293,21 @@ def ready(weights, *others):
     )
 
 
-def tensors_of(weight):
+def tensors_of(weight: Weight) -> Sequence[Tensor]:
     """The tensors that a weight consists of: several for a Base in 4 bits."""
     return weight.tensors if hasattr(weight, "tensors") else (weight,)
 
 
-def widened(magnitude):
-    """The magnitude's weight in fp32. A parameter that somebody has cast to 16 bits is cast back.
-
-    Under a policy of FSDP2 the cast may be for this call alone, so the parameter is left alone.
-    """
-    weight = magnitude.weight
-    if weight.dtype not in HALF:
-        return weight
-    if torch.compiler.is_compiling() or (dist.is_available() and dist.is_initialized()):
-        return weight.float()
-    weight.data = weight.data.float()
-    if weight.grad is not None:
-        weight.grad = weight.grad.float()
-    WIDENED[id(weight)] = weakref.ref(weight)
-    return weight
-
-
-def widen_state(optimizer, args, kwargs):
-    """Before a step: casts to fp32 what the optimizer keeps of magnitudes that `widened` cast."""
-    for weight in [reference() for reference in WIDENED.values()]:
-        state = {} if weight is None else optimizer.state.get(weight, {})
-        for key, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if value.dtype in HALF and value.shape == weight.shape:
-                state[key] = value.float()
-
-
-def moved(*args):
+def moved(*args: Any) -> None:
     """No kept norm is trusted any more. A hook after each step of an optimizer, too."""
     global _moves
     _moves += 1
 
 
-register_optimizer_step_pre_hook(widen_state)
 register_optimizer_step_post_hook(moved)
 
 
-def loaded(layer, incompatible_keys):
+def loaded(layer: Normed, incompatible_keys: Any) -> None:
     """A hook after load_state_dict: the gains follow the new weights."""
     layer.refresh_gains()
 

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class LinearNF4(StateDictNF4, nn.Linear):
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
     """
 
+    if TYPE_CHECKING:  # what the integration with transformers sets
+        columns: bool  # the checkpoint holds the weight as (in_features, out_features)
+        _is_hf_initialized: bool
+
     def __init__(
         self,
         in_features: int,
@@ -87,7 +91,9 @@ class LinearNF4(StateDictNF4, nn.Linear):
         if not self.weight.is_meta:
             self.reset_parameters()
 
-    def hold(self, base, dtype, blocksize, quant_type):
+    def hold(
+        self, base: list[Tensor], dtype: torch.dtype, blocksize: int, quant_type: str
+    ) -> None:
         super().hold(base, dtype, blocksize, quant_type)
         meet(LinearNF4, PackedNF4)
 
@@ -185,11 +191,10 @@ class LinearNF4(StateDictNF4, nn.Linear):
             raise TypeError(
                 f"LinearNF4: linear must be nn.Linear or transformers' Conv1D, got {got}"
             )
-        weight = linear.weight.T if columns else linear.weight
+        weight: Any = linear.weight.T if columns else linear.weight
+        bias: Any = linear.bias
         q = NF4Weight.quantize(weight.contiguous(), blocksize, double_quant, quant_type)
-        return cls.of(q, linear.bias, compute_dtype=compute_dtype).train(
-            linear.training
-        )
+        return cls.of(q, bias, compute_dtype=compute_dtype).train(linear.training)
 
     @classmethod
     def from_bnb(cls, linear: "Linear4bit") -> "LinearNF4":
@@ -261,7 +266,7 @@ class LinearNF4(StateDictNF4, nn.Linear):
             y = lora_linear(x, self.base(dtype), *delta, self.bias_for(dtype))
         return y if self.compute_dtype is None else y.to(x_dtype)
 
-    def exported(self, x):
+    def exported(self, x: Tensor) -> Tensor:
         """y by torch's own operations, in x's dtype, for graphs that run without peftops."""
         base = self.base(x.dtype)
         weight = formula("nf4_plain", base.tensors, base.block, self.shape, x.dtype)
@@ -288,10 +293,18 @@ class LinearNF4(StateDictNF4, nn.Linear):
         return f"{text}, compute_dtype={self.compute_dtype}"
 
 
-def empty_base(size, blocksize, double_quant, device):
+def empty_base(
+    size: int,
+    blocksize: int,
+    double_quant: bool,
+    device: torch.device | str | int | None,
+) -> list[Tensor]:
     """Uninitialized tensors of an NF4Weight with `size` elements: codes, table, then scales."""
     blocks = -(-size // blocksize)
-    shapes = [(-(-size // 2), torch.uint8), (16, torch.float32)]
+    shapes: list[tuple[Any, torch.dtype]] = [
+        (-(-size // 2), torch.uint8),
+        (16, torch.float32),
+    ]
     if double_quant:
         shapes += [
             (blocks, torch.uint8),

@@ -1,5 +1,8 @@
 """PackedNF4: a module that owns a weight in 4 bits, which only a state dict can change."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,17 @@ class PackedNF4(nn.Module):
     changes a bit of them, a mixed precision policy included. Scales in fp32 are held as int32.
     Tables are buffers.
     """
+
+    if TYPE_CHECKING:  # what nn.Module finds for these names
+        _parameters: dict[str, Any]
+        _buffers: dict[str, Any]
+        weight: Tensor
+        absmax: nn.Parameter
+        nested_absmax: nn.Parameter | None
+
+        @property
+        def shape(self) -> Sequence[int]:
+            """The shape of the weight before it was packed."""
 
     def hold(
         self,
@@ -90,7 +104,7 @@ class PackedNF4(nn.Module):
         return super()._apply(keep_bits, recurse)
 
 
-def frozen(t):
+def frozen(t: Tensor | None) -> nn.Parameter | None:
     """A parameter of integers with the tensor's bits, or None."""
     if t is None:
         return None
@@ -98,6 +112,6 @@ def frozen(t):
     return nn.Parameter(bits, requires_grad=False)
 
 
-def own_copy(table):
+def own_copy(table: Tensor | None) -> Tensor | None:
     """A copy, since all layers are given the same table, or None."""
     return None if table is None else table.clone()

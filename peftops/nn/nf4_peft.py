@@ -12,12 +12,18 @@ what replaces PEFT's function `stock`.
 import functools
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .nf4_packed import PackedNF4
+
+Layer = Any  # LinearNF4, whose module imports this one
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 INITS = (
     "olora_init",
     "pissa_init",
@@ -36,10 +42,10 @@ HIRA = (
     "for each forward reads the weight"
 )
 _lock = threading.Lock()
-_met = set()  # holds LinearNF4 once PEFT's functions are wrapped
+_met: set[type] = set()  # holds LinearNF4 once PEFT's functions are wrapped
 
 
-def meet(layer, packed):
+def meet(layer: type[Layer], packed: type[PackedNF4]) -> None:
     """Wraps PEFT's functions, once and only if PEFT is imported.
 
     layer: LinearNF4. packed: PackedNF4, the class of all modules that own a weight in 4 bits.
@@ -52,7 +58,7 @@ def meet(layer, packed):
             _met.add(layer)
 
 
-def wrap_all(layer, packed):
+def wrap_all(layer: type[Layer], packed: type[PackedNF4]) -> None:
     """Wraps all functions of PEFT that read, replace or count the weight of a base layer."""
     peft = sys.modules["peft"]
     lora = peft_module("tuners.lora.layer").LoraLayer
@@ -83,7 +89,7 @@ def wrap_all(layer, packed):
     redirect(peft.replace_lora_weights_loftq, layer)
 
 
-def peft_module(name):
+def peft_module(name: str) -> Any:
     """A module of PEFT, imported if it is not yet; None where this version has none."""
     try:
         return import_module(f"peft.{name}")
@@ -91,7 +97,7 @@ def peft_module(name):
         return None
 
 
-def wrap_imported(home, name, around):
+def wrap_imported(home: str, name: str, around: Around) -> None:
     """Wraps a function of the module `home` in all modules of PEFT that have imported it."""
     stock = getattr(peft_module(home), name, None)
     if stock is None:
@@ -101,23 +107,24 @@ def wrap_imported(home, name, around):
             wrap(holder, name, around)
 
 
-def wrap(holder, name, around):
+def wrap(holder: Any, name: str, around: Around) -> None:
     """Puts around(stock) in the place of a function, if this version of PEFT has it."""
     stock = getattr(holder, name, None)
     if stock is not None:
         setattr(holder, name, functools.wraps(stock)(around(stock)))
 
 
-def subclasses(cls):
+def subclasses(cls: type) -> Iterator[type]:
     """All classes of PEFT that derive from this one."""
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         if child.__module__.startswith("peft."):
             yield child
         yield from subclasses(child)
 
 
 @contextmanager
-def dense(base):
+def dense(base: Layer) -> Iterator[None]:
     """Inside, a LinearNF4 is an nn.Linear in fp32. At the end, a changed weight is quantized."""
     layer_class = type(base)
     codes = base._parameters["weight"]
@@ -136,7 +143,7 @@ def dense(base):
         base.weight_dtype = dtype
 
 
-def on_dense(layer):
+def on_dense(layer: type[Layer]) -> Around:
     """For a method of a PEFT layer that reads or changes the base's weight."""
 
     def around(stock):
@@ -159,7 +166,7 @@ def on_dense(layer):
     return around
 
 
-def each_dense(layer):
+def each_dense(layer: type[Layer]) -> Around:
     """For CorDA's iterator over linear layers. The caller reads each weight before the next."""
 
     def around(stock):
@@ -176,7 +183,7 @@ def each_dense(layer):
     return around
 
 
-def argument_dense(layer):
+def argument_dense(layer: type[Layer]) -> Around:
     """For a function that reads the weight of the linear layer that it is given."""
 
     def around(stock):
@@ -191,7 +198,7 @@ def argument_dense(layer):
     return around
 
 
-def refuse(layer, reason):
+def refuse(layer: type[Layer], reason: str) -> Around:
     """For a method of a PEFT layer that cannot work over LinearNF4: ValueError with the reason."""
 
     def around(stock):
@@ -205,7 +212,7 @@ def refuse(layer, reason):
     return around
 
 
-def count(packed):
+def count(packed: type[PackedNF4]) -> Around:
     """For the counts of parameters: the elements of a weight instead of its codes and scales.
 
     This is how PEFT counts layers of bitsandbytes.
@@ -233,20 +240,20 @@ class Backend:
     backend_name = "peftops nf4"
     layer_type = "linear"
 
-    def get_base_weight(self, base_layer):
+    def get_base_weight(self, base_layer: Layer) -> Tensor:
         return base_layer.dequantize()
 
-    def set_base_weight(self, peft_layer, weight_data):
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
         base = peft_layer.get_base_layer()
         dtype = base.weight_dtype
         base.quantize(weight_data.detach().contiguous())
         base.weight_dtype = dtype
 
-    def maybe_clone_base_result(self, x):
+    def maybe_clone_base_result(self, x: Tensor) -> Tensor:
         return x
 
 
-def backend(layer):
+def backend(layer: type[Layer]) -> Around:
     """For the function that chooses PEFT's backend for a quantized base layer."""
 
     def around(stock):
@@ -265,22 +272,22 @@ def backend(layer):
 class Others:
     """A model whose named_modules() leaves out the modules of a class."""
 
-    def __init__(self, model, layer):
+    def __init__(self, model: nn.Module, layer: type):
         self.model = model
         self.layer = layer
 
-    def named_modules(self):
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
         return [
             (name, m)
             for name, m in self.model.named_modules()
             if not isinstance(m, self.layer)
         ]
 
-    def named_parameters(self):
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
 
 
-def condition(layer):
+def condition(layer: type[Layer]) -> Around:
     """For KappaTune, which would compute the condition numbers of the codes."""
 
     def around(stock):
@@ -308,7 +315,7 @@ def condition(layer):
     return around
 
 
-def redirect(function, layer):
+def redirect(function: Any, layer: type[Layer]) -> None:
     """Makes replace_lora_weights_loftq call `loftq`, also for those who have imported it already.
 
     So its code is replaced in place. The new code sees only the globals of PEFT's module.
@@ -328,7 +335,15 @@ def redirect(function, layer):
 
 
 @torch.no_grad()
-def loftq(stock, peft, layer, peft_model, model_path, adapter_name, callback):
+def loftq(
+    stock: Callable[..., None],
+    peft: dict[str, Any],
+    layer: type[Layer],
+    peft_model: nn.Module,
+    model_path: str | None,
+    adapter_name: str,
+    callback: Callable[[nn.Module, str], bool] | None,
+) -> None:
     """peft.replace_lora_weights_loftq over LinearNF4: B·A closest to what quantization lost.
 
     stock: PEFT's function, for models without LinearNF4. peft: the globals of its module.

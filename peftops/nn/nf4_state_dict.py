@@ -1,6 +1,8 @@
 """StateDictNF4: how a LinearNF4 is saved to and loaded from bitsandbytes' state dict."""
 
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ class StateDictNF4(PackedNF4):
     A subclass gives it `bias` and `quant_storage`, the dtype in which the codes are saved. A weight
     that is not quantized is quantized when it is loaded. What cannot be loaded changes nothing.
     """
+
+    if TYPE_CHECKING:
+        bias: Any  # nn.Parameter or None, which nn.Linear's own type does not say
+        quant_storage: torch.dtype
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         name = f"{prefix}weight"
@@ -40,7 +46,9 @@ class StateDictNF4(PackedNF4):
             )
             destination.update({key: t for key, t in tensors.items() if key != name})
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As in nn.Module. With strict, a missing or unexpected key leaves the layer as it is."""
         self._all_keys = strict  # _load_from_state_dict always gets strict=True
         try:
@@ -99,14 +107,16 @@ class StateDictNF4(PackedNF4):
         if has_bias:
             self.take_bias(state_dict[bias_key], assign)
 
-    def find_missing(self, state_dict, prefix):
+    def find_missing(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """The keys of weight and bias that a state dict lacks."""
         own = {f"{prefix}weight": self.weight, f"{prefix}bias": self.bias}
         return [
             key for key, t in own.items() if t is not None and key not in state_dict
         ]
 
-    def find_unexpected(self, state_dict, prefix, tensors):
+    def find_unexpected(
+        self, state_dict: Mapping[str, Any], prefix: str, tensors: Mapping[str, Any]
+    ) -> list[str]:
         """The keys with this prefix that are neither the layer's nor those of `tensors`."""
         known = set(tensors)
         for key, t in (*self._parameters.items(), *self._buffers.items()):
@@ -116,7 +126,7 @@ class StateDictNF4(PackedNF4):
             key for key in state_dict if key.startswith(prefix) and key not in known
         ]
 
-    def take_bias(self, bias, assign):
+    def take_bias(self, bias: Tensor, assign: bool) -> None:
         """Loads a bias that expect_bias has checked."""
         if assign or self.bias.is_meta:
             self.bias = nn.Parameter(bias, self.bias.requires_grad)
@@ -144,7 +154,9 @@ class StateDictNF4(PackedNF4):
         """
         self.take(*self.readied(tensors, name, assign), assign)
 
-    def readied(self, tensors, name, assign):
+    def readied(
+        self, tensors: Mapping[str, Any], name: str, assign: bool
+    ) -> tuple[NF4Weight, torch.dtype]:
         """(NF4Weight that fits this layer, dtype of its stored codes) of a state dict."""
         value = tensors.get(name)
         if (
@@ -158,9 +170,9 @@ class StateDictNF4(PackedNF4):
             raise ValueError(
                 f"LinearNF4: {name} must be {self.shape}, got {tuple(q.shape)}"
             )
-        return q, value.dtype
+        return q, tensors[name].dtype
 
-    def quantized_now(self, value, name, assign):
+    def quantized_now(self, value: Tensor, name: str, assign: bool) -> NF4Weight:
         """The NF4Weight of a weight that is not quantized in its state dict."""
         if value.shape != self.shape:
             raise ValueError(
@@ -179,7 +191,7 @@ class StateDictNF4(PackedNF4):
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}, in {name}") from None
 
-    def take(self, q, quant_storage, assign):
+    def take(self, q: NF4Weight, quant_storage: torch.dtype, assign: bool) -> None:
         """Loads what `readied` has returned."""
         device = self.weight.device
         move = not assign and device.type != "meta"
@@ -215,12 +227,12 @@ class StateDictNF4(PackedNF4):
         )
 
 
-def shapes_of(tensors):
+def shapes_of(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of each."""
     return [(t.shape, t.dtype) for t in tensors]
 
 
-def expect_bias(key, bias, own):
+def expect_bias(key: str, bias: object, own: Tensor) -> None:
     """Raises ValueError or TypeError for a bias that can neither replace `own` nor fill it."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"LinearNF4: {key} must be a tensor, got {type(bias).__name__}")
@@ -239,12 +251,12 @@ def expect_bias(key, bias, own):
         )
 
 
-def whole(t):
+def whole(t: Any) -> Tensor:
     """All of a tensor that FSDP2 may have sharded."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def fill(t, source):
+def fill(t: Any, source: Tensor) -> None:
     """Copies `source`, which every rank has all of, into a tensor that FSDP2 may have sharded."""
     if hasattr(t, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor

@@ -29,14 +29,14 @@ def lora_mlp(x: Tensor, gate: tuple, up: tuple, down: tuple) -> Tensor:
         ValueError, TypeError: as lora_linear.
     """
     with torch.no_grad():
-        cast, *gate = arguments(x, *gate)
-        _, *up = arguments(cast, *up)
-        _, *down = arguments(cast.new_empty(0, down[1].shape[-1]), *down)
+        cast, *of_gate = arguments(x, *gate)
+        _, *of_up = arguments(cast, *up)
+        _, *of_down = arguments(cast.new_empty(0, down[1].shape[-1]), *down)
     if transformed():
         raise RuntimeError(
             "lora_mlp: forward-mode AD and torch.func want layers by themselves"
         )
-    args = x, cast, (len(gate), len(up)), *gate, *up, *down
+    args = x, cast, (len(of_gate), len(of_up)), *of_gate, *of_up, *of_down
     if torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in args
     ):

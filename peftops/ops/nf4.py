@@ -66,7 +66,7 @@ def expect_quant_type(row: str, quant_type: str) -> None:
         )
 
 
-def expect_weight(w):
+def expect_weight(w: object) -> None:
     """Raises unless w can be quantized: a dense float tensor with elements, all of them finite."""
     if not isinstance(w, Tensor):
         raise TypeError(f"nf4: w must be a tensor, got {type(w).__name__}")
@@ -93,7 +93,9 @@ def expect_weight(w):
         )
 
 
-def expect_base(row, base, block, size, wide):
+def expect_base(
+    row: str, base: list[Tensor], block: int, size: int, wide: torch.dtype
+) -> None:
     """Raises for the first tensor of base that is not as it must be.
 
     base is [codes, table (16,), absmax], or after double quantization
@@ -266,14 +268,14 @@ class NF4Weight:
         codes, table, *scales = base
         return cls(codes, table, scales, shape, dtype, block, quant_type)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         double = ", double_quant" if len(self.scales) == 4 else ""
         shape = tuple(self.shape)
         settings = f"{self.quant_type}, block={self.block}{double}, dtype={self.dtype}"
         return f"NF4Weight({shape}, {settings})"
 
 
-def aligned(t):
+def aligned(t: Tensor) -> Tensor:
     """t, or a copy if t is not contiguous or does not start at a multiple of 16 bytes.
 
     Kernels read 16 bytes at a time, and a tensor of a file may start anywhere.
@@ -285,7 +287,7 @@ def aligned(t):
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def quantize_scales(absmax):
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, nested_absmax, table, offset): absmax - offset in 8 bits, in blocks of 256 scales.
 
     A code stands for the nearest of 256 values. On a CPU, bitsandbytes first rounds to the nearest

@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .nf4_tables import FOUR_BITS, four_bits
 
+Tensors = Mapping[str, Tensor]
 BLOCKS = tuple(32 << i for i in range(8))
 NESTED = 256  # scales that share a scale
 DTYPES = {
@@ -61,7 +63,9 @@ def write(
     return tensors | {f"{name}.{STATE}{quant_type}": packed}
 
 
-def read(tensors, name):
+def read(
+    tensors: Tensors, name: str
+) -> tuple[list[Tensor], list[int], torch.dtype, int, str]:
     """(base, shape, dtype, block, quant_type) of the weight under this name.
 
     Raises ValueError or TypeError with the key that cannot be right.
@@ -78,7 +82,7 @@ def read(tensors, name):
     return base, shape, DTYPES[state["dtype"]], block, quant_type
 
 
-def read_codes(tensors, name, shape, key):
+def read_codes(tensors: Tensors, name: str, shape: list[int], key: str) -> Tensor:
     """The codes as flat uint8; key is that of the JSON object, which says the shape."""
     size = math.prod(shape)
     codes = tensor_of(tensors, name)
@@ -93,7 +97,9 @@ def read_codes(tensors, name, shape, key):
     return codes.contiguous().flatten().view(torch.uint8)
 
 
-def read_scales(tensors, name, blocks, state):
+def read_scales(
+    tensors: Tensors, name: str, blocks: int, state: dict[str, Any]
+) -> list[Tensor]:
     """The scales as NF4Weight takes them."""
     if "nested_blocksize" not in state:
         return [numbers(tensors, f"{name}.absmax", blocks)]
@@ -105,7 +111,7 @@ def read_scales(tensors, name, blocks, state):
     return [absmax, nested, nested_table, offset]
 
 
-def read_state(tensors, name):
+def read_state(tensors: Tensors, name: str) -> tuple[str, dict[str, Any]]:
     """The key of the JSON object, and the object after all of its members were checked."""
     keys = [
         key
@@ -133,7 +139,7 @@ def read_state(tensors, name):
     try:
         state = json.loads(written.decode())
     except (ValueError, RecursionError):  # ValueError is for UTF-8 and for JSON
-        raise ValueError(f"nf4: {key} must be JSON, got {written[:40]}") from None
+        raise ValueError(f"nf4: {key} must be JSON, got {written[:40]!r}") from None
     if not isinstance(state, dict):
         raise ValueError(
             f"nf4: {key} must be a JSON object, got {type(state).__name__}"
@@ -148,14 +154,20 @@ def read_state(tensors, name):
     return key, state
 
 
-def expect_member(key, state, member, wanted, right):
+def expect_member(
+    key: str,
+    state: dict[str, Any],
+    member: str,
+    wanted: object,
+    right: Callable[[Any], object],
+) -> None:
     """Raises if right(value) is False for a member of the JSON object."""
     value = state.get(member)
     if not right(value):
         raise ValueError(f"nf4: {member} in {key} must be {wanted}, got {short(value)}")
 
 
-def expect_state(key, state, quant_type):
+def expect_state(key: str, state: dict[str, Any], quant_type: str) -> None:
     """Raises for the first member that every weight has and that cannot be right."""
     expect = partial(expect_member, key, state)
     expect("quant_type", repr(quant_type), lambda v: v == quant_type)
@@ -169,7 +181,7 @@ def expect_state(key, state, quant_type):
     expect("shape", f"at most {MOST} elements", few_elements)
 
 
-def expect_nested_state(key, state):
+def expect_nested_state(key: str, state: dict[str, Any]) -> None:
     """Raises for the first member of double quantization that cannot be right."""
     expect = partial(expect_member, key, state)
     expect("nested_blocksize", NESTED, lambda v: type(v) is int and v == NESTED)
@@ -181,7 +193,7 @@ def expect_nested_state(key, state):
     )
 
 
-def scales_of(state) -> list[Tensor]:
+def scales_of(state: Any) -> list[Tensor]:
     """The scales of bitsandbytes' QuantState as NF4Weight takes them, in float32."""
     if not state.nested:
         return [wide(state.absmax)]
@@ -193,7 +205,7 @@ def scales_of(state) -> list[Tensor]:
     ]
 
 
-def table_of(state) -> Tensor:
+def table_of(state: Any) -> Tensor:
     """The values of a QuantState's codes.
 
     A cast may have rounded its table. Then bitsandbytes uses the values of quant_type; so do we.
@@ -203,16 +215,16 @@ def table_of(state) -> Tensor:
     return four_bits(state.quant_type, state.code.device)
 
 
-def wide(t):
+def wide(t: Tensor) -> Tensor:
     """t in float32, as bitsandbytes reads scales that were cast together with their model."""
     return t if t.dtype is torch.float32 else t.float()
 
 
-def positive(v):
+def positive(v: object) -> bool:
     return type(v) is int and 0 < v <= MOST
 
 
-def few_elements(shape):
+def few_elements(shape: list[int]) -> bool:
     """Whether a shape has at most MOST elements and DIMENSIONS dimensions.
 
     The product is checked after each dimension, so that it stays small.
@@ -225,13 +237,13 @@ def few_elements(shape):
     return len(shape) <= DIMENSIONS
 
 
-def short(value):
+def short(value: object) -> str:
     """A value in a message."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def tensor_of(tensors, key):
+def tensor_of(tensors: Tensors, key: str) -> Tensor:
     """The tensor of a key; raises unless it is dense and has data."""
     t = tensors.get(key)
     if t is None:
@@ -245,7 +257,7 @@ def tensor_of(tensors, key):
     return t.detach()
 
 
-def check(key, t, size, *dtypes):
+def check(key: str, t: Tensor, size: int, *dtypes: torch.dtype) -> None:
     """Raises unless t is a vector of this size in one of these dtypes."""
     if t.dtype not in dtypes:
         raise TypeError(
@@ -255,7 +267,7 @@ def check(key, t, size, *dtypes):
         raise ValueError(f"nf4: {key} must be ({size},), got {tuple(t.shape)}")
 
 
-def numbers(tensors, key, size):
+def numbers(tensors: Tensors, key: str, size: int) -> Tensor:
     """The finite numbers of a key in float32; a cast of the model may have changed their dtype."""
     given = tensor_of(tensors, key)
     check(key, given, size, *FLOATS)
@@ -267,7 +279,7 @@ def numbers(tensors, key, size):
     return t
 
 
-def four_bit_table(tensors, key, quant_type):
+def four_bit_table(tensors: Tensors, key: str, quant_type: str) -> Tensor:
     """The sixteen values of quant_type, with which bitsandbytes computes whatever the file says.
 
     A cast may have rounded the file's values. Raises for any other difference.

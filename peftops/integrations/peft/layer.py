@@ -7,14 +7,17 @@ patched module, here and in mlp.py, is `Patched`: it can be restored.
 import functools
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor
 
 from ...functional import Base
 from ...nn import LinearNF4
-from ...nn.dora import Normed
+from ...nn.dora import Normed, Operands
+from ...nn.dora_magnitude import Magnitude
 from ...ops.dora import linear_of_gain
 from ...ops.lora import linear
 from . import merge
@@ -28,16 +31,16 @@ EXTRA = Fallback("extra arguments")
 class Patched:
     """A module whose class was changed by us, in place."""
 
-    def refusal(self):
+    def refusal(self) -> str | None:
         """Why the module cannot be restored as it is now, or None."""
         raise NotImplementedError
 
-    def restore(self):
+    def restore(self) -> None:
         """Makes the module one of its class before, with nothing of ours left on it."""
         raise NotImplementedError
 
 
-def count(module, key, patched_class):
+def count(module: object, key: str, patched_class: type[Patched]) -> None:
     """Counts a call of a patched module under `key`.
 
     patched_class: Fused or FusedMLP, which the module was when the call began. If another thread
@@ -52,15 +55,23 @@ def count(module, key, patched_class):
 class Fused(Patched, Normed):
     """A layer of PEFT with another forward."""
 
-    stock = None  # PEFT's class of the layer
+    if TYPE_CHECKING:  # what each subclass has, and what PEFT's class gives its layers
+        stock: type[Any]  # PEFT's class of the layer
+        in_features: Any  # int
+        out_features: Any  # int
+        scaling: dict[str, Any]
+        lora_A: Any  # ModuleDict of nn.Linear
+        lora_B: Any  # ModuleDict of nn.Linear
+        lora_variant: dict[str, Any]
+
     widens = False  # whether PEFT's forward leaves the sum in its dtype under CUDA's autocast
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The class is read once: another thread may restore the layer during this call.
         layer_class = type(self)
         if not issubclass(layer_class, Fused):
             return layer_class.forward(self, x, *args, **kwargs)
-        call = EXTRA if args or kwargs else plan(self, x)
+        call: Any = EXTRA if args or kwargs else plan(self, x)
         fused = type(call) is Plan
         if not torch.compiler.is_compiling():
             count(self, key_of(call), Fused)
@@ -89,21 +100,21 @@ class Fused(Patched, Normed):
             )
         return y if cast is None else y.to(cast)
 
-    def unmerge(self):
-        super().unmerge()
+    def unmerge(self) -> None:
+        type(self).stock.unmerge(self)
         self.refresh_gains()
 
-    def computes_in(self):
+    def computes_in(self) -> torch.dtype:
         return dtype_of(self)
 
-    def operands(self, name):
+    def operands(self, name: str) -> Operands | None:
         scaling = self.scaling[name]
         weight = foundation_of(self._modules["base_layer"], rows_like(self)).weight
         if weight is None or type(scaling) not in (int, float):
             return None
         return weight, self.lora_A[name].weight, self.lora_B[name].weight, scaling
 
-    def magnitudes(self):
+    def magnitudes(self) -> dict[str, Magnitude]:
         variants = self.lora_variant
         return {
             name: magnitude
@@ -111,7 +122,7 @@ class Fused(Patched, Normed):
             if type(variants.get(name)) is DoraLinearVariant
         }
 
-    def refusal(self):
+    def refusal(self) -> str | None:
         if merge.ORIGINAL in vars(self):
             return "must be unmerged first, which PEFT cannot do over a LinearNF4"
         if type(self) not in fused_classes().values():
@@ -120,7 +131,7 @@ class Fused(Patched, Normed):
             return "has been given a forward of its own since patch"
         return None
 
-    def restore(self):
+    def restore(self) -> None:
         # The class changes first. A call in another thread looks at the class whenever it has left
         # something on the layer, and removes it where the class is not ours.
         become(self, type(self).stock)
@@ -128,14 +139,23 @@ class Fused(Patched, Normed):
         Normed.forget_gains(self)
 
 
-def key_of(call):
+def key_of(call: Any) -> str:
     """What a call counts as: FUSED, OWN, or the reason why it was PEFT's own."""
     if type(call) is Fallback:
         return call.reason
     return FUSED if call.own is None else OWN
 
 
-def on_top(layer, widens, x, a, b, bias, scaling, dropout_p):
+def on_top(
+    layer: Normed,
+    widens: bool,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
     """Calls the base layer as PEFT does, and adds the low-rank update to its result.
 
     The sum is fp32 where the base's result and x differ in dtype. widens: see Fused.
@@ -159,13 +179,15 @@ class FusedLinear(Fused, Linear):
 
     stock = Linear
 
-    def merge(self, safe_merge=False, adapter_names=None):
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
         if type(self.base_layer) is LinearNF4:
             merge.merge(self, safe_merge, adapter_names)
         else:
             super().merge(safe_merge, adapter_names)
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         if type(self.base_layer) is LinearNF4 and self.merged:
             merge.unmerge(self)
             self.refresh_gains()
@@ -196,9 +218,9 @@ WIDENING = {
 }
 
 
-def fused_classes():
+def fused_classes() -> dict[type, type[Fused]]:
     """PEFT's class -> ours, for those that PEFT has defined by now. It imports nothing."""
-    classes = {Linear: FusedLinear}
+    classes: dict[type, type[Fused]] = {Linear: FusedLinear}
     for name, home in HOMES.items():
         stock = getattr(sys.modules.get(f"peft.tuners.lora.{home}"), name, None)
         if stock is not None:
@@ -207,7 +229,7 @@ def fused_classes():
 
 
 @functools.cache
-def fused_class(stock):
+def fused_class(stock: type) -> type[Fused]:
     """Our class for one of PEFT's. It merges, saves and is copied as PEFT's."""
     name = stock.__name__
     body = {
@@ -219,7 +241,7 @@ def fused_class(stock):
     return type(f"Fused{name}", (Fused, stock), body)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> type[Fused]:
     """One of the classes that fused_class makes, by its name: pickle asks for it."""
     stock = name.removeprefix("Fused")
     if stock == name or stock not in HOMES:
@@ -229,7 +251,7 @@ def __getattr__(name):
     )
 
 
-def has_own_forward(layer):
+def has_own_forward(layer: object) -> bool:
     """Whether the instance has a forward that replaces its class's.
 
     accelerate sets one when it dispatches a model. That one does not count: it calls
@@ -238,7 +260,7 @@ def has_own_forward(layer):
     return "forward" in vars(layer) and not dispatched(layer)
 
 
-def dispatched(layer):
+def dispatched(layer: Any) -> bool:
     """Whether accelerate's forward calls that of the layer's class."""
     return (
         getattr(vars(layer).get("_old_forward"), "__func__", None)
@@ -246,7 +268,7 @@ def dispatched(layer):
     )
 
 
-def become(layer, layer_class):
+def become(layer: Any, layer_class: type[Any]) -> None:
     """Changes the layer's class, and the forward that accelerate calls, if it dispatched it."""
     was_dispatched = dispatched(layer)
     layer.__class__ = layer_class

@@ -1,10 +1,12 @@
 """Merging adapters into a LinearNF4: the sum is quantized anew, and unmerge restores every bit."""
 
 import warnings
+from typing import cast
 
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
 
 from ...nn.nf4 import LinearNF4
 from ...nn.nf4_packed import PackedNF4
@@ -18,7 +20,7 @@ ORIGINAL = (
 
 
 @torch.no_grad()
-def merge(layer, safe_merge, adapter_names):
+def merge(layer: Linear, safe_merge: bool, adapter_names: list[str] | None) -> None:
     """Quantizes the original weight plus the deltas of all adapters, merged before or now.
 
     Args:
@@ -33,7 +35,7 @@ def merge(layer, safe_merge, adapter_names):
     if layer.merged_adapters and ORIGINAL not in vars(layer):  # merged before patch
         Linear.merge(layer, safe_merge, adapter_names)
         return
-    base = layer.get_base_layer()
+    base = cast(LinearNF4, layer.get_base_layer())
     for name in check_adapters_to_merge(layer, adapter_names) or []:
         if name not in layer.lora_A:
             continue
@@ -61,7 +63,7 @@ def merge(layer, safe_merge, adapter_names):
         layer.merged_adapters.append(name)
 
 
-def merged_weight(layer, original, names):
+def merged_weight(layer: Linear, original: NF4Weight, names: list[str]) -> Tensor:
     """The weight (n, k) in fp32 with the deltas of these adapters."""
     weight = original.dequantize(torch.float32)
     for name in names:
@@ -72,7 +74,7 @@ def merged_weight(layer, original, names):
     return weight
 
 
-def merged_bias(layer, base, name):
+def merged_bias(layer: Linear, base: LinearNF4, name: str) -> Tensor | None:
     """The base's bias with that of this adapter; None where the adapter has none."""
     if not layer.lora_bias[name]:
         return None
@@ -84,12 +86,12 @@ def merged_bias(layer, base, name):
 
 
 @torch.no_grad()
-def unmerge(layer):
+def unmerge(layer: Linear) -> None:
     """Restores the bits of before the first merge. (PEFT subtracts the delta and rounds again.)"""
     if ORIGINAL not in vars(layer):  # merged before patch
         Linear.unmerge(layer)
         return
-    base = layer.get_base_layer()
+    base = cast(LinearNF4, layer.get_base_layer())
     original, bias = vars(layer).pop(ORIGINAL)
     original = original.to(base.weight.device)
     base.hold(original.base, original.dtype, original.block, original.quant_type)

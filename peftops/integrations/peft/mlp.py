@@ -9,9 +9,10 @@ import functools
 import logging
 from collections import Counter
 from itertools import permutations
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...ops.lora_mlp import lora_mlp
@@ -19,6 +20,11 @@ from .layer import EXTRA, FUSED, Fused, Patched, count
 from .plan import Fallback, hooked, plan, rows_like
 from .sharded import gathered
 
+Roles = tuple[str, ...]  # the names of gate, up and down
+Others = tuple[tuple[str, type], ...]  # the name and type of each other child
+Recipe = tuple[type[Any], Roles, Others]  # the class before, and the above
+# name -> (module, its class from now on)
+Targets = dict[str, tuple[Any, type["FusedMLP"]]]
 log = logging.getLogger("peftops")
 
 
@@ -38,15 +44,13 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     Raises:
         ValueError: with strict, as above; the model is left as it is.
     """
-    targets = {}  # name -> (module, its class from now on)
+    targets: Targets = {}
     for name, module in model.named_modules():
         if isinstance(module, FusedMLP):
             targets[name] = module, type(module)
         elif roles := roles_of(module):
-            targets[name] = (
-                module,
-                fused_class(type(module), roles, beside(module, roles)),
-            )
+            stock: type = type(module)
+            targets[name] = module, fused_class(stock, roles, beside(module, roles))
     if strict:
         expect_fused(model, targets)
     for module, fused in targets.values():
@@ -57,14 +61,14 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
 
 def calls(model: nn.Module) -> Counter:
     """How the modules that `fuse` made have run: Counter of "fused" or the reason -> calls."""
-    total = Counter()
+    total: Counter = Counter()
     for module in model.modules():
         if isinstance(module, FusedMLP):
             total.update(vars(module).get("_peftops_calls", {}))
     return total
 
 
-def expect_fused(model, targets):
+def expect_fused(model: nn.Module, targets: Targets) -> None:
     """Raises ValueError where there is no target, or one would run layer by layer now."""
     for name, (module, fused) in targets.items():
         with gathered(model):
@@ -81,7 +85,10 @@ def expect_fused(model, targets):
 class FusedMLP(Patched):
     """A module with another forward. It owns only counts, so it saves and copies as before."""
 
-    def forward(self, *args, **kwargs):
+    if TYPE_CHECKING:
+        _peftops: Recipe
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         # The class is read once: another thread may restore the module during this call.
         mlp_class = type(self)
         if not issubclass(mlp_class, FusedMLP):
@@ -89,7 +96,7 @@ class FusedMLP(Patched):
         stock = mlp_class._peftops[0]
         if torch.compiler.is_compiling():
             return stock.forward(self, *args, **kwargs)
-        call = EXTRA
+        call: Any = EXTRA
         if len(args) == 1 and not kwargs:
             call = operands(self, mlp_class._peftops, *args)
         if type(call) is Fallback:
@@ -100,12 +107,12 @@ class FusedMLP(Patched):
             count(layer, FUSED, Fused)
         return lora_mlp(*args, *call)
 
-    def refusal(self):
+    def refusal(self) -> str | None:
         if "_peftops" not in vars(type(self)):
             return f"has been made a {type(self).__name__} since patch"
         return None
 
-    def restore(self):
+    def restore(self) -> None:
         self.__class__ = type(self)._peftops[0]
         vars(self).pop("_peftops_calls", None)
 
@@ -115,7 +122,7 @@ class FusedMLP(Patched):
 
 
 @functools.cache
-def fused_class(stock, roles, others):
+def fused_class(stock: type, roles: Roles, others: Others) -> type[FusedMLP]:
     """The fused class for modules of class `stock`.
 
     roles: the names of their gate, up and down. others: the names and types of other children.
@@ -128,25 +135,25 @@ def fused_class(stock, roles, others):
     return type(f"Fused{stock.__name__}", (FusedMLP, stock), body)
 
 
-def blank(stock, roles, others):
+def blank(stock: type, roles: Roles, others: Others) -> FusedMLP:
     """A module without content, for pickle and deepcopy to fill."""
     cls = fused_class(stock, roles, others)
     return cls.__new__(cls)
 
 
-def layers_of(module, recipe):
+def layers_of(module: object, recipe: Recipe) -> list[Any]:
     """Its gate, up and down. recipe: (stock, roles, others) as fused_class takes them."""
     _, roles, _ = recipe
     return [vars(module)["_modules"].get(name) for name in roles]
 
 
-def beside(module, roles):
+def beside(module: object, roles: Roles) -> Others:
     """The name and type of each child that has none of these roles."""
     children = vars(module)["_modules"].items()
     return tuple((name, type(child)) for name, child in children if name not in roles)
 
 
-def operands(module, recipe, x):
+def operands(module: object, recipe: Recipe, x: Tensor) -> list[tuple] | Fallback:
     """[what lora_mlp takes for gate, for up, for down], or why it goes layer by layer."""
     _, roles, others = recipe
     if beside(module, roles) != others:
@@ -156,7 +163,7 @@ def operands(module, recipe, x):
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    result = []
+    result: list[tuple] = []
     for layer in layers_of(module, recipe):
         if not isinstance(layer, Fused):
             return Fallback("a layer is not patched")
@@ -176,7 +183,7 @@ def operands(module, recipe, x):
     return result
 
 
-def roles_of(module):
+def roles_of(module: nn.Module) -> Roles | None:
     """The names of a module's gate, up and down, or None if it is no SwiGLU of patched layers."""
     layers = {}
     for name, child in module.named_children():
@@ -197,13 +204,13 @@ def roles_of(module):
     return None
 
 
-def tensors_of(module):
+def tensors_of(module: nn.Module) -> int:
     """How many parameters and buffers it has."""
     return sum(1 for _ in module.parameters()) + sum(1 for _ in module.buffers())
 
 
 @torch.no_grad()
-def is_swiglu(module, roles, k, n):
+def is_swiglu(module: nn.Module, roles: Roles, k: int, n: int) -> bool:
     """Whether the module's own forward computes down(silu(gate(x)) ⊙ up(x)).
 
     A copy with other layers of sizes k and n in these roles is run, and its result compared.
@@ -237,10 +244,10 @@ def is_swiglu(module, roles, k, n):
 class Picked(nn.Module):
     """A linear layer whose weight has one entry a row: cheap at any size."""
 
-    def __init__(self, k, n, generator):
+    def __init__(self, k: int, n: int, generator: torch.Generator):
         super().__init__()
         self.index = torch.randint(k, (n,), generator=generator)
         self.scale = torch.randn(n, generator=generator)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x[..., self.index] * self.scale

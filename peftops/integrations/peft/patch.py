@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -53,7 +54,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> nn.Module:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"patch: {name} cannot be fused: {reason}")
     classes = fused_classes()
-    changed = []
+    changed: list[Any] = []
     try:
         for layer in layers.values():
             if type(layer) in classes and not has_own_forward(layer):
@@ -74,7 +75,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> nn.Module:
     return model
 
 
-def say(layers, reasons):
+def say(layers: int, reasons: dict[str, str]) -> None:
     """Logs how many of the layers are fused: a warning where it is less than nine in ten."""
     fused = layers - len(reasons)
     level = logging.INFO if fused >= 0.9 * layers else logging.WARNING

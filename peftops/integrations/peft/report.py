@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...ops.lora import FEW, served_by
 from .layer import FUSED, OWN, Fused, fused_classes, has_own_forward
-from .plan import FP16, Fallback, plan, rows_like
+from .plan import FP16, Fallback, Plan, plan, rows_like
 from .sharded import gathered
 
 REPLACED = "its forward was replaced"
@@ -96,7 +97,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def why_not(layer):
+def why_not(layer: LoraLayer) -> str | None:
     """Why PEFT would run this layer, called now with rows of its weight's dtype, or None."""
     if has_own_forward(layer) and not vars(layer).get("_peftops_calls"):
         return REPLACED
@@ -104,10 +105,10 @@ def why_not(layer):
         home = type(layer).__module__.removeprefix("peft.tuners.")
         return f"layer is {home}.{type(layer).__name__}"
     planned = plan_of(layer)
-    return planned.reason if type(planned) is Fallback else None
+    return planned.reason if isinstance(planned, Fallback) else None
 
 
-def plan_of(layer):
+def plan_of(layer: LoraLayer) -> Plan | Fallback:
     """What `plan` says for rows_like(layer), under autocast where only that runs fused."""
     like = rows_like(layer)
     planned = plan(layer, like)
@@ -122,10 +123,11 @@ def plan_of(layer):
     return planned
 
 
-def describe(layer):
+def describe(layer: LoraLayer) -> str:
     """The backend and product for many rows of a fused layer, and why its base is called."""
     like = rows_like(layer)
     planned = plan_of(layer)
+    assert isinstance(planned, Plan)
     own = ""
     if planned.own is not None:
         form = "given"
@@ -135,6 +137,7 @@ def describe(layer):
     else:
         form = "nf4"
     rank = next(iter(layer.r.values()), 1)
-    sizes = FEW + 1, layer.out_features, layer.in_features, rank
-    _, backend, product = served_by(like, *sizes, form=form)
+    n: Any = layer.out_features
+    k: Any = layer.in_features
+    _, backend, product = served_by(like, FEW + 1, n, k, rank, form=form)
     return ", ".join(filter(None, (backend, product, own)))

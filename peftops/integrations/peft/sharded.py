@@ -1,13 +1,15 @@
 """FSDP2: a sharded layer is judged as it is inside its forward, where its parameters are whole."""
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 
 @contextmanager
-def gathered(model):
+def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, parameters that FSDP2 shards are plain tensors: this rank's shards of them.
 
     A child of a layer that is sharded by itself stays as it is: the layer's forward never sees it
@@ -15,7 +17,7 @@ def gathered(model):
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     modules = list(model.modules())
-    sharded = []
+    sharded: list[tuple[dict, str, Any]] = []  # (_parameters, name, DTensor)
     if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in modules):
         for module in modules:
             if isinstance(module, fsdp.FSDPModule):

@@ -1,6 +1,7 @@
 """transformers: 4-bit checkpoints without bitsandbytes, and a callback for its Trainer."""
 
 from importlib import import_module
+from typing import Any
 
 from ..._errors import naming_extra
 
@@ -13,7 +14,7 @@ HOMES = {
 __all__ = ["PeftopsCallback", "disable", "enable", "enable_nf4"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Loads a public name on demand: checkpoint.py also runs with an older transformers."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

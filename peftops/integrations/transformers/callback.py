@@ -2,9 +2,15 @@
 
 import time
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..peft import lora_layers, patch, report
 
@@ -38,19 +44,41 @@ class PeftopsCallback(TrainerCallback):
         self.strict = strict
         self.last_log = time.monotonic(), 0  # seconds, and tokens seen by then
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if lora_layers(model):
             patch(model, strict=self.strict)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         patch(model, strict=self.strict)
         self.last_log = time.monotonic(), state.num_input_tokens_seen
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if "loss" not in logs:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
             return
         layers = report(model)
-        entries = {
+        entries: dict[str, Any] = {
             "lora_layers": layers.fused + layers.fallback,
             "fused_layers": layers.fused,
             "peak_memory_gib": peak_memory_gib(),

@@ -6,9 +6,11 @@ all by transformers' own functions.
 """
 
 import re
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +25,10 @@ from .folder import (
     read_json,
     refuse_counts,
 )
-from .meta_model import DTYPES, make_on_meta
+from .meta_model import DTYPES, Header, make_on_meta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLOATS = {"F64", *DTYPES}
 UNREADABLE = {"F6_E2M3", "F6_E3M2"}  # safetensors has them, torch does not
@@ -103,7 +108,7 @@ def load(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def refuse_lost(folder, index, headers):
+def refuse_lost(folder: Path, index: dict, headers: dict[str, Header]) -> None:
     """Refuses an index that names a tensor which its shard does not hold."""
     for key, name in index["weight_map"].items():
         if key not in headers[name]:
@@ -112,7 +117,7 @@ def refuse_lost(folder, index, headers):
             )
 
 
-def read_config(folder):
+def read_config(folder: Path) -> dict:
     """The content of config.json. Refuses a model that is quantized already."""
     path = file_in(folder, CONFIG)
     config = read_json(path)
@@ -130,13 +135,13 @@ def read_config(folder):
     return config
 
 
-def read_index(folder):
+def read_index(folder: Path) -> dict:
     """The content of the index of the shards."""
     path = file_in(folder, INDEX)
     index = read_json(path)
     files = index.get("weight_map")
-    has_files = isinstance(files, dict) and bool(files)
-    if not has_files or not all(isinstance(name, str) for name in files.values()):
+    names = list(files.values()) if isinstance(files, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"cannot read {path}: weight_map must name the file of each tensor"
         )
@@ -146,7 +151,7 @@ def read_index(folder):
     return index
 
 
-def shard_names(folder, index):
+def shard_names(folder: Path, index: dict | None) -> list[str]:
     """The files of the weights, each of which lies in the folder."""
     if index is None:
         return [SINGLE]
@@ -161,7 +166,7 @@ def shard_names(folder, index):
     return names
 
 
-def read_header(path):
+def read_header(path: Path) -> Header:
     """{key: (dtype, shape)} of a file that is whole."""
     from safetensors import SafetensorError, safe_open
 
@@ -182,18 +187,19 @@ def read_header(path):
     return tensors
 
 
-def map_tensors(checkpoint, model, tensors):
+def map_tensors(
+    checkpoint: Checkpoint, model: "PreTrainedModel", tensors: Header
+) -> None:
     """Fills dtypes, linear, kept and skipped."""
     from transformers.quantizers.base import HfQuantizer
 
-    excluded = HfQuantizer.get_modules_to_not_convert(
-        model, None, model._keep_in_fp32_modules
-    )
+    in_fp32: Any = model._keep_in_fp32_modules
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, in_fp32)
     wanted = linear_weights(model, excluded)
     parameters = model.state_dict()
     refuse_state(checkpoint.folder, tensors, parameters)
     special_dtype = dtype_rule(model, checkpoint.dtype)
-    loaded = {}
+    loaded: dict[str, str] = {}
     for key, parameter in loaded_alone(model, tensors).items():
         dtype, shape = tensors[key]
         if dtype in FLOATS and parameters[parameter].is_floating_point():
@@ -228,7 +234,7 @@ def map_tensors(checkpoint, model, tensors):
         checkpoint.skipped = sorted({*excluded, *checkpoint.kept})
 
 
-def linear_weights(model, excluded):
+def linear_weights(model: "PreTrainedModel", excluded: list[str]) -> dict[str, bool]:
     """{name of a weight that transformers would quantize: is it (in, out)?}"""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -241,7 +247,9 @@ def linear_weights(model, excluded):
     return weights
 
 
-def dtype_rule(model, dtype):
+def dtype_rule(
+    model: "PreTrainedModel", dtype: torch.dtype
+) -> Callable[[str], torch.dtype | None]:
     """A function of a parameter's name: the dtype in which the model keeps it, or None."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -273,7 +281,7 @@ def state_endings() -> list[str]:
     return sorted(endings - {""})
 
 
-def refuse_state(folder, keys, parameters):
+def refuse_state(folder: Path, keys: Iterable[str], parameters: Container[str]) -> None:
     """Refuses a key that loading would take for a part of a weight in 4 bits."""
     endings = re.compile(f"(?:{'|'.join(map(re.escape, state_endings()))})(?!\\w)")
     stray = sorted(key for key in keys if key not in parameters and endings.search(key))
@@ -283,7 +291,7 @@ def refuse_state(folder, keys, parameters):
         )
 
 
-def refuse_packed(checkpoint, keys):
+def refuse_packed(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
     """Refuses a layer that has tensors of another quantizer in the place of its weight."""
     lost = set(checkpoint.kept)
     packed = []
@@ -298,14 +306,14 @@ def refuse_packed(checkpoint, keys):
         )
 
 
-def listed(keys):
+def listed(keys: list[str]) -> str:
     """The first key and how many more there are, for a message."""
     return (
         keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more such keys"
     )
 
 
-def loaded_alone(model, keys):
+def loaded_alone(model: "PreTrainedModel", keys: Collection[str]) -> dict[str, str]:
     """{key: parameter} of tensors that are loaded one for one, also when they are quantized."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (

@@ -1,6 +1,7 @@
 """Expert weights of three dimensions in 4 bits, dequantized only while their module runs."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ...nn.nf4_peft import meet
 from ...ops.nf4 import NF4Weight
 
 # The weights of the one module that backward is at: (module, name, dtype) -> dequantized weight.
-_recent = {}
+_recent: dict[tuple[nn.Module, str, torch.dtype], Tensor] = {}
 
 
 class PackedExperts(PackedNF4):
@@ -19,6 +20,9 @@ class PackedExperts(PackedNF4):
 
     Its state dict holds the dequantized weight, which every loader of the model understands.
     """
+
+    if TYPE_CHECKING:
+        shape: tuple[int, ...]
 
     def __init__(self, q: NF4Weight):
         super().__init__()
@@ -29,7 +33,7 @@ class PackedExperts(PackedNF4):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix[:-1]] = self.dequantize()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}, "
             f"double_quant={self.double_quant}"
@@ -61,13 +65,13 @@ def pack(
         module.register_forward_hook(drop, always_call=True)
 
 
-def packed(module):
+def packed(module: nn.Module) -> dict[str, PackedExperts]:
     """{name: PackedExperts} of a module's children."""
     children = module._modules.items()
     return {name: child for name, child in children if isinstance(child, PackedExperts)}
 
 
-def unpack(module, args):
+def unpack(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Before forward: sets the weights, dequantized in x's dtype, as attributes.
 
     Autograd saves where in a weight a tensor lies instead of the tensor; backward dequantizes the
@@ -101,7 +105,7 @@ def unpack(module, args):
     state["_peftops_hooks"] = hooks
 
 
-def drop(module, args, out):
+def drop(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
     """After forward, also one that raised: removes what unpack has set."""
     state = vars(module)
     for name in packed(module):

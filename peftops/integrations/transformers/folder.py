@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -31,7 +32,7 @@ COUNTS = re.compile("layer|expert|head|depth|blocks|stage|group|label")
 MANY = 1_000_000
 
 
-def roots(folder):
+def roots(folder: Path) -> list[Path]:
     """The folders that hold the model.
 
     These are its own and, for a snapshot in the hub's cache, blobs/, to which its files link.
@@ -42,7 +43,7 @@ def roots(folder):
     return [folder]
 
 
-def lies_in(path, folders):
+def lies_in(path: Path, folders: list[Path]) -> bool:
     """Whether a file, or what it links to, lies in one of these folders or below."""
     target = path.resolve()
     return any(folder in target.parents for folder in folders)
@@ -102,14 +103,14 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def children(value):
+def children(value: object) -> Iterable[object]:
     """The values that a JSON object or list holds."""
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
 
 
-def is_deeper_than(value, depth):
+def is_deeper_than(value: object, depth: int) -> bool:
     """Whether objects and lists are nested more than `depth` deep."""
     level = [value]
     for _ in range(depth):
@@ -150,7 +151,7 @@ def beside_weights(folder: Path) -> tuple[list[Path], list[Path]]:
     return files, links
 
 
-def entries(folder):
+def entries(folder: Path) -> Iterator[Path]:
     """What lies in the folder, and in that of its chat templates unless that is a link."""
     yield from sorted(folder.iterdir())
     templates = folder / TEMPLATES

@@ -1,13 +1,19 @@
 """The model of a checkpoint on the meta device: modules and parameters without values."""
 
 import warnings
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..._errors import sentence
 from .folder import CONFIG
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Header = dict[str, tuple[str, tuple[int, ...]]]  # key -> (dtype, shape)
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -18,7 +24,9 @@ PARAMETERS_PER_TENSOR = 64
 PARAMETERS = 10_000
 
 
-def make_on_meta(folder, tensors):
+def make_on_meta(
+    folder: Path, tensors: Header
+) -> "tuple[PreTrainedModel, torch.dtype]":
     """Makes the model as transformers would.
 
     Args:
@@ -51,7 +59,7 @@ def make_on_meta(folder, tensors):
         # Another implementation may be code that is fetched from the hub.
         config._attn_implementation = "eager"
         stored = (DTYPES[dtype] for dtype, _ in tensors.values() if dtype in DTYPES)
-        dtype = config.dtype or next(stored, None)
+        dtype: Any = config.dtype or next(stored, None)
         if dtype not in DTYPES.values():
             raise ValueError(f"it must be in float32, float16 or bfloat16, got {dtype}")
         with ExitStack() as stack:
@@ -70,7 +78,7 @@ def make_on_meta(folder, tensors):
     return model, dtype
 
 
-def make_model(config):
+def make_model(config: "PretrainedConfig") -> "PreTrainedModel":
     """A model of the class that config names. Code that comes with a model never runs."""
     import transformers
 
@@ -82,7 +90,7 @@ def make_model(config):
     )
 
 
-def bounded_parameters(most):
+def bounded_parameters(most: int) -> AbstractContextManager:
     """A context in which making a model of more parameters fails."""
     from torch.nn.modules.module import register_module_parameter_registration_hook
 

@@ -6,9 +6,11 @@ import warnings
 from functools import partial
 from importlib.util import find_spec
 from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, _IdentityOp
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -26,6 +28,9 @@ from ...ops.nf4_tables import FOUR_BITS
 from .. import Enabled
 from .experts import PackedExperts, experts, pack
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 if find_spec("peft"):  # PEFT has to know LinearNF4 before it adapts a model
     from ..peft import merge  # noqa: F401
 
@@ -39,7 +44,9 @@ ENDINGS = (
     "nested_quant_map",
     *(f"{STATE}{quant_type}" for quant_type in FOUR_BITS),
 )
-STOCK = AUTO_QUANTIZER_MAPPING[METHOD]
+QUANTIZERS: dict[str, Any] = AUTO_QUANTIZER_MAPPING  # transformers calls what it finds
+STOCK = QUANTIZERS[METHOD]
+DeviceMap = dict[str, Any] | None
 
 
 def enable(experts: bool = False) -> Enabled:
@@ -59,14 +66,14 @@ def enable(experts: bool = False) -> Enabled:
         A context manager whose end puts back what was there before. Without `with`, disable() puts
         transformers' own quantizer back.
     """
-    before = AUTO_QUANTIZER_MAPPING[METHOD]
-    AUTO_QUANTIZER_MAPPING[METHOD] = partial(NF4Quantizer, experts=experts)
-    return Enabled(lambda: AUTO_QUANTIZER_MAPPING.update({METHOD: before}))
+    before = QUANTIZERS[METHOD]
+    QUANTIZERS[METHOD] = partial(NF4Quantizer, experts=experts)
+    return Enabled(lambda: QUANTIZERS.update({METHOD: before}))
 
 
 def disable() -> None:
     """Lets from_pretrained make bitsandbytes' Linear4bit again."""
-    AUTO_QUANTIZER_MAPPING[METHOD] = STOCK
+    QUANTIZERS[METHOD] = STOCK
 
 
 def enable_nf4(experts: bool = False) -> Enabled:
@@ -85,13 +92,22 @@ class NF4Quantizer(HfQuantizer):
     }
     is_trainable = True
     is_compileable = True
+    quantization_config: BitsAndBytesConfig
 
-    def __init__(self, quantization_config, experts=False, **options):
+    def __init__(
+        self,
+        quantization_config: BitsAndBytesConfig,
+        experts: bool = False,
+        **options: Any,
+    ):
         super().__init__(quantization_config, **options)
         self.experts = experts
-        self.packed = {}  # name of an expert weight -> its NF4Weight, or None until it is loaded
+        # Name of an expert weight -> its NF4Weight, or None until it is loaded.
+        self.packed: dict[str, NF4Weight | None] = {}
 
-    def validate_environment(self, *args, device_map=None, **kwargs):
+    def validate_environment(
+        self, *args: Any, device_map: DeviceMap = None, **kwargs: Any
+    ) -> None:
         """Refuses a device_map that offloads modules, as bitsandbytes does.
 
         accelerate brings such modules for a call only, and does not find their codes on the disk.
@@ -113,15 +129,17 @@ class NF4Quantizer(HfQuantizer):
                 "llm_int8_enable_fp32_cpu_offload=True keeps them as they are, not quantized"
             )
 
-    def update_device_map(self, device_map):
+    def update_device_map(self, device_map: DeviceMap) -> DeviceMap:
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
 
-    def adjust_max_memory(self, max_memory):
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
         return {key: value * 0.9 for key, value in max_memory.items()}
 
-    def param_needs_quantization(self, model, param_name, **kwargs):
+    def param_needs_quantization(
+        self, model: "PreTrainedModel", param_name: str, **kwargs: Any
+    ) -> bool:
         module, name = get_module_from_name(model, param_name)
         return (
             isinstance(module, LinearNF4) and name == "weight"
@@ -195,7 +213,7 @@ class NF4Quantizer(HfQuantizer):
         vars(model).pop("num_parameters", None)
         return model
 
-    def take(self, name, weight):
+    def take(self, name: str, weight: Tensor) -> nn.Parameter:
         """Quantizes an expert weight as soon as it is loaded.
 
         Returns an empty parameter, which takes its place until all are loaded.
@@ -205,17 +223,17 @@ class NF4Quantizer(HfQuantizer):
         self.packed[name] = NF4Weight.quantize(weight.contiguous(), 64, *options)
         return nn.Parameter(weight.new_empty(0), requires_grad=False)
 
-    def is_serializable(self):
+    def is_serializable(self) -> bool:
         return True
 
-    def get_quantize_ops(self):
+    def get_quantize_ops(self) -> "Quantize":
         return Quantize(self)
 
-    def get_load_operations(self):
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": Deserialize}
 
 
-def empty(module, config):
+def empty(module: nn.Linear | Conv1D, config: BitsAndBytesConfig) -> LinearNF4:
     """The LinearNF4, on the meta device, that a layer becomes under a BitsAndBytesConfig."""
     if isinstance(module, Conv1D):
         k, n = module.weight.shape
@@ -239,10 +257,19 @@ def empty(module, config):
 class Quantize(ConversionOps):
     """Quantizes the weights of a checkpoint that is not quantized."""
 
-    def __init__(self, hf_quantizer):
+    def __init__(self, hf_quantizer: NF4Quantizer):
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        *,
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         result = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
@@ -252,7 +279,9 @@ class Quantize(ConversionOps):
                 raise type(error)(f"load_in_4bit: {name}: {error}") from error
         return result
 
-    def quantized(self, name, value, model):
+    def quantized(
+        self, name: str, value: Tensor, model: "PreTrainedModel"
+    ) -> nn.Parameter:
         """The parameter that holds the codes of a weight, once it is quantized."""
         if name in self.hf_quantizer.packed:
             return self.hf_quantizer.take(name, value)
@@ -268,10 +297,19 @@ class Deserialize(ConversionOps):
     transformers leaves the tensors alone if the operation has an attribute hf_quantizer.
     """
 
-    def __init__(self, hf_quantizer):
+    def __init__(self, hf_quantizer: NF4Quantizer):
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        *,
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         if len(input_dict) == 1:
             return input_dict
         module, _ = get_module_from_name(model, full_layer_name)
@@ -287,11 +325,13 @@ class Deserialize(ConversionOps):
         return {"weight": module.weight}
 
     @property
-    def reverse_op(self):
+    def reverse_op(self) -> ConversionOps:
         return _IdentityOp()
 
 
-def num_parameters(self, only_trainable=False, exclude_embeddings=False):
+def num_parameters(
+    self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
     """PreTrainedModel.num_parameters, where codes count as the elements of their weight.
 
     Scales do not count.

@@ -35,7 +35,7 @@ def begin(out: Path, origin: dict) -> None:
         ) from None
 
 
-def begin_or_go_on(out, origin):
+def begin_or_go_on(out: Path, origin: dict) -> None:
     """As begin, but with OSError where OUT cannot be written to."""
     mark = out / UNFINISHED
     if mark.is_file():
@@ -61,12 +61,12 @@ def begin_or_go_on(out, origin):
     )
 
 
-def names_in(folder):
+def names_in(folder: Path) -> set[str]:
     """The names of what a folder holds; none where it does not exist."""
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def holds(mark, origin):
+def holds(mark: Path, origin: dict) -> bool:
     """Whether the file `mark` says that OUT was begun from this origin."""
     try:
         return json.loads(mark.read_text()) == origin

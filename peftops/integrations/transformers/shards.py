@@ -6,8 +6,10 @@ shard that lies in OUT and is whole is not written again, so that a later run go
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch import Tensor
 from . import output
 from .checkpoint import Checkpoint
 from .folder import CONFIG, INDEX, beside_weights
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 
 @dataclass
@@ -79,7 +84,7 @@ class ShardWriter:
         from safetensors.torch import save_file
 
         with safe_open(self.checkpoint.folder / name, framework="pt") as source:
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for key in self.checkpoint.shards[name]:
                 tensor = self.as_loaded(source, key)
                 if key in self.replaced:
@@ -94,7 +99,7 @@ class ShardWriter:
 
             output.put(self.out, name, save)
 
-    def as_loaded(self, source, key):
+    def as_loaded(self, source: "safe_open", key: str) -> Tensor:
         """The tensor in the dtype in which transformers would load it."""
         tensor = source.get_tensor(key)
         device = self.device if key in self.replaced else tensor.device
@@ -120,7 +125,14 @@ class ShardWriter:
         except (SafetensorError, ValueError, TypeError):
             return None
 
-    def read_key(self, key, source, written, held, shard):
+    def read_key(
+        self,
+        key: str,
+        source: "safe_open",
+        written: "safe_open",
+        held: set[str],
+        shard: Shard,
+    ) -> bool:
         """Adds what replaces a key to the shard. False if a copied tensor is not equal."""
         endings = self.endings if key in self.replaced else ()
         beside = [key + ending for ending in endings if key + ending in held]
@@ -133,7 +145,7 @@ class ShardWriter:
         return True
 
 
-def same_bits(a, b):
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit by bit, so that NaN equals itself."""
     if a.dtype != b.dtype:
         return False
@@ -166,7 +178,7 @@ def finish(
         ):
             continue
         name = file.relative_to(checkpoint.folder)
-        output.put(out, name, lambda path, file=file: copyfile(file, path))
+        output.put(out, name, partial(copyfile, file))
     if checkpoint.index:
         output.put_json(out, INDEX, make_index(checkpoint, shards))
     output.put_json(out, CONFIG, config)
@@ -174,12 +186,12 @@ def finish(
     return links
 
 
-def make_index(checkpoint, shards):
+def make_index(checkpoint: Checkpoint, shards: dict[str, Shard]) -> dict[str, dict]:
     """The content of the index of OUT."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     total = 0
     for name, shard in shards.items():
         weight_map |= dict.fromkeys(shard.sizes, name)
         total += sum(shard.sizes.values())
-    metadata = {**(checkpoint.index.get("metadata") or {}), "total_size": total}
+    metadata = {**((checkpoint.index or {}).get("metadata") or {}), "total_size": total}
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
