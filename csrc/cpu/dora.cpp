@@ -93,7 +93,7 @@ void dora_drop(Tensor dropped, Tensor rest, Tensor bits, Tensor x, Tensor seed, 
       uint8_t* keep = as<uint8_t>(bits) + i * bytes;
       generator.draw(keep, i, bytes);
       drop_row(as<T>(dropped) + i * k, as<T>(rest) + i * k, as<T>(x) + i * k, keep, k,
-               inverse(p));
+               dropout_factor(p));
     }
   });
 }
@@ -105,7 +105,7 @@ void dora_mix(Tensor out, Tensor u, Tensor v, Tensor bits, double p) {
 #pragma omp parallel for num_threads(threads_for(2 * m * k)) schedule(static)
     for (int64_t i = 0; i < m; ++i)
       mix_row(as<T>(out) + i * k, as<T>(u) + i * k, v.data ? as<T>(v) + i * k : nullptr,
-              p ? as<uint8_t>(bits) + i * bytes : nullptr, k, inverse(p));
+              p ? as<uint8_t>(bits) + i * bytes : nullptr, k, dropout_factor(p));
   });
 }
 

@@ -82,7 +82,7 @@ void lora_fwd_bf16(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors 
                    Tensor b, Tensor scale, Tensor bias, Tensor gain, Tensor gate, Tensor seed,
                    Form form, int64_t block, double p) {
   const Philox generator(p ? *as<uint64_t>(seed) : 0, p);
-  shrink(h, as<uint8_t>(bits), x, a, p ? &generator : nullptr, inverse(p));
+  shrink(h, as<uint8_t>(bits), x, a, p ? &generator : nullptr, dropout_factor(p));
   Product t{};
   t.out = as<bf16>(y);
   t.z = as<bf16>(z);

@@ -200,7 +200,7 @@ void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Ten
     t.n = k;
     t.k = n;
     t.r = r;
-    t.s = inverse(p);
+    t.s = dropout_factor(p);
     t.bits = as<uint8_t>(bits);
     product_with(t, form, block, true, base, a, g);
   }
@@ -209,7 +209,7 @@ void lora_bwd_bf16(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Ten
     v = t_grad.get<float>(ranks * ldk);
     pack_rows(dh, r, m, r, hp, ranks);
     reduce(nullptr, v, ldk, x, as<uint8_t>(bits), hp, nullptr, ranks);
-    store_gradient<bf16>(da, v, ldk, false, inverse(p), nullptr);
+    store_gradient<bf16>(da, v, ldk, false, dropout_factor(p), nullptr);
   }
 }
 

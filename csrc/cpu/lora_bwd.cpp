@@ -198,7 +198,8 @@ void lora_bwd(Tensor dx, Tensor da, Tensor db, Tensor dgate, Tensor dy, Tensor x
               Form form, int64_t block, double p) {
   with_type(x.dtype, [&](auto e) {
     backward<decltype(e)>(dx, da, db, dgate, dy, x, base, a, b, *as<float>(scale), h,
-                          as<uint8_t>(bits), as<float>(gain), gate, form, block, inverse(p));
+                          as<uint8_t>(bits), as<float>(gain), gate, form, block,
+                          dropout_factor(p));
   });
 }
 

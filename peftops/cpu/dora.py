@@ -18,7 +18,7 @@ def dora_norm(n, x, base, a, b, scale, form, block):
     noted(run, n, x, base, a, b, scale, form, block)
 
 
-def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
+def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, need, form, block):
     def rounded(t):
         return t.to(x.dtype).float()
 

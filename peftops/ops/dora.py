@@ -16,7 +16,7 @@ from .dora_contract import (  # noqa: F401  testing/law.py gets a row's ops from
 )
 from .dora_dropout import Dropped, dropped, plain
 from .lora import ADAPTER, linear
-from .lora_base import Base, expect_dims, prepared, weight_fault
+from .lora_base import Base, expect_dims, prepared, weight_fault, wide_dtype
 from .lora_formula import (
     applied,
     by_formula,
@@ -42,7 +42,7 @@ class Norm(torch.autograd.Function):
         block,
         *base,
     ):
-        n = dora_norm(x, list(base), a, b, scale, form, block)
+        n = dora_norm(x, list(base), a, b, scale, form=form, block=block)
         ctx.save_for_backward(n, x, a, b, scale, *base)
         ctx.constants = form, block
         return n
@@ -52,8 +52,11 @@ class Norm(torch.autograd.Function):
         if graph_wanted():
             return Norm.backward_again(ctx, dn)
         n, x, a, b, scale, *base = ctx.saved_tensors
+        form, block = ctx.constants
         need = list(ctx.needs_input_grad[:2])
-        da, db = dora_norm_bwd(dn, n, x, base, a, b, scale, *ctx.constants, need)
+        da, db = dora_norm_bwd(
+            dn, n, x, base, a, b, scale, need=need, form=form, block=block
+        )
         others = [None] * (4 + len(base))
         return da if need[0] else None, db if need[1] else None, *others
 
@@ -128,7 +131,9 @@ def dora_weight_norm(
         )
     if differentiable(lora_A, lora_B):
         return applied(Norm, lora_A, lora_B, scale, x, base.form, base.block, *tensors)
-    return dora_norm(x, tensors, lora_A, lora_B, scale, base.form, base.block)
+    return dora_norm(
+        x, tensors, lora_A, lora_B, scale, form=base.form, block=base.block
+    )
 
 
 def dtype_of(weight, lora_A):
@@ -196,7 +201,7 @@ def dora_linear(
             f"dora: dropout_mode must be peft or lora, got {dropout_mode!r}"
         )
     n = lora_B.shape[:1]
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     expect("dora", "magnitude", magnitude, n, torch.float32, wide)
     expect("dora", "norm", norm, n, torch.float32, wide)
     if norm is None:
@@ -227,7 +232,7 @@ def linear_of_gain(
     dropout_mode="peft",
 ):
     """dora_linear for callers that know the gain magnitude / norm."""
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     if gain.dtype is not wide:
         gain = gain.to(wide)
     if not dropout_p or dropout_mode == "lora":

@@ -15,8 +15,8 @@ def dora_norm(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    form: str,
-    block: int,
+    form: str = "dense",
+    block: int = 0,
 ) -> Tensor:
     """n = ‖Ŵ + s·b·a‖ of each row
 
@@ -38,9 +38,9 @@ def dora_norm_bwd(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    form: str,
-    block: int,
     need: list[bool],
+    form: str = "dense",
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a and b, each in its argument's dtype; empty where `need` is False.
 
@@ -87,4 +87,4 @@ def dora_mix(u: Tensor, v: Tensor | None, bits: Tensor, p: float) -> Tensor:
 def expect_delta(x, base, a, b, scale, form, block):
     if form == "given" or not base:
         raise ValueError("dora: w must be given itself, got a product of it")
-    expect_lora(x, base, a, b, scale, None, None, None, form, block)
+    expect_lora(x, base, a, b, scale, form=form, block=block)

@@ -13,18 +13,7 @@ from .lora_contract import lora_bwd, lora_fwd
 from .lora_formula import formula, gradients, graph_wanted
 
 
-def dropped(
-    ctx,
-    given,
-    a,
-    b,
-    bias,
-    gain,
-    scale,
-    seed,
-    constants,
-    *base,
-):
+def dropped(ctx, given, a, b, bias, gain, scale, seed, constants, *base):
     """y of dropout_mode "peft"; in ctx, what backward needs. ctx may be None."""
     x = rows(given)
     base = list(base)
@@ -37,30 +26,14 @@ def dropped(
         a,
         b,
         scale,
-        bias,
-        gain,
-        None,
-        None,
-        form,
-        block,
-        0.0,
-        keep_z,
+        bias=bias,
+        gain=gain,
+        form=form,
+        block=block,
+        keep_z=keep_z,
     )
     delta = no_delta(x.shape[1], y.shape[1], x.dtype, x.device)
-    y_rest, _, _, _ = lora_fwd(
-        rest,
-        base,
-        *delta,
-        scale,
-        None,
-        None,
-        None,
-        None,
-        form,
-        block,
-        0.0,
-        False,
-    )
+    y_rest, *_ = lora_fwd(rest, base, *delta, scale, form=form, block=block)
     y = y + y_rest  # not in place: sac_policy may keep y
     if ctx is not None:
         ctx.save_for_backward(given, a, b, bias, gain, scale, h, bits, z, *base)
@@ -95,14 +68,12 @@ class Dropped(torch.autograd.Function):
             scale,
             h,
             no_bits,
-            bias,
-            gain,
-            None,
             z,
-            form,
-            block,
-            0.0,
             need,
+            bias=bias,
+            gain=gain,
+            form=form,
+            block=block,
         )
         grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)][
             :5
@@ -116,6 +87,7 @@ class Dropped(torch.autograd.Function):
     def backward_again(ctx, dy):
         """The result of backward, as a graph that autograd can differentiate."""
         *args, scale, _, bits, _ = ctx.saved_tensors[:9]
+        form, block, p = ctx.constants
         base = ctx.saved_tensors[9:]
 
         def function(given, a, b, bias, gain):
@@ -126,10 +98,12 @@ class Dropped(torch.autograd.Function):
                 a,
                 b,
                 scale,
-                bias,
-                gain,
-                bits,
-                *ctx.constants,
+                bias=bias,
+                gain=gain,
+                bits=bits,
+                form=form,
+                block=block,
+                p=p,
             )
             return y.to(given.dtype).view(dy.shape)
 
@@ -150,29 +124,15 @@ def product_bwd(dy, x, base, scale, form, block, no_bits):
         scale,
         empty,
         no_bits,
-        None,
-        None,
-        None,
         empty,
-        form,
-        block,
-        0.0,
         need_x,
+        form=form,
+        block=block,
     )
     return dx
 
 
-def plain(
-    given,
-    a,
-    b,
-    bias,
-    gain,
-    scale,
-    seed,
-    constants,
-    *base,
-):
+def plain(given, a, b, bias, gain, scale, seed, constants, *base):
     """dropped's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     x = rows(given)
     y = formula("dora_plain", x, base, a, b, scale, bias, gain, seed, *constants)

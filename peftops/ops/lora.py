@@ -80,16 +80,16 @@ def lora_linear(
 
 
 def linear(
-    x,
-    weight,
-    a,
-    b,
-    bias,
-    scaling,
-    p,
-    gain=None,
-    gate=None,
-):
+    x: Tensor,
+    weight: Tensor | NF4Weight | Base,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    p: float,
+    gain: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
     """lora_linear for callers whose arguments are right: errors are not explained."""
     args = arguments(x, weight, a, b, bias, scaling, p, gain, gate)
     if by_formula():
@@ -100,16 +100,16 @@ def linear(
 
 
 def arguments(
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    bias,
-    scaling,
-    p,
-    gain=None,
-    gate=None,
-):
+    x: Tensor,
+    weight: Tensor | NF4Weight | Base,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    p: float,
+    gain: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple:
     """The arguments of lora_autograd's forward after ctx; draws the seed of dropout."""
     x, base, scale = prepared(x, weight, lora_A, lora_B, scaling)
     seed = torch.randint(2**62, (1,), device=x.device) if p else None
@@ -155,13 +155,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
 
 def served_by(
-    x: Tensor,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    p: float = 0.0,
-    form: str = "dense",
+    x: Tensor, m: int, n: int, k: int, r: int, p: float = 0.0, form: str = "dense"
 ) -> tuple[str, str, str]:
     """What serves lora_linear for m rows of x's dtype and device.
 

@@ -10,19 +10,7 @@ from .lora_contract import FEW, expect_lora, lora_bwd, lora_fwd, lora_gemv
 from .lora_formula import formula, gradients, graph_wanted
 
 
-def forward(
-    ctx,
-    given,
-    a,
-    b,
-    bias,
-    gain,
-    gate,
-    scale,
-    seed,
-    constants,
-    *base,
-):
+def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
     """y; in ctx, what backward needs. ctx may be None if there is no backward."""
     x = rows(given)
     gates = rows(gate)
@@ -32,7 +20,18 @@ def forward(
     h = bits = z = None
     # x's shape is read last: once it is read, torch.compile compiles anew for another one
     if not p and not keep_z and x.shape[0] <= FEW:
-        y = lora_gemv(x, weight, a, b, scale, bias, gain, gates, form, block)
+        y = lora_gemv(
+            x,
+            weight,
+            a,
+            b,
+            scale,
+            bias=bias,
+            gain=gain,
+            gate=gates,
+            form=form,
+            block=block,
+        )
     else:
         y, h, bits, z = lora_fwd(
             x,
@@ -40,29 +39,19 @@ def forward(
             a,
             b,
             scale,
-            bias,
-            gain,
-            gates,
-            seed,
-            form,
-            block,
-            p,
-            keep_z,
+            bias=bias,
+            gain=gain,
+            gate=gates,
+            seed=seed,
+            form=form,
+            block=block,
+            p=p,
+            keep_z=keep_z,
         )
     if ctx is not None:
         saved_base = base if form != "given" or keep_z else ()
         ctx.save_for_backward(
-            given,
-            a,
-            b,
-            bias,
-            gain,
-            gate,
-            scale,
-            h,
-            bits,
-            z,
-            *saved_base,
+            given, a, b, bias, gain, gate, scale, h, bits, z, *saved_base
         )
         ctx.constants = constants
     return shaped(y, given.shape)
@@ -79,7 +68,8 @@ def backward(ctx, dy):
         h = recompute_h(x, a, scale)
         bits = x.new_empty(x.shape[0], 0, dtype=torch.uint8)
         z = x.new_empty(x.shape[0], 0)
-    if ctx.constants[0] == "given":
+    form, block, p = ctx.constants
+    if form == "given":
         base = []
     grads = lora_bwd(
         rows(dy),
@@ -90,12 +80,14 @@ def backward(ctx, dy):
         scale,
         h,
         bits,
-        bias,
-        gain,
-        rows(gate),
         z,
-        *ctx.constants,
         need,
+        bias=bias,
+        gain=gain,
+        gate=rows(gate),
+        form=form,
+        block=block,
+        p=p,
     )
     grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)]
     if need[0] and given.dim() != 2:
@@ -127,13 +119,13 @@ def backward_again(ctx, dy):
             a,
             b,
             scale,
-            bias,
-            gain,
-            rows(gate),
-            bits,
-            form,
-            block,
-            p,
+            bias=bias,
+            gain=gain,
+            gate=rows(gate),
+            bits=bits,
+            form=form,
+            block=block,
+            p=p,
         )
         return y.to(given.dtype).view(dy.shape)
 
@@ -143,18 +135,7 @@ def backward_again(ctx, dy):
     return *grads[:6], None, None, None, *grads[6:], *others
 
 
-def plain(
-    given,
-    a,
-    b,
-    bias,
-    gain,
-    gate,
-    scale,
-    seed,
-    constants,
-    *base,
-):
+def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
     """forward's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     form, block, p = constants
     x = rows(given)
@@ -168,13 +149,13 @@ def plain(
         a,
         b,
         scale,
-        bias,
-        gain,
-        gates,
-        seed,
-        form,
-        block,
-        p,
+        bias=bias,
+        gain=gain,
+        gate=gates,
+        seed=seed,
+        form=form,
+        block=block,
+        p=p,
     )
     return y.to(x.dtype).view(*given.shape[:-1], y.shape[1])
 
@@ -186,7 +167,7 @@ def recompute_h(x, a, scale):
         # on a CPU, torch's 16-bit products are slow, and compiled code adds in another order
         r, k = a.shape
         delta = no_delta(k, r, x.dtype, x.device)
-        return lora_gemv(x, [a], *delta, scale, None, None, None, "dense", 0)
+        return lora_gemv(x, [a], *delta, scale)
     with torch.autocast("cuda", enabled=False):  # backward may run inside autocast
         return torch.mm(x, a.T)
 

@@ -1,6 +1,7 @@
 """The frozen product x·Ŵᵀ of every op: its forms, and how a call prepares its arguments."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Base(NamedTuple):
                 raise ValueError(
                     f"lora: form must be {' or '.join(FORMS)}, got {weight.form!r}"
                 )
-            frozen = () if weight.form == "given" else weight.tensors
+            frozen: Sequence[Tensor] = () if weight.form == "given" else weight.tensors
         else:
             frozen = (weight,)
         for t in frozen:
@@ -62,7 +63,7 @@ class Base(NamedTuple):
         return Base("dense", [weight])
 
 
-def weight_fault(value):
+def weight_fault(value: object) -> str | None:
     """What the weight of a call must be, or None if it is that; a check for @explained."""
     if isinstance(value, Base):
         good = (
@@ -84,7 +85,7 @@ def rows(t):
     return t.flatten(0, -2) if t.dim() > 2 else t[None]
 
 
-def shaped(y, shape):
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     """y (m, n) as (..., n) for an x of this shape.
 
     To autograd the result is no view of y, so that callers may change it in place.
@@ -94,12 +95,23 @@ def shaped(y, shape):
     return torch.ops.aten._unsafe_view.default(y, [*shape[:-1], y.shape[1]])
 
 
-def mask_bytes(k):
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, scales and gains beside an x of this dtype: fp32, or fp64 beside fp64."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def mask_bytes(k: int) -> int:
     """The bytes that hold a row's dropout mask, one bit for each of k columns: 4⌈k/32⌉."""
     return 4 * -(-k // 32)
 
 
-def prepared(x, weight, lora_A, lora_B, scaling):
+def prepared(
+    x: Tensor,
+    weight: Tensor | NF4Weight | Base,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+) -> tuple[Tensor, Base, Tensor]:
     """x, the Base of weight, and scaling as a (1,) tensor.
 
     Inside autocast, x and the tensors of the Base are cast to autocast's dtype.
@@ -107,8 +119,8 @@ def prepared(x, weight, lora_A, lora_B, scaling):
     if not (x.dim() and lora_A.dim() == lora_B.dim() == 2):
         expect_dims(x, lora_A, lora_B)
     if isinstance(weight, NF4Weight) and weight.shape != (lora_B.shape[0], x.shape[-1]):
-        wanted = lora_B.shape[0], x.shape[-1]
-        raise ValueError(f"lora: w must be {wanted}, got {tuple(weight.shape)}")
+        shape = lora_B.shape[0], x.shape[-1]
+        raise ValueError(f"lora: w must be {shape}, got {tuple(weight.shape)}")
     base = Base.of(weight)
     device = x.device
     dtype = x.dtype
@@ -124,14 +136,13 @@ def prepared(x, weight, lora_A, lora_B, scaling):
         if base.form != "nf4" and any(t.dtype is not wanted for t in base.tensors):
             base = base._replace(tensors=[t.to(wanted) for t in base.tensors])
     if not isinstance(scaling, Tensor):
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        return x, base, scale_of(scaling, wide, device)
+        return x, base, scale_of(scaling, wide_dtype(dtype), device)
     if scaling.requires_grad:
         raise ValueError("lora: scaling must be a constant, got one that requires grad")
     return x, base, scaling
 
 
-def expect_dims(x, lora_A, lora_B):
+def expect_dims(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Raises for the first tensor with a wrong number of dimensions, which contracts rely on."""
     if not x.dim():
         raise ValueError(f"lora: x must be (..., k), got {tuple(x.shape)}")
@@ -141,7 +152,7 @@ def expect_dims(x, lora_A, lora_B):
         raise ValueError(f"lora: b must be (n, r), got {tuple(lora_B.shape)}")
 
 
-def scale_of(scaling, dtype, device):
+def scale_of(scaling: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """scaling as a (1,) tensor, which is cached except while a graph is captured or traced."""
     if torch.compiler.is_compiling():
         # torch.full would compile anew for every value
@@ -162,7 +173,7 @@ def no_delta(
 
     The tensors are cached, except while a graph is traced.
     """
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     if (
         torch.compiler.is_compiling()
         or transformed()
@@ -172,21 +183,25 @@ def no_delta(
     return kept_empty(k, n, wide, device)
 
 
-def empty_adapter(k, n, dtype, device):
+def empty_adapter(
+    k: int, n: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     lora_A = torch.empty(0, k, dtype=dtype, device=device)
     lora_B = torch.empty(n, 0, dtype=dtype, device=device)
     return lora_A, lora_B
 
 
 @functools.lru_cache(maxsize=1024)
-def kept_empty(k, n, dtype, device):
+def kept_empty(
+    k: int, n: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     # training could not save a tensor of inference mode for backward
     with torch.inference_mode(False):
         return empty_adapter(k, n, dtype, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def kept_scale(scaling, dtype, device):
+def kept_scale(scaling: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # as above
         scale = torch.full((1,), scaling, dtype=dtype, device="cpu")
         return scale.to(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._op import expect, op
 from .._replay import unwanted
-from .lora_base import DTYPES, SHAPES, mask_bytes
+from .lora_base import DTYPES, SHAPES, mask_bytes, wide_dtype
 from .nf4 import expect_base
 
 FEW = 64  # up to this many rows, lora_gemv's one pass over the base is faster
@@ -18,14 +18,14 @@ def lora_fwd(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    form: str,
-    block: int,
-    p: float,
-    keep_z: bool,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    gate: Tensor | None = None,
+    seed: Tensor | None = None,
+    form: str = "dense",
+    block: int = 0,
+    p: float = 0.0,
+    keep_z: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = g ⊙ z + bias with z = x·Ŵᵀ + s · (gate ⊙ h)·bᵀ and h = drop(x)·aᵀ
 
@@ -61,14 +61,14 @@ def lora_bwd(
     scale: Tensor,
     h: Tensor,
     bits: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    gate: Tensor | None,
     z: Tensor,
-    form: str,
-    block: int,
-    p: float,
     need: list[bool],
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    gate: Tensor | None = None,
+    form: str = "dense",
+    block: int = 0,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, a, b, bias, gain and gate, each in its argument's dtype.
 
@@ -96,11 +96,11 @@ def lora_gemv(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    gate: Tensor | None,
-    form: str,
-    block: int,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    gate: Tensor | None = None,
+    form: str = "dense",
+    block: int = 0,
 ) -> Tensor:
     """lora_fwd for few rows, without dropout: only y (m, n), in one pass over the base."""
     expect_lora(x, base, a, b, scale, bias, gain, gate, form, block)
@@ -121,11 +121,11 @@ def expect_lora(
     a,
     b,
     scale,
-    bias,
-    gain,
-    gate,
-    form,
-    block,
+    bias=None,
+    gain=None,
+    gate=None,
+    form="dense",
+    block=0,
     gradient=False,
 ):
     """Raises for the first argument of an op that is not as the contract says.
@@ -140,7 +140,7 @@ def expect_lora(
     r = a.shape[0]
     dtype = x.dtype
     experts = 1 if gate is None else gate.shape[1]
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     expect("lora", "x", x, (m, k), *DTYPES)
     if form == "nf4":
         expect_base("lora", base, block, n * k, wide)

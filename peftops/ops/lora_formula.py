@@ -56,9 +56,9 @@ def graph_wanted() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def formula(name, *args):
+def formula(name, *args, **named):
     """The result of the specification's function `name`."""
-    return FORMULAS[name](*args)
+    return FORMULAS[name](*args, **named)
 
 
 def gradients(function, args, needs, dy):

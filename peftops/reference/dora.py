@@ -22,7 +22,7 @@ def dora_norm_formula(x, base, a, b, scale, form, block):
 
 
 @outside_autocast
-def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
+def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, need, form, block):
     _, rounded = roundings(x, scale)
     w = rounded(matrix(base, form, block, b.shape[0], x.shape[1]))
     a = rounded(a)

@@ -82,14 +82,14 @@ def lora_bwd(
     scale,
     h,
     bits,
+    z,
+    need,
     bias,
     gain,
     gate,
-    z,
     form,
     block,
     p,
-    need,
 ):
     wide, rounded = roundings(x, scale)
     dy, h = wide(dy), wide(h)

@@ -4,10 +4,13 @@ CASES maps the name of an op to a function of (shape, dtype, device), which yiel
 (label, list of the op's arguments). Shapes are (m, k, n, r). Values are the same each time.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
 
+import peftops.ops.dora_contract  # noqa: F401  registers the ops of DoRA, and of LoRA
+from peftops._op import CONTRACTS
 from peftops.ops.lora_base import mask_bytes
 from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
 
@@ -142,43 +145,16 @@ def nf4(
     return [codes, table, absmax8, nested_absmax, nested_table, offset]
 
 
-# The arguments of the ops, in order.
-FWD = [
-    "x",
-    "base",
-    "a",
-    "b",
-    "scale",
-    "bias",
-    "gain",
-    "gate",
-    "seed",
-    "form",
-    "block",
-    "p",
-    "keep_z",
-]
-GEMV = ["x", "base", "a", "b", "scale", "bias", "gain", "gate", "form", "block"]
-BWD = [
-    "dy",
-    "x",
-    "base",
-    "a",
-    "b",
-    "scale",
-    "h",
-    "bits",
-    "bias",
-    "gain",
-    "gate",
-    "z",
-    "form",
-    "block",
-    "p",
-    "need",
-]
-NORM = ["x", "base", "a", "b", "scale", "form", "block"]
-NORM_BWD = ["dn", "n", *NORM, "need"]
+def names(contract: Callable) -> list[str]:
+    """The arguments of an op, in order."""
+    return [*inspect.signature(contract).parameters]
+
+
+FWD = names(CONTRACTS["lora_fwd"])
+GEMV = names(CONTRACTS["lora_gemv"])
+BWD = names(CONTRACTS["lora_bwd"])
+NORM = names(CONTRACTS["dora_norm"])
+NORM_BWD = names(CONTRACTS["dora_norm_bwd"])
 NORMS = (
     "plain",
     "transposed",

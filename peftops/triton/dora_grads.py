@@ -16,7 +16,7 @@ from .lora_grads import x_pass
 from .lora_product import weight_slices
 
 
-def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, form, block, need):
+def dora_norm_bwd(da, db, dn, n, x, base, a, b, scale, need, form, block):
     if not b.numel():
         da.zero_()
         return

@@ -202,14 +202,14 @@ def lora_bwd(
     scale,
     h,
     bits,
+    z,
+    need,
     bias,
     gain,
     gate,
-    z,
     form,
     block,
     p,
-    need,
 ):
     if x.shape[0] == 0:
         for sums in (da, db, dbias, dgain):

@@ -5,7 +5,8 @@ layer itself can compute it (another quantizer's, a subclass, one with hooks), i
 calls it, and our operation adds the low-rank update.
 """
 
-from typing import NamedTuple
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -27,9 +28,11 @@ PLAIN = nn.Parameter, Tensor  # the exact types that our kernels may read
 # In PEFT, x·Aᵀ is fp32 here, and it may be too large for fp16.
 FP16 = "fp32 adapters over fp16 outside autocast"
 
-ACCELERATED = {}  # device type -> whether it has kernels; filled by calls, since asking wakes CUDA
+# device type -> whether it has kernels; filled by calls, since asking wakes CUDA
+ACCELERATED: dict[str, bool] = {}
 
 
+@final
 class Plan(NamedTuple):
     """The arguments of lora_linear for one call of a layer.
 
@@ -57,11 +60,12 @@ class Plan(NamedTuple):
     widen: bool
     own: str | None
 
-    def operand(self):
+    def operand(self) -> tuple:
         """One weight of lora_mlp."""
         return self.weight, self.a, self.b, self.bias, self.scaling, self.dropout_p
 
 
+@final
 class Fallback(NamedTuple):
     """Why a call has to be PEFT's own."""
 
@@ -94,7 +98,7 @@ class Foundation(NamedTuple):
 HOOKED = Foundation(own="hooks on the base layer")
 
 
-def plan(layer, x):
+def plan(layer: object, x: Tensor) -> Plan | Fallback:
     """The Plan for layer(x), or a Fallback where our operation would not give what PEFT gives.
 
     x: (..., k), whose values are not read. Everything may change between two calls, so every call
@@ -156,7 +160,7 @@ def plan(layer, x):
     return Plan(weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own)
 
 
-def only_one(names, adapters):
+def only_one(names: Sequence[str], adapters: Container[str]) -> str | Fallback:
     """The only active adapter that the layer has, or a Fallback if there is none or several."""
     names = [name for name in names if name in adapters]
     if len(names) > 1:
@@ -164,7 +168,7 @@ def only_one(names, adapters):
     return names[0] if names else NO_ADAPTER
 
 
-def foundation_of(base, x):
+def foundation_of(base: Any, x: Tensor) -> Foundation:
     """The Foundation of a base layer without hooks, for this x."""
     base_class = type(base)
     weight = parameter(base, "weight")
@@ -175,7 +179,7 @@ def foundation_of(base, x):
             return Foundation(own=codes_and_base.reason)
         held, weight = codes_and_base
         computes = base.compute_dtype
-        cast = x.dtype
+        cast: torch.dtype | None = x.dtype
     elif (
         base_class is not nn.Linear
         and base_class is not Conv1D
@@ -196,7 +200,7 @@ def foundation_of(base, x):
     return Foundation(weight, held, computes, bias, cast)
 
 
-def packed(base, weight):
+def packed(base: Any, weight: Any) -> tuple[Tensor, Base] | Fallback:
     """(codes, Base) of a bitsandbytes layer, whose bytes are read where they lie, or a Fallback."""
     state = getattr(weight, "quant_state", None)
     if type(base).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4"):
@@ -220,7 +224,9 @@ def packed(base, weight):
     )
 
 
-def modules_misfit(lora_a, lora_b, dropout):
+def modules_misfit(
+    lora_a: nn.Module, lora_b: nn.Module, dropout: nn.Module
+) -> str | None:
     """Why the adapter's modules do something else than multiply and drop, or None."""
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "adapter layer is not nn.Linear"
@@ -233,7 +239,14 @@ def modules_misfit(lora_a, lora_b, dropout):
     return None
 
 
-def misfit(x, foundation, a, b, b_bias, dora):
+def misfit(
+    x: Tensor,
+    foundation: Foundation,
+    a: Tensor,
+    b: Tensor,
+    b_bias: Tensor | None,
+    dora: bool,
+) -> str | None:
     """Why lora_linear would not compute what PEFT does with these tensors, or None.
 
     dora: whether the adapter is DoRA's.
@@ -264,7 +277,7 @@ def misfit(x, foundation, a, b, b_bias, dora):
     return dtype_misfit(x.dtype, device_type, foundation, a, b, b_bias)
 
 
-def accelerated(device_type):
+def accelerated(device_type: str) -> bool:
     """Whether there are kernels for this type of device.
 
     True while dynamo traces, unless a call before has found that there are none.
@@ -275,7 +288,14 @@ def accelerated(device_type):
     return ACCELERATED.get(device_type, True) or is_exporting()
 
 
-def dtype_misfit(given, device_type, foundation, a, b, b_bias):
+def dtype_misfit(
+    given: torch.dtype,
+    device_type: str,
+    foundation: Foundation,
+    a: Tensor,
+    b: Tensor,
+    b_bias: Tensor | None,
+) -> str | None:
     """Why lora_linear would not round as PEFT does for these dtypes, or None.
 
     given: the dtype of x.
@@ -308,7 +328,9 @@ def dtype_misfit(given, device_type, foundation, a, b, b_bias):
     return None
 
 
-def dora_misfit(x, foundation, b_bias, magnitude):
+def dora_misfit(
+    x: Tensor, foundation: Foundation, b_bias: Tensor | None, magnitude: nn.Module
+) -> str | None:
     """Why dora_linear would not compute what PEFT does, or None."""
     if foundation.own is not None:
         return "DoRA over a base that only its layer computes"
@@ -320,7 +342,7 @@ def dora_misfit(x, foundation, b_bias, magnitude):
     return None
 
 
-def hooked(module):
+def hooked(module: object) -> object:
     """Whether the module has hooks or a forward of its own: fused layers do not call it."""
     state = module.__dict__
     return (
@@ -332,7 +354,7 @@ def hooked(module):
     )
 
 
-def parameter(module, name):
+def parameter(module: Any, name: str) -> Any:
     """module.name, read where nn.Module keeps parameters, since its __getattr__ would cost more.
 
     A module may also hold it as a buffer or a plain attribute.
@@ -341,7 +363,7 @@ def parameter(module, name):
     return held[name] if name in held else getattr(module, name, None)
 
 
-def rows_like(layer):
+def rows_like(layer: Any) -> Tensor:
     """No rows, on the layer's device and in the dtype it computes in: an x for `plan` to judge."""
     weight = parameter(layer.get_base_layer(), "weight")
     if not isinstance(weight, torch.Tensor):
@@ -349,7 +371,7 @@ def rows_like(layer):
     return torch.empty(0, dtype=dtype_of(layer), device=weight.device)
 
 
-def dtype_of(layer):
+def dtype_of(layer: Any) -> torch.dtype:
     """The dtype that the layer's base computes in, or the adapter's where the base has none."""
     base = layer.get_base_layer()
     weight = parameter(base, "weight")
