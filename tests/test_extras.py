@@ -7,6 +7,8 @@ import sys
 import pytest
 from tree import PYTHON, ROOT, name, nodes
 
+from peftops.integrations import transformers as integration
+
 SENTENCE = "ModuleNotFoundError: {} is not installed: pip install 'peftops[peft]'"
 USES = [  # statements that need PEFT
     "import peftops; peftops.patch",
@@ -59,6 +61,16 @@ def test_without_transformers_an_import_names_the_extra():
     use = "from peftops.integrations.transformers import enable"
     sentence = SENTENCE.format("transformers")
     assert answers(HIDE.format("transformers"), use, USES[0]) == [sentence] * 2
+
+
+def test_an_older_transformers_is_named(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    with pytest.raises(
+        ImportError, match=r"enable needs transformers 5\.23\.0 or newer"
+    ):
+        integration.enable()
+    assert integration.PeftopsCallback
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ HOMES = {
     "enable_nf4": "nf4",
 }
 __all__ = ["PeftopsCallback", "disable", "enable", "enable_nf4"]
+OLDEST = "5.23.0"  # the transformers that enable needs
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,18 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with naming_extra("peft", "peft", "transformers"):
+        if HOMES[name] == "nf4":
+            refuse_old_transformers(name)
         return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+
+
+def refuse_old_transformers(name: str) -> None:
+    """Raises ImportError if the installed transformers is older than OLDEST."""
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise ImportError(
+            f"integrations.transformers.{name} needs transformers {OLDEST} or newer, got"
+            f" {transformers.__version__}: pip install --upgrade transformers"
+        )
