@@ -1,7 +1,7 @@
 """Builds a Python module that runs .cu files on the CPU.
 
-nvcc compiles the host code and leaves the kernels' PTX, translate.py makes C++ of the PTX, and
-g++ compiles that together with the emulator.
+nvcc compiles the host code and leaves the PTX of the kernels. translate.py makes C++ of the PTX.
+g++ compiles the C++ and the emulator.
 """
 
 import fcntl
@@ -19,22 +19,23 @@ from .translate import translate
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
-CALLS = [  # they make compiling ten times as fast
+# Calls of functions instead of inlined checks make compiling ten times as fast.
+ASAN_CALLS = [
     "--param=asan-instrumentation-with-call-threshold=0",
     "--param=asan-stack=0",
 ]
 SANITIZERS = {
     "": [],
-    "address": ["-fsanitize=address", *CALLS],
+    "address": ["-fsanitize=address", *ASAN_CALLS],
     "thread": ["-fsanitize=thread"],
 }
-# Its PTX differs from that of older GPUs only in what these lack: launches that overlap, and
-# Hopper's instructions.
+EMULATOR = ["machine.cpp", "warps.cpp", "hopper.cpp", "wgmma.cpp", "runtime.cpp"]
+# PTX of older architectures is the same, but lacks overlapping launches and Hopper's instructions.
 ARCH = "90a"
 
 
 def missing():
-    """What keeps this machine from building, or None."""
+    """Why this machine cannot build the emulator, or None."""
     for tool in ("nvcc", "g++"):
         if not shutil.which(tool):
             return f"there is no {tool}"
@@ -54,7 +55,10 @@ def load(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
 
 
 def opened(library):
-    """The module in a library. It has a name of its own, else pybind11 returns the first again."""
+    """The Python module in a library.
+
+    Each library gets another module name, since pybind11 returns a module that has been loaded.
+    """
     name = f"{Path(library).parent.name}.emulated"
     spec = importlib.util.spec_from_file_location(name, library)
     loaded = importlib.util.module_from_spec(spec)
@@ -78,11 +82,7 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
             pool.submit(kernel, source, headers, SANITIZERS[sanitizer], include)
             for source in sources
         ]
-        machine = [
-            HERE / name
-            for name in ("machine.cpp", "warps.cpp", "hopper.cpp", "runtime.cpp")
-        ]
-        for source in (*machine, module):
+        for source in (*(HERE / name for name in EMULATOR), module):
             tasks.append(pool.submit(support, source, headers, include))
         objects = [built for task in tasks for built in task.result()]
 
@@ -100,8 +100,8 @@ def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS
     return made("emulated.so", [], [*map(str, objects), sanitizer], join)
 
 
-def kernel(source, headers, sanitize, include):
-    """Two object files: the launchers as nvcc compiles them, and the kernels from nvcc's PTX."""
+def kernel(source, headers, sanitizer_options, include):
+    """Two object files: nvcc's of the launchers, and g++'s of the kernels, translated from PTX."""
     target = f"arch=compute_{ARCH},code=compute_{ARCH}"
     nvcc = [
         "nvcc",
@@ -114,14 +114,14 @@ def kernel(source, headers, sanitize, include):
     ]
 
     def host(target):
-        kept = target.with_suffix(".kept")
-        kept.mkdir(exist_ok=True)
+        intermediate = target.with_suffix(".kept")
+        intermediate.mkdir(exist_ok=True)
         call(
             *nvcc,
             f"-I{include}",
             "--keep",
             "--keep-dir",
-            kept,
+            intermediate,
             "-c",
             source,
             "-o",
@@ -132,14 +132,26 @@ def kernel(source, headers, sanitize, include):
         (ptx,) = launchers.with_suffix(".kept").glob("*.ptx")
         translated = target.with_suffix(".cpp")
         translated.write_text(translate(ptx.read_text()))
-        call(*cxx(include), "-Og", "-g1", *sanitize, "-c", translated, "-o", target)
+        call(
+            *cxx(include),
+            "-Og",
+            "-g1",
+            *sanitizer_options,
+            "-c",
+            translated,
+            "-o",
+            target,
+        )
 
     launchers = made(f"{source.stem}.host.o", [source, *headers], nvcc, host)
-    return [launchers, made(f"{source.stem}.o", [source, *headers], sanitize, device)]
+    return [
+        launchers,
+        made(f"{source.stem}.o", [source, *headers], sanitizer_options, device),
+    ]
 
 
 def support(source, headers, include):
-    """The object file of a part of the emulator. It is compiled without sanitizers."""
+    """The object file of one of the emulator's own sources, compiled without sanitizers."""
     command = [*cxx(include), "-O2", "-c", source]
     return [
         made(
@@ -152,7 +164,7 @@ def support(source, headers, include):
 
 
 def cxx(include):
-    """How g++ is called."""
+    """The command that calls g++ without its sources."""
     import pybind11
 
     systems = (
@@ -173,30 +185,30 @@ def cxx(include):
     return [*command, *(f"-isystem{folder}" for folder in systems)]
 
 
-def made(name, sources, words, make):
-    """The file `name` of these sources and words. make(target) makes it if it is missing."""
-    text = "\0".join([*(source.read_text() for source in sources), *words])
+def made(name, sources, options, make):
+    """The file `name` of these sources and options. make(target) makes it if it is missing."""
+    text = "\0".join([*(source.read_text() for source in sources), *options])
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     target = ROOT / "build" / "cuda_on_cpu" / digest / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes run tests, too
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes run tests at the same time
         if not target.exists():
-            beside = target.with_suffix(".new")
-            make(beside)
-            os.replace(beside, target)
+            unfinished = target.with_suffix(".new")
+            make(unfinished)
+            os.replace(unfinished, target)
     return target
 
 
 def nvcc_home():
     """The folder that nvcc takes its headers from."""
-    dry = subprocess.run(
+    dry_run = subprocess.run(
         ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"],
         capture_output=True,
         text=True,
     ).stderr
     return next(
-        line.partition("TOP=")[2] for line in dry.splitlines() if "TOP=" in line
+        line.partition("TOP=")[2] for line in dry_run.splitlines() if "TOP=" in line
     )
 
 
@@ -204,6 +216,6 @@ def call(*command):
     """Runs a compiler. Raises RuntimeError with its first errors."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stdout + done.stderr).splitlines()
-        errors = [line[:300] for line in said if "error" in line]
+        output = (done.stdout + done.stderr).splitlines()
+        errors = [line[:300] for line in output if "error" in line]
         raise RuntimeError("\n".join([" ".join(map(str, command)), *errors[:10]]))

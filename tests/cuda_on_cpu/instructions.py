@@ -1,17 +1,17 @@
-"""PTX instructions as C++ statements. What one computes is in machine.h, under its name."""
+"""PTX instructions as C++ statements. They call the functions of the emulator's headers."""
 
 import re
 
 from .ptx import SIZES, Unknown, commas, identifier, literal, vector
 
-SPECIAL = {  # registers with an axis
+WITH_AXIS = {  # special registers such as %tid.x
     "%tid": "self->tid",
     "%ntid": "launch.threads",
     "%ctaid": "launch.block",
     "%nctaid": "launch.blocks",
 }
-LONE = {"%laneid": "self->lane", "%warpid": "self->warp", "WARP_SZ": "32u"}
-PLAIN = {  # opcode: the modifiers that it may carry besides its type
+WITHOUT_AXIS = {"%laneid": "self->lane", "%warpid": "self->warp", "WARP_SZ": "32u"}
+ARITHMETIC = {  # opcode: the modifiers that it may have besides its type
     **dict.fromkeys(("add", "sub", "div", "fma", "sqrt"), "rn approx full"),
     **dict.fromkeys(("rcp", "rsqrt", "ex2", "lg2"), "rn approx full"),
     **dict.fromkeys(("rem", "min", "max", "and", "or", "xor"), ""),
@@ -35,7 +35,7 @@ SPACES = {
 SHARED = ("shared::cta", "shared::cluster")  # the same in a cluster of one block
 QUALIFIERS = {"nc", "ca", "cg", "cs", "volatile", "relaxed", "gpu", "cta", "v2", "v4"}
 QUALIFIERS |= {"L1::no_allocate", *SPACES}
-# These do nothing, since blocks run one after another and there is one memory.
+# These do nothing here, since blocks run one after another and nothing is cached.
 NOTHING = {"membar", "prefetch", "nanosleep", "setmaxnreg"}
 MBARRIER = {"shared", *SHARED, "b64", "release", "acquire", "cta", "cluster"}
 
@@ -46,10 +46,10 @@ def truth(value):
 
 
 class Instructions:
-    """The instructions of a kernel; Kernel has what is declared in it.
+    """Translates the instructions of a kernel. The subclass Kernel translates its declarations.
 
-    A method do_<opcode> takes the opcode, its modifiers and its operands, and returns a
-    statement, or something false if it does not know the modifiers.
+    A method do_<opcode> takes the opcode, its modifiers and its operands. It returns a statement,
+    or None if it does not know the modifiers.
     """
 
     def value(self, operand):
@@ -57,12 +57,12 @@ class Instructions:
         stem, _, axis = operand.partition(".")
         if operand in self.registers:
             return f"R{identifier(operand)}"
-        if stem in SPECIAL:
-            return f"{SPECIAL[stem]}.{axis}"
+        if stem in WITH_AXIS:
+            return f"{WITH_AXIS[stem]}.{axis}"
         if operand in self.parameters:
             return f"u64(parameters + {self.parameters[operand][0]})"
-        if operand in LONE:
-            return LONE[operand]
+        if operand in WITHOUT_AXIS:
+            return WITHOUT_AXIS[operand]
         if operand in self.symbols:
             return self.symbols[operand]
         if re.match(r"-?\d", operand):
@@ -81,7 +81,7 @@ class Instructions:
         return f"{start} + ({offset})" if offset else start
 
     def space(self, modifiers):
-        """The state space, or None if a modifier is not known to mean nothing here."""
+        """The state space, or None if a modifier is unknown."""
         if not set(modifiers) <= QUALIFIERS:
             return None
         named = [SPACES[m] for m in modifiers if m in SPACES]
@@ -92,10 +92,13 @@ class Instructions:
             return f"{expression};"
         return f"set({self.value(destination)}, {expression});"
 
-    def spread(self, destinations, expression):
+    def set_each(self, destinations, expression):
         """Sets destinations to the elements of an expression."""
-        sets = [self.set(d, f"V[{i}]") for i, d in enumerate(destinations)]
-        return f"auto V = {expression}; " + " ".join(sets)
+        statements = [
+            self.set(destination, f"V[{i}]")
+            for i, destination in enumerate(destinations)
+        ]
+        return f"auto V = {expression}; " + " ".join(statements)
 
     def instruction(self, text):
         """A line of C++ for an instruction with its guard."""
@@ -103,11 +106,13 @@ class Instructions:
             r"(?:@(!?[%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", text
         ).groups()
         name, *modifiers = opcode.split(".")
-        rule = self.plain if name in PLAIN else getattr(self, f"do_{name}", None)
+        translate = (
+            self.arithmetic if name in ARITHMETIC else getattr(self, f"do_{name}", None)
+        )
         if name in NOTHING:
             body = ";"
         else:
-            body = rule and rule(name, modifiers, commas(operands))
+            body = translate and translate(name, modifiers, commas(operands))
         if not body:
             raise Unknown(f"instruction {text} at {self.site}")
         if not guard:
@@ -115,10 +120,10 @@ class Instructions:
         negation = "!" if guard[0] == "!" else ""
         return f"  if ({negation}{self.value(guard.lstrip('!'))}) {{ {body} }}"
 
-    def plain(self, name, modifiers, args):
+    def arithmetic(self, name, modifiers, args):
         types = [m for m in modifiers if m in SIZES]
         others = [m for m in modifiers if m not in SIZES]
-        if not set(others) <= set(PLAIN[name].split()):
+        if not set(others) <= set(ARITHMETIC[name].split()):
             return None
         function = "_".join(["op", name, *(m for m in others if m not in IGNORED)])
         expression = f"{function}<{', '.join(types)}>({self.values(args[1:])})"
@@ -127,15 +132,16 @@ class Instructions:
     def do_mov(self, name, modifiers, args):
         dtype = modifiers[-1]
         bits = 8 * SIZES[dtype]
-        parts = vector(args[0])
+        destinations = vector(args[0])
         if args[1].startswith("{"):
             return self.set(
                 args[0], f"pack<u{bits}>({{{self.values(vector(args[1]))}}})"
             )
         value = self.value(args[1])
-        if len(parts) > 1:
-            return self.spread(
-                parts, f"unpack<{bits // len(parts)}, {len(parts)}>({value})"
+        count = len(destinations)
+        if count > 1:
+            return self.set_each(
+                destinations, f"unpack<{bits // count}, {count}>({value})"
             )
         return self.set(args[0], f"as<{dtype}>({value})")
 
@@ -151,41 +157,50 @@ class Instructions:
 
     def do_ld(self, name, modifiers, args):
         *modifiers, dtype = modifiers
-        parts = vector(args[0])
+        destinations = vector(args[0])
+        count = len(destinations)
         if "param" in modifiers:
             parameter, _, offset = args[1].strip("[] ").partition("+")
             base = f"reinterpret_cast<const unsigned char*>({self.value(parameter.strip())})"
             start = f"{base} + {int(offset or 0)}"
-            return self.spread(parts, f"parameter<{dtype}, {len(parts)}>({start})")
+            return self.set_each(destinations, f"parameter<{dtype}, {count}>({start})")
         space = self.space(modifiers)
-        place = f"{space}, {self.address(args[1])}, {self.site}"
-        return space and self.spread(parts, f"load<{dtype}, {len(parts)}>({place})")
+        if not space:
+            return None
+        load = f"load<{dtype}, {count}>({space}, {self.address(args[1])}, {self.site})"
+        return self.set_each(destinations, load)
 
     do_ldu = do_ld
 
     def do_st(self, name, modifiers, args):
         *modifiers, dtype = modifiers
-        parts = vector(args[1])
         space = self.space(modifiers)
-        values = ", ".join(f"as<{dtype}>({self.value(part)})" for part in parts)
+        if not space:
+            return None
+        elements = vector(args[1])
+        values = ", ".join(
+            f"as<{dtype}>({self.value(element)})" for element in elements
+        )
         given = f"{space}, {self.address(args[0])}, {{{values}}}, {self.site}"
-        return space and f"store<{dtype}, {len(parts)}>({given});"
+        return f"store<{dtype}, {len(elements)}>({given});"
 
     def do_cvta(self, name, modifiers, args):
-        turned = f"Any({self.value(args[1])}).bits"
+        address = f"Any({self.value(args[1])}).bits"
         if "shared" in modifiers and "to" in modifiers:  # from a generic address
-            turned = f"checked(Space::generic, {turned}, 1, {self.site})"
-        elif "shared" in modifiers:  # to one
-            turned = f"from_shared({turned})"
-        return self.set(args[0], turned)
+            address = f"checked(Space::generic, {address}, 1, {self.site})"
+        elif "shared" in modifiers:  # to a generic address
+            address = f"from_shared({address})"
+        return self.set(args[0], address)
 
     def do_atom(self, name, modifiers, args):
         *modifiers, operation, dtype = modifiers
         space = self.space(modifiers)
+        if not space:
+            return None
         given = (
             f"{space}, {self.address(args[1])}, {self.site}, {self.values(args[2:])}"
         )
-        return space and self.set(args[0], f"atomic_{operation}<{dtype}>({given})")
+        return self.set(args[0], f"atomic_{operation}<{dtype}>({given})")
 
     def do_red(self, name, modifiers, args):
         return self.do_atom(name, modifiers, ["_", *args])
@@ -205,13 +220,14 @@ class Instructions:
         count = self.value(args[1]) if len(args) > 1 else "0u"
         return f"{function}({self.value(args[0])}, {count}, {self.site});"
 
-    do_exit, do_barrier = do_ret, do_bar
+    do_exit = do_ret
+    do_barrier = do_bar
 
     def do_shfl(self, name, modifiers, args):
         if len(args) != 5:
             return None
         shuffled = f"shuffle('{modifiers[1][0]}', {self.values(args[1:])}, {self.site})"
-        return self.spread(args[0].split("|"), shuffled)
+        return self.set_each(args[0].split("|"), shuffled)
 
     def do_vote(self, name, modifiers, args):
         return self.set(
@@ -230,14 +246,16 @@ class Instructions:
             return None
         a, b, c = (self.values(vector(arg)) for arg in args[1:])
         factors = f"{truth(shape[1] == 'bf16')}, {{{a}}}, {{{b}}}, {{{c}}}"
-        return self.spread(vector(args[0]), f"multiply({factors}, {self.site})")
+        return self.set_each(vector(args[0]), f"multiply({factors}, {self.site})")
 
     def do_ldmatrix(self, name, modifiers, args):
         if "m8n8" not in modifiers or modifiers[-1] != "b16":
             return None
-        parts = vector(args[0])
-        function = f"load_matrices<{len(parts)}, {truth('trans' in modifiers)}>"
-        return self.spread(parts, f"{function}({self.address(args[1])}, {self.site})")
+        destinations = vector(args[0])
+        function = f"load_matrices<{len(destinations)}, {truth('trans' in modifiers)}>"
+        return self.set_each(
+            destinations, f"{function}({self.address(args[1])}, {self.site})"
+        )
 
     def do_cp(self, name, modifiers, args):
         if modifiers[:2] == ["async", "bulk"]:
@@ -248,15 +266,17 @@ class Instructions:
             return f"wait_copies({args[0] if args else 0});"
         if modifiers[0] != "async" or modifiers[1] not in ("ca", "cg"):
             return None
-        places = f"{self.address(args[0])}, {self.address(args[1])}"
-        return f"copy_later({args[2]}, {places}, {self.value(args[-1])}, {self.site});"
+        addresses = f"{self.address(args[0])}, {self.address(args[1])}"
+        return (
+            f"copy_async({args[2]}, {addresses}, {self.value(args[-1])}, {self.site});"
+        )
 
     def bulk(self, modifiers, args):
         """cp.async.bulk"""
         if modifiers == ["commit_group"]:
-            return "commit_tiles();"
+            return "commit_stores();"
         if modifiers[0] == "wait_group":
-            return f"wait_tiles({args[0]});"
+            return f"wait_stores({args[0]});"
         words = set(modifiers) - {"tile", "L2::cache_hint"}
         for space in SHARED:
             if words == {
@@ -266,21 +286,23 @@ class Instructions:
                 "global",
                 "mbarrier::complete_tx::bytes",
             }:
-                to, barrier = self.address(args[0]), self.address(args[2])
-                return (
-                    f"fetch_tile({to}, {self.tile(args[1])}, {barrier}, {self.site});"
-                )
+                target = self.address(args[0])
+                tile = self.tile(args[1])
+                barrier = self.address(args[2])
+                return f"fetch_tile({target}, {tile}, {barrier}, {self.site});"
         if words == {"tensor", "2d", "global", "shared::cta", "bulk_group"}:
             return f"store_tile({self.tile(args[0])}, {self.address(args[1])}, {self.site});"
         return None
 
     def tile(self, operand):
-        """The address of a tensor map and a place in its tensor."""
+        """The address of a tensor map, and where the tile starts in its tensor."""
         tensor, column, row = re.match(
             r"\[\s*([^,]+?)\s*,\s*\{([^,]+),([^}]+)\}\s*\]$", operand
         ).groups()
-        place = self.values([column.strip(), row.strip()])
-        return f"{self.address(f'[{tensor}]')}, {{{place}}}"
+        column = self.value(column.strip())
+        row = self.value(row.strip())
+        start = f"{{.column = {column}, .row = {row}}}"
+        return f"{self.address(f'[{tensor}]')}, {start}"
 
     def do_mbarrier(self, name, modifiers, args):
         operation = modifiers[0]
@@ -298,11 +320,11 @@ class Instructions:
             return f"barrier_expect({given});"
         if operation in ("try_wait", "test_wait") and others == {"parity"}:
             given = f"{self.address(args[1])}, {self.value(args[2])}, {self.site}"
-            return self.set(args[0], f"barrier_passed({given})")
+            return self.set(args[0], f"wait_barrier({given})")
         return None
 
     def do_fence(self, name, modifiers, args):
-        return "fence_asynchronous();" if modifiers[:2] == ["proxy", "async"] else ";"
+        return "fence_async_proxy();" if modifiers[:2] == ["proxy", "async"] else ";"
 
     def do_wgmma(self, name, modifiers, args):
         if modifiers[0] == "fence":
@@ -319,20 +341,32 @@ class Instructions:
         signs = args[4:6]  # 1: the factor is not negated
         if not shape or len(sums) != int(shape[1]) // 2 or signs != ["1", "1"]:
             return None
-        held = vector(args[1]) if args[1].startswith("{") else []  # a lies in registers
-        a = "0" if held else self.value(args[1])
-        flags = [shape[2] == "bf16", held]
-        if held:
-            flags.append(False)  # only a tile can be turned
-        flags += [turned == "1" for turned in args[6:]]
-        descriptors = f"Any({a}).bits, Any({self.value(args[2])}).bits"
-        add = f"as<bool>({self.value(args[3])})"
-        flags = ", ".join(map(truth, flags))
-        product = f"{{{descriptors}, {shape[1]}, {add}, {flags}, {self.site}}}"
-        sums = ", ".join(f"&{self.value(register)}" for register in sums)
-        held = ", ".join(f"&{self.value(register)}" for register in held) or "nullptr"
-        registers = f"u32 *const sums[] = {{{sums}}}, *const held[] = {{{held}}};"
-        return f"{registers} multiply_later({product}, sums, held);"
+        in_registers = args[1].startswith("{")
+        a_registers = vector(args[1]) if in_registers else []
+        transposed = [flag == "1" for flag in args[6:]]
+        if in_registers:
+            transposed.insert(0, False)  # a in registers cannot be transposed
+        a_transposed, b_transposed = transposed
+        fields = {
+            "a": "0" if in_registers else f"Any({self.value(args[1])}).bits",
+            "b": f"Any({self.value(args[2])}).bits",
+            "columns": shape[1],
+            "accumulates": f"as<bool>({self.value(args[3])})",
+            "is_bf16": truth(shape[2] == "bf16"),
+            "a_in_registers": truth(in_registers),
+            "a_transposed": truth(a_transposed),
+            "b_transposed": truth(b_transposed),
+            "site": self.site,
+        }
+        product = ", ".join(f".{field} = {value}" for field, value in fields.items())
+        return (
+            f"u32 *const sums[] = {{{self.addresses(sums)}}}; "
+            f"u32 *const a_registers[] = {{{self.addresses(a_registers) or 'nullptr'}}}; "
+            f"multiply_async({{{product}}}, sums, a_registers);"
+        )
+
+    def addresses(self, registers):
+        return ", ".join(f"&{self.value(register)}" for register in registers)
 
     def do_griddepcontrol(self, name, modifiers, args):
         return "wait_for_launch_before();" if modifiers == ["wait"] else ";"

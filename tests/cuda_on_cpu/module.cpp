@@ -1,5 +1,5 @@
-// A Python module of the project's CUDA launchers, linked with machine.cpp and runtime.cpp
-// instead of CUDA.
+// A Python module with the project's CUDA launchers. It is linked with the emulator instead of
+// CUDA.
 #include "module.h"
 
 #include "bindings.h"

@@ -1,17 +1,17 @@
-"""PTX as its translation reads it: types and their sizes, names, operands and literals."""
+"""What the translation reads in PTX: the sizes of types, names, operands and literals."""
 
 import re
 
 SIZES = {"pred": 1, "bf16": 2, "f16x2": 4, "bf16x2": 4}  # bytes of each type
-SIZES |= {f"{sort}{bits}": bits // 8 for sort in "bsuf" for bits in (8, 16, 32, 64)}
+SIZES |= {f"{letter}{bits}": bits // 8 for letter in "bsuf" for bits in (8, 16, 32, 64)}
 
 
 class Unknown(Exception):
-    """What stopped the translation."""
+    """The translation knows no such PTX."""
 
 
 def identifier(name):
-    """A name as C++ allows it."""
+    """A name with the characters that C++ allows."""
     return re.sub(r"\W", "_", name)
 
 

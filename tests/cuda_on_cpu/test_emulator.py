@@ -79,7 +79,8 @@ def test_bits(ask):
     pairs = torch.randint(2**32, (32, 2)).numpy()
     out = words(ask("bits", bits=pairs.flatten(), size=320)).reshape(32, 10)
     for (a, b), row in zip(pairs.tolist(), out.tolist(), strict=True):
-        signed_a, signed_b = a - (a >> 31 << 32), b - (b >> 31 << 32)
+        signed_a = a - (a >> 31 << 32)
+        signed_b = b - (b >> 31 << 32)
         bytes_of = a.to_bytes(4, "little") + b.to_bytes(4, "little")
         mask = (2**6 - 1) << 11
         quotient = -((a % 1000) // 7)
@@ -116,17 +117,15 @@ def test_roundings(ask):
 
 @pytest.mark.parametrize("kernel, threads", [("barriers", 256), ("warps", 32)])
 def test_a_missing_barrier_shows_in_some_order(module, ask, kernel, threads):
-    values, right = torch.randn(threads), {0: [], 1: []}
+    values = torch.randn(threads)
+    is_right = {False: [], True: []}
     for schedule in SCHEDULES:
         module.schedule(*schedule)
-        for n in right:
-            right[n].append(
-                torch.equal(
-                    ask(kernel, values, n=n, size=threads, threads=threads),
-                    values.flip(0),
-                )
-            )
-    assert all(right[1]) and not any(right[0])
+        for has_barrier, outcomes in is_right.items():
+            out = ask(kernel, values, n=has_barrier, size=threads, threads=threads)
+            outcomes.append(torch.equal(out, values.flip(0)))
+    assert all(is_right[True])
+    assert not any(is_right[False])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -147,11 +146,10 @@ def test_copies_arrive_at_the_wait(module, ask):
             ask("copies", values, n=1, size=128).view(32, 4), expected.flip(0)
         )
         forgotten = ask("copies", values, n=0, size=128)
-        assert (
-            forgotten.isnan().all()
-            if lazy
-            else torch.equal(forgotten.view(32, 4), expected.flip(0))
-        )
+        if lazy:
+            assert forgotten.isnan().all()
+        else:
+            assert torch.equal(forgotten.view(32, 4), expected.flip(0))
 
 
 def test_overlapping_launches(module, ask):
@@ -171,7 +169,8 @@ def layout(factor):
     """
     places = {}
     for lane in range(32):
-        group, inside = lane >> 2, lane % 4
+        group = lane >> 2
+        inside = lane % 4
         for i in range({"a": 8, "b": 4, "c": 4}[factor]):
             pair = inside * 2 + (i & 1)
             if factor == "a":
@@ -295,8 +294,8 @@ def sanitized(sanitizer, code):
     """Runs code in a process of its own, in which the sanitizer's runtime is loaded first."""
     runtime = {"address": "libasan.so", "thread": "libtsan.so", "": ""}[sanitizer]
     if runtime:
-        ask = ["g++", f"-print-file-name={runtime}"]
-        runtime = subprocess.check_output(ask, text=True).strip()
+        command = ["g++", f"-print-file-name={runtime}"]
+        runtime = subprocess.check_output(command, text=True).strip()
     environment = {
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -315,10 +314,10 @@ def sanitized(sanitizer, code):
 ASK = """
 import torch
 from cuda_on_cpu import build
-m = build.opened({library!r})
+module = build.opened({library!r})
 out, values = torch.zeros(256), torch.randn(256)
-m.ask("{kernel}", out.data_ptr(), values.data_ptr(), 0, {n}, 1, {threads})
-m.finish()
+module.ask("{kernel}", out.data_ptr(), values.data_ptr(), 0, {n}, 1, {threads})
+module.finish()
 print("ran")
 """
 

@@ -27,13 +27,13 @@ def module():
 def ask(module):
     """A function that runs a kernel and returns `out`, NaN where it wrote nothing."""
 
-    def run(kernel, a=None, b=None, n=1, size=(32,), threads=32, blocks=1):
+    def run(kernel, a=None, b=None, mistake=1, size=(32,), threads=32, blocks=1):
         out = torch.full(size, float("nan"))
         module.ask(
             kernel,
             out.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (a, b)),
-            n,
+            *(0 if tensor is None else tensor.data_ptr() for tensor in (a, b)),
+            mistake,
             blocks,
             threads,
         )
@@ -49,30 +49,31 @@ RIGHT, WRONG = "right", "wrong"
 
 @pytest.fixture
 def judge(module):
-    """A function that compares what comes out under every schedule with what is expected.
+    """A function that runs under every schedule and compares the outcomes with what is expected.
 
-    Expected is RIGHT, WRONG, or a pattern of an error; somewhere: one schedule is enough.
+    expected: RIGHT, WRONG, or patterns of errors. somewhere: one schedule of this outcome is
+    enough.
     """
 
-    def hold(run, right, *expected, somewhere=False):
+    def compare(run, is_right, *expected, somewhere=False):
         outcomes = {}
         for schedule in SCHEDULES:
             module.schedule(*schedule)
             try:
-                outcomes[schedule] = RIGHT if right(run()) else WRONG
+                outcomes[schedule] = RIGHT if is_right(run()) else WRONG
             except RuntimeError as raised:
                 outcomes[schedule] = str(raised)
         hits = [
-            any(re.search(words, outcome) for words in expected)
+            any(re.search(pattern, outcome) for pattern in expected)
             for outcome in outcomes.values()
         ]
         assert any(hits) if somewhere else all(hits), outcomes
 
-    return hold
+    return compare
 
 
 @pytest.mark.parametrize(
-    "n, expected",
+    "mistake, expected",
     [
         (1, [RIGHT]),
         (0, [WRONG, "lacks 32 arrivals"]),
@@ -80,32 +81,32 @@ def judge(module):
         (3, ["lacks 1 arrivals and 0 bytes"]),
     ],
 )
-def test_an_mbarrier_has_phases(judge, ask, n, expected):
+def test_an_mbarrier_has_phases(judge, ask, mistake, expected):
     values = torch.randn(32)
-    rounds = torch.stack([values.flip(0) + r for r in range(5)])
+    rounds = torch.stack([values.flip(0) + number for number in range(5)])
 
     def run():
-        return ask("phases", values, n=n, size=(5, 32), threads=64)
+        return ask("phases", values, mistake=mistake, size=(5, 32), threads=64)
 
-    judge(run, lambda out: torch.equal(out, rounds), *expected, somewhere=n == 2)
+    judge(run, lambda out: torch.equal(out, rounds), *expected, somewhere=mistake == 2)
 
 
 def test_an_mbarrier_is_asked_and_made_anew(ask):
     assert ask("tries", size=(5,), threads=1).tolist() == [0, 1, 1, 0, 0]
     with pytest.raises(RuntimeError, match="an mbarrier that nobody made at hopper_"):
-        ask("tries", n=0, threads=1)
+        ask("tries", mistake=0, threads=1)
 
 
 @pytest.mark.parametrize(
-    "n, expected",
+    "mistake, expected",
     [(1, RIGHT), (0, WRONG), (2, WRONG), (3, "count those who meet differently")],
 )
-def test_a_part_of_a_block_meets(judge, ask, n, expected):
+def test_a_part_of_a_block_meets(judge, ask, mistake, expected):
     values = torch.randn(64)
     swapped = torch.cat([values.flip(0), values[:32] + values[32:]])
 
     def run():
-        return ask("named", values, n=n, size=(96,), threads=96)
+        return ask("named", values, mistake=mistake, size=(96,), threads=96)
 
     judge(
         run,
@@ -118,25 +119,28 @@ def test_a_part_of_a_block_meets(judge, ask, n, expected):
 def box(matrix, column, row, width, height):
     """A box of a matrix, zero outside of it."""
     padded = numpy.zeros((height, width), matrix.dtype)
-    for r in range(height):
-        for c in range(width):
-            if 0 <= row + r < matrix.shape[0] and 0 <= column + c < matrix.shape[1]:
-                padded[r, c] = matrix[row + r, column + c]
+    for i in range(height):
+        for j in range(width):
+            if 0 <= row + i < matrix.shape[0] and 0 <= column + j < matrix.shape[1]:
+                padded[i, j] = matrix[row + i, column + j]
     return padded
 
 
 def swizzled(tile):
-    """A tile of 128-byte rows as it lies in shared memory: chunk c of row r at c ^ (r & 7)."""
+    """A tile of 128-byte rows as it lies in shared memory, in chunks of 16 bytes.
+
+    Chunk c of row r lies at chunk c ^ (r & 7).
+    """
     chunks = tile.view(numpy.uint8).reshape(len(tile), 8, 16)
-    placed = numpy.empty_like(chunks)
-    for r in range(len(tile)):
-        for c in range(8):
-            placed[r, c ^ (r & 7)] = chunks[r, c]
-    return placed
+    in_memory = numpy.empty_like(chunks)
+    for row in range(len(tile)):
+        for chunk in range(8):
+            in_memory[row, chunk ^ (row & 7)] = chunks[row, chunk]
+    return in_memory
 
 
 @pytest.mark.parametrize(
-    "n, expected",
+    "mistake, expected",
     [
         (1, RIGHT),
         (0, "a tile that nobody waits for, fetched at hopper_"),
@@ -148,16 +152,22 @@ def swizzled(tile):
         (7, "more arrive at an mbarrier than it expects at hopper_|lacks 1 arrivals"),
     ],
 )
-def test_tiles_come_swizzled_and_zero_outside(judge, ask, n, expected):
+def test_tiles_come_swizzled_and_zero_outside(judge, ask, mistake, expected):
     wide, plain = torch.randn(20, 72).bfloat16(), torch.randn(10, 20)
     bits = wide.view(torch.int16).numpy()
-    tiles = [swizzled(box(bits, *place, 64, 16)) for place in ((40, 12), (-8, -3))]
-    words = b"".join(t.tobytes() for t in [*tiles, box(plain.numpy(), 8, 4, 16, 8)])
+    tiles = [swizzled(box(bits, *start, 64, 16)) for start in ((40, 12), (-8, -3))]
+    tiles.append(box(plain.numpy(), 8, 4, 16, 8))
+    expected_bytes = b"".join(tile.tobytes() for tile in tiles)
 
     def run():
-        return ask("tiles", plain, wide, n=n, size=(1152,))
+        return ask("tiles", plain, wide, mistake=mistake, size=(1152,))
 
-    judge(run, lambda out: out.numpy().tobytes() == words, expected, somewhere=n == 0)
+    judge(
+        run,
+        lambda out: out.numpy().tobytes() == expected_bytes,
+        expected,
+        somewhere=mistake == 0,
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -174,7 +184,7 @@ def test_tiles_leave_and_stay_inside(module, ask, schedule):
         with pytest.raises(
             RuntimeError, match="a store that nobody waits for, issued at hopper_"
         ):
-            ask("stores", rows, n=0, size=(8, 36))
+            ask("stores", rows, mistake=0, size=(8, 36))
 
 
 MAP = {
@@ -231,9 +241,9 @@ def of_threads(product):
 FORMS = [
     "product_bf16",
     "product_f16",
-    "product_turned_a",
-    "product_turned_b",
-    "product_held",
+    "product_transposed_a",
+    "product_transposed_b",
+    "product_a_in_registers",
 ]
 
 
@@ -256,7 +266,7 @@ def test_products_of_a_warpgroup(module, judge, ask, kernel):
 
 
 @pytest.mark.parametrize(
-    "n, threads, expected",
+    "mistake, threads, expected",
     [
         (0, 128, "a product that nobody waits for, issued at hopper_"),
         (3, 128, WRONG),
@@ -269,18 +279,25 @@ def test_products_of_a_warpgroup(module, judge, ask, kernel):
         (10, 128, RIGHT),
     ],
 )
-def test_mistakes_with_products(judge, ask, n, threads, expected):
+def test_mistakes_with_products(judge, ask, mistake, threads, expected):
     a, b = factors("product_bf16")
     exact = of_threads(a.float() @ b.float().T)
 
     def run():
-        return ask("product_bf16", a, b, n=n, size=(128, 36), threads=threads)
+        return ask(
+            "product_bf16", a, b, mistake=mistake, size=(128, 36), threads=threads
+        )
 
-    judge(run, lambda out: torch.equal(out, exact), expected, somewhere=n in (0, 6, 8))
+    judge(
+        run,
+        lambda out: torch.equal(out, exact),
+        expected,
+        somewhere=mistake in (0, 6, 8),
+    )
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_products_agree_with_cute(turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_agree_with_cute(transposed):
     """NVIDIA's own swizzles and descriptors give the same bits.
 
     Needs `pip install --no-deps nvidia-cutlass`.
@@ -295,15 +312,15 @@ def test_products_agree_with_cute(turned):
     )
     a, b = (torch.randint(-8, 8, shape).bfloat16() for shape in ((64, 64), (128, 64)))
     out = torch.full((64, 128), float("nan"))
-    cute.ask("", out.data_ptr(), a.data_ptr(), b.data_ptr(), turned, 0, 0)
+    cute.ask("", out.data_ptr(), a.data_ptr(), b.data_ptr(), transposed, 0, 0)
     cute.finish()
     assert torch.equal(out, a.float() @ b.float().T)
     assert cute.counts()["wgmma"] == 4
 
 
-@pytest.mark.parametrize("kernel", ["pipeline", "pipeline_turned"])
+@pytest.mark.parametrize("kernel", ["pipeline", "pipeline_transposed"])
 @pytest.mark.parametrize(
-    "n, expected",
+    "mistake, expected",
     [
         (1, [RIGHT]),
         (0, [WRONG, "a product that nobody waits for"]),
@@ -315,17 +332,17 @@ def test_products_agree_with_cute(turned):
         (7, [WRONG, "comes when the phase of its mbarrier is over", "more arrive"]),
     ],
 )
-def test_a_pipeline(judge, ask, kernel, n, expected):
+def test_a_pipeline(judge, ask, kernel, mistake, expected):
     a, b = torch.randn(150, 200).bfloat16(), torch.randn(136, 200).bfloat16()
-    given = b.T.contiguous() if kernel == "pipeline_turned" else b
+    given = b.T.contiguous() if kernel == "pipeline_transposed" else b
     exact, same = a.double() @ b.double().T, a.float() @ b.float().T
 
     def run():
-        return ask(kernel, a, given, n=n, size=(150, 136), blocks=2)
+        return ask(kernel, a, given, mistake=mistake, size=(150, 136), blocks=2)
 
     judge(
         run,
         lambda out: error(out, exact) <= bound(same, exact),
         *expected,
-        somewhere=n in (0, 2, 6, 7),
+        somewhere=mistake in (0, 2, 6, 7),
     )

@@ -9,29 +9,34 @@ from .test_hopper import FORMS, HERE, SOURCES, pytestmark  # noqa: F401
 RUNS = """
 import ctypes, sys
 from cuda_on_cpu import build
-m = build.opened({library!r})
+module = build.opened({library!r})
 a, b, out = ((ctypes.c_float * 32768)() for _ in range(3))
-for kernel, n, threads, blocks, schedule in {cases!r}:
-    m.schedule(*schedule)
+for kernel, mistake, threads, blocks, schedule in {cases!r}:
+    module.schedule(*schedule)
     try:
-        m.ask(kernel, *map(ctypes.addressof, (out, a, b)), n, blocks, threads)
-        m.finish()
+        module.ask(kernel, *map(ctypes.addressof, (out, a, b)), mistake, blocks, threads)
+        module.finish()
     except RuntimeError as raised:
         print("raised", raised, file=sys.stderr, flush=True)
 print("ran")
 """
-SHAPES = {"phases": (64, 1), "named": (96, 1), "tiles": (32, 1), "stores": (32, 1)}
-SHAPES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(
-    ("pipeline", "pipeline_turned"), (288, 2)
+LAUNCHES = {  # (threads, blocks)
+    "phases": (64, 1),
+    "named": (96, 1),
+    "tiles": (32, 1),
+    "stores": (32, 1),
+}
+LAUNCHES |= dict.fromkeys(FORMS, (128, 1)) | dict.fromkeys(
+    ("pipeline", "pipeline_transposed"), (288, 2)
 )
 
 
 def reports(sanitizer, schedules, *cases):
-    """What a process prints that runs these kernels."""
+    """What a process prints that runs these cases, (kernel, mistake) each."""
     library = str(build.link(SOURCES, sanitizer, HERE / "semantics.cpp"))
     cases = [
-        (kernel, n, *SHAPES[kernel], schedule)
-        for kernel, n in cases
+        (kernel, mistake, *LAUNCHES[kernel], schedule)
+        for kernel, mistake in cases
         for schedule in schedules
     ]
     done = sanitized(sanitizer, RUNS.format(library=library, cases=cases))
@@ -45,14 +50,14 @@ def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
             sanitizer,
             SCHEDULES,
             ("product_bf16", 10),
-            *((kernel, 1) for kernel in SHAPES),
+            *((kernel, 1) for kernel in LAUNCHES),
         )
         == "ran\n"
     )
 
 
 @pytest.mark.parametrize(
-    "kernel, n, mistake",
+    "kernel, number, mistake",
     [
         ("phases", 0, "does not wait"),
         ("phases", 2, "gives back what it still reads"),
@@ -63,22 +68,22 @@ def test_sanitizers_are_silent_where_nothing_is_wrong(sanitizer):
         ("stores", 0, "writes what is being sent"),
         ("stores", 2, "forgets fence.proxy.async"),
         ("product_bf16", 2, "forgets fence.proxy.async"),
-        ("product_turned_b", 2, "forgets fence.proxy.async"),
+        ("product_transposed_b", 2, "forgets fence.proxy.async"),
         ("product_bf16", 6, "forgets a barrier"),
         ("product_bf16", 11, "forgets fence.proxy.async"),
         ("pipeline", 2, "gives back what it still reads"),
         ("pipeline", 6, "reads tiles before they come"),
-        ("pipeline_turned", 7, "fetches over what others read"),
+        ("pipeline_transposed", 7, "fetches over what others read"),
     ],
 )
-def test_threadsanitizer_sees_what_nothing_orders(kernel, n, mistake):
-    said = reports("thread", SCHEDULES[:2], (kernel, n))
-    assert "ThreadSanitizer: data race" in said and "hopper_" in said, said[:3000]
+def test_threadsanitizer_sees_what_nothing_orders(kernel, number, mistake):
+    report = reports("thread", SCHEDULES[:2], (kernel, number))
+    assert "ThreadSanitizer: data race" in report, report[:3000]
+    assert "hopper_" in report, report[:3000]
 
 
-@pytest.mark.parametrize("kernel", ["product_bf16", "product_held"])
+@pytest.mark.parametrize("kernel", ["product_bf16", "product_a_in_registers"])
 def test_addresssanitizer_sees_a_read_past_a_tile(kernel):
-    said = reports("address", SCHEDULES[:1], (kernel, 3))
-    assert "AddressSanitizer: use-after-poison" in said and "hopper_" in said, said[
-        :3000
-    ]
+    report = reports("address", SCHEDULES[:1], (kernel, 3))
+    assert "AddressSanitizer: use-after-poison" in report, report[:3000]
+    assert "hopper_" in report, report[:3000]

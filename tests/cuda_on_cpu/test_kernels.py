@@ -20,9 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 # float16 runs the same code as bfloat16; test_ops.py holds it to the law.
 DTYPES = [torch.float32, torch.bfloat16]
-# (m, k, n, r) and what runs for it on a GPU of four multiprocessors. The rows of one shape are
-# several tiles.
-WAYS = {
+# What runs for (m, k, n, r) on a GPU of four multiprocessors. One shape has several tiles of rows.
+PLANS = {
     (1, 72, 200, 5): "one launch",
     (3, 1072, 40, 12): "two launches",
     (5, 264, 100, 2): "one launch",
@@ -30,8 +29,8 @@ WAYS = {
     (33, 136, 72, 24): "two launches",
     (80, 264, 200, 16): "two launches",
 }
-# The same of a 4-bit base. There are more tiles of k than stages, and the last tile is not whole.
-NF4_WAYS = {
+# The same for a 4-bit base. There are more tiles of k than stages, and the last tile is not full.
+NF4_PLANS = {
     (1, 1824, 40, 5): "two launches",
     (5, 1088, 460, 3): "two launches",
     (20, 576, 140, 8): "two launches",
@@ -41,8 +40,8 @@ NF4_WAYS = {
     (3, 72, 40, 2): "dequantize + cuBLAS",
     (66, 64, 40, 2): "dequantize + cuBLAS",
 }
-# b is kept in registers, streams through shared memory, or does not meet tensor cores. Some
-# blocks have more tiles than stages.
+# In the first shape b stays in registers. In the second b streams through shared memory. In the
+# others no tensor cores are used. Some blocks have more tiles than stages.
 NORM_SHAPES = [
     (1, 1040, 260, 20),
     (1, 528, 132, 140),
@@ -52,7 +51,7 @@ NORM_SHAPES = [
 
 
 def cases(shape, dtype, form="nf4"):
-    """The cases of 4-bit bases (form "nf4"), or of all others."""
+    """The cases of 4-bit bases (form "nf4"), or all other cases."""
     wanted = form == "nf4"
     return [
         (label, args)
@@ -64,7 +63,7 @@ def cases(shape, dtype, form="nf4"):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_law_under_every_schedule(cuda_on_cpu, schedule):
     cuda_on_cpu.schedule(*schedule)
-    for shape in WAYS:
+    for shape in PLANS:
         for dtype in DTYPES:
             for label, args in cases(shape, dtype, "dense"):
                 error, bound = check_case("lora_gemv", "cuda", args)
@@ -74,20 +73,20 @@ def test_law_under_every_schedule(cuda_on_cpu, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_law_of_4_bit_bases_under_every_schedule(cuda_on_cpu, schedule):
     cuda_on_cpu.schedule(*schedule)
-    for shape in NF4_WAYS:
+    for shape in NF4_PLANS:
         for dtype in DTYPES:
             for label, args in cases(shape, dtype):
                 error, bound = check_case("lora_gemv", "cuda", args)
                 assert error <= bound, (shape, dtype, label)
 
 
-def test_ways(cuda_on_cpu):
+def test_the_plan_of_each_shape(cuda_on_cpu):
     def described(dtype, *sizes, form="dense"):
         return lora.describe("lora_gemv", torch.empty(0, dtype=dtype), *sizes, form)
 
-    for (m, k, n, r), wanted in WAYS.items():
+    for (m, k, n, r), wanted in PLANS.items():
         assert described(torch.bfloat16, m, n, k, r) == wanted
-    for (m, k, n, r), wanted in NF4_WAYS.items():
+    for (m, k, n, r), wanted in NF4_PLANS.items():
         assert described(torch.bfloat16, m, n, k, r, form="nf4") == wanted
     assert described(torch.float32, 4, 100, 64, 2, form="nf4") == "two launches"
     assert described(torch.float32, 5, 100, 64, 2, form="nf4") == "dequantize + cuBLAS"
@@ -230,9 +229,9 @@ def test_launches(cuda_on_cpu):
 
 
 def test_is_deterministic_whatever_the_order(cuda_on_cpu):
-    for shape in (*WAYS, *NF4_WAYS):
+    for shape in (*PLANS, *NF4_PLANS):
         for label, args in cases(
-            shape, torch.bfloat16, "nf4" if shape in NF4_WAYS else "dense"
+            shape, torch.bfloat16, "nf4" if shape in NF4_PLANS else "dense"
         ):
             results = []
             for schedule in (SCHEDULES[0], SCHEDULES[-1]):
@@ -341,7 +340,7 @@ def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
 LAW = """
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.test_kernels import NF4_WAYS, NORM_SHAPES, WAYS, cases
+from cuda_on_cpu.test_kernels import NF4_PLANS, NORM_SHAPES, PLANS, cases
 from peftops import backends, cuda
 from peftops.testing.law import check, check_case
 from peftops.cuda import _device, dora, lora, nf4
@@ -354,8 +353,8 @@ class Emulated:
 dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
 for dtype in {dtypes}:
-    for shape in (*WAYS, *NF4_WAYS):
-        for label, args in cases(shape, dtype, "nf4" if shape in NF4_WAYS else "dense"):
+    for shape in (*PLANS, *NF4_PLANS):
+        for label, args in cases(shape, dtype, "nf4" if shape in NF4_PLANS else "dense"):
             error, bound = check_case("lora_gemv", "cuda", args)
             assert error <= bound, (shape, dtype, label)
     for op in ("nf4_quantize", "nf4_dequantize"):

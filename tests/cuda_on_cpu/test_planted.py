@@ -1,4 +1,4 @@
-"""A test of the tests: they notice each of these bugs when it is planted alone in the kernels.
+"""A test of the tests: each of these bugs is planted in the kernels, and a run must notice it.
 
 `pytest -m slow` runs them.
 """
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
 ]
 
-BUGS = {  # (file, what stands there, what is planted, which run has to notice it)
+BUGS = {  # (file, its text, the text with the bug, which run has to notice it)
     "barrier missing before sums are added": (
         "lora.cu",
         "  __syncthreads();\n  if (g.inside) {",
@@ -293,7 +293,7 @@ import sys
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.test_emulator import SCHEDULES
-from cuda_on_cpu.test_kernels import DTYPES, NF4_WAYS, NORM_SHAPES, WAYS, cases
+from cuda_on_cpu.test_kernels import DTYPES, NF4_PLANS, NORM_SHAPES, PLANS, cases
 from peftops import cuda
 from peftops.testing.cases import CASES
 from peftops.testing.law import call, check_case
@@ -308,7 +308,7 @@ class Emulated:
         return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
 dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
-shapes = {{"dense": WAYS, "nf4": NF4_WAYS, "norm": NORM_SHAPES}}
+shapes = {{"dense": PLANS, "nf4": NF4_PLANS, "norm": NORM_SHAPES}}
 
 def of_form(form, dtype):
     for shape in shapes[form]:
@@ -373,7 +373,7 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
     elif "nf4" in file:
         form = "nf4"
     done = run(folder, noticer, form)
-    said = done.stderr.strip().splitlines() or [""]
-    report = next((line for line in said if "Sanitizer" in line), said[-1])
+    errors = done.stderr.strip().splitlines() or [""]
+    report = next((line for line in errors if "Sanitizer" in line), errors[-1])
     print(f"{bug}: {report[:160]}")
     assert done.returncode and NOTICED[noticer] in done.stderr, done.stderr[-3000:]

@@ -1,8 +1,8 @@
-"""Translates PTX, as nvcc writes it, to C++ that machine.cpp runs.
+"""Translates PTX, as nvcc writes it, to C++ for the emulator.
 
-An instruction becomes a statement and a register a variable. An instruction that is not known
-stops the translation with its text. `#line` points into the .cu file, so that errors and
-sanitizers name its lines. instructions.py has the instructions, ptx.py the types and operands.
+An instruction becomes a statement, and a register becomes a variable. An unknown instruction raises
+Unknown with its text. `#line` points into the .cu file, so that errors and sanitizers name its
+lines. instructions.py translates instructions, and ptx.py reads types and operands.
 """
 
 import re
@@ -29,7 +29,7 @@ STATEMENT = re.compile(
     r"\s*(?:\.loc\s+([^\n]*)|\.pragma[^;]*;|([\w$]+):(?!:)|[{}]"
     r"|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)",
     re.S,
-)  # a place in the source, or a label, or an instruction
+)  # a line of the source, or a label, or an instruction
 
 
 def translate(ptx):
@@ -41,7 +41,7 @@ def translate(ptx):
     if ".func" in outside:
         raise Unknown(".func: every device function has to be inlined")
     symbols = {}
-    lines = ['#include "machine.h"', "using namespace emulator;"]
+    lines = ['#include "hopper.h"', "using namespace emulator;"]
     for space, align, dtype, name, count, values in VARIABLE.findall(outside):
         if space == "shared" and count != "[]":
             raise Unknown(f"shared variable {name} outside of a kernel")
@@ -59,7 +59,7 @@ def translate(ptx):
 
 
 def split(text):
-    """The kernels of a text, as (name, parameters, body), and what stands outside of them."""
+    """The kernels, as (name, parameters, body), and the text outside of them."""
     kernels = []
     outside = ""
     while entry := re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)[^{;]*\{", text):
@@ -89,13 +89,13 @@ class Kernel(Instructions):
         self.name = name
         self.id = identifier(name)
         self.files = files
-        self.site = '"?"'  # where the instruction stands, as C++
+        self.site = '"?"'  # the instruction's file and line, as C++
         self.symbols = dict(symbols)
         self.registers = {}  # bytes, by name
         self.parameters = {}  # (offset, bytes), by name
         self.shared = []  # (name, alignment, bytes)
         self.memory = []  # declarations of local variables
-        self.place_parameters(parameters)
+        self.lay_out_parameters(parameters)
         self.declare_variables(body)
         body = VARIABLE.sub("", body)
         self.declare_registers(body)
@@ -103,15 +103,15 @@ class Kernel(Instructions):
         body = re.sub(r"\.reg\s*\.\w+\s+[^;]+;", "", body)
         self.code = list(self.statements(body.rstrip()))
 
-    def place_parameters(self, parameters):
-        at = 0
+    def lay_out_parameters(self, parameters):
+        offset = 0
         for parameter in commas(parameters):
             align, dtype, name, count = PARAMETER.match(parameter).groups()
             size = SIZES[dtype] * int(count or 1)
             align = int(align or SIZES[dtype])
-            at = -(-at // align) * align
-            self.parameters[name] = at, size
-            at += size
+            offset = -(-offset // align) * align
+            self.parameters[name] = offset, size
+            offset += size
 
     def declare_variables(self, body):
         for space, align, dtype, variable, count, _ in VARIABLE.findall(body):
@@ -142,15 +142,15 @@ class Kernel(Instructions):
 
     def statements(self, body):
         """The body's lines of C++."""
-        at = 0
-        while at < len(body):
-            statement = STATEMENT.match(body, at)
+        start = 0
+        while start < len(body):
+            statement = STATEMENT.match(body, start)
             if not statement:
-                raise Unknown(body[at : at + 80])
-            at = statement.end()
-            place, label, text = statement.groups()
-            if place:
-                file, line = self.place(place)
+                raise Unknown(body[start : start + 80])
+            start = statement.end()
+            location, label, text = statement.groups()
+            if location:
+                file, line = self.source_line(location)
                 file = self.files.get(file, "?")
                 self.site = f'"{file.rsplit("/", 1)[-1]}:{line}"'
                 yield f'#line {line} "{file}"'
@@ -159,12 +159,12 @@ class Kernel(Instructions):
             elif text and text.strip():
                 yield self.instruction(" ".join(text.split()))
 
-    def place(self, text):
-        """File and line of a .loc. For a function of NVIDIA's headers, those of its call."""
-        file, line = text.split()[:2]
-        called = re.search(r"inlined_at (\d+) (\d+)", text)
-        if called and "/include/" in self.files.get(file, ""):
-            return called.groups()
+    def source_line(self, location):
+        """The file and line of a .loc. For a function of NVIDIA's headers, those of its call."""
+        file, line = location.split()[:2]
+        call = re.search(r"inlined_at (\d+) (\d+)", location)
+        if call and "/include/" in self.files.get(file, ""):
+            return call.groups()
         return file, line
 
     def lines(self):
@@ -177,10 +177,15 @@ class Kernel(Instructions):
                 yield f"  {variable} {declared};"
         yield from [*self.memory, *self.code, "}"]
         shared = ", ".join(
-            f"{{&V_{name}, {align}, {size}}}" for name, align, size in self.shared
+            f"{{.address = &V_{name}, .align = {align}, .size = {size}}}"
+            for name, align, size in self.shared
         )
         parameters = ", ".join(
-            f"{{{at}, {size}}}" for at, size in self.parameters.values()
+            f"{{.offset = {offset}, .size = {size}}}"
+            for offset, size in self.parameters.values()
         )
-        kernel = f"{{K_{self.id}, {{{shared}}}, {{{parameters}}}, {self.asynchronous}}}"
+        kernel = (
+            f"{{.body = K_{self.id}, .shared = {{{shared}}}, "
+            f".parameters = {{{parameters}}}, .asynchronous = {self.asynchronous}}}"
+        )
         yield f'static const bool B_{self.id} = (kernels()["{self.name}"] = {kernel}, true);'
