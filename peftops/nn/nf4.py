@@ -178,7 +178,10 @@ class LinearNF4(StateDictNF4, nn.Linear):
 
         Args:
             linear: nn.Linear or transformers' Conv1D, in float32, float16 or bfloat16.
-            blocksize, double_quant, quant_type, compute_dtype: see the class.
+            blocksize: see the class, as for the arguments that follow.
+            double_quant: whether the scales are quantized too.
+            quant_type: "nf4" or "fp4".
+            compute_dtype: None computes in x's dtype.
 
         Raises:
             TypeError: linear is of another class or dtype.

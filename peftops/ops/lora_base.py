@@ -23,7 +23,7 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 class Base(NamedTuple):
     """The product x·Ŵᵀ, or the tensors of which it is computed.
 
-    Args:
+    Attributes:
         form: what tensors hold.
             "dense": [w (n, k)]; "transposed": [w (k, n)]; "given": [y0 (..., n)], the product;
             "nf4": [codes, table, *scales] of an NF4Weight.
