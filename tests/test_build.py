@@ -1,6 +1,5 @@
 """What pip installs works: a wheel without CUDA, and an sdist, outside the checkout."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from builds import TOOLS, command, make_wheel
 from tree import ROOT
 
 FOLDERS = ("peftops", "bench", "csrc", "tests", ".ci")
@@ -23,16 +23,6 @@ FILES = (
     ".clang-format",
     ".pre-commit-config.yaml",
 )
-TOOLS = ("setuptools", "pybind11", "ninja")
-
-
-def command(*args, cwd, **changes):
-    """The stdout of a command that must succeed; a failure shows stdout and stderr."""
-    done = subprocess.run(
-        args, cwd=cwd, env=os.environ | changes, text=True, capture_output=True
-    )
-    assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -48,36 +38,6 @@ def tree(tmp_path_factory):
     for name in FILES:
         shutil.copy(ROOT / name, folder)
     return folder
-
-
-def make_wheel(tree, target, **changes):
-    """Makes a wheel by pip, in an isolated environment or, where no index answers, in this one."""
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        target,
-    )
-    env = {"PEFTOPS_CUDA": "0"} | changes
-    done = subprocess.run(
-        [*pip, "--retries", "0", "."],
-        cwd=tree,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        for tool in TOOLS:
-            pytest.importorskip(
-                tool, reason=f"pip cannot fetch {tool}: {done.stderr[-300:]}"
-            )
-        command(*pip, "--no-build-isolation", ".", cwd=tree, **env)
-    (wheel,) = target.glob("*.whl")
-    return wheel
 
 
 def run_there(target, *args):

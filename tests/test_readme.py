@@ -16,7 +16,7 @@ datasets, peft, transformers, trl = map(
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
-    block
+    (page.name, block)
     for page in PAGES
     for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
 ]
@@ -74,9 +74,9 @@ def names(tmp_path, monkeypatch, tokenizer):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    "block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40]
+    "page, block", BLOCKS, ids=lambda text: text.strip().splitlines()[-1][:40]
 )
-def test_block(block, names, ops):
+def test_block(page, block, names, ops):
     model = transformers.AutoModelForCausalLM.from_pretrained("model")
     if re.search(
         r"\bTrainer\(\s*model", block
@@ -85,12 +85,12 @@ def test_block(block, names, ops):
             model, names["LoraConfig"](target_modules="all-linear")
         )
     exec(block, names | {"model": model})
-    assert ops
+    assert ops, page
     assert "lora_bwd" in ops or ".train()" not in block
 
 
 def test_there_are_blocks_of_everything():
-    readme = "\n".join(BLOCKS)
+    readme = "\n".join(block for _, block in BLOCKS)
     for code in (
         "peftops.patch(",
         "Trainer(",
