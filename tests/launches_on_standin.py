@@ -79,8 +79,10 @@ class Addresses:
     """Names addresses by the tensor that they are in, so that two calls can be compared."""
 
     def __init__(self, tensors):
-        self.names = {t.data_ptr(): f"tensor {i}" for i, t in enumerate(tensors)}
-        self.sizes = {t.data_ptr(): t.nbytes for t in tensors}
+        self.names = {
+            tensor.data_ptr(): f"tensor {i}" for i, tensor in enumerate(tensors)
+        }
+        self.sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
         self.others = {0: "none"}
 
     def name(self, address):
@@ -98,7 +100,9 @@ def events_of(call, args):
     outputs = call(*args)
     words = ctypes.POINTER(ctypes.c_uint64)()
     words = words[: driver.standin_noted(ctypes.byref(words))]
-    tensors = [t for t in _replay.tensors([*args, *every(outputs)]) if t.numel()]
+    tensors = [
+        tensor for tensor in _replay.tensors([*args, *every(outputs)]) if tensor.numel()
+    ]
     addresses = Addresses(tensors)
     products = extension.noted()
     events = []

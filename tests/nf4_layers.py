@@ -43,7 +43,7 @@ def trained(module, x):
 
 def bits(layer):
     """A copy of the state dict."""
-    return {key: t.clone() for key, t in layer.state_dict().items()}
+    return {key: tensor.clone() for key, tensor in layer.state_dict().items()}
 
 
 def same_bits(a, b):

@@ -119,11 +119,11 @@ def test_the_demo_chooses_what_this_machine_runs_fast(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(cli, "cpu_model", lambda: "a CPU")
     kernels(isa)
-    o = demo.options(argv)
-    device, chosen = demo.resolve(o)
+    options = demo.options(argv)
+    device, chosen = demo.resolve(options)
     assert (device.type == "cuda") == chosen.startswith("On a GPU")
     assert line in chosen
-    assert (o.dtype, o.steps) == (dtype, steps)
+    assert (options.dtype, options.steps) == (dtype, steps)
 
 
 def test_the_demo_says_what_it_chose(capsys, tmp_path, tiny):

@@ -16,27 +16,32 @@ W = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
 PACKED = F.quantize_nf4(W)
 
 
-def total(f):
-    return lambda x: f(x).square().sum()
+def total(function):
+    return lambda x: function(x).square().sum()
 
 
-def hessian_on_a_plane(f, x, v):
-    """By two numbers: one along v, and one added to all of x."""
-    return functional.hessian(total(lambda t: f(x + t[0] * v + t[1])), v.new_ones(2))
+def hessian_on_a_plane(function, x, direction):
+    """Along two numbers: a step in the direction, and one added to all of x."""
+    return functional.hessian(
+        total(lambda offsets: function(x + offsets[0] * direction + offsets[1])),
+        direction.new_ones(2),
+    )
 
 
-def forward_over_reverse(f, x, v):
-    return torch.func.jvp(torch.func.grad(total(f)), (x,), (v,))[1]
+def forward_over_reverse(function, x, direction):
+    return torch.func.jvp(torch.func.grad(total(function)), (x,), (direction,))[1]
 
 
-def gradient_penalty(f, x, v):
-    (g,) = grad(total(f)(x.requires_grad_()), x, create_graph=True)
-    return grad(g.square().sum(), x)[0]
+def gradient_penalty(function, x, direction):
+    (gradient,) = grad(total(function)(x.requires_grad_()), x, create_graph=True)
+    return grad(gradient.square().sum(), x)[0]
 
 
-def forward_mode(f, x, v):
+def forward_mode(function, x, direction):
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+        return forward_ad.unpack_dual(
+            function(forward_ad.make_dual(x, direction))
+        ).tangent
 
 
 DERIVATIVES = {  # of a function f at x, in the direction v
@@ -55,58 +60,77 @@ LORA = NAMES[:4]
 DORA = NAMES[:5]
 
 
-def product(t, w):
+def product(inputs, w):
     """x·Wᵀ + 0.7·(x·Aᵀ)·Bᵀ of the tensors t by name, without the bias."""
-    return t["x"] @ w.T + 0.7 * (t["x"] @ t["a"].T) @ t["b"].T
+    return inputs["x"] @ w.T + 0.7 * (inputs["x"] @ inputs["a"].T) @ inputs["b"].T
 
 
-def gain(t, w, detach=True):
+def gain(inputs, w, detach=True):
     """DoRA's magnitude / ‖W + 0.7·B·A‖, with a constant norm or a differentiated one."""
-    norm = (w + 0.7 * t["b"] @ t["a"]).norm(dim=1)
+    norm = (w + 0.7 * inputs["b"] @ inputs["a"]).norm(dim=1)
     if detach:
         norm = norm.detach()
-    return t["magnitude"] / norm
+    return inputs["magnitude"] / norm
 
 
-def lora(t, weight, **options):
+def lora(inputs, weight, **options):
     return F.lora_linear(
-        t["x"], weight, t["a"], t["b"], t["bias"], scaling=0.7, **options
+        inputs["x"],
+        weight,
+        inputs["a"],
+        inputs["b"],
+        inputs["bias"],
+        scaling=0.7,
+        **options,
     )
 
 
-def dora(t, w, **options):
+def dora(inputs, w, **options):
     return F.dora_linear(
-        t["x"], w, t["a"], t["b"], t["magnitude"], t["bias"], scaling=0.7, **options
+        inputs["x"],
+        w,
+        inputs["a"],
+        inputs["b"],
+        inputs["magnitude"],
+        inputs["bias"],
+        scaling=0.7,
+        **options,
     )
 
 
 LAYERS = {  # the names of its arguments, our layer, and the formula
-    "lora": (LORA, lora, lambda t, w: product(t, w) + t["bias"]),
+    "lora": (LORA, lora, lambda inputs, w: product(inputs, w) + inputs["bias"]),
     "few": (
         LORA,
-        lambda t, w: lora(t | {"x": t["x"][:, :3]}, w),
-        lambda t, w: (product(t, w) + t["bias"])[:, :3],
+        lambda inputs, w: lora(inputs | {"x": inputs["x"][:, :3]}, w),
+        lambda inputs, w: (product(inputs, w) + inputs["bias"])[:, :3],
     ),
     "gain": (
         DORA,
-        lambda t, w: lora(t, w, gain=t["magnitude"]),
-        lambda t, w: t["magnitude"] * product(t, w) + t["bias"],
+        lambda inputs, w: lora(inputs, w, gain=inputs["magnitude"]),
+        lambda inputs, w: inputs["magnitude"] * product(inputs, w) + inputs["bias"],
     ),
     "given": (
         (*LORA, "y0"),
-        lambda t, w: lora(t, F.Base("given", [t["y0"]])),
-        lambda t, w: t["y0"] + product(t, 0 * w) + t["bias"],
+        lambda inputs, w: lora(inputs, F.Base("given", [inputs["y0"]])),
+        lambda inputs, w: inputs["y0"] + product(inputs, 0 * w) + inputs["bias"],
     ),
     "nf4": (
         LORA,
-        lambda t, w: lora(t, PACKED),
-        lambda t, w: product(t, PACKED.dequantize(w.dtype)) + t["bias"],
+        lambda inputs, w: lora(inputs, PACKED),
+        lambda inputs, w: product(inputs, PACKED.dequantize(w.dtype)) + inputs["bias"],
     ),
-    "dora": (DORA, dora, lambda t, w: gain(t, w) * product(t, w) + t["bias"]),
+    "dora": (
+        DORA,
+        dora,
+        lambda inputs, w: gain(inputs, w) * product(inputs, w) + inputs["bias"],
+    ),
     "dora, whole": (
         DORA,
-        lambda t, w: dora(t, w, detach_norm=False),
-        lambda t, w: gain(t, w, detach=False) * product(t, w) + t["bias"],
+        lambda inputs, w: dora(inputs, w, detach_norm=False),
+        lambda inputs, w: (
+            gain(inputs, w, detach=False) * product(inputs, w) + inputs["bias"]
+        ),
     ),
 }
 
@@ -119,12 +143,12 @@ def derivative(layer, derivative_name, name, dtype):
         for name, shape in zip(NAMES, SHAPES, strict=True)
     }
     x = tensors[name]
-    v = torch.randn(x.shape).to(dtype)
+    direction = torch.randn(x.shape).to(dtype)
 
-    def f(x):
+    def function(x):
         return layer(tensors | {name: x}, W.to(dtype))
 
-    return DERIVATIVES[derivative_name](f, x, v).detach()
+    return DERIVATIVES[derivative_name](function, x, direction).detach()
 
 
 @pytest.mark.parametrize("derivative_name", DERIVATIVES)
@@ -156,10 +180,10 @@ def test_no_gradient_runs_through_another_argument():
         }
         y = layer(tensors, W.to(dtype))
         grads = grad(y.square().sum(), (x, a, b), create_graph=True)
-        return grad(sum(g.square().sum() for g in grads), (x, a, b))
+        return grad(sum(gradient.square().sum() for gradient in grads), (x, a, b))
 
-    def formula(t, w):
-        return product(t, w) + t["bias"]
+    def formula(inputs, w):
+        return product(inputs, w) + inputs["bias"]
 
     exact = second_gradients(formula, torch.float64)
     same = second_gradients(formula, torch.float32)
@@ -182,7 +206,7 @@ def test_gradients_with_a_graph_are_those_without():
     plain = gradients(torch.float32)
     with_graph = gradients(torch.float32, create_graph=True)
     assert error(with_graph, exact) <= bound(plain, exact)
-    assert all(g.requires_grad for g in with_graph)
+    assert all(gradient.requires_grad for gradient in with_graph)
 
 
 CALLS = {

@@ -13,8 +13,8 @@ MODES = [("lora", 0.0), ("lora", 0.4), ("peft", 0.4)]
 def leaves(m=70, k=64, n=48, r=8, dtype=torch.float32, bias=1.0):
     generator = torch.Generator().manual_seed(m + k)
     x, a, b, dy = (
-        torch.randn(s, generator=generator).to(dtype)
-        for s in ((m, k), (r, k), (n, r), (m, n))
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((m, k), (r, k), (n, r), (m, n))
     )
     w = torch.randn(n, k, generator=generator).to(dtype)
     magnitude = torch.randn(n, generator=generator) * 8
@@ -35,7 +35,7 @@ def formula(x, w, a, b, magnitude, bias, keep, p, mode, detach=True):
 
 
 def trained(call, tensors, dy):
-    tensors = [t.detach().requires_grad_() for t in tensors]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     y = call(*tensors)
     return [y.detach(), *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
 
@@ -59,7 +59,7 @@ def compared(tensors, w, dy, mode, p, detach=True, weight=None):
     def plain(x, a, b, magnitude, bias):
         return formula(x, w.to(x.dtype), a, b, magnitude, bias, keep, p, mode, detach)
 
-    exact = trained(plain, [t.double() for t in tensors], dy.double())
+    exact = trained(plain, [tensor.double() for tensor in tensors], dy.double())
     return trained(ours, tensors, dy), trained(plain, tensors, dy), exact
 
 
@@ -68,7 +68,7 @@ def compared(tensors, w, dy, mode, p, detach=True, weight=None):
 @pytest.mark.parametrize("mode, p", MODES)
 def test_is_its_formula(mode, p, detach, dtype):
     out, same, exact = compared(*leaves(dtype=dtype), mode, p, detach)
-    assert [t.dtype for t in out] == [dtype] * 4 + [torch.float32] * 2
+    assert [tensor.dtype for tensor in out] == [dtype] * 4 + [torch.float32] * 2
     for ours, theirs, truth in zip(out, same, exact, strict=True):
         assert error(ours, truth) <= bound(theirs, truth)
 
@@ -89,7 +89,7 @@ def test_over_a_4_bit_weight(mode, p, double_quant):
 def test_gradcheck(p, detach, mode):
     (x, a, b, m, bias), w, _ = leaves(5, 8, 6, 3)
     w = w.double()
-    tensors = [t.double().requires_grad_() for t in (x, a, b, m, bias)]
+    tensors = [tensor.double().requires_grad_() for tensor in (x, a, b, m, bias)]
     norm = F.dora_weight_norm(w, tensors[1], tensors[2]).detach()
 
     def call(*tensors):
@@ -107,7 +107,7 @@ def test_a_magnitude_that_is_the_norm_is_lora():
     (x, a, b, _, bias), w, _ = leaves(dtype=torch.bfloat16)
     m = F.dora_weight_norm(w, a, b, scaling=0.5)
     exact = F.lora_linear(
-        *(t.double() for t in (x, w, a, b)), bias.double(), scaling=0.5
+        *(tensor.double() for tensor in (x, w, a, b)), bias.double(), scaling=0.5
     )
     same = F.lora_linear(x, w, a, b, bias, scaling=0.5)
     assert error(F.dora_linear(x, w, a, b, m, bias, scaling=0.5), exact) <= bound(
@@ -169,12 +169,12 @@ def test_rows_that_are_zero_and_magnitudes_that_are_not_positive():
     b[3] = 0
     m[4] = 0
     m[5] = -2.0
-    x, a, b, m = (t.requires_grad_() for t in (x, a, b, m))
+    x, a, b, m = (tensor.requires_grad_() for tensor in (x, a, b, m))
     y = F.dora_linear(x, w, a, b, m, bias)
     y.backward(dy)
     assert torch.equal(y[:, 3:5], bias[3:5].expand(len(y), 2))
     assert m.grad[3] == 0 and m.grad[4] != 0
-    assert all(t.grad.isfinite().all() for t in (x, a, b, m))
+    assert all(tensor.grad.isfinite().all() for tensor in (x, a, b, m))
     opposite = F.dora_linear(x, w, a, b, -m, None)
     assert torch.equal(opposite, -F.dora_linear(x, w, a, b, m, None))
 
@@ -199,20 +199,24 @@ def test_every_bit_is_determined(mode, p):
 @pytest.mark.parametrize("mode, p", MODES)
 def test_saves_one_z_more_than_lora(mode, p):
     (x, a, b, m, bias), w, _ = leaves()
-    trainable = [t.requires_grad_() for t in (a, b, m, bias)]
+    trainable = [tensor.requires_grad_() for tensor in (a, b, m, bias)]
     saved = {}
 
-    def save(t):
-        return saved.setdefault(t.data_ptr(), t)
+    def save(tensor):
+        return saved.setdefault(tensor.data_ptr(), tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         F.dora_linear(x, w, *trainable, dropout_p=p, dropout_mode=mode)
-    own = {t.data_ptr() for t in (x, w, a, b, m, bias)}
+    own = {tensor.data_ptr() for tensor in (x, w, a, b, m, bias)}
     large = [
-        t for pointer, t in saved.items() if pointer not in own and t.numel() > 48 * 8
+        tensor
+        for pointer, tensor in saved.items()
+        if pointer not in own and tensor.numel() > 48 * 8
     ]
     shapes = [
-        t.shape for t in large if t.dtype is torch.float32 and t.shape[1:] != (8,)
+        tensor.shape
+        for tensor in large
+        if tensor.dtype is torch.float32 and tensor.shape[1:] != (8,)
     ]
     assert shapes == [(70, 48)]
 

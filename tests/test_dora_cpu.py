@@ -56,7 +56,7 @@ def relative(norms, exact):
 def test_every_row_is_exact(dtype, form, isa):
     """As exact as one rounding; where b·a leaves 1/1000 of a weight, as exact as torch in fp32."""
     n, k, r = 67, 14336, 16
-    w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
+    w, a, b = (torch.randn(shape).to(dtype) for shape in ((n, k), (r, k), (n, r)))
     exact = formula(w, a, b, torch.float64)
     ones = torch.ones_like(exact)
     out = relative(norm(w, a, b, form), exact)
@@ -71,8 +71,8 @@ def test_every_row_is_exact(dtype, form, isa):
 @pytest.mark.parametrize("label", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype, label):
-    t = lora(0, 700, 331, 9, dtype, **VARIANTS[label])
-    args = [t[name] for name in ("x", "base", "a", "b", "scale", "form", "block")]
+    inputs = lora(0, 700, 331, 9, dtype, **VARIANTS[label])
+    args = [inputs[name] for name in ("x", "base", "a", "b", "scale", "form", "block")]
     before = torch.get_num_threads()
     norms = []
     try:
@@ -89,7 +89,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, label):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity_stay_in_their_rows(dtype, form, isa):
     n, k, r = 71, 133, 5
-    w, a, b = (torch.randn(s).to(dtype) for s in ((n, k), (r, k), (n, r)))
+    w, a, b = (torch.randn(shape).to(dtype) for shape in ((n, k), (r, k), (n, r)))
     clean = norm(w, a, b, form)
     w[2, 0] = w[35, 70] = w[70, 132] = float("nan")
     w[3, 5] = float("inf")
@@ -110,12 +110,12 @@ def test_the_gradient_is_a_sum_over_parts_of_the_base(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_dropout(dtype, isa):
-    t = lora(5, 133, 3, 1, dtype, p=0.5)
-    x = t["x"]
-    dropped, remainder, bits = call("dora_drop", "cpu", [x, t["seed"], 0.0])
+    inputs = lora(5, 133, 3, 1, dtype, p=0.5)
+    x = inputs["x"]
+    dropped, remainder, bits = call("dora_drop", "cpu", [x, inputs["seed"], 0.0])
     assert torch.equal(dropped, x) and not remainder.any() and (bits == 255).all()
     for other in (x.flip(0), None):
-        args = [x, other, t["bits"], 0.0]
+        args = [x, other, inputs["bits"], 0.0]
         (out,) = call("dora_mix", "cpu", args)
         (same,) = call("dora_mix", "reference", args)
         (exact,) = call("dora_mix", "reference", double(args))
@@ -123,10 +123,12 @@ def test_no_dropout(dtype, isa):
 
 
 def test_the_mask_is_that_of_the_product():
-    t = lora(70, 300, 24, 4, torch.bfloat16, p=0.3)
-    t["keep_z"] = False
-    bits = call("lora_fwd", "cpu", [t[name] for name in FWD])[2]
+    inputs = lora(70, 300, 24, 4, torch.bfloat16, p=0.3)
+    inputs["keep_z"] = False
+    bits = call("lora_fwd", "cpu", [inputs[name] for name in FWD])[2]
     with backend("cpu"):
-        dropped, remainder, same = torch.ops.peftops.dora_drop(t["x"], t["seed"], 0.3)
+        dropped, remainder, same = torch.ops.peftops.dora_drop(
+            inputs["x"], inputs["seed"], 0.3
+        )
     assert torch.equal(bits, same) and (dropped == 0).any()
-    assert torch.equal(remainder[dropped == 0], t["x"][dropped == 0])
+    assert torch.equal(remainder[dropped == 0], inputs["x"][dropped == 0])

@@ -141,19 +141,20 @@ MOVES = {  # name: (a function that moves weights, whether the layer can notice)
     "other .data": (other_data, True),
     "load_state_dict": (
         lambda new: new.load_state_dict(
-            {k: t + 0.1 for k, t in new.state_dict().items()}
+            {key: tensor + 0.1 for key, tensor in new.state_dict().items()}
         ),
         True,
     ),
     "load_state_dict, assign": (
         lambda new: new.load_state_dict(
-            {k: t.clone() * 2 for k, t in new.state_dict().items()}, assign=True
+            {key: tensor.clone() * 2 for key, tensor in new.state_dict().items()},
+            assign=True,
         ),
         True,
     ),
     "load_state_dict of a model": (
         lambda new: nn.Sequential(new).load_state_dict(
-            {f"0.{k}": t + 1 for k, t in new.state_dict().items()}
+            {f"0.{key}": tensor + 1 for key, tensor in new.state_dict().items()}
         ),
         True,
     ),
@@ -237,7 +238,7 @@ def test_a_tangent_of_the_magnitude():
     """The gain that the layer keeps has no tangent, so that it must be computed again."""
     new = layer()
     token = torch.randn(2, 1, 64)
-    v = torch.randn(48)
+    direction = torch.randn(48)
     name = "lora_magnitude_vector.default.weight"
     with torch.no_grad():
         new(torch.randn(2, 5, 64))
@@ -248,19 +249,19 @@ def test_a_tangent_of_the_magnitude():
 
     def formula(dtype):
         weight, a, b, scaling = (
-            t.detach().to(dtype) if isinstance(t, torch.Tensor) else t
-            for t in new.operands("default")
+            tensor.detach().to(dtype) if isinstance(tensor, torch.Tensor) else tensor
+            for tensor in new.operands("default")
         )
         x = token.to(dtype)
-        z = x @ weight.T + scaling * (x @ a.T) @ b.T
-        return v.to(dtype) / (weight + scaling * b @ a).norm(dim=1) * z
+        product = x @ weight.T + scaling * (x @ a.T) @ b.T
+        return direction.to(dtype) / (weight + scaling * b @ a).norm(dim=1) * product
 
     tangents = [
-        torch.func.jvp(f, (magnitude(new),), (v,))[1],
-        functional.jvp(f, magnitude(new), v)[1],
+        torch.func.jvp(f, (magnitude(new),), (direction,))[1],
+        functional.jvp(f, magnitude(new), direction)[1],
     ]
     with forward_ad.dual_level(), torch.no_grad():
-        dual = forward_ad.make_dual(magnitude(new).detach(), v)
+        dual = forward_ad.make_dual(magnitude(new).detach(), direction)
         tangents.append(forward_ad.unpack_dual(f(dual)).tangent)
     exact = formula(torch.float64)
     for tangent in tangents:

@@ -71,7 +71,7 @@ def test_in_fp64_it_is_exact(base):
     y = new(x)
     new.double()
     _, a, b, _ = new.operands("default")
-    w, a, b = (t.detach().double() for t in (new.base_layer.weight, a, b))
+    w, a, b = (tensor.detach().double() for tensor in (new.base_layer.weight, a, b))
     if base == "nf4":
         codes = new.base_layer.base(torch.float64)
         w = decode(codes.tensors, codes.block, 48 * 64).view(48, 64)

@@ -17,16 +17,18 @@ from peftops.testing.cases import lora
 from peftops.testing.law import check
 
 
-def run(t, p, form):
+def run(inputs, p, form):
     """Forward and backward of a case's tensors."""
-    base = t["base"][0]
+    base = inputs["base"][0]
     weight = {"dense": base, "transposed": base.T, "given": F.Base("given", [base])}[
         form
     ]
     for name in ("x", "a", "b"):
-        t[name].requires_grad_()
-    y = F.lora_linear(t["x"], weight, t["a"], t["b"], gain=t["gain"], dropout_p=p)
-    y.backward(t["dy"])
+        inputs[name].requires_grad_()
+    y = F.lora_linear(
+        inputs["x"], weight, inputs["a"], inputs["b"], gain=inputs["gain"], dropout_p=p
+    )
+    y.backward(inputs["dy"])
 
 
 @pytest.mark.parametrize("isa", isa.NAMES)

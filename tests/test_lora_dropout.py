@@ -36,8 +36,8 @@ def test_masks_are_the_references_bit_for_bit(name, shape):
 def test_dropout_mask_is_the_mask_of_the_op():
     m, k = 7, 45
     seed = torch.tensor([-77])
-    t = lora(m, k, 24, 4, torch.float32)
-    operands = [t[name] for name in ("x", "base", "a", "b", "scale")]
+    inputs = lora(m, k, 24, 4, torch.float32)
+    operands = [inputs[name] for name in ("x", "base", "a", "b", "scale")]
     bias = gain = gate = None
     bits = torch.ops.peftops.lora_fwd(
         *operands, bias, gain, gate, seed, "dense", 0, DROPOUT, False
@@ -77,27 +77,29 @@ def test_mask_statistics(p):
 
 
 def test_no_and_full_dropout():
-    t = lora(70, 16, 24, 4, torch.float32)
-    assert torch.equal(linear(t, 0.0), linear(t, DROPOUT, training=False))
-    exact = t["x"].double() @ t["base"][0].double().T
-    assert error(linear(t, 1.0), exact) <= bound(t["x"] @ t["base"][0].T, exact)
-    grads = trained(t, 1.0, "dense")
+    inputs = lora(70, 16, 24, 4, torch.float32)
+    assert torch.equal(linear(inputs, 0.0), linear(inputs, DROPOUT, training=False))
+    exact = inputs["x"].double() @ inputs["base"][0].double().T
+    assert error(linear(inputs, 1.0), exact) <= bound(
+        inputs["x"] @ inputs["base"][0].T, exact
+    )
+    grads = trained(inputs, 1.0, "dense")
     assert not grads[2].any() and not grads[3].any()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_draws_the_same_mask(reentrant):
-    t = lora(70, 16, 24, 4, torch.float32)
+    inputs = lora(70, 16, 24, 4, torch.float32)
 
     def plain(x, a, b):
-        return F.lora_linear(x, t["base"][0], a, b, dropout_p=DROPOUT)
+        return F.lora_linear(x, inputs["base"][0], a, b, dropout_p=DROPOUT)
 
     def checkpointed(x, a, b):
         return checkpoint(plain, x, a, b, use_reentrant=reentrant)
 
     runs = []
     for call in (plain, checkpointed):
-        leaves = [t[name].clone().requires_grad_() for name in ("x", "a", "b")]
+        leaves = [inputs[name].clone().requires_grad_() for name in ("x", "a", "b")]
         torch.manual_seed(1)
         y = call(*leaves)
         if reentrant:  # such a checkpoint refuses autograd.grad

@@ -32,64 +32,77 @@ def test_nothing_along_a_side(k, n, lead):
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize("form", [*FORMS, "nf4"])
 def test_a_base_of_another_number_of_tensors(form, count):
-    t = lora(5, 16, 24, 4, torch.float32)
+    inputs = lora(5, 16, 24, 4, torch.float32)
     with pytest.raises(ValueError, match=f"lora: (w|base) must be .*, got {count}"):
-        F.lora_linear(t["x"], F.Base(form, [t["base"][0]] * count, 64), t["a"], t["b"])
+        F.lora_linear(
+            inputs["x"],
+            F.Base(form, [inputs["base"][0]] * count, 64),
+            inputs["a"],
+            inputs["b"],
+        )
 
 
 def test_any_rank_and_strides():
-    t = lora(70, 16, 24, 4, torch.float32, gain=True, experts=2)
-    y, dx = trained(t, 0.0, "dense")[:2]
+    inputs = lora(70, 16, 24, 4, torch.float32, gain=True, experts=2)
+    y, dx = trained(inputs, 0.0, "dense")[:2]
     shapes = {
         "3-d": lambda x: x.view(7, 10, -1),
         "2-d strided": lambda x: x.T.contiguous().T,
         "4-d": lambda x: x.view(7, 1, 5, 2, -1),
     }
     for name, view in shapes.items():
-        x = t["x"].detach().requires_grad_()
-        out = linear(t | {"x": view(x), "gate": view(t["gate"])})
-        grad = torch.autograd.grad(out, x, view(t["dy"]))[0]
+        x = inputs["x"].detach().requires_grad_()
+        out = linear(inputs | {"x": view(x), "gate": view(inputs["gate"])})
+        grad = torch.autograd.grad(out, x, view(inputs["dy"]))[0]
         assert out.shape == (*view(x).shape[:-1], 24), name
         assert torch.equal(out.reshape(y.shape), y) and torch.equal(grad, dx), name
-    first = linear(t | {"x": t["x"][:1], "gate": t["gate"][:1]})
-    x = t["x"][0].clone().requires_grad_()
-    vector = t | {"x": x, "gate": t["gate"][0]}
+    first = linear(inputs | {"x": inputs["x"][:1], "gate": inputs["gate"][:1]})
+    x = inputs["x"][0].clone().requires_grad_()
+    vector = inputs | {"x": x, "gate": inputs["gate"][0]}
     assert torch.equal(linear(vector), first[0])
     linear(vector).sum().backward()
     assert x.grad.shape == (16,)
 
 
 def test_zero_rows():
-    t = lora(0, 16, 24, 4, torch.float32, bias=True)
-    y, dx, da, db, dbias = trained(t, DROPOUT, "dense")
+    inputs = lora(0, 16, 24, 4, torch.float32, bias=True)
+    y, dx, da, db, dbias = trained(inputs, DROPOUT, "dense")
     assert y.shape == (0, 24) and dx.shape == (0, 16)
     assert (
-        not da.any() and not db.any() and not dbias.any() and da.shape == t["a"].shape
+        not da.any()
+        and not db.any()
+        and not dbias.any()
+        and da.shape == inputs["a"].shape
     )
 
 
 def test_a_given_product_has_any_rank_and_a_gradient():
-    t = lora(70, 16, 24, 4, torch.float32, form="given", gain=True)
-    y0 = t["base"][0].view(7, 10, 24).clone().requires_grad_()
-    x = t["x"].view(7, 10, 16).clone().requires_grad_()
+    inputs = lora(70, 16, 24, 4, torch.float32, form="given", gain=True)
+    y0 = inputs["base"][0].view(7, 10, 24).clone().requires_grad_()
+    x = inputs["x"].view(7, 10, 16).clone().requires_grad_()
     y = F.lora_linear(
-        x, F.Base("given", [y0]), t["a"], t["b"], scaling=0.7, gain=t["gain"]
+        x,
+        F.Base("given", [y0]),
+        inputs["a"],
+        inputs["b"],
+        scaling=0.7,
+        gain=inputs["gain"],
     )
-    dy = t["dy"].view(7, 10, 24)
+    dy = inputs["dy"].view(7, 10, 24)
     dx, dy0 = torch.autograd.grad(y, [x, y0], dy)
-    flat = trained(t, 0.0, "given")
+    flat = trained(inputs, 0.0, "given")
     assert torch.equal(y.view(70, 24), flat[0]) and torch.equal(
         dx.view(70, 16), flat[1]
     )
-    assert torch.equal(dy0, dy * t["gain"])
+    assert torch.equal(dy0, dy * inputs["gain"])
 
 
 def test_scaling_is_a_number_or_a_tensor():
-    t = lora(5, 16, 24, 4, torch.float32)
-    assert torch.equal(linear(t), linear(t, scaling=torch.tensor([0.7])))
-    half = linear(t, scaling=0.35)
-    assert not torch.equal(half, linear(t)) and torch.equal(
-        half, linear(t | {"b": t["b"] / 2})
+    inputs = lora(5, 16, 24, 4, torch.float32)
+    assert torch.equal(linear(inputs), linear(inputs, scaling=torch.tensor([0.7])))
+    half = linear(inputs, scaling=0.35)
+    assert not torch.equal(half, linear(inputs)) and torch.equal(
+        half, linear(inputs | {"b": inputs["b"] / 2})
     )
 
 
@@ -97,57 +110,57 @@ ERRORS = [
     (
         ValueError,
         r"lora: w must be \(24, 16\), got \(23, 16\)",
-        lambda t: {"base": [t["base"][0][:23]]},
+        lambda inputs: {"base": [inputs["base"][0][:23]]},
     ),
     (
         ValueError,
         r"lora: a must be \(4, 16\), got \(4, 15\)",
-        lambda t: {"a": t["a"][:, :15]},
+        lambda inputs: {"a": inputs["a"][:, :15]},
     ),
     (
         ValueError,
         r"lora: b must be \(24, 4\), got \(24, 3\)",
-        lambda t: {"b": t["b"][:, :3]},
+        lambda inputs: {"b": inputs["b"][:, :3]},
     ),
     (
         ValueError,
         r"lora: bias must be \(24,\), got \(23,\)",
-        lambda t: {"bias": torch.ones(23)},
+        lambda inputs: {"bias": torch.ones(23)},
     ),
     (
         ValueError,
         r"lora: gain must be \(24,\), got \(24, 1\)",
-        lambda t: {"gain": torch.ones(24, 1)},
+        lambda inputs: {"gain": torch.ones(24, 1)},
     ),
     (
         ValueError,
         r"lora: gate must be \(5, 2\), got \(4, 2\)",
-        lambda t: {"gate": torch.ones(4, 2)},
+        lambda inputs: {"gate": torch.ones(4, 2)},
     ),
     (
         TypeError,
         r"lora: a must be torch\.float32, got torch\.float16",
-        lambda t: {"a": t["a"].half()},
+        lambda inputs: {"a": inputs["a"].half()},
     ),
     (
         TypeError,
         r"lora: w must be torch\.float32, got torch\.bfloat16",
-        lambda t: {"base": [t["base"][0].bfloat16()]},
+        lambda inputs: {"base": [inputs["base"][0].bfloat16()]},
     ),
     (
         TypeError,
         r"lora: gain must be torch\.float32, got torch\.float64",
-        lambda t: {"gain": torch.ones(24).double()},
+        lambda inputs: {"gain": torch.ones(24).double()},
     ),
     (
         TypeError,
         r"lora: x must be .*, got torch\.int64",
-        lambda t: {"x": t["x"].long()},
+        lambda inputs: {"x": inputs["x"].long()},
     ),
     (
         ValueError,
         "lora: w must be frozen",
-        lambda t: {"base": [t["base"][0].requires_grad_()]},
+        lambda inputs: {"base": [inputs["base"][0].requires_grad_()]},
     ),
 ]
 
@@ -156,15 +169,15 @@ ERRORS = [
     "error_class, message, change", ERRORS, ids=[message for _, message, _ in ERRORS]
 )
 def test_errors(error_class, message, change):
-    t = lora(5, 16, 24, 4, torch.float32)
+    inputs = lora(5, 16, 24, 4, torch.float32)
     with pytest.raises(error_class, match=message):
-        linear(t | change(t))
+        linear(inputs | change(inputs))
 
 
 def test_a_base_is_checked_like_a_weight():
-    t = lora(4, 4, 4, 2, torch.float32)
-    x, a, b = (t[name] for name in ("x", "a", "b"))
-    w = t["base"][0]
+    inputs = lora(4, 4, 4, 2, torch.float32)
+    x, a, b = (inputs[name] for name in ("x", "a", "b"))
+    w = inputs["base"][0]
     with pytest.raises(ValueError, match="lora: w must be frozen"):
         F.lora_linear(x, F.Base("dense", [w.clone().requires_grad_()]), a, b)
     with pytest.raises(

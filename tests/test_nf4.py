@@ -153,7 +153,7 @@ def test_golden_vectors(i):
     q = NF4Weight.quantize(golden.weight(shape, dtype), block, double, quant_type)
     ours = [q.scales[i] for i in (0, 1, 3)] if double else q.scales
     assert golden.text(q.codes) == codes
-    assert [golden.text(t.flatten()) for t in ours] == scales
+    assert [golden.text(tensor.flatten()) for tensor in ours] == scales
     assert golden.digest(q.dequantize()) == values
 
 
@@ -215,11 +215,13 @@ def test_gradients_are_those_of_the_dequantized_weight(m, p, double):
     """Compares with fp64, in which only the weight is rounded."""
     n, k, r = 40, 96, 4
     q = F.quantize_nf4(torch.randn(n, k, dtype=torch.bfloat16), double_quant=double)
-    tensors = [torch.randn(*s).bfloat16() for s in ((m, k), (r, k), (n, r), (n,))]
+    tensors = [
+        torch.randn(*shape).bfloat16() for shape in ((m, k), (r, k), (n, r), (n,))
+    ]
 
     def grads(weight, dtype):
         torch.manual_seed(3)
-        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
         x, a, b, bias = leaves
         y = F.lora_linear(x, weight, a, b, bias, scaling=0.5, dropout_p=p)
         return [y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum() / 9, leaves)]
@@ -236,10 +238,10 @@ def test_only_codes_are_saved_for_backward():
     x = torch.randn(8, 256, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t) or t, lambda t: t
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
         F.lora_linear(x, q, torch.zeros(4, 256), torch.zeros(512, 4)).sum().backward()
-    assert max(t.nbytes for t in saved) == 512 * 256 // 2
+    assert max(tensor.nbytes for tensor in saved) == 512 * 256 // 2
 
 
 def test_a_product_does_not_call_the_op_that_dequantizes(ops):
@@ -310,7 +312,8 @@ def test_tensors_made_inside_a_mode_stay_there(mode):
     scaling = torch.rand(()).item()
     with MODES[mode]():
         inside = [
-            t if mode == "inference_mode" else torch.empty(t.shape) for t in (w, a, b)
+            tensor if mode == "inference_mode" else torch.empty(tensor.shape)
+            for tensor in (w, a, b)
         ]
         packed = F.quantize_nf4(inside[0])
         F.lora_linear(inside[0], packed, *inside[1:], scaling=scaling)

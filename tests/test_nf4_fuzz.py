@@ -79,49 +79,49 @@ def packed(text):
     return torch.tensor(list(text.encode("utf-8", "surrogatepass")), dtype=torch.uint8)
 
 
-def change_byte(t, chance):
-    t = t.clone()
-    if t.numel():
-        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(
-            256
+def change_byte(tensor, chance):
+    tensor = tensor.clone()
+    if tensor.numel():
+        tensor.flatten().view(torch.uint8)[chance.randrange(tensor.nbytes)] = (
+            chance.randrange(256)
         )
-    return t
+    return tensor
 
 
-def change_size(t, chance):
+def change_size(tensor, chance):
     choice = chance.randrange(6)
-    if choice == 0 or not t.dim():
-        return t[None]
+    if choice == 0 or not tensor.dim():
+        return tensor[None]
     if choice == 1:
-        return t[: chance.randrange(len(t) + 1)]
+        return tensor[: chance.randrange(len(tensor) + 1)]
     if choice == 2:
-        return torch.cat([t, t[: chance.randrange(1, 9)]])
+        return torch.cat([tensor, tensor[: chance.randrange(1, 9)]])
     if choice == 3:
-        return t.flatten()[:1].reshape(())
-    return t.flatten() if choice == 4 else t.reshape(1, -1)
+        return tensor.flatten()[:1].reshape(())
+    return tensor.flatten() if choice == 4 else tensor.reshape(1, -1)
 
 
-def change_layout(t, chance):
+def change_layout(tensor, chance):
     choice = chance.randrange(5)
     if choice == 0:
-        return torch.stack([t, t], -1)[..., 0]  # strides
+        return torch.stack([tensor, tensor], -1)[..., 0]  # strides
     if choice == 1:
-        return t.to("meta")
+        return tensor.to("meta")
     if choice == 2:
-        return t.to_sparse()
+        return tensor.to_sparse()
     if choice == 3:
-        return t.double().requires_grad_()
-    return t.float() * float("nan")
+        return tensor.double().requires_grad_()
+    return tensor.float() * float("nan")
 
 
-def change_state(t, chance):
+def change_state(tensor, chance):
     """Changes a member of the JSON object, or the whole text."""
     try:
-        state = json.loads(bytes(t.tolist()))
+        state = json.loads(bytes(tensor.tolist()))
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
-        return t
+        return tensor
     if not isinstance(state, dict) or not state:
-        return t
+        return tensor
     choice = chance.randrange(6)
     key = chance.choice(list(state))
     if choice == 0:
@@ -138,26 +138,28 @@ def mutate(tensors, chance):
     key = chance.choice(list(tensors))
     if chance.random() < 0.3:
         key = state_key(tensors) or key
-    t = tensors[key]
+    tensor = tensors[key]
     choice = chance.randrange(8)
-    if choice == 0 or not isinstance(t, torch.Tensor):
-        return {other: v for other, v in tensors.items() if other != key}
+    if choice == 0 or not isinstance(tensor, torch.Tensor):
+        return {other: value for other, value in tensors.items() if other != key}
     if choice == 1:
-        return tensors | {chance.choice(list(tensors)): t}
+        return tensors | {chance.choice(list(tensors)): tensor}
     if choice == 2:
-        numbers = [] if t.is_meta else t.tolist()
+        numbers = [] if tensor.is_meta else tensor.tolist()
         return tensors | {key: chance.choice([None, 1.0, "text", numbers])}
     if choice == 3:
         new = f"{key}{chance.choice(['2', '.x', ''])}"
-        return {other if other != key else new: v for other, v in tensors.items()}
-    if t.is_meta or t.layout is not torch.strided:
+        return {
+            other if other != key else new: value for other, value in tensors.items()
+        }
+    if tensor.is_meta or tensor.layout is not torch.strided:
         return tensors
     if choice == 4:
-        return tensors | {key: t.to(chance.choice(CASTS))}
+        return tensors | {key: tensor.to(chance.choice(CASTS))}
     change = change_state
     if not key.startswith(STATE):
         change = chance.choice([change_byte, change_size, change_layout])
-    return tensors | {key: change(t, chance)}
+    return tensors | {key: change(tensor, chance)}
 
 
 def mutations(count, seed, more=None):
@@ -218,7 +220,7 @@ def test_weights():
 def contents(layer):
     """Copies of a layer's tensors, and its format."""
     named = (*layer.named_parameters(), *layer.named_buffers())
-    tensors = {name: t.clone() for name, t in named}
+    tensors = {name: tensor.clone() for name, tensor in named}
     settings = (
         layer.weight_dtype,
         layer.blocksize,
@@ -235,7 +237,7 @@ def unchanged(layer, before):
     return (
         settings == old_settings
         and list(tensors) == list(old_tensors)
-        and all(same(tensors[name], t) for name, t in old_tensors.items())
+        and all(same(tensors[name], tensor) for name, tensor in old_tensors.items())
     )
 
 
@@ -317,7 +319,11 @@ def test_a_strict_load_of_too_little_or_too_much_changes_nothing():
     for change in ({"weight2": torch.ones(1)}, {"bias": None}):
         layer = LinearNF4(K, N)
         before = contents(layer)
-        tensors = {key: t for key, t in (state | change).items() if t is not None}
+        tensors = {
+            key: tensor
+            for key, tensor in (state | change).items()
+            if tensor is not None
+        }
         with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
             layer.load_state_dict(tensors)
         assert unchanged(layer, before)

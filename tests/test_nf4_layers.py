@@ -23,8 +23,8 @@ def test_trains_like_the_weight_it_stands_for(dtype, rows, bias):
     exact = trained(dense(layer, torch.float64), x.double())
     same = trained(dense(layer, dtype), x)
     out = trained(layer, x)
-    assert [t.dtype for t in out] == [t.dtype for t in same]
-    assert [t.shape for t in out] == [t.shape for t in same]
+    assert [tensor.dtype for tensor in out] == [tensor.dtype for tensor in same]
+    assert [tensor.shape for tensor in out] == [tensor.shape for tensor in same]
     if x.numel():
         assert error(out, exact) <= bound(same, exact)
 

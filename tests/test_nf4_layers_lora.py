@@ -50,7 +50,8 @@ def test_lora_over_4_bits(dtype, options):
     exact = trained(wide, x.double(), lambda x: formula(wide, x, torch.float64))
     same = trained(narrow, x, lambda x: formula(narrow, x, dtype))
     out = trained(model, x, model)
-    assert out[0].dtype == dtype and {g.dtype for g in out[2:]} == {torch.float32}
+    assert out[0].dtype == dtype
+    assert {gradient.dtype for gradient in out[2:]} == {torch.float32}
     assert error(out, exact) <= bound(same, exact)
 
 
@@ -148,6 +149,6 @@ def test_loads_what_torch_distributed_makes_of_a_state_dict(strict, double):
     result = dcp.set_model_state_dict(target, dict(state), options=options)
     assert same_bits(bits(source), bits(target))
     assert not result.missing_keys and not result.unexpected_keys
-    adapters = {key: t + 1 for key, t in state.items() if "lora" in key}
+    adapters = {key: tensor + 1 for key, tensor in state.items() if "lora" in key}
     dcp.set_model_state_dict(target, dict(adapters), options=options)
     assert same_bits(bits(source) | adapters, bits(target))

@@ -141,8 +141,8 @@ def test_writes_the_file_that_bitsandbytes_writes(
 def test_bitsandbytes_loads_what_it_writes(bnb):
     state = LinearNF4.from_linear(linear()).state_dict()
     stats = {
-        key.removeprefix("weight."): t
-        for key, t in state.items()
+        key.removeprefix("weight."): tensor
+        for key, tensor in state.items()
         if key.startswith("weight.")
     }
     weight = bnb.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")

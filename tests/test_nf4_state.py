@@ -43,12 +43,14 @@ def test_the_state_is_bitsandbytes(double, quant_type):
     codes, state = bnb.quantize_4bit(
         w, blocksize=64, quant_type=quant_type, compress_statistics=double
     )
-    theirs = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    theirs = {
+        f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
+    }
     theirs["weight"] = codes
     ours = NF4Weight.quantize(w, 64, double, quant_type).state_dict()
     assert set(ours) == set(theirs)
-    for key, t in theirs.items():
-        assert torch.equal(ours[key], t) and ours[key].dtype == t.dtype, key
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor) and ours[key].dtype == tensor.dtype, key
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -56,8 +58,8 @@ def test_round_trip(double):
     tensors = saved(double, shape=(7, 33))
     again = NF4Weight.load(tensors)
     assert again.shape == (7, 33) and again.dtype == torch.float32 and again.block == 64
-    for key, t in again.state_dict().items():
-        assert torch.equal(t, tensors[key]), key
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, tensors[key]), key
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
@@ -71,11 +73,16 @@ def test_codes_may_be_stored_as_another_type(storage):
 def test_memory_that_is_not_aligned():
     tensors = saved()
     moved = {}
-    for key, t in tensors.items():
-        memory = torch.empty(t.nbytes + t.element_size(), dtype=torch.uint8)
-        moved[key] = memory[t.element_size() :].view(t.dtype).view(t.shape).copy_(t)
+    for key, tensor in tensors.items():
+        memory = torch.empty(tensor.nbytes + tensor.element_size(), dtype=torch.uint8)
+        moved[key] = (
+            memory[tensor.element_size() :]
+            .view(tensor.dtype)
+            .view(tensor.shape)
+            .copy_(tensor)
+        )
     assert torch.equal(values(moved), values(tensors))
-    assert all(t.data_ptr() % 16 == 0 for t in NF4Weight.load(moved).base)
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in NF4Weight.load(moved).base)
 
 
 CASTS = torch.bfloat16, torch.float16, torch.float64
@@ -88,16 +95,19 @@ def test_a_state_that_was_cast_with_its_model(quant_type, double, cast):
     """Scales stay rounded; the table of 16 values is that of the quant_type, as in bitsandbytes."""
     tensors = saved(double, quant_type=quant_type)
     narrow = {
-        key: t.to(cast) if t.is_floating_point() else t for key, t in tensors.items()
+        key: tensor.to(cast) if tensor.is_floating_point() else tensor
+        for key, tensor in tensors.items()
     }
     rounded = {
-        key: t.float() if t.is_floating_point() else t for key, t in narrow.items()
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in narrow.items()
     }
     rounded["weight.quant_map"] = tensors["weight.quant_map"]
     assert narrow["weight.quant_map"].dtype is cast
     assert torch.equal(values(narrow), values(rounded))
     assert all(
-        t.dtype in (torch.uint8, torch.float32) for t in NF4Weight.load(narrow).base
+        tensor.dtype in (torch.uint8, torch.float32)
+        for tensor in NF4Weight.load(narrow).base
     )
 
 
@@ -106,7 +116,9 @@ def state_with(**changes):
 
     def change(tensors):
         state = unpacked(tensors) | changes
-        return {STATE: packed({k: v for k, v in state.items() if v != "gone"})}
+        return {
+            STATE: packed({k: value for k, value in state.items() if value != "gone"})
+        }
 
     return change
 
@@ -114,51 +126,60 @@ def state_with(**changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: {"weight": None}, "weight must be a tensor, got none"),
+        (lambda tensors: {"weight": None}, "weight must be a tensor, got none"),
         (
-            lambda t: {"weight": t["weight"][:-1]},
+            lambda tensors: {"weight": tensors["weight"][:-1]},
             r"weight must be 480 bytes for \[24, 40\] in .*nf4, got 479",
         ),
         (
-            lambda t: {"weight.absmax": t["weight.absmax"][:-1]},
+            lambda tensors: {"weight.absmax": tensors["weight.absmax"][:-1]},
             r"weight.absmax must be \(15,\), got \(14,\)",
         ),
         (
-            lambda t: {"weight.absmax": t["weight.absmax"].float()},
+            lambda tensors: {"weight.absmax": tensors["weight.absmax"].float()},
             "weight.absmax must be torch.uint8",
         ),
         (
-            lambda t: {
-                "weight.nested_absmax": t["weight.nested_absmax"] * float("nan")
+            lambda tensors: {
+                "weight.nested_absmax": tensors["weight.nested_absmax"] * float("nan")
             },
             "nested_absmax must be finite",
         ),
         (
-            lambda t: {"weight.nested_absmax": None},
+            lambda tensors: {"weight.nested_absmax": None},
             "weight.nested_absmax must be a tensor",
         ),
         (
-            lambda t: {"weight.quant_map": t["weight.quant_map"].int()},
+            lambda tensors: {"weight.quant_map": tensors["weight.quant_map"].int()},
             "weight.quant_map must be torch.float32",
         ),
         (
-            lambda t: {"weight.quant_map": t["weight.quant_map"] * 0.99},
+            lambda tensors: {"weight.quant_map": tensors["weight.quant_map"] * 0.99},
             "weight.quant_map must be the values of nf4",
         ),
         (
-            lambda t: {"weight.nested_quant_map": t["weight.quant_map"]},
+            lambda tensors: {"weight.nested_quant_map": tensors["weight.quant_map"]},
             r"nested_quant_map must be \(256,\)",
         ),
         (
-            lambda t: {STATE: None},
+            lambda tensors: {STATE: None},
             "there must be one key weight.quant_state.bitsandbytes__nf4",
         ),
-        (lambda t: {STATE: packed(b"{")}, "bitsandbytes__nf4 must be JSON"),
-        (lambda t: {STATE: packed(b"\xff\xfe")}, "bitsandbytes__nf4 must be JSON"),
-        (lambda t: {STATE: packed([])}, "bitsandbytes__nf4 must be a JSON object"),
-        (lambda t: {STATE: packed(b"[" * 60000)}, "bitsandbytes__nf4 must be JSON"),
+        (lambda tensors: {STATE: packed(b"{")}, "bitsandbytes__nf4 must be JSON"),
         (
-            lambda t: {STATE: packed(b"[" * 100000)},
+            lambda tensors: {STATE: packed(b"\xff\xfe")},
+            "bitsandbytes__nf4 must be JSON",
+        ),
+        (
+            lambda tensors: {STATE: packed([])},
+            "bitsandbytes__nf4 must be a JSON object",
+        ),
+        (
+            lambda tensors: {STATE: packed(b"[" * 60000)},
+            "bitsandbytes__nf4 must be JSON",
+        ),
+        (
+            lambda tensors: {STATE: packed(b"[" * 100000)},
             "bitsandbytes__nf4 must be at most 65536 bytes, got 100000",
         ),
         (state_with(quant_type="fp4"), "quant_type in .* must be 'nf4'"),
@@ -197,29 +218,37 @@ def test_a_damaged_state_is_refused_by_its_key(change, message):
     tensors = saved()
     tensors |= change(tensors)
     with pytest.raises((ValueError, TypeError), match=message):
-        NF4Weight.load({key: t for key, t in tensors.items() if t is not None})
+        NF4Weight.load(
+            {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        )
 
 
 def mutate(tensors, chance):
     """Changes a byte, a length, a dtype or a key."""
     key = chance.choice(list(tensors))
-    t = tensors[key].clone()
+    tensor = tensors[key].clone()
     choice = chance.randrange(6)
     if choice == 0:
-        t.flatten().view(torch.uint8)[chance.randrange(t.nbytes)] = chance.randrange(
-            256
+        tensor.flatten().view(torch.uint8)[chance.randrange(tensor.nbytes)] = (
+            chance.randrange(256)
         )
     elif choice == 1:
-        t = t[: chance.randrange(len(t) + 1)] if t.dim() else t[None]
+        tensor = (
+            tensor[: chance.randrange(len(tensor) + 1)]
+            if tensor.dim()
+            else tensor[None]
+        )
     elif choice == 2:
-        t = t.to(chance.choice([torch.float16, torch.int64, torch.uint8, torch.bool]))
+        tensor = tensor.to(
+            chance.choice([torch.float16, torch.int64, torch.uint8, torch.bool])
+        )
     elif choice == 3:
-        t = torch.cat([t, t[: chance.randrange(1, 9)]])
+        tensor = torch.cat([tensor, tensor[: chance.randrange(1, 9)]])
     elif choice == 4:
-        return {other: v for other, v in tensors.items() if other != key}
+        return {other: value for other, value in tensors.items() if other != key}
     else:
-        return tensors | {chance.choice(list(tensors)): t}
-    return tensors | {key: t}
+        return tensors | {chance.choice(list(tensors)): tensor}
+    return tensors | {key: tensor}
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -149,9 +149,8 @@ def test_autocast():
     exact = trained(wide, x.double(), lambda x: formula(wide, x))
     same = trained(model, x, autocast(lambda x: formula(model, x)))
     out = trained(model, x, autocast(model))
-    assert [t.dtype for t in out] == [t.dtype for t in same] and out[
-        0
-    ].dtype == torch.bfloat16
+    assert [tensor.dtype for tensor in out] == [tensor.dtype for tensor in same]
+    assert out[0].dtype == torch.bfloat16
     assert error(out, exact) <= bound(same, exact)
 
 
@@ -190,7 +189,7 @@ def test_changing_scaling_recompiles_at_most_once(dynamic):
 
 def test_moves_with_its_model():
     model = layer(lora_dropout=0.1).bfloat16()
-    assert {t.dtype for t in model.state_dict().values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
     assert model.scaling == 1.5
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     other = layer(lora_dropout=0.1).bfloat16()

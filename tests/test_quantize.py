@@ -70,7 +70,9 @@ def test_every_linear_layer_is_quantized_and_nothing_else(
     assert index["weight_map"] == {
         key: name for name, keys in shards.items() for key in keys
     }
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in expected.values()
+    )
     copied = {name for name in files(folder) if not name.endswith(".bin")}
     assert set(files(tmp_path / "out")) == copied and len(shards) > 3
 
@@ -251,11 +253,11 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(
 def alive():
     """{address: bytes} of the memory that tensors own."""
     tensors = [
-        t
-        for t in gc.get_objects()
-        if type(t) is torch.Tensor and t.device.type == "cpu"
+        tensor
+        for tensor in gc.get_objects()
+        if type(tensor) is torch.Tensor and tensor.device.type == "cpu"
     ]
-    return {t.untyped_storage().data_ptr(): t.nbytes for t in tensors}
+    return {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
 
 
 def test_memory_holds_two_shards_at_most(checkpoint, tmp_path, monkeypatch):

@@ -265,8 +265,8 @@ def loaded(held):
     return tensors
 
 
-def bits(t):
-    return t.flatten().view(torch.uint8)
+def bits(tensor):
+    return tensor.flatten().view(torch.uint8)
 
 
 def right(source, out, config):

@@ -169,7 +169,7 @@ def test_metadata_may_be_null(model):
     edit_index(lambda index: index.update(metadata=None))(model)
     out = model.parent / "out"
     assert main(["quantize", str(model), str(out)]) == 0
-    size = sum(t.nbytes for t in tensors(out).values())
+    size = sum(tensor.nbytes for tensor in tensors(out).values())
     index = json.loads((out / INDEX).read_text())
     assert index["metadata"] == {"total_size": size}
 

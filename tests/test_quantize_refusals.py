@@ -67,22 +67,25 @@ def rename(key, other):
 
 
 BAD = {
-    "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "there is no config.json",
+    ),
     "config is not JSON": (
-        lambda f: (f / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text("{"),
         "cannot read",
     ),
     "config is a list": (
-        lambda f: (f / "config.json").write_text("[]"),
+        lambda folder: (folder / "config.json").write_text("[]"),
         "must hold a JSON object",
     ),
     "no safetensors": (no_weights, "has no weights in safetensors"),
     "already quantized": (
-        lambda f: set_config(f, quantization_config={"load_in_4bit": True}),
+        lambda folder: set_config(folder, quantization_config={"load_in_4bit": True}),
         "already quantized",
     ),
     "unknown model": (
-        lambda f: set_config(f, model_type="nothing", architectures=None),
+        lambda folder: set_config(folder, model_type="nothing", architectures=None),
         "cannot make the model",
     ),
     "integers": (change_a_tensor(Q, lambda w: w.to(torch.int8)), f"{Q} is I8"),
@@ -90,14 +93,17 @@ BAD = {
         change_a_tensor(Q, lambda w: w[:32].clone()),
         "must be (64, 64) by config.json, got (32, 64)",
     ),
-    "truncated shard": (lambda f: truncate(shard(f)), "cannot read the shard"),
-    "shard of zeros": (
-        lambda f: shard(f).write_bytes(bytes(5000)),
+    "truncated shard": (
+        lambda folder: truncate(shard(folder)),
         "cannot read the shard",
     ),
-    "lost shard": (lambda f: shard(f).unlink(), "lacks the shard"),
+    "shard of zeros": (
+        lambda folder: shard(folder).write_bytes(bytes(5000)),
+        "cannot read the shard",
+    ),
+    "lost shard": (lambda folder: shard(folder).unlink(), "lacks the shard"),
     "index is not JSON": (
-        lambda f: (f / INDEX).write_text("{"),
+        lambda folder: (folder / INDEX).write_text("{"),
         "cannot read",
     ),
     "index of nothing": (edit_map(dict.clear), "weight_map must name the file"),
@@ -114,33 +120,38 @@ BAD = {
         "nested more than 100 deep",
     ),
     "config is deep": (
-        lambda f: set_config(f, more=nested(500)),
+        lambda folder: set_config(folder, more=nested(500)),
         "nested more than 100 deep",
     ),
     "config is deeper": (
-        lambda f: (f / "config.json").write_text('{"a":' * 100_000),
+        lambda folder: (folder / "config.json").write_text('{"a":' * 100_000),
         "nested more than 100 deep",
     ),
     "endless layers": (
-        lambda f: set_config(f, num_hidden_layers=10**9),
+        lambda folder: set_config(folder, num_hidden_layers=10**9),
         "num_hidden_layers is 1000000000",
     ),
     "too many layers": (
-        lambda f: set_config(f, num_hidden_layers=10**5),
+        lambda folder: set_config(folder, num_hidden_layers=10**5),
         "asks for more than",
     ),
     "endless labels": (
-        lambda f: set_config(f, num_labels=10**9),
+        lambda folder: set_config(folder, num_labels=10**9),
         "num_labels is 1000000000",
     ),
     "another's code": (
-        lambda f: set_config(f, model_type="new", auto_map={"AutoConfig": "a.A"}),
+        lambda folder: set_config(
+            folder, model_type="new", auto_map={"AutoConfig": "a.A"}
+        ),
         "cannot make the",
     ),
-    "linked config": (lambda f: link_out(f / "config.json"), "is a link out of MODEL"),
-    "linked shard": (lambda f: link_out(shard(f)), "is a link out of MODEL"),
+    "linked config": (
+        lambda folder: link_out(folder / "config.json"),
+        "is a link out of MODEL",
+    ),
+    "linked shard": (lambda folder: link_out(shard(folder)), "is a link out of MODEL"),
     "linked index": (
-        lambda f: link_out(f / INDEX),
+        lambda folder: link_out(folder / INDEX),
         "is a link out of MODEL",
     ),
     "one weight twice": (

@@ -75,8 +75,8 @@ def changes():
 
         return change
 
-    def shifted(t):
-        return torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+    def shifted(tensor):
+        return torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
 
     def halved(args):
         args[0] = args[0].half()
@@ -182,7 +182,11 @@ def test_a_plan_keeps_no_tensor_alive():
         args = copied(args)
         outs = twice(op(name), args)
         tensors = [*_replay.tensors(args), *outs]
-        references = [weakref.ref(t) for t in tensors if t.numel() and t.dim() == 2]
+        references = [
+            weakref.ref(tensor)
+            for tensor in tensors
+            if tensor.numel() and tensor.dim() == 2
+        ]
         del args, outs, tensors
         assert [r() for r in references if r() is not None] == [], name
 
@@ -194,10 +198,10 @@ def test_outputs_of_two_replays_are_not_one():
         w = torch.randn(n, k)
         a = torch.randn(r, k, requires_grad=True)
         b = torch.randn(n, r, requires_grad=True)
-        ys = [F.lora_linear(x, w, a, b, dropout_p=0.1) for _ in range(4)]
-        grads = [torch.autograd.grad(y.sum(), [a, b]) for y in ys]
-        tensors = [*ys, *(g for pair in grads for g in pair)]
-        assert len({id(t) for t in tensors}) == len(tensors), (m, k, n, r)
+        outputs = [F.lora_linear(x, w, a, b, dropout_p=0.1) for _ in range(4)]
+        grads = [torch.autograd.grad(y.sum(), [a, b]) for y in outputs]
+        tensors = [*outputs, *(gradient for pair in grads for gradient in pair)]
+        assert len({id(tensor) for tensor in tensors}) == len(tensors), (m, k, n, r)
 
 
 def test_training_replays_plans_made_in_inference_mode():

@@ -215,7 +215,7 @@ def test_calls_get_tensors_for_temporaries_and_launches_a_scratch():
         _replay.noting().launch(None, 1, (1, 1, 1), 32, 0, pointers, None)
 
     written = Numbered(notes_of(body, x, out=y))
-    assert [t.numel() for t in written.temporaries] == [3]
-    assert [t.numel() for t in written.scratch] == [100, 4]
+    assert [tensor.numel() for tensor in written.temporaries] == [3]
+    assert [tensor.numel() for tensor in written.scratch] == [100, 4]
     _, *launch = written.launch(*written.notes.steps[1][1:])
     assert launch[-1] == [(0, 3, 0), (1, 4, 0)]  # after x, y and the tensor of the call

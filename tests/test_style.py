@@ -49,7 +49,10 @@ def test_lines_are_short():
 
 def test_names_of_functions_say_what_they_do():
     vague = [
-        f"{name(p)}:{f.name}" for p in PYTHON for f in functions(p) if f.name in VAGUE
+        f"{name(path)}:{function.name}"
+        for path in PYTHON
+        for function in functions(path)
+        if function.name in VAGUE
     ]
     assert vague == []
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 import peftops.functional  # noqa: F401  registers the ops
 from peftops.ops.nf4_tables import bounds, four_bits
-from peftops.testing.cases import BWD, FWD, GEMV, NORM, lora, nf4
+from peftops.testing.cases import BWD, FWD, GEMV, NORM, NORM_BWD, lora, nf4
 from peftops.testing.law import call, check, check_case
 from peftops.triton import _gemm, _tile, dora, lora_gemv, lora_product
 from peftops.triton.lora import describe
@@ -94,9 +94,9 @@ def test_stripes_cover_and_fill(monkeypatch):
 @triton.jit
 def copy_kernel(OUT, P, ROW, ROWS, COLS, BM: tl.constexpr, BN: tl.constexpr):
     o_n = tl.arange(0, BN)
-    t = _tile.load_tile(P, ROW + tl.arange(0, BM), o_n, ROWS, COLS)
-    _tile.store_tile(OUT, t, tl.arange(0, BM), o_n, BM, COLS)
-    _tile.store_tile(P, t + 1, ROW + tl.arange(0, BM), o_n, ROWS, COLS)
+    tile = _tile.load_tile(P, ROW + tl.arange(0, BM), o_n, ROWS, COLS)
+    _tile.store_tile(OUT, tile, tl.arange(0, BM), o_n, BM, COLS)
+    _tile.store_tile(P, tile + 1, ROW + tl.arange(0, BM), o_n, ROWS, COLS)
 
 
 def test_more_than_two_to_the_31_elements():
@@ -114,8 +114,11 @@ def test_more_than_two_to_the_31_elements():
 
 @triton.jit
 def bytes_kernel(OUT, SEED, COUNTER, threshold):
-    o = tl.arange(0, 8)
-    tl.store(OUT + o, _tile.keep_bytes(tl.load(SEED), tl.load(COUNTER + o), threshold))
+    offsets = tl.arange(0, 8)
+    tl.store(
+        OUT + offsets,
+        _tile.keep_bytes(tl.load(SEED), tl.load(COUNTER + offsets), threshold),
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 0x123456789ABCDEF, 2**62 - 1, -1])
@@ -129,14 +132,19 @@ def test_philox_of_large_counters(seed):
 def byte_of(counter, seed, threshold):
     """Philox4x32-7 on Python's integers, as in its paper (Salmon et al. 2011)."""
     word = 2**32 - 1
-    c = [counter & word, counter >> 32, 0, 0]
+    words = [counter & word, counter >> 32, 0, 0]
     k = [seed & word, seed >> 32 & word]
     for _ in range(7):
-        a = 0xD2511F53 * c[0]
-        b = 0xCD9E8D57 * c[2]
-        c = [b >> 32 ^ c[1] ^ k[0], b & word, a >> 32 ^ c[3] ^ k[1], a & word]
+        a = 0xD2511F53 * words[0]
+        b = 0xCD9E8D57 * words[2]
+        words = [
+            b >> 32 ^ words[1] ^ k[0],
+            b & word,
+            a >> 32 ^ words[3] ^ k[1],
+            a & word,
+        ]
         k = [k[0] + 0x9E3779B9 & word, k[1] + 0xBB67AE85 & word]
-    draws = [half for draw in c for half in (draw & 0xFFFF, draw >> 16)]
+    draws = [half for draw in words for half in (draw & 0xFFFF, draw >> 16)]
     return sum((draw >= threshold) << i for i, draw in enumerate(draws))
 
 
@@ -224,19 +232,19 @@ def test_products_read_the_same_bits(
     """Rows of the identity give the weight itself: forward, for few rows, and backward."""
     if product == "cublas":
         by_cublas(monkeypatch)
-    t = lora(1, k, n, 0, dtype, form="nf4", block=block, nested=nested)
-    codes, table, *scales = t["base"]
+    inputs = lora(1, k, n, 0, dtype, form="nf4", block=block, nested=nested)
+    codes, table, *scales = inputs["base"]
     args = [codes, table, scales, block, n * k, dtype]
     w = call("nf4_dequantize", "reference", args)[0].view(n, k)
-    t |= {"x": torch.eye(k, dtype=dtype), "dy": torch.eye(n, dtype=dtype)}
+    inputs |= {"x": torch.eye(k, dtype=dtype), "dy": torch.eye(n, dtype=dtype)}
     for op, names in (("lora_fwd", FWD), ("lora_gemv", GEMV)):
-        assert torch.equal(call(op, "triton", [t[name] for name in names])[0], w.T)
-    t |= {"x": torch.zeros(n, k, dtype=dtype), "h": torch.zeros(n, 0, dtype=dtype)}
-    t |= {
+        assert torch.equal(call(op, "triton", [inputs[name] for name in names])[0], w.T)
+    inputs |= {"x": torch.zeros(n, k, dtype=dtype), "h": torch.zeros(n, 0, dtype=dtype)}
+    inputs |= {
         "bits": torch.empty(n, 0, dtype=torch.uint8),
         "z": torch.empty(n, 0, dtype=dtype),
     }
-    assert torch.equal(call("lora_bwd", "triton", [t[name] for name in BWD])[0], w)
+    assert torch.equal(call("lora_bwd", "triton", [inputs[name] for name in BWD])[0], w)
     assert len(decoded) == (3 if product == "cublas" else 0)
 
 
@@ -250,8 +258,8 @@ def test_scratch_of_a_few_rows(op, names, shape, decoded, monkeypatch):
     for scratch, count in ((200, 3), (1, 10)):
         monkeypatch.setattr(lora_product, "SCRATCH", scratch)
         decoded.clear()
-        t = lora(*shape, torch.float16, form="nf4", nested=True, gain=True)
-        error, bound = check_case(op, "triton", [t[name] for name in names])
+        inputs = lora(*shape, torch.float16, form="nf4", nested=True, gain=True)
+        error, bound = check_case(op, "triton", [inputs[name] for name in names])
         assert error <= bound and len(decoded) >= count
         length = shape[2] if op == "lora_bwd" else shape[1]  # of a column, or of a row
         largest = max(2 * rows * columns for rows, columns in decoded)
@@ -266,8 +274,8 @@ def test_how_much_the_scratch_holds():
     assert lora_product.slice_columns(8, 2**25, HALF) == 1
 
 
-def norm(t):
-    return call("dora_norm", "triton", [t[name] for name in NORM])[0]
+def norm(inputs):
+    return call("dora_norm", "triton", [inputs[name] for name in NORM])[0]
 
 
 @pytest.mark.parametrize(
@@ -280,26 +288,28 @@ def norm(t):
 )
 def test_norm_in_parts(shape, options):
     """The law holds in stripes of columns, with ranks in registers or not, and bits repeat."""
-    t = lora(*shape, torch.bfloat16, **options)
-    error, bound = check_case("dora_norm", "triton", [t[name] for name in NORM])
+    inputs = lora(*shape, torch.bfloat16, **options)
+    error, bound = check_case("dora_norm", "triton", [inputs[name] for name in NORM])
     assert error <= bound
-    assert torch.equal(norm(t), norm(t))
+    assert torch.equal(norm(inputs), norm(inputs))
 
 
 def test_norm_where_the_adapter_undoes_the_weight():
     """A thousandth of the weight is left, which a sum of the expanded squares would lose."""
-    t = lora(0, 512, 64, 8, torch.float32)
-    t["scale"].fill_(1)
-    t["base"] = [-(t["b"].double() @ t["a"].double() * (1 + 1e-3)).float()]
-    error, bound = check_case("dora_norm", "triton", [t[name] for name in NORM])
+    inputs = lora(0, 512, 64, 8, torch.float32)
+    inputs["scale"].fill_(1)
+    inputs["base"] = [
+        -(inputs["b"].double() @ inputs["a"].double() * (1 + 1e-3)).float()
+    ]
+    error, bound = check_case("dora_norm", "triton", [inputs[name] for name in NORM])
     assert error <= bound
 
 
 def test_norm_of_a_row_with_a_nan():
-    t = lora(0, 264, 40, 4, torch.bfloat16)
-    expected = norm(t)
-    t["base"][0][7, 200] = float("nan")
-    out = norm(t)
+    inputs = lora(0, 264, 40, 4, torch.bfloat16)
+    expected = norm(inputs)
+    inputs["base"][0][7, 200] = float("nan")
+    out = norm(inputs)
     assert out[7].isnan()
     assert torch.equal(out[:7], expected[:7]) and torch.equal(out[8:], expected[8:])
 
@@ -321,13 +331,13 @@ def test_ranks_that_are_held(monkeypatch):
 def test_scratch_of_the_gradient_of_a_norm(decoded, monkeypatch):
     """The law holds where 4-bit weights are decoded in slices."""
     monkeypatch.setattr(lora_product, "SCRATCH", 2 * 45 * 7)
-    t = lora(0, 45, 33, 20, torch.float16, form="nf4", nested=True)
-    t |= {
+    inputs = lora(0, 45, 33, 20, torch.float16, form="nf4", nested=True)
+    inputs |= {
         "dn": torch.linspace(-1, 1, 33),
         "n": torch.linspace(1, 2, 33),
         "need": [True, True],
     }
-    args = [t[name] for name in ["dn", "n", *NORM, "need"]]
+    args = [inputs[name] for name in NORM_BWD]
     error, bound = check_case("dora_norm_bwd", "triton", args)
     assert error <= bound
     assert decoded == [(1, 7 * 45)] * 4 + [(1, 5 * 45)]
@@ -335,9 +345,9 @@ def test_scratch_of_the_gradient_of_a_norm(decoded, monkeypatch):
 
 def test_dropout_of_nothing():
     """p = 0 keeps all elements, whatever bits dora_mix is given."""
-    t = lora(5, 40, 1, 1, torch.bfloat16, p=0.5)
-    x = t["x"]
-    dropped, remainder, bits = call("dora_drop", "triton", [x, t["seed"], 0.0])
+    inputs = lora(5, 40, 1, 1, torch.bfloat16, p=0.5)
+    x = inputs["x"]
+    dropped, remainder, bits = call("dora_drop", "triton", [x, inputs["seed"], 0.0])
     assert torch.equal(dropped, x) and not remainder.any() and (bits == 255).all()
-    (mixed,) = call("dora_mix", "triton", [x, x.flip(0), t["bits"], 0.0])
+    (mixed,) = call("dora_mix", "triton", [x, x.flip(0), inputs["bits"], 0.0])
     assert torch.equal(mixed, x)

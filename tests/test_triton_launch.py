@@ -108,7 +108,10 @@ def test_a_kernel_gets_its_workspace_and_the_allocator_stays(kernel):
         x = torch.zeros(4)
         for _ in range(3):
             call(launched, x, x, (x,), 8)
-        workspaces = [(t.numel(), t.dtype, t.device) for t in kernel.workspaces]
+        workspaces = [
+            (workspace.numel(), workspace.dtype, workspace.device)
+            for workspace in kernel.workspaces
+        ]
         assert workspaces == [(512, torch.uint8, x.device)] * 2
         assert _allocation._allocator.get() is allocator
     finally:

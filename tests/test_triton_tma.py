@@ -38,8 +38,8 @@ def taken(monkeypatch):
     return shapes
 
 
-def assert_law(op, t):
-    error, bound = check_case(op, "triton", [t[name] for name in NAMES[op]])
+def assert_law(op, inputs):
+    error, bound = check_case(op, "triton", [inputs[name] for name in NAMES[op]])
     assert error <= bound
 
 
