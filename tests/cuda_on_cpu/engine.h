@@ -1,10 +1,10 @@
-// The state of a launch, for machine.cpp, warps.cpp and hopper.cpp: threads as fibers, the
-// barriers where they meet, and what ThreadSanitizer is told about their order.
+// The state of a launch, for machine.cpp, warps.cpp, hopper.cpp and wgmma.cpp: threads as
+// fibers, the barriers where they meet, and what ThreadSanitizer is told about their order.
 //
-// Only these three files include this one. They are compiled without sanitizers, and the
-// sanitizers' functions are weak symbols here. ThreadSanitizer is told that each thread is a
-// fiber, and that only barriers order fibers. So it finds every race in a single run, whichever
-// order the fibers run in.
+// Only these files include this one. They are compiled without sanitizers, and the sanitizers'
+// functions are weak symbols here. ThreadSanitizer is told that each thread is a fiber, and
+// that only barriers order fibers. So it finds every race in a single run, whichever order the
+// fibers run in.
 #pragma once
 #include <random>
 

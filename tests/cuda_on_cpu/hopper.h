@@ -1,15 +1,15 @@
 // Hopper's instructions: mbarriers, tiles that a tensor map describes, and wgmma.
 //
-// hopper.cpp decides which tile or product is due. The loops over its elements are here. They
-// are inlined into the kernel, so that the sanitizers see the memory accesses.
+// hopper.cpp decides which tile is due, and wgmma.cpp which product. The loops over their
+// elements are here. They are inlined into the kernel, so that the sanitizers see the memory
+// accesses.
 //
 // On a GPU the asynchronous proxy makes these accesses, not the thread. ThreadSanitizer learns
 // this from fibers of its own:
 // - Fetches belong to the launch's fetcher. A fetch comes after everything that the thread has
 //   seen when it begins the fetch.
 // - Stores belong to the thread's asynchronous proxy.
-// - Products belong to the warp's reader, which comes after what the asynchronous proxies of
-// the
+// - Products belong to the warp's reader. It comes after what the asynchronous proxies of the
 //   warp's lanes have seen.
 // - An asynchronous proxy sees the thread's own stores only after fence.proxy.async.
 // So no local variable here may have an address, since the stack belongs to the thread.

@@ -6,9 +6,8 @@
 // - A generic address of shared memory is the shared address plus a constant.
 // - Any other address is a host pointer to global or local memory.
 //
-// This file is compiled with the sanitizers, which see a kernel's own loads and stores.
-// machine.cpp, warps.cpp and hopper.cpp make threads wait. They are compiled without
-// sanitizers.
+// This file is compiled with the sanitizers, which see a kernel's own loads and stores. The
+// .cpp files, where threads wait, are compiled without.
 #pragma once
 #include "arithmetic.h"
 

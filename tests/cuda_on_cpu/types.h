@@ -1,5 +1,4 @@
-// The types of PTX as C++ types, and the value of an operand before an instruction gives it
-// one.
+// The types of PTX as C++ types, and operands whose type depends on the instruction.
 #pragma once
 #include <algorithm>
 #include <array>
