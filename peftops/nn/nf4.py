@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..ops.lora_base import no_delta
-from ..ops.lora_formula import formula
+from ..ops.lora_formula import exporting, formula
 from ..ops.nf4 import NF4Weight, expect_block, expect_quant_type
 from ..ops.nf4_state import NESTED, scales_of, table_of
 from .nf4_packed import PackedNF4
@@ -262,7 +262,7 @@ class LinearNF4(StateDictNF4, nn.Linear):
         x_dtype = x.dtype
         if dtype is not x_dtype:
             x = x.to(dtype)
-        if torch.compiler.is_exporting():
+        if exporting():
             y = self.exported(x)
         else:
             delta = no_delta(self.in_features, self.out_features, dtype, x.device)

@@ -16,6 +16,7 @@ NAMES = (
     "dora_plain",
     "nf4_plain",
 )
+HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 # looked up on import, because a compiler cannot trace the look-up
 FORMULAS = {name: backends.cell("reference", name) for name in NAMES}
 
@@ -25,12 +26,22 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def exporting() -> bool:
+    """Whether torch.export traces this call.
+
+    Inside torch.compile, torch 2.10 and 2.11 answer is_exporting() with True as well.
+    """
+    if HAS_FLAG:
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
+
+
 def by_formula() -> bool:
     """Whether the specification is computed instead of an op.
 
     torch.export counts too: its graphs also run where peftops is not installed.
     """
-    return transformed() or torch.compiler.is_exporting()
+    return transformed() or exporting()
 
 
 def applied(function, *args):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._arguments import dtype_or_none, explained, flag, instance, size, tensor
 from .._op import expect, op
-from .lora_formula import formula
+from .lora_formula import exporting, formula
 from .nf4_state import BLOCKS, DTYPES, NESTED, read, write
 from .nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits
 
@@ -201,7 +201,7 @@ class NF4Weight:
         """
         dtype = dtype or self.dtype
         rounded = torch.float32 if dtype is torch.float64 else dtype
-        if torch.compiler.is_exporting():
+        if exporting():
             return formula("nf4_plain", self.base, self.block, self.shape, rounded).to(
                 dtype
             )
@@ -280,7 +280,7 @@ def aligned(t: Tensor) -> Tensor:
 
     Kernels read 16 bytes at a time, and a tensor of a file may start anywhere.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return t  # it has no address
     if t.is_contiguous() and t.data_ptr() % 16 == 0:
         return t

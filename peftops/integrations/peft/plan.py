@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +19,7 @@ from ... import backends
 from ...functional import Base
 from ...nn import LinearNF4
 from ...nn.lora import biases
-from ...ops.lora_formula import transformed
+from ...ops.lora_formula import exporting, transformed
 from ...ops.nf4_state import NESTED, scales_of, table_of
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -261,7 +261,7 @@ def misfit(
     if hasattr(held, "ds_id") or hasattr(a, "ds_id"):
         return "ZeRO-3"
     # An export runs by PEFT's own code, DoRA's apart, which dynamo cannot follow.
-    if transformed() or torch._C._get_tracing_state() or (is_exporting() and not dora):
+    if transformed() or torch._C._get_tracing_state() or (exporting() and not dora):
         return "torch.func, forward-mode AD, tracing or export"
     device = x.device
     if held is not None:
@@ -285,7 +285,7 @@ def accelerated(device_type: str) -> bool:
     if device_type not in ACCELERATED and not is_compiling():
         cell = backends.choose("lora_fwd", None, device_type, False)
         ACCELERATED[device_type] = "reference" not in cell.__module__
-    return ACCELERATED.get(device_type, True) or is_exporting()
+    return ACCELERATED.get(device_type, True) or exporting()
 
 
 def dtype_misfit(
