@@ -224,7 +224,7 @@ def in_time(lines, end):
     for line in lines:
         yield line
         now = time.monotonic()
-        last = now - before if before else 0
+        last = 0 if before is None else now - before
         before = now
         if now + max(3, 2 * last) > end:
             return

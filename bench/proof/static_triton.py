@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
 from peftops._op import CONTRACTS
+from peftops.testing.cases import names
 from peftops.triton import _gemm, lora_tma
 
 from . import sass
@@ -102,10 +103,7 @@ def launches_of(case, target):
         return []
     contract = CONTRACTS[case.op]
     values = tensors(case)
-    args = [
-        values[name]
-        for name in contract.__code__.co_varnames[: contract.__code__.co_argcount]
-    ]
+    args = [values[name] for name in names(contract)]
     outputs = contract(*args)
     if not isinstance(outputs, tuple):
         outputs = (outputs,)

@@ -11,7 +11,7 @@ import torch
 
 import peftops.ops.dora_contract  # noqa: F401  registers the ops of DoRA, and of LoRA
 from peftops._op import CONTRACTS
-from peftops.ops.lora_base import mask_bytes
+from peftops.ops.lora_base import mask_bytes, wide_dtype
 from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
 
 Cases = Iterator[tuple[str, list]]
@@ -80,7 +80,7 @@ def lora(
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     narrow = torch.float32 if fp32 else dtype
     rb = r * max(1, experts)
     ra = r if shared else rb
