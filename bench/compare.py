@@ -1,7 +1,7 @@
 """peftops bench compare COMMIT: time this tree against another commit, layer by layer.
 
-Both trees take turns in every round. ROW: lora, nf4, dora (by default lora alone): our layer of
-that row in both trees.
+Both trees take turns in every round. ROW: lora, nf4, dora, multi (by default lora alone): our
+layer of that row in both trees.
 """
 
 import importlib

@@ -18,7 +18,8 @@ import peftops
 from peftops.cli import BadInput
 
 from .peers_gpu import GPU
-from .problem import FEW, SCALING, Absent, Problem
+from .peers_multi import MULTI
+from .problem import SCALING, Absent, Problem, frozen
 from .timing import Contender
 
 WRONG = (
@@ -33,12 +34,6 @@ MICROSECONDS = "µs"  # in place of a peer in a target that is no ratio
 
 # It warns of a kernel on a hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-def frozen(t: Problem, w, a, b):
-    layer = nn.Linear(*reversed(w.shape), bias=False, device="meta")
-    layer.weight = nn.Parameter(w, requires_grad=False)
-    return layer, []
 
 
 def eager(t: Problem, w, a, b):
@@ -137,6 +132,10 @@ def ours(t: Problem, w, a, b):
 
 
 def ours_lora(t: Problem, w, a, b):
+    """Our LoRA; of multi-LoRA's adapters, all rows have the first."""
+    if t.samples:
+        a = a[0]
+        b = b[0]
     return ours(replace(t, dora=""), w, a, b)
 
 
@@ -144,7 +143,7 @@ def on_backend(name):
     """A peer: ours, forced to this backend."""
 
     def build(t, w, a, b):
-        layer, trained = ours(t, w, a, b)
+        layer, trained = builders(t)[OURS](t, w, a, b)
 
         def forced(x):
             with peftops.backend(name):
@@ -173,11 +172,18 @@ ABSENT = {  # from what a 16-bit LoRA layer is measured beside
     "bitsandbytes": "has no kernel for a 16-bit base",
     "liger_kernel": "has no LoRA kernel",
 }
-BUILDERS = HERE | NF4 | GPU | {LORA: ours_lora}
-BUILDERS |= {
+FORCED = {
     f"{OURS}, {name}": on_backend(name)
     for name in ("triton", "cuda", "cpu", "reference")
 }
+BUILDERS = HERE | NF4 | GPU | {LORA: ours_lora} | FORCED
+
+
+def builders(t: Problem) -> dict:
+    """{label: peer} of those that build layers for a problem."""
+    if t.samples:
+        return {BASE: frozen, LORA: ours_lora} | MULTI | FORCED
+    return BUILDERS
 
 
 def known(texts: list[str]) -> list[str]:
@@ -189,7 +195,7 @@ def known(texts: list[str]) -> list[str]:
     Raises:
         BadInput: a label is unknown.
     """
-    names = HERE | NF4 | GPU
+    names = HERE | NF4 | GPU | MULTI
     labels = []
     for text in texts:
         if text in names:
@@ -211,7 +217,7 @@ def contender(label: str, t: Problem) -> Contender:
     """
     if label in GPU and find_spec(label) is None:
         raise Absent("is not installed")
-    build = BUILDERS[label]
+    build = builders(t)[label]
     weights, a, b, x, dy = t.tensors
     built = [build(t, w, a, b) for w in weights]
     if not t.few:
@@ -260,19 +266,23 @@ def checked(label, call, t):
     Raises:
         Absent: the error is more than rounding.
     """
-    y = call().detach()[:FEW].double()
+    y = t.first(call().detach()).double()
     if t.p:
         return None
     weights, a, b, x, _ = t.tensors
     w = weights[0].double()
     a = a.double()
     b = b.double()
-    x = x[:FEW].double()
+    x = t.first(x).double()
     if t.base != "dense" and label != BASE:
         w = peftops.NF4Weight.quantize(weights[0]).dequantize().double()
+    if t.samples:
+        slots = [0] * t.samples if label == LORA else t.slots
+        a = a[slots]
+        b = b[slots]
     exact = x @ w.T
     if "frozen" not in label:
-        exact = exact + SCALING * (x @ a.T @ b.T)
+        exact = exact + SCALING * (x @ a.mT @ b.mT)
         if (
             t.dora and label != LORA
         ):  # DoRA's magnitudes start as the norms of the weight alone

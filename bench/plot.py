@@ -36,8 +36,8 @@ OTHERS = (
     "#9edae5",
     "#c49c94",
 )
-TITLES = {"lora": "", "nf4": ", 4-bit base", "dora": ", DoRA"}
-MARKERS = {"lora": "o", "nf4": "s", "dora": "^"}
+TITLES = {"lora": "", "nf4": ", 4-bit base", "dora": ", DoRA", "multi": ", multi-LoRA"}
+MARKERS = {"lora": "o", "nf4": "s", "dora": "^", "multi": "D"}
 README = results.HERE.parent / "docs" / "speed"
 BARS = {
     "bars" if family == "lora" else f"bars-{family}": (family, title)

@@ -7,7 +7,8 @@ from peftops.cli import BadInput, Parser, named, replace
 
 from . import results
 from .host import NARROW, STOCK
-from .peers import BASE, COPY, FEW, LORA, OURS
+from .peers import BASE, COPY, LORA, OURS
+from .problem import FEW
 
 MARKS = "<!-- bench -->", "<!-- /bench -->"
 PEFT = {"of PEFT's time": ("PEFT", "PEFT + bitsandbytes")}
@@ -49,6 +50,11 @@ TABLES = {
             f"{OURS}, frozen",
             LORA,
         ),
+        PEFT | {"of our LoRA's time": (LORA,)},
+    ),
+    "multi": Table(
+        "**Multi-LoRA**: a batch that mixes adapters. Times as multiples of the frozen layer's",
+        ("PEFT", "torch, bmm", "torch, grouped_mm", f"{OURS}, gate", LORA),
         PEFT | {"of our LoRA's time": (LORA,)},
     ),
     "norm": Table(

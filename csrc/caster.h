@@ -23,12 +23,13 @@ struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* dtypes[6];  // torch's, in the order of Dtype
+  PyObject* dtypes[7];  // torch's, in the order of Dtype
   const Exchange* exchange = Exchange::of_torch();
   Names() {
-    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8", "int64", "bool"};
+    const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8",
+                                 "int64",   "int32",   "bool"};
     auto torch = py::module_::import("torch");
-    for (int i = 0; i < 6; ++i)
+    for (int i = 0; i < 7; ++i)
       dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
   }
 };
@@ -47,6 +48,8 @@ Dtype dtype_of(const DLTensor& t) {
       return Dtype::u8;
     case 0x040:
       return Dtype::i64;
+    case 0x020:
+      return Dtype::i32;
     case 0x608:
       return Dtype::bit;
   }
@@ -87,7 +90,7 @@ Tensor view(PyObject* source) {
       numel *= size;
     }
     const auto dtype = own(PyObject_GetAttr(source, names.dtype));
-    for (int i = 0; i < 6; ++i)
+    for (int i = 0; i < 7; ++i)
       if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
     if (PyErr_Occurred()) throw py::error_already_set();
   }

@@ -14,7 +14,12 @@ from torch import Tensor
 
 LARGEST = 2**31 - 1  # of a size
 Function = TypeVar("Function", bound=Callable)
-CLEAR = "lora: ", "dora: ", "nf4: "  # how errors begin that need no explanation
+CLEAR = (
+    "lora: ",
+    "dora: ",
+    "nf4: ",
+    "multi: ",
+)  # how errors begin that need no explanation
 
 
 def explained(row: str, **checks: Callable) -> Callable[[Function], Function]:

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refusal, run
-from peftops.bench import compare, dora, lora, measure, nf4, peers, results, timing
+from peftops.bench import (
+    compare,
+    dora,
+    lora,
+    measure,
+    multi,
+    nf4,
+    peers,
+    results,
+    timing,
+)
 from peftops.bench.peers import BASE, OURS, Problem
 
 from peftops import cli
@@ -109,7 +119,7 @@ def test_what_is_wrong_is_not_timed(capsys, monkeypatch, short):
 
 
 def test_every_op_is_held_to_the_law_before_it_is_timed():
-    assert {op for row in (lora, nf4, dora) for op in row.OPS} == set(CONTRACTS)
+    assert {op for row in (lora, nf4, dora, multi) for op in row.OPS} == set(CONTRACTS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +127,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
     [
         (
             ["nothing"],
-            "no row 'nothing'; there are lora, nf4, dora and model, host, readme",
+            "no row 'nothing'; there are lora, nf4, dora, multi and model, host, readme",
         ),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
@@ -146,7 +156,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (
             ["compare", "HEAD", "model"],
-            "there is no row 'model'; there are lora, nf4, dora",
+            "there is no row 'model'; there are lora, nf4, dora, multi",
         ),
         (
             ["static", "--triton", "0.0.0.nonsense"],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import run
 from gpu_runs import run_stages
-from peftops.bench import dora, lora, nf4, peers
+from peftops.bench import dora, lora, multi, nf4, peers
 from peftops.bench.proof import gpu as command
 from peftops.bench.proof import stack, stages, whole
 
@@ -61,7 +61,7 @@ def test_a_rehearsal_of_every_stage(capsys, tmp_path, monkeypatch):
     ]
     rehearsed_rows = [
         (row, pass_name)
-        for row in ("lora", "nf4", "dora", "dora", "dora", "dora")
+        for row in ("lora", "nf4", "dora", "dora", "dora", "dora", "multi")
         for pass_name in ("forward", "forward + backward")
     ]
     rows = [(line["row"], line["pass"]) for line in lines if line["row"] != "model"]
@@ -214,7 +214,7 @@ def test_targets_are_read_from_graphs_where_there_are_any():
 def test_targets_are_of_layers_that_are_measured():
     gpu = torch.device("cuda")
     norms = {(f"{n} × {k}, r = {r}", 0.0) for n, k in dora.NORMS for r in dora.RANKS}
-    for row in (lora, nf4, dora):
+    for row in (lora, nf4, dora, multi):
         o = SimpleNamespace(
             dropout=None, shape=None, quick=True, layers=row.layers(gpu)
         )

@@ -213,6 +213,7 @@ def test_plots_are_drawn_of_what_there_is(tmp_path, monkeypatch):
     results.append(file, result_line(row="nf4", **packed))
     results.append(file, result_line(row="nf4", **codec))
     results.append(file, result_line(row="dora", layer="q, NF4"))
+    results.append(file, result_line(row="multi", layer="q, 4 adapters"))
     bar = chart.Bar("a layer", "A B", "lora", "q", "bf16", 0.0, "forward + backward")
     monkeypatch.setattr(
         chart,
@@ -230,7 +231,7 @@ def test_plots_are_drawn_of_what_there_is(tmp_path, monkeypatch):
     images = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
     assert set(images) == {
         f"a-b-{name}.{suffix}"
-        for name in ("bars", "bars-nf4", "bars-dora", "roofline", "rows")
+        for name in ("bars", "bars-nf4", "bars-dora", "bars-multi", "roofline", "rows")
         for suffix in ("png", "svg")
     } | {"speed.png", "speed.svg"}
     assert b">a layer<" in images["speed.svg"]

@@ -36,6 +36,12 @@ def test_product_by_cublas(op, monkeypatch):
     assert_law(op, (5, 40, 48, 0), torch.bfloat16)
 
 
+@pytest.mark.parametrize("op", ["multi_fwd", "multi_bwd"])
+def test_product_by_cublas_of_many_adapters(op, monkeypatch):
+    by_cublas(monkeypatch)
+    assert_law(op, (5, 40, 48, 20), torch.bfloat16)
+
+
 @pytest.mark.parametrize("op", ["lora_fwd", "lora_bwd"])
 def test_groups_of_tiles(op):
     assert_law(op, MANY, torch.float16, cases=2)

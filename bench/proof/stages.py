@@ -232,11 +232,11 @@ def in_time(lines, end):
 
 def bench(o):
     """Layers and DoRA's norms beside their peers, those with a target first, until time is up."""
-    from .. import dora, lora, nf4
+    from .. import dora, lora, multi, nf4
     from ..__main__ import torch_dtype
     from ..measure import unlawful
 
-    rows = lora, nf4, dora
+    rows = lora, nf4, dora, multi
     # A CPU may take minutes for peers in 16 bits.
     name = "bf16" if o.device.type == "cuda" else "fp32"
     dtype = torch_dtype(name)
@@ -273,14 +273,16 @@ def measured(rows, device, dtype):
     On a GPU what rows measure beside layers, such as DoRA's norms, comes second.
     """
     from ..measure import alone, layer
-    from ..peers import GPU, HERE, NF4
+    from ..peers import GPU, HERE, MULTI, NF4
     from ..timing import ceilings
 
     gpu = device.type == "cuda"
     options = SimpleNamespace(
         dropout=None if gpu else 0.1, shape=None, quick=True, backend=()
     )
-    options.peers = [name for name in (*HERE, *NF4, *GPU) if "compile" not in name]
+    options.peers = [
+        name for name in (*HERE, *NF4, *MULTI, *GPU) if "compile" not in name
+    ]
     jobs = []  # (order, row, name of the layer, problem)
     for row in rows:
         options.layers = row.layers(device, not gpu)

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     shared: bool = False
     nested: bool = False
     block: int = 64
+    slots: int = 0
     product: str | None = "fused"
     fast: bool = True
 

@@ -23,8 +23,8 @@ from peftops._op import CONTRACTS
 from peftops.testing.cases import names
 from peftops.triton import _gemm, lora_tma
 
-from . import sass
-from .static_cases import CASES, Case, tensors
+from . import sass, static_cases, static_multi
+from .static_cases import Case
 
 TARGETS = {  # the tables' key, multiprocessors, target
     "sm_80": ("sm_80", 108, GPUTarget("cuda", 80, 32)),
@@ -40,8 +40,10 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
+CASES = [*static_cases.CASES, *static_multi.CASES]
 ALIGNED = [["tt.divisibility", 16]]
 SIZES = ("BM", "BN", "BK", "BR", "num_warps", "num_stages")  # of a tile
 
@@ -102,7 +104,7 @@ def launches_of(case, target):
     if case.product == "tma" and table not in lora_tma.TILES:
         return []
     contract = CONTRACTS[case.op]
-    values = tensors(case)
+    values = (static_multi if case.slots else static_cases).tensors(case)
     args = [values[name] for name in names(contract)]
     outputs = contract(*args)
     if not isinstance(outputs, tuple):

@@ -106,12 +106,24 @@ struct Worker {
       pack_base<T>(t.base.at[0], along_rows, t.k, t.n, panel.c, w, t.row_gain);
     with_operand<T>(t.delta, [&](auto* from) {
       const int64_t columns = min(PANEL, t.n - panel.c);
+      if (t.routes) return pack_pool(from + panel.c, columns);
       if (t.backward)
         return pack_rows<T>(from + panel.c, t.n, t.r, columns, b, t.r, 0, nullptr);
       for (int64_t j = 0; j < PANEL; j += LANES)
         pack_columns<T>(from + (panel.c + j) * t.r, t.r, columns - j, t.r, b, t.r, 0, j,
                         nullptr);
     });
+  }
+
+  // Packs the rank-rows of routes. They lie apart, so they are fetched ahead.
+  template <class From>
+  void pack_pool(const From* from, int64_t columns) {
+    constexpr int64_t ahead = 8, line = 64 / sizeof(From);
+    for (int64_t i = 0; i < t.r; ++i) {
+      const From* later = from + t.routes->lines[min(i + ahead, t.r - 1)] * t.n;
+      for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(later + c);
+      pack_rows<T>(from + t.routes->lines[i] * t.n, t.n, 1, columns, b, t.r, i, nullptr);
+    }
   }
 
   void rows(const Panel& panel, int64_t begin, int64_t end) {
@@ -133,32 +145,77 @@ struct Worker {
       x = wide;
       ldx = ld;
     }
+    const bool one = alike<MR>(i);
+    for (int e = 0; e < MR && !one; ++e) put_delta(i + e, c, sums + e * PANEL);
     for (int64_t j = 0; j < min(PANEL, t.n - c); j += WIDTH)
-      multiply_part<MR>(x, ldx, i, c, j, sums + j);
+      multiply_part<MR>(x, ldx, i, c, j, one, sums + j);
     for (int e = 0; e < MR; ++e) finish(sums + e * PANEL, i + e, c);
+  }
+
+  // The adapter of row i.
+  PEFTOPS_INLINE Adapter adapter(int64_t i) const {
+    return t.routes ? t.routes->adapters[t.routes->slots[i]] : Adapter{0, t.r, t.s, t.gain};
+  }
+
+  // Whether MR rows from i on have the adapter of row i.
+  template <int MR>
+  PEFTOPS_INLINE bool alike(int64_t i) const {
+    for (int e = 1; t.routes && e < MR; ++e)
+      if (t.routes->slots[i + e] != t.routes->slots[i]) return false;
+    return true;
+  }
+
+  // s · mask ⊙ sum for LANES columns of row i from `at` on.
+  PEFTOPS_INLINE vec finished(vec sum, float s, int64_t i, int64_t at) const {
+    sum *= all(s);
+    if (!t.bits || at >= t.n) return sum;
+    return kept(sum, bits_at(t.bits + i * mask_bytes(t.n), at));
+  }
+
+  // sums (PANEL,) = s · mask ⊙ (h·b) for row i, whose neighbours have other adapters.
+  void put_delta(int64_t i, int64_t c, float* sums) const {
+    constexpr int64_t parts = PANEL / WIDTH;
+    const Adapter own = adapter(i);
+    const float *h = t.h + i * t.routes->ldh, *rows = b + own.first * WIDTH;
+    for (int64_t done = 0; done < max(own.r, 1); done += CHAIN) {
+      vec acc[parts][VECTORS];
+      clear(acc);
+      for (int64_t j = done; j < min(done + CHAIN, own.r); ++j)
+#pragma GCC unroll 8
+        for (int64_t part = 0; part < parts; ++part)
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < VECTORS; ++v) {
+            const vec w = load(rows + (part * t.r + j) * WIDTH + LANES * v);
+            acc[part][v] = fma(w, all(h[j]), acc[part][v]);
+          }
+#pragma GCC unroll 16
+      for (int64_t at = 0; at < PANEL; at += LANES) {
+        const vec sum = finished(acc[at / WIDTH][at % WIDTH / LANES], own.s, i, c + at);
+        store(sums + at, done ? load(sums + at) + sum : sum);
+      }
+    }
   }
 
   // sums (MR, WIDTH) = x·w + s · mask ⊙ (h·b) for the columns from c + j on. Long sums are cut
   // into sums of CHAIN terms, whose rounding errors are smaller.
+  //   one: all rows have one adapter; else sums holds LoRA's part
   template <int MR>
   PEFTOPS_INLINE void multiply_part(const float* x, int64_t ldx, int64_t i, int64_t c,
-                                    int64_t j, float* sums) const {
+                                    int64_t j, bool one, float* sums) const {
     vec acc[MR][VECTORS];
-    const int64_t bytes = mask_bytes(t.n);
-    const int64_t ranks = max(t.r, 1);  // without a rank, zeros are written
-    for (int64_t done = 0; done < ranks; done += CHAIN) {
+    const Adapter own = adapter(i);
+    const int64_t ldh = t.routes ? t.routes->ldh : t.r;
+    const float* rows = b + j * t.r + own.first * WIDTH;
+    const int64_t ranks = max(own.r, 1);  // without a rank, zeros are written
+    for (int64_t done = 0; one && done < ranks; done += CHAIN) {
       clear(acc);
-      multiply(t.h + i * t.r + done, t.r, min(CHAIN, t.r - done), b + j * t.r + done * WIDTH,
-               WIDTH, acc);
+      multiply(t.h + i * ldh + done, ldh, min(CHAIN, own.r - done), rows + done * WIDTH, WIDTH,
+               acc);
 #pragma GCC unroll 8
       for (int e = 0; e < MR; ++e)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) {
-          acc[e][v] *= all(t.s);
-          const int64_t at = c + j + LANES * v;
-          if (t.bits && at < t.n)
-            acc[e][v] = kept(acc[e][v], bits_at(t.bits + (i + e) * bytes, at));
-        }
+        for (int v = 0; v < VECTORS; ++v)
+          acc[e][v] = finished(acc[e][v], own.s, i + e, c + j + LANES * v);
       put(acc, sums, done > 0);
     }
     for (int64_t done = 0; x && done < t.k; done += CHAIN) {
@@ -182,12 +239,13 @@ struct Worker {
 
   // Stores row i of the panel: adds y0 to its sums, applies gain and bias, and rounds once.
   void finish(const float* sums, int64_t i, int64_t c) const {
+    const float* gain = adapter(i).gain;
     for (int64_t v = 0; v < min(PANEL, t.n - c); v += LANES) {
       const int64_t at = i * t.n + c + v, left = t.n - c - v;
       vec value = load(sums + v);
       if (t.y0.data) value += load(as<T>(t.y0) + at, left);
       if (t.z.data) store(as<T>(t.z) + at, value, left);
-      if (t.gain) value *= load(t.gain + c + v, left);
+      if (gain) value *= load(gain + c + v, left);
       if (t.bias) value += load(t.bias + c + v, left);
       store(as<T>(t.out) + at, value, left);
     }

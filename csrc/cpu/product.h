@@ -5,6 +5,22 @@
 
 namespace peftops::ISA {
 
+// What rows of one slot of multi-LoRA are multiplied with.
+struct Adapter {
+  int64_t first;      // its first rank-row among those of all adapters
+  int64_t r;          // its rank
+  float s;            // its scale
+  const float* gain;  // (n,), or null
+};
+
+// Which adapter each row of a product has.
+struct Routes {
+  const int32_t* slots;     // (m,)
+  const Adapter* adapters;  // of slots; adapters[-1] is that of the base alone
+  const int64_t* lines;     // (r,) the row of `delta` that is each rank-row
+  int64_t ldh;              // from row to row of h
+};
+
 // out = gain ⊙ (y0 + x·w + s · mask ⊙ (h·b)) + bias; z = what gain multiplies.
 //
 // Forward w (k, n) and b (r, n) are the transposes of the base and of LoRA's b. Backward they
@@ -26,6 +42,10 @@ struct Product {
   Tensor delta;           // LoRA's b (n, r), or backward its a (r, n)
   bool backward;          // see above
   const float* row_gain;  // (k,) multiplies the rows of w, or null
+  // Of multi-LoRA, or null. With routes r counts the rank-rows of all adapters, delta is a pool
+  // of rank-rows (R, n), s and gain are not used, and a row of h begins with what its own
+  // adapter has.
+  const Routes* routes;
 };
 void product(const Product& t);
 

@@ -25,7 +25,13 @@ def sac_policy(*more: torch._ops.OpOverload) -> Callable[..., CheckpointPolicy]:
         A policy_fn for create_selective_checkpoint_contexts.
     """
     ops = torch.ops.peftops
-    kept = {ops.lora_fwd.default, ops.lora_gemv.default, ops.dora_norm.default, *more}
+    kept = {
+        ops.lora_fwd.default,
+        ops.lora_gemv.default,
+        ops.multi_fwd.default,
+        ops.dora_norm.default,
+        *more,
+    }
 
     def policy(ctx, op, *args, **kwargs):
         return (

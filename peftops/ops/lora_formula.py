@@ -15,6 +15,8 @@ NAMES = (
     "dora_formula",
     "dora_plain",
     "nf4_plain",
+    "multi_formula",
+    "multi_plain",
 )
 HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 # looked up on import, because a compiler cannot trace the look-up

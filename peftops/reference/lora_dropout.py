@@ -4,7 +4,9 @@ import torch
 
 
 def keep_bits(seed, m, k, p):
-    """(m, 4⌈k/32⌉) uint8. Byte i of a row holds columns 8i to 8i + 7, lowest bit first; 1 is kept.
+    """(m, 4⌈k/32⌉) uint8. p is a number, or a tensor (m, 1) of one for each row.
+
+    Byte i of a row holds columns 8i to 8i + 7, lowest bit first; 1 is kept.
 
     Each byte is one draw of Philox4x32-7. Its key is the seed, and its counter is
     row · 4⌈k/32⌉ + byte, both as (low, high) words; the other words of the counter are 0. A draw is
@@ -22,8 +24,13 @@ def keep_bits(seed, m, k, p):
     draws = torch.stack(
         [half for word in c for half in (word & 0xFFFF, word >> 16)], -1
     )
-    bits = (draws >= round(p * 65536)).long() << torch.arange(8, device=seed.device)
-    return bits.sum(-1).to(torch.uint8).view(m, width)
+    if isinstance(p, torch.Tensor):
+        limit = (p.double() * 65536).round()[:, :, None]
+    else:
+        limit = round(p * 65536)
+    kept = draws.view(m, width, 8) >= limit
+    bits = kept.long() << torch.arange(8, device=seed.device)
+    return bits.sum(-1).to(torch.uint8)
 
 
 def multiply(word, constant):
@@ -39,8 +46,11 @@ def keep(bits, k):
 
 
 def drop(x, bits, p):
-    """mask ⊙ x / (1 - p), and zero at p = 1."""
-    if not p:
+    """mask ⊙ x / (1 - p), and zero at p = 1. p is a number, or a tensor (m, 1)."""
+    if isinstance(p, torch.Tensor):
+        factor = (1 / (1 - p)).masked_fill(p >= 1, 0)
+    elif p:
+        factor = 1 / (1 - p) if p < 1 else 0
+    else:
         return x
-    factor = 1 / (1 - p) if p < 1 else 0
     return x * keep(bits, x.shape[1]) * factor

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-import peftops.ops.dora_contract  # noqa: F401  registers the ops of DoRA, and of LoRA
+import peftops.ops.dora_contract
+import peftops.ops.multi_contract  # noqa: F401  registers the ops of multi-LoRA
 from peftops._op import CONTRACTS
 from peftops.ops.lora_base import mask_bytes, wide_dtype
 from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
+
+from . import multi_cases
 
 Cases = Iterator[tuple[str, list]]
 
@@ -179,6 +182,20 @@ def arguments(names: list[str], dropout: bool = True) -> Callable[..., Cases]:
     return make
 
 
+def mixed(op: str) -> Callable[..., Cases]:
+    """The cases of an op of multi-LoRA."""
+
+    def make(shape, dtype, device="cpu"):
+        for label, options in multi_cases.VARIANTS.items():
+            single = {key: value for key, value in options.items() if key != "route"}
+            tensors = lora(*shape, dtype, device, **single)
+            p = options.get("p", 0.0)
+            tensors = multi_cases.multi(tensors, options["route"], shape[3], p)
+            yield label, [tensors[name] for name in names(CONTRACTS[op])]
+
+    return make
+
+
 def mask(shape, dtype, device="cpu") -> Cases:
     """Cases of lora_mask."""
     m, k, _, _ = shape
@@ -247,6 +264,8 @@ CASES: dict[str, Callable[..., Cases]] = {
     "lora_bwd": arguments(BWD),
     "lora_gemv": arguments(GEMV, dropout=False),
     "lora_mask": mask,
+    "multi_fwd": mixed("multi_fwd"),
+    "multi_bwd": mixed("multi_bwd"),
     "dora_norm": norms(NORM),
     "dora_norm_bwd": norms(NORM_BWD),
     "dora_drop": drop,

@@ -1,0 +1,118 @@
+"""Multi-LoRA on a CPU, in fp32 arithmetic whatever the dtype.
+
+One kernel makes the whole operation. For few rows in fp32 the base's product is LoRA's, which reads
+the weight once as it lies, and the kernel adds the rest. (In 16 bits this would round twice.)
+"""
+
+import torch
+
+from .._C import cpu as _C
+from .._replay import noted
+from .lora import few_rows
+
+
+def multi_fwd(
+    y,
+    h,
+    bits,
+    z,
+    x,
+    base,
+    a,
+    b,
+    slots,
+    table,
+    rank,
+    scale,
+    p,
+    bias,
+    gain,
+    seed,
+    form,
+    block,
+    keep_z,
+):
+    few = few_rows(x, form)
+    if few is not None and x.dtype is torch.float32:
+        y0 = x.new_empty(y.shape)
+        none = x.new_empty(0, x.shape[1]), x.new_empty(y.shape[1], 0)
+        noted(few, y0, x, base, *none, scale, None, None, None, form, block)
+        base = [y0]
+        form = "given"
+    noted(
+        _C.multi_fwd,
+        y,
+        h,
+        bits,
+        z,
+        x,
+        base,
+        a,
+        b,
+        slots,
+        table,
+        rank,
+        scale,
+        p,
+        bias,
+        gain,
+        seed,
+        form,
+        block,
+    )
+
+
+def multi_bwd(
+    dx,
+    da,
+    db,
+    dbias,
+    dgain,
+    dy,
+    x,
+    base,
+    a,
+    b,
+    slots,
+    table,
+    rank,
+    scale,
+    h,
+    bits,
+    z,
+    need,
+    p,
+    bias,
+    gain,
+    form,
+    block,
+):
+    if not dy.numel():
+        for gradient in (dx, da, db, dbias, dgain):
+            gradient.zero_()
+        return
+    noted(
+        _C.multi_bwd,
+        dx,
+        da,
+        db,
+        dgain,
+        dy,
+        x,
+        base,
+        a,
+        b,
+        slots,
+        table,
+        rank,
+        scale,
+        h,
+        bits,
+        z,
+        p,
+        gain,
+        form,
+        block,
+    )
+    if need[3]:
+        noted(_C.lora_sums, dbias, None, dy, z)
