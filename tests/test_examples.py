@@ -13,6 +13,7 @@ LAUNCHERS = {
 }
 NEEDS = {
     "lora_trainer": ["peft", "transformers", "accelerate"],
+    "many_adapters": ["peft", "transformers", "accelerate"],
     "qlora_sft": ["peft", "transformers", "accelerate", "trl", "datasets"],
     "dora_loop": ["peft", "transformers"],
     "fsdp2": ["peft", "transformers"],
@@ -29,7 +30,7 @@ def test_an_example_runs(name, tmp_path):
     for package in NEEDS[name]:
         pytest.importorskip(package)
     command = [sys.executable, *LAUNCHERS.get(name, []), str(FOLDER / f"{name}.py")]
-    if name in ("lora_trainer", "qlora_sft"):
+    if name in ("lora_trainer", "many_adapters", "qlora_sft"):
         command.append(str(tmp_path))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -304,6 +304,11 @@ def moved(*args: Any) -> None:
     _moves += 1
 
 
+def moves() -> int:
+    """How often optimizers have stepped or models have changed their mode: see `moved`."""
+    return _moves
+
+
 register_optimizer_step_post_hook(moved)
 
 

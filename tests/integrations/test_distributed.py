@@ -27,6 +27,11 @@ def test_on_two_ranks(case, tmp_path):
     )
 
 
+def test_mixed_batches_on_two_ranks(tmp_path):
+    work = "from mixed import on_two_ranks as work\n"
+    assert ranks.run(work, tmp_path) == ""
+
+
 def launch(folder, *args):
     """Runs launched.py on two ranks under accelerate, with the documented configuration."""
     (config,) = re.findall(

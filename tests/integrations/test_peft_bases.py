@@ -21,8 +21,7 @@ from test_peft_fallbacks import HOOKS, Sub, SubParameter
 from tiny import Net, adapted, install_our_mask, pass_of, single
 
 import peftops
-from peftops.integrations.peft import OWN, Fused
-from peftops.integrations.peft import plan as planning
+from peftops.integrations.peft import OWN, Fused, foundation
 from peftops.integrations.peft.layer import HOMES, WIDENING
 
 pytestmark = [
@@ -313,7 +312,7 @@ def exactly_trained(model, x):
 
 
 def test_every_reason_has_a_case():
-    source = inspect.getsource(planning)
+    source = inspect.getsource(foundation)
     tested = "hooks on the base layer", "base layer is ", "base weight is "
     assert sorted(re.findall(r'own=f?"([^"{]+)', source)) == sorted(tested)
 
@@ -363,4 +362,4 @@ def test_rows_of_a_report_are_of_a_dtype_that_layers_compute_in():
     for dtype in (torch.int8, torch.float8_e4m3fn):
         model = lora(peft.tuners.lora.Linear, Quantized(), BF16)
         model.lin.base_layer.weight = nn.Parameter(torch.empty(N, K).to(dtype), False)
-        assert planning.rows_like(model.lin).dtype is BF16
+        assert foundation.rows_like(model.lin).dtype is BF16

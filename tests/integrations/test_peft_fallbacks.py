@@ -17,6 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from tiny import adapted, single
 
 import peftops
+from peftops.integrations.peft import mixed as mixed_batch
 from peftops.integrations.peft import plan as planning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,8 +68,17 @@ def plain(model, x):
     return model(x)
 
 
-def mixed(model, x):
-    return model.eval()(x, adapter_names=["default"] * 3 + ["__base__"] * 4)
+def with_extra(model, x):
+    return lin(model)(x, alora_offsets=[None] * 7)
+
+
+def mixed(count):
+    names = ["default"] * 3 + ["other", "__base__"] * 2
+
+    def call(model, x):
+        return model.eval()(x, adapter_names=names[:count])
+
+    return call
 
 
 def disabled(model, x):
@@ -99,10 +109,17 @@ def mapped(model, x):
 
 
 CASES = {  # reason -> what is done to the model, how it is called, options of the model
-    "extra arguments": (None, mixed),
+    "extra arguments": (None, with_extra),
+    "adapter_names are not as many as samples": (several, mixed(6)),
+    "an adapter has a bias, in a mixed batch": (
+        several,
+        mixed(7),
+        {"lora_bias": True},
+    ),
     "adapters disabled": (None, disabled),
     "merged": (lambda model: model.merge_adapter(), plain),
-    "several active adapters": (several, plain),
+    "dropout of several active adapters": (several, plain, {"lora_dropout": 0.3}),
+    "DoRA among several active adapters": (several, plain, {"use_dora": True}),
     "no active adapter": (lambda model: lin(model).set_adapter([]), plain),
     "DoRA with a bias or hooks of its own": (
         lambda model: adapter_module(
@@ -177,6 +194,7 @@ CASES = {  # reason -> what is done to the model, how it is called, options of t
     ),
 }
 RAISES = {
+    "adapter_names are not as many as samples",
     "x is not of the base weight's dtype",
     "input casting disabled",
     "tensors on different devices",
@@ -329,7 +347,8 @@ def test_a_bias_that_is_a_buffer():
 
 
 def test_every_reason_has_a_case():
-    deciders = planning.plan, planning.only_one, planning.dora_misfit
+    deciders = planning.plan, planning.plan_one, planning.plan_several
+    deciders += planning.dora_misfit, mixed_batch.plan_mixed
     deciders += planning.modules_misfit, planning.misfit, planning.dtype_misfit
     source = "".join(map(inspect.getsource, deciders))
     constants = set(re.findall(r'return (?:Fallback\()?"([^"]+)"', source))
@@ -338,6 +357,7 @@ def test_every_reason_has_a_case():
         "hooks on a part",
         "a tensor is not plain",
         "compute_dtype or x is not of autocast's dtype",
+        "DoRA with dropout, in a mixed batch",  # see test_peft_mixed.py
     }
     starts = re.findall(r'return (?:Fallback\()?f"(\w[\w ]+) \{', source)
     assert starts

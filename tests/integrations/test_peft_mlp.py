@@ -214,12 +214,13 @@ FALLBACKS = {
     ),
     "its parts have changed": lambda model: setattr(mlp_of(model), "act", nn.Tanh()),
     "a layer is not patched": lambda model: peftops.unpatch(mlp_of(model).w2),
-    "several active adapters": lambda model: (
+    "dropout of several active adapters": lambda model: (
         model.add_adapter(
             "other",
             peft.LoraConfig(
                 r=2,
                 init_lora_weights=False,
+                lora_dropout=0.3,
                 target_modules=["w1"],
             ),
         ),

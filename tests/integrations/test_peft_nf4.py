@@ -17,7 +17,7 @@ from tiny import Net, adapted, install_our_mask, pass_of
 
 import peftops
 from peftops.integrations.peft import FUSED, Fused
-from peftops.integrations.peft.plan import packed
+from peftops.integrations.peft.foundation import packed
 from peftops.nn import LinearNF4
 
 pytestmark = pytest.mark.usefixtures("one_thread")

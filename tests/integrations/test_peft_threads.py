@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear
 from tiny import adapted, exactly, pass_of, single
 
 import peftops
-import peftops.integrations.peft.layer as layer_module
+import peftops.integrations.peft.call as call_module
 import peftops.nn.dora
 from peftops.integrations.peft import OWN, FusedLinear, mlp
 
@@ -112,7 +112,7 @@ def waiting(model):
 
 # Module, name of a function in it, and whether to stop after its call.
 PLAN = (
-    layer_module,
+    call_module,
     "plan",
     True,
 )  # the layer has been read, and nothing is computed yet
@@ -121,9 +121,9 @@ CASES = {  # options of the model, what is done to it, where a call is stopped, 
     "fused": ({"lora_dropout": 0.3}, None, PLAN, (7, 16)),
     "on top": ({}, waiting, None, (7, 16)),
     "on top, before the base": ({}, waiting, PLAN, (7, 16)),
-    "fallback": ({}, several, PLAN, (7, 16)),
+    "fallback": ({"lora_dropout": 0.3}, several, PLAN, (7, 16)),
     "fallback, in PEFT's forward": (
-        {},
+        {"lora_dropout": 0.3},
         lambda model: several(model) or waiting(model),
         None,
         (7, 16),

@@ -14,18 +14,16 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor
 
-from ...functional import Base
 from ...nn import LinearNF4
 from ...nn.dora import Normed, Operands
 from ...nn.dora_magnitude import Magnitude
-from ...ops.dora import linear_of_gain
-from ...ops.lora import linear
 from . import merge
-from .plan import Fallback, Plan, dtype_of, foundation_of, plan, rows_like
+from .call import fused, fused_mixed, plan_call, stock_forward
+from .foundation import Fallback, dtype_of, foundation_of, rows_like
+from .mixed import MixedPlan
 
 FUSED = "fused"
 OWN = "fused, base's own product"
-EXTRA = Fallback("extra arguments")
 
 
 class Patched:
@@ -71,34 +69,19 @@ class Fused(Patched, Normed):
         layer_class = type(self)
         if not issubclass(layer_class, Fused):
             return layer_class.forward(self, x, *args, **kwargs)
-        call: Any = EXTRA if args or kwargs else plan(self, x)
-        fused = type(call) is Plan
+        call = plan_call(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
             count(self, key_of(call), Fused)
-        if not fused:
-            return layer_class.stock.forward(self, x, *args, **kwargs)
-        weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own = call
-        if widen:
-            x = x.float()
-        if own is not None:
-            return on_top(self, layer_class.widens, x, a, b, bias, scaling, dropout_p)
-        if dora is None:
-            y = linear(x, weight, a, b, bias, scaling, dropout_p)
+            watch_route(self, bool(kwargs))
+        if type(call) is Fallback:
+            return stock_forward(self, layer_class.stock, x, args, kwargs)
+        if type(call) is MixedPlan:
+            y = fused_mixed(self, layer_class, x, call)
         else:
-            gain = layer_class.gain(self, layer_class, dora, x, weight, a, b, scaling)
-            if not isinstance(self, Fused):
-                Normed.drop_gains(self)
-            y = linear_of_gain(
-                x,
-                weight,
-                a,
-                b,
-                gain,
-                bias,
-                scaling=scaling,
-                dropout_p=dropout_p,
-            )
-        return y if cast is None else y.to(cast)
+            y = fused(self, layer_class, x, call)
+        if not isinstance(self, Fused):
+            Fused.leave_nothing(self)
+        return y
 
     def unmerge(self) -> None:
         type(self).stock.unmerge(self)
@@ -135,8 +118,14 @@ class Fused(Patched, Normed):
         # The class changes first. A call in another thread looks at the class whenever it has left
         # something on the layer, and removes it where the class is not ours.
         become(self, type(self).stock)
-        vars(self).pop("_peftops_calls", None)
         Normed.forget_gains(self)
+        Fused.leave_nothing(self)
+
+    def leave_nothing(self) -> None:
+        """Removes what calls have left on the layer, whose class may be another already."""
+        vars(self).pop("_peftops_calls", None)
+        vars(self).pop("_peftops_routed", None)
+        Normed.drop_gains(self)
 
 
 def key_of(call: Any) -> str:
@@ -146,32 +135,25 @@ def key_of(call: Any) -> str:
     return FUSED if call.own is None else OWN
 
 
-def on_top(
-    layer: Normed,
-    widens: bool,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
-    """Calls the base layer as PEFT does, and adds the low-rank update to its result.
+def watch_route(layer: Any, routed: bool) -> None:
+    """Raises where a layer that had adapter_names runs again in backward, and has them no more.
 
-    The sum is fp32 where the base's result and x differ in dtype. widens: see Fused.
+    Some checkpoint that we do not know runs it, and would train another adapter.
     """
-    modules, device_type = layer._modules, x.device.type
-    product = modules.get("quant_linear_module", modules["base_layer"])(x)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    if product.dtype is dtype:
-        y = linear(x, Base("given", [product]), a, b, bias, scaling, dropout_p)
-    else:
-        with torch.autocast(device_type, enabled=False):
-            base = Base("given", [product.float()])
-            y = linear(x.float(), base, a.float(), b.float(), bias, scaling, dropout_p)
-    return y if widens and torch.is_autocast_enabled() else y.to(product.dtype)
+    state = layer.__dict__
+    if routed:
+        if layer.training:
+            state["_peftops_routed"] = True
+            if not isinstance(layer, Fused):  # restored by another thread
+                del state["_peftops_routed"]
+    elif "_peftops_routed" in state:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "patch: a layer of a mixed batch ran again in backward without adapter_names; "
+                "checkpoint by the model's gradient_checkpointing_enable"
+            )
+        if layer.training:
+            del state["_peftops_routed"]
 
 
 class FusedLinear(Fused, Linear):

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...ops.lora_mlp import lora_mlp
-from .layer import EXTRA, FUSED, Fused, Patched, count
-from .plan import Fallback, hooked, plan, rows_like
+from .call import EXTRA
+from .foundation import Fallback, hooked, rows_like
+from .layer import FUSED, Fused, Patched, count
+from .plan import plan
 from .sharded import gathered
 
 Roles = tuple[str, ...]  # the names of gate, up and down

@@ -4,11 +4,13 @@ import logging
 from collections import Counter
 from typing import Any
 
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from .. import liger
 from .layer import Fused, Patched, become, fused_classes, has_own_forward
 from .report import lora_layers, why_not
+from .routed import RoutedModel
 from .sharded import gathered
 
 log = logging.getLogger("peftops")
@@ -53,6 +55,18 @@ def patch(model: nn.Module, *, strict: bool = False) -> nn.Module:
     if strict and reasons:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"patch: {name} cannot be fused: {reason}")
+    change_classes(model, layers)
+    say(len(layers), reasons)
+    for name in liger.untrained(model):
+        log.warning(
+            "%s does not train: Liger-Kernel's fused cross entropy uses its base weight alone",
+            name,
+        )
+    return model
+
+
+def change_classes(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
+    """Gives our classes to PEFT's layers, and to the model that tells them names: all or none."""
     classes = fused_classes()
     changed: list[Any] = []
     try:
@@ -62,17 +76,14 @@ def patch(model: nn.Module, *, strict: bool = False) -> nn.Module:
                 changed.append(layer)
             if isinstance(layer, Fused) and layer.magnitudes():
                 layer.keep_gains()
+        for module in model.modules():
+            if type(module) is LoraModel:
+                become(module, RoutedModel)
+                changed.append(module)
     except BaseException:
         for layer in changed:
             layer.restore()
         raise
-    say(len(layers), reasons)
-    for name in liger.untrained(model):
-        log.warning(
-            "%s does not train: Liger-Kernel's fused cross entropy uses its base weight alone",
-            name,
-        )
-    return model
 
 
 def say(layers: int, reasons: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ layer itself can compute it (another quantizer's, a subclass, one with hooks), i
 calls it, and our operation adds the low-rank update.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -13,17 +13,22 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
 
 from ... import backends
 from ...functional import Base
-from ...nn import LinearNF4
 from ...nn.lora import biases
 from ...ops.lora_formula import exporting, transformed
-from ...ops.nf4_state import NESTED, scales_of, table_of
+from .foundation import (
+    HOOKED,
+    PLAIN,
+    Fallback,
+    Foundation,
+    foundation_of,
+    hooked,
+    parameter,
+)
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-PLAIN = nn.Parameter, Tensor  # the exact types that our kernels may read
 
 # In PEFT, x·Aᵀ is fp32 here, and it may be too large for fp16.
 FP16 = "fp32 adapters over fp16 outside autocast"
@@ -65,37 +70,7 @@ class Plan(NamedTuple):
         return self.weight, self.a, self.b, self.bias, self.scaling, self.dropout_p
 
 
-@final
-class Fallback(NamedTuple):
-    """Why a call has to be PEFT's own."""
-
-    reason: str
-
-
 NO_ADAPTER = Fallback("no active adapter")
-
-
-class Foundation(NamedTuple):
-    """What a plan takes from the base layer.
-
-    Attributes:
-        weight: as lora_linear takes it.
-        held: the parameter, for checks of device and requires_grad.
-        computes: the dtype that the layer computes in. None: x's.
-        bias: (n,) or None.
-        cast: the dtype that the layer casts its result to. None: it casts nothing.
-        own: why only the layer computes its product. All else is None then.
-    """
-
-    weight: Tensor | Base | None = None
-    held: Tensor | None = None
-    computes: torch.dtype | None = None
-    bias: Tensor | None = None
-    cast: torch.dtype | None = None
-    own: str | None = None
-
-
-HOOKED = Foundation(own="hooks on the base layer")
 
 
 def plan(layer: object, x: Tensor) -> Plan | Fallback:
@@ -109,13 +84,23 @@ def plan(layer: object, x: Tensor) -> Plan | Fallback:
         return Fallback("adapters disabled")
     if state["merged_adapters"]:
         return Fallback("merged")
-    modules = state["_modules"]
-    adapters = modules["lora_A"].__dict__["_modules"]
     name = state["_active_adapter"]
     if type(name) is not str:
-        name = only_one(name, adapters)
-        if type(name) is Fallback:
-            return name
+        adapters = state["_modules"]["lora_A"].__dict__["_modules"]
+        names = [name for name in name if name in adapters]
+        if len(names) > 1:
+            return plan_several(layer, x, names)
+        if not names:
+            return NO_ADAPTER
+        name = names[0]
+    return plan_one(layer, x, name)
+
+
+def plan_one(layer: object, x: Tensor, name: str) -> Plan | Fallback:
+    """The Plan for layer(x) with this adapter alone, or a Fallback."""
+    state = layer.__dict__
+    modules = state["_modules"]
+    adapters = modules["lora_A"].__dict__["_modules"]
     if name not in adapters:
         return NO_ADAPTER
     dora = None
@@ -160,68 +145,34 @@ def plan(layer: object, x: Tensor) -> Plan | Fallback:
     return Plan(weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own)
 
 
-def only_one(names: Sequence[str], adapters: Container[str]) -> str | Fallback:
-    """The only active adapter that the layer has, or a Fallback if there is none or several."""
-    names = [name for name in names if name in adapters]
-    if len(names) > 1:
-        return Fallback("several active adapters")
-    return names[0] if names else NO_ADAPTER
+def plan_several(layer: Any, x: Tensor, names: Sequence[str]) -> Plan | Fallback:
+    """The Plan for layer(x) with several active adapters: one adapter of all their ranks.
 
-
-def foundation_of(base: Any, x: Tensor) -> Foundation:
-    """The Foundation of a base layer without hooks, for this x."""
-    base_class = type(base)
-    weight = parameter(base, "weight")
-    bias = parameter(base, "bias")
-    if base_class.__module__.startswith("bitsandbytes."):
-        codes_and_base = packed(base, weight)
-        if type(codes_and_base) is Fallback:
-            return Foundation(own=codes_and_base.reason)
-        held, weight = codes_and_base
-        computes = base.compute_dtype
-        cast: torch.dtype | None = x.dtype
-    elif (
-        base_class is not nn.Linear
-        and base_class is not Conv1D
-        and base_class is not LinearNF4
-    ):
-        return Foundation(own=f"base layer is {base_class.__name__}")
-    elif type(weight) not in PLAIN:
-        return Foundation(own=f"base weight is {type(weight).__name__}")
-    elif base_class is LinearNF4:
-        held, weight = weight, base.base()
-        computes = base.compute_dtype
-        cast = None if computes is None else x.dtype
-    else:
-        dense = weight if base_class is nn.Linear else weight.T
-        return Foundation(dense, weight, weight.dtype, bias)
-    if bias is not None and bias.dtype is not x.dtype:
-        bias = bias.float()  # as these layers do
-    return Foundation(weight, held, computes, bias, cast)
-
-
-def packed(base: Any, weight: Any) -> tuple[Tensor, Base] | Fallback:
-    """(codes, Base) of a bitsandbytes layer, whose bytes are read where they lie, or a Fallback."""
-    state = getattr(weight, "quant_state", None)
-    if type(base).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4"):
-        return Fallback(f"base layer is {type(base).__name__}")
-    if state is None:
-        return Fallback("base weight is not quantized yet")
-    if getattr(state, "packing_format_for_cpu", False):
-        return Fallback("base weight is repacked for inference on a CPU")
-    if tuple(state.shape) != (base.out_features, base.in_features):
-        return Fallback("base weight is transposed")
-    if state.nested and (
-        state.state2.blocksize != NESTED or state.state2.dtype is not torch.float32
-    ):
-        return Fallback("scales of the base weight")
-    with torch._C.DisableTorchFunctionSubclass():
-        codes = weight.detach().view(torch.uint8)
-    if type(codes) is not torch.Tensor:
-        return Fallback("a tensor is not plain")
-    return codes, Base(
-        "nf4", [codes, table_of(state), *scales_of(state)], state.blocksize
-    )
+    Where their scalings differ, each is multiplied into its lora_B, in fp32.
+    """
+    plans = []
+    for name in names:
+        call = plan_one(layer, x, name)
+        if type(call) is Fallback:
+            return call
+        if call.dora is not None:
+            return Fallback("DoRA among several active adapters")
+        if call.dropout_p:
+            return Fallback("dropout of several active adapters")
+        plans.append(call)
+    first = plans[0]
+    bias = first.bias
+    for name, call in zip(names[1:], plans[1:], strict=True):
+        b_bias = parameter(layer.lora_B[name], "bias")
+        if b_bias is not None:
+            bias = biases(bias, b_bias, call.scaling)
+    scaling = first.scaling
+    b = [call.b for call in plans]
+    if any(call.scaling != scaling for call in plans):
+        b = [call.b.float() * call.scaling for call in plans]
+        scaling = 1.0
+    a = torch.cat([call.a for call in plans])
+    return first._replace(a=a, b=torch.cat(b, 1), bias=bias, scaling=scaling)
 
 
 def modules_misfit(
@@ -340,52 +291,3 @@ def dora_misfit(
     if type(length) not in PLAIN or length.device != x.device:
         return "a tensor is not plain"
     return None
-
-
-def hooked(module: object) -> object:
-    """Whether the module has hooks or a forward of its own: fused layers do not call it."""
-    state = module.__dict__
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
-def parameter(module: Any, name: str) -> Any:
-    """module.name, read where nn.Module keeps parameters, since its __getattr__ would cost more.
-
-    A module may also hold it as a buffer or a plain attribute.
-    """
-    held = module.__dict__["_parameters"]
-    return held[name] if name in held else getattr(module, name, None)
-
-
-def rows_like(layer: Any) -> Tensor:
-    """No rows, on the layer's device and in the dtype it computes in: an x for `plan` to judge."""
-    weight = parameter(layer.get_base_layer(), "weight")
-    if not isinstance(weight, torch.Tensor):
-        weight = next(layer.lora_A.parameters(), torch.empty(0))
-    return torch.empty(0, dtype=dtype_of(layer), device=weight.device)
-
-
-def dtype_of(layer: Any) -> torch.dtype:
-    """The dtype that the layer's base computes in, or the adapter's where the base has none."""
-    base = layer.get_base_layer()
-    weight = parameter(base, "weight")
-    state = getattr(weight, "quant_state", None)
-    dtype = (
-        getattr(base, "compute_dtype", None)
-        or getattr(base, "weight_dtype", None)
-        or getattr(state, "dtype", None)
-        or getattr(weight, "dtype", None)
-    )
-    if (
-        isinstance(dtype, torch.dtype)
-        and dtype.is_floating_point
-        and dtype.itemsize > 1
-    ):
-        return dtype
-    return next(layer.lora_A.parameters(), torch.empty(0)).dtype

@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...ops.lora import FEW, served_by
+from .foundation import Fallback, rows_like
 from .layer import FUSED, OWN, Fused, fused_classes, has_own_forward
-from .plan import FP16, Fallback, Plan, plan, rows_like
+from .plan import FP16, Plan, plan
 from .sharded import gathered
 
 REPLACED = "its forward was replaced"

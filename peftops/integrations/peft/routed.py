@@ -1,0 +1,132 @@
+"""adapter_names in training: each LoRA layer is told the adapter of each sample, and told again
+where a checkpointed block runs a second time, in backward.
+
+PEFT tells its layers by hooks that it removes when the model's forward returns. A block that runs
+again after that would train the active adapter, whatever the names were.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import Patched, become
+
+
+class RoutedModel(Patched, LoraModel):
+    """PEFT's LoraModel, which takes adapter_names in training too."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        others = kwargs.get("alora_offsets") is not None
+        if names is None or others or not self.training:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        expect_known(self, names)
+        with told(self, names), bound(self, names):
+            yield
+
+    def refusal(self) -> str | None:
+        if type(self) is not RoutedModel:
+            return f"has been made a {type(self).__name__} since patch"
+        return None
+
+    def restore(self) -> None:
+        become(self, LoraModel)
+
+
+def expect_known(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises PEFT's ValueError for names of adapters that no layer has."""
+    known = {"__base__"}
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            known |= layer.lora_A.keys()
+            known |= layer.lora_embedding_A.keys()
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+        )
+
+
+@contextmanager
+def told(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, every LoRA layer below the module gets the argument adapter_names, as PEFT's do."""
+
+    def tell(layer, args, kwargs):
+        return args, kwargs | {"adapter_names": names}
+
+    handles = []
+    try:
+        for layer in module.modules():
+            if isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
+                hook = layer.register_forward_pre_hook(tell, with_kwargs=True)
+                handles.append(hook)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def bound(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, blocks that the model checkpoints are told these names whenever they run again."""
+    blocks: list[Any] = [
+        module
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+        and "_gradient_checkpointing_func" in vars(module)
+    ]
+    before = [block._gradient_checkpointing_func for block in blocks]
+    try:
+        # dynamo traces what a checkpoint runs, and then there is nothing to tell again
+        if not torch.compiler.is_compiling():
+            for block, checkpoint in zip(blocks, before, strict=True):
+                block._gradient_checkpointing_func = partial(
+                    checkpointed, checkpoint, model, names
+                )
+        yield
+    finally:
+        for block, checkpoint in zip(blocks, before, strict=True):
+            block._gradient_checkpointing_func = checkpoint
+
+
+def checkpointed(
+    checkpoint: Callable[..., Any],
+    model: nn.Module,
+    names: Sequence[str],
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """checkpoint(function, ...), whose layers are told the names when it runs in backward."""
+
+    def run(*args, **kwargs):
+        if not in_backward():
+            return function(*args, **kwargs)
+        with told(block_of(function) or model, names):
+            return function(*args, **kwargs)
+
+    return checkpoint(run, *args, **kwargs)
+
+
+def block_of(function: Callable[..., Any]) -> nn.Module | None:
+    """The module that a checkpointed function runs: a partial of its forward, or a method of it."""
+    if isinstance(function, partial):
+        block = function.args[0] if function.args else None
+        block = block or getattr(function.func, "__self__", None)
+    else:
+        block = getattr(function, "__self__", None)
+    return block if isinstance(block, nn.Module) else None
+
+
+def in_backward() -> bool:
+    """Whether this thread computes gradients now."""
+    return torch._C._current_graph_task_id() != -1
