@@ -19,7 +19,7 @@ from peft.tuners.lora import layer, model
 
 from peftops.integrations.peft import layer as ours
 
-DISPATCH, PLAN = model.dispatch_default, ours.plan
+DISPATCH, PLAN = model.dispatch_default, ours.plan_call
 OUTCOMES = "passed", "failure", "error", "skipped"
 calls = Counter()  # as Report counts them
 
@@ -36,19 +36,19 @@ def dispatch(*args, **kwargs):
     return made
 
 
-def plan(made, x):
-    call = PLAN(made, x)
+def plan_call(made, *args):
+    call = PLAN(made, *args)
     if not torch.compiler.is_compiling():
         calls[ours.key_of(call)] += 1
     return call
 
 
 def pytest_configure():
-    model.dispatch_default, ours.plan = dispatch, plan
+    model.dispatch_default, ours.plan_call = dispatch, plan_call
 
 
 def pytest_unconfigure():
-    model.dispatch_default, ours.plan = DISPATCH, PLAN
+    model.dispatch_default, ours.plan_call = DISPATCH, PLAN
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -11,6 +11,7 @@ from .lora_base import rows, shaped
 from .lora_formula import formula, gradients, graph_wanted
 from .multi_contract import PAGE, expect_multi, multi_bwd, multi_fwd
 
+SAVED = 13  # tensors that are saved for backward before those of the base
 CONSTANTS = 9  # the place of constants among the arguments, after which tensors follow
 
 
@@ -20,12 +21,14 @@ def forward(
     """y; in ctx, what backward needs. ctx may be None if there is no backward."""
     base, lora_A, lora_B = divided(tensors, constants)
     form, block, _ = constants
+    a = stacked(lora_A)
+    b = stacked(turned(lora_B))
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[2]
     y, h, bits, z = multi_fwd(
         rows(given),
         [rows(t) for t in base] if form == "given" else base,
-        stacked(lora_A),
-        stacked(turned(lora_B)),
+        a,
+        b,
         slots,
         table,
         rank,
@@ -40,8 +43,9 @@ def forward(
     )
     if ctx is not None:
         saved_base = base if form != "given" or keep_z else ()
+        # the adapters themselves, too: autograd sees whether they have changed since
         ctx.save_for_backward(
-            *(given, bias, gain, slots, table, rank, scale, p, h, bits, z),
+            *(given, a, b, bias, gain, slots, table, rank, scale, p, h, bits, z),
             *saved_base,
             *lora_A,
             *lora_B,
@@ -55,8 +59,8 @@ def backward(ctx, dy):
     if graph_wanted():
         return backward_again(ctx, dy)
     saved = ctx.saved_tensors
-    given, bias, gain, *route, p, h, bits, z = saved[:11]
-    base, lora_A, lora_B = divided(saved[11:], ctx.constants)
+    given, a, b, bias, gain, *route, p, h, bits, z = saved[:SAVED]
+    base, lora_A, lora_B = divided(saved[SAVED:], ctx.constants)
     form, block, adapters = ctx.constants
     needs = ctx.needs_input_grad
     each = needs[len(needs) - 2 * adapters :]
@@ -64,8 +68,8 @@ def backward(ctx, dy):
         rows(dy),
         rows(given),
         [] if form == "given" else base,
-        stacked(lora_A),
-        stacked(turned(lora_B)),
+        a,
+        b,
         *route,
         h,
         bits,
@@ -95,8 +99,8 @@ def backward(ctx, dy):
 def backward_again(ctx, dy):
     """The result of backward, as a graph that autograd can differentiate."""
     saved = ctx.saved_tensors
-    given, bias, gain, *route, _, bits, _ = saved[:11]
-    base, lora_A, lora_B = divided(saved[11:], ctx.constants)
+    given, _, _, bias, gain, *route, _, bits, _ = saved[:SAVED]
+    base, lora_A, lora_B = divided(saved[SAVED:], ctx.constants)
     form, block, adapters = ctx.constants
     needs = ctx.needs_input_grad
     y0 = ()
@@ -186,11 +190,17 @@ def stacked(matrices) -> Tensor:
 
 def parts(grad, matrices, wanted):
     """The gradient of each of the matrices that `stacked` took; None for those not wanted."""
-    first = 0
-    for t, want in zip(matrices, wanted, strict=True):
-        rank = t.shape[0]
-        yield grad[first : first + rank].to(t.dtype) if want else None
-        first += rank + -rank % PAGE
+    if not any(wanted):
+        return [None] * len(matrices)
+    pieces = grad.split([t.shape[0] + -t.shape[0] % PAGE for t in matrices])
+    grads = []
+    for piece, t, want in zip(pieces, matrices, wanted, strict=True):
+        if piece.shape[0] != t.shape[0]:
+            piece = piece[: t.shape[0]]
+        if piece.dtype is not t.dtype:
+            piece = piece.to(t.dtype)
+        grads.append(piece if want else None)
+    return grads
 
 
 def of_each_row(dy, gain, slots):

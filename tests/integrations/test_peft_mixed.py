@@ -53,6 +53,20 @@ def test_a_step_is_that_of_each_adapter_alone(dora):
     assert set(peftops.report(ours).calls) == {"fused"}
 
 
+def test_gradients_accumulate():
+    ours = peftops.patch(several())
+    sums = {}
+    for names in (NAMES, NAMES[::-1]):
+        for name, grad in step(ours, names)[1].items():
+            sums[name] = grad if name not in sums else sums[name] + grad
+    ours.zero_grad()
+    for names in (NAMES, NAMES[::-1]):
+        logits = ours(input_ids=TOKENS, adapter_names=names).logits
+        logits.square().mean((1, 2)).sum().backward()
+    for name, grad in gradients(ours).items():
+        assert torch.equal(grad, sums[name]), name
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("names", [["c"] * 6, ["__base__", "c"] * 3], ids=str)
 def test_absent_adapters_have_no_gradient(names, architecture):

@@ -45,7 +45,7 @@ class RoutedModel(Patched, LoraModel):
 def expect_known(model: nn.Module, names: Sequence[str]) -> None:
     """Raises PEFT's ValueError for names of adapters that no layer has."""
     known = {"__base__"}
-    for layer in model.modules():
+    for layer in modules_of(model):
         if isinstance(layer, LoraLayer):
             known |= layer.lora_A.keys()
             known |= layer.lora_embedding_A.keys()
@@ -54,6 +54,23 @@ def expect_known(model: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
         )
+
+
+def modules_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those below it, without what a LoRA layer is made of.
+
+    With many adapters the parts of LoRA layers are nearly all modules of a model.
+    """
+    seen = set()
+    left: list[nn.Module | None] = [module]
+    while left:
+        found = left.pop()
+        if found is None or found in seen:
+            continue
+        seen.add(found)
+        yield found
+        if not isinstance(found, LoraLayer):
+            left += found._modules.values()
 
 
 @contextmanager
@@ -65,7 +82,7 @@ def told(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     handles = []
     try:
-        for layer in module.modules():
+        for layer in modules_of(module):
             if isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
                 hook = layer.register_forward_pre_hook(tell, with_kwargs=True)
                 handles.append(hook)
@@ -80,7 +97,7 @@ def bound(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside, blocks that the model checkpoints are told these names whenever they run again."""
     blocks: list[Any] = [
         module
-        for module in model.modules()
+        for module in modules_of(model)
         if getattr(module, "gradient_checkpointing", False)
         and "_gradient_checkpointing_func" in vars(module)
     ]
