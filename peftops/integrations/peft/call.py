@@ -143,3 +143,8 @@ def on_top(
         with torch.autocast(device_type, enabled=False):
             y = update(x.float(), Base("given", [product.float()]), True)
     return y if widens and torch.is_autocast_enabled() else y.to(product.dtype)
+
+
+def in_backward() -> bool:
+    """Whether this thread computes gradients now."""
+    return torch._C._current_graph_task_id() != -1

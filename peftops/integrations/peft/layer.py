@@ -18,9 +18,9 @@ from ...nn import LinearNF4
 from ...nn.dora import Normed, Operands
 from ...nn.dora_magnitude import Magnitude
 from . import merge
-from .call import fused, fused_mixed, plan_call, stock_forward
+from .call import fused, fused_mixed, in_backward, plan_call, stock_forward
 from .foundation import Fallback, dtype_of, foundation_of, rows_like
-from .mixed import MixedPlan
+from .mixed import STACKS, MixedPlan
 
 FUSED = "fused"
 OWN = "fused, base's own product"
@@ -72,7 +72,8 @@ class Fused(Patched, Normed):
         call = plan_call(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
             count(self, key_of(call), Fused)
-            watch_route(self, bool(kwargs))
+            if kwargs or "_peftops_routed" in self.__dict__:
+                watch_route(self, bool(kwargs))
         if type(call) is Fallback:
             return stock_forward(self, layer_class.stock, x, args, kwargs)
         if type(call) is MixedPlan:
@@ -125,6 +126,7 @@ class Fused(Patched, Normed):
         """Removes what calls have left on the layer, whose class may be another already."""
         vars(self).pop("_peftops_calls", None)
         vars(self).pop("_peftops_routed", None)
+        STACKS.pop(self, None)
         Normed.drop_gains(self)
 
 
@@ -141,19 +143,17 @@ def watch_route(layer: Any, routed: bool) -> None:
     Some checkpoint that we do not know runs it, and would train another adapter.
     """
     state = layer.__dict__
-    if routed:
-        if layer.training:
-            state["_peftops_routed"] = True
-            if not isinstance(layer, Fused):  # restored by another thread
-                del state["_peftops_routed"]
-    elif "_peftops_routed" in state:
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "patch: a layer of a mixed batch ran again in backward without adapter_names; "
-                "checkpoint by the model's gradient_checkpointing_enable"
-            )
-        if layer.training:
-            del state["_peftops_routed"]
+    if routed and layer.training:
+        state["_peftops_routed"] = True
+    elif not routed and in_backward():
+        raise RuntimeError(
+            "patch: a layer of a mixed batch ran again in backward without adapter_names; "
+            "checkpoint by the model's gradient_checkpointing_enable"
+        )
+    elif not routed and layer.training:
+        state.pop("_peftops_routed", None)
+    if not isinstance(layer, Fused):  # restored by another thread
+        state.pop("_peftops_routed", None)
 
 
 class FusedLinear(Fused, Linear):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...nn.dora import moves, one_position
+from ...nn.dora import moves, one_position, sharded
 from ...ops.multi_autograd import stacked
 from ...ops.multi_tables import slots_of
 from .foundation import Fallback
@@ -130,6 +130,8 @@ def stack_of(layer: Any, x: Tensor, plans: Sequence[Plan]) -> Stack:
 
 def stamp_of(x: Tensor, matrices: Sequence[Tensor]) -> tuple | None:
     """Identifies the adapters as they are now; None where their versions do not show a change."""
+    if sharded():
+        return None
     try:
         versions = [(id(t), t.data_ptr(), t._version) for t in matrices]
     except RuntimeError:

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .call import in_backward
 from .layer import Patched, become
 
 
@@ -142,8 +143,3 @@ def block_of(function: Callable[..., Any]) -> nn.Module | None:
     else:
         block = getattr(function, "__self__", None)
     return block if isinstance(block, nn.Module) else None
-
-
-def in_backward() -> bool:
-    """Whether this thread computes gradients now."""
-    return torch._C._current_graph_task_id() != -1
