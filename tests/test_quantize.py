@@ -255,7 +255,9 @@ def alive():
     tensors = [
         tensor
         for tensor in gc.get_objects()
-        if type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+        if type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and not torch._is_functional_tensor(tensor)  # a compiler's, without memory
     ]
     return {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
 

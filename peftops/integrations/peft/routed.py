@@ -27,7 +27,8 @@ class RoutedModel(Patched, LoraModel):
         names = kwargs.get("adapter_names")
         others = kwargs.get("alora_offsets") is not None
         if names is None or others or not self.training:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
+            # not super(): another thread may restore the class in between
+            with LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
                 yield
             return
         expect_known(self, names)
