@@ -9,6 +9,7 @@ from law import bound, error
 
 import peftops.functional as F
 from peftops import backends
+from peftops.testing.law import double
 
 K, N = 40, 24
 RANKS = 3, 8, 0, 17
@@ -103,12 +104,6 @@ def trained(t, run):
     leaves = [leaf.requires_grad_() for leaf in leaves_of(t)]
     y = run(t)
     return y.detach(), torch.autograd.grad(y, leaves, t["dy"], allow_unused=True)
-
-
-def double(value):
-    if isinstance(value, list):
-        return [double(item) for item in value]
-    return None if value is None else value.detach().double()
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -8,7 +8,7 @@ import torch
 
 from .._C import cpu as _C
 from .._replay import noted
-from .lora import few_rows
+from .lora import few_rows, zero
 
 
 def multi_fwd(
@@ -88,8 +88,7 @@ def multi_bwd(
     block,
 ):
     if not dy.numel():
-        for gradient in (dx, da, db, dbias, dgain):
-            gradient.zero_()
+        zero(dx, da, db, dbias, dgain)
         return
     noted(
         _C.multi_bwd,

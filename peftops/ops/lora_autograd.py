@@ -5,7 +5,7 @@ The functions here take what `arguments` in lora.py returns; constants is (form,
 
 import torch
 
-from .lora_base import no_delta, rows, shaped
+from .lora_base import base_rows, no_delta, rows, shaped
 from .lora_contract import FEW, expect_lora, lora_bwd, lora_fwd, lora_gemv
 from .lora_formula import formula, gradients, graph_wanted
 
@@ -15,7 +15,7 @@ def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
     x = rows(given)
     gates = rows(gate)
     form, block, p = constants
-    weight = [rows(t) for t in base] if form == "given" else list(base)
+    weight = base_rows(base, form)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[4]
     h = bits = z = None
     # x's shape is read last: once it is read, torch.compile compiles anew for another one
@@ -140,7 +140,7 @@ def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
     form, block, p = constants
     x = rows(given)
     gates = rows(gate)
-    base = [rows(t) for t in base] if form == "given" else list(base)
+    base = base_rows(base, form)
     expect_lora(x, base, a, b, scale, bias, gain, gates, form, block)
     y = formula(
         "lora_plain",

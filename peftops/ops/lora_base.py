@@ -85,6 +85,11 @@ def rows(t):
     return t.flatten(0, -2) if t.dim() > 2 else t[None]
 
 
+def base_rows(base: Sequence[Tensor], form: str) -> list[Tensor]:
+    """The tensors of a base as ops take them: a given product (..., n) becomes (m, n)."""
+    return [rows(t) for t in base] if form == "given" else list(base)
+
+
 def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     """y (m, n) as (..., n) for an x of this shape.
 
@@ -157,10 +162,23 @@ def scale_of(scaling: float, dtype: torch.dtype, device: torch.device) -> Tensor
     if torch.compiler.is_compiling():
         # torch.full would compile anew for every value
         return torch.ones(1, dtype=dtype, device=device) * scaling
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or transformed() or torch._C._len_torch_dispatch_stack():
+    if capturing(device) or traced():
         return torch.full((1,), scaling, dtype=dtype, device=device)
     return kept_scale(float(scaling), dtype, device)
+
+
+def traced() -> bool:
+    """Whether a tensor that is made now is a tracer's, and must not be kept."""
+    return bool(
+        torch.compiler.is_compiling()
+        or transformed()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a tensor that is made now belongs to a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def no_delta(
@@ -174,11 +192,7 @@ def no_delta(
     The tensors are cached, except while a graph is traced.
     """
     wide = wide_dtype(dtype)
-    if (
-        torch.compiler.is_compiling()
-        or transformed()
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if traced():
         return empty_adapter(k, n, wide, device)
     return kept_empty(k, n, wide, device)
 

@@ -133,25 +133,13 @@ def expect_lora(
     A rank of 0 means no delta. gradient: only gradients are asked for, so that base may be empty
     if its form is "given".
     """
-    if form != "nf4" and len(base) != 1 and (form != "given" or base or not gradient):
-        raise ValueError(f"lora: w must be one tensor, got {len(base)}")
-    m, k = x.shape
     n, columns = b.shape
+    expect_product("lora", x, base, n, form, block, gradient)
+    m, k = x.shape
     r = a.shape[0]
     dtype = x.dtype
     experts = 1 if gate is None else gate.shape[1]
     wide = wide_dtype(dtype)
-    expect("lora", "x", x, (m, k), *DTYPES)
-    if form == "nf4":
-        expect_base("lora", base, block, n * k, wide)
-    elif base:
-        expect(
-            "lora",
-            "y0" if form == "given" else "w",
-            base[0],
-            SHAPES[form](m, n, k),
-            dtype,
-        )
     expect("lora", "a", a, (r, k), dtype, wide)
     expect("lora", "b", b, (n, r if columns == r else experts * r), dtype, wide)
     expect("lora", "scale", scale, (1,), wide)
@@ -162,6 +150,22 @@ def expect_lora(
         raise ValueError(
             f"lora: b must have as many columns for each of {experts} experts, got {columns}"
         )
+
+
+def expect_product(row, x, base, n, form, block, gradient):
+    """Raises unless x (m, k) and the base are those of a product with n columns.
+
+    gradient: only gradients are asked for, so that base may be empty if its form is "given".
+    """
+    if form != "nf4" and len(base) != 1 and (form != "given" or base or not gradient):
+        raise ValueError(f"{row}: w must be one tensor, got {len(base)}")
+    m, k = x.shape
+    expect(row, "x", x, (m, k), *DTYPES)
+    if form == "nf4":
+        expect_base(row, base, block, n * k, wide_dtype(x.dtype))
+    elif base:
+        name = "y0" if form == "given" else "w"
+        expect(row, name, base[0], SHAPES[form](m, n, k), x.dtype)
 
 
 def expect_probability(p):

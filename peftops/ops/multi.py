@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import LARGEST, explained, tensor, tensor_or_none
-from .lora_base import Base, prepared, rows, shaped, weight_fault, wide_dtype
+from .lora_base import Base, base_rows, prepared, rows, shaped, weight_fault, wide_dtype
 from .lora_formula import applied, by_formula, differentiable
 from .multi_autograd import MultiLoRA, forward, plain
 from .multi_contract import (  # noqa: F401  testing/law.py gets a row's ops from the row's own file
@@ -171,7 +171,7 @@ def mixed_of_stacks(
     form = base.form
     y, *_ = multi_fwd(
         rows(x),
-        [rows(t) for t in base.tensors] if form == "given" else base.tensors,
+        base_rows(base.tensors, form),
         a,
         b,
         slots,

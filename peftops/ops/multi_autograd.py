@@ -7,7 +7,7 @@ tensors are those of the base, then every lora_A, then every lora_B.
 import torch
 from torch import Tensor
 
-from .lora_base import rows, shaped
+from .lora_base import base_rows, rows, shaped
 from .lora_formula import formula, gradients, graph_wanted
 from .multi_contract import PAGE, expect_multi, multi_bwd, multi_fwd
 
@@ -26,7 +26,7 @@ def forward(
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[2]
     y, h, bits, z = multi_fwd(
         rows(given),
-        [rows(t) for t in base] if form == "given" else base,
+        base_rows(base, form),
         a,
         b,
         slots,
@@ -140,7 +140,7 @@ def plain(given, bias, gain, slots, table, rank, scale, p, seed, constants, *ten
     base, lora_A, lora_B = divided(tensors, constants)
     form, block, _ = constants
     x = rows(given)
-    weight = [rows(t) for t in base] if form == "given" else base
+    weight = base_rows(base, form)
     a = stacked(lora_A)
     b = stacked(turned(lora_B))
     route = slots, table, rank, scale, p

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._op import expect, op
 from .._replay import unwanted
-from .lora_base import DTYPES, SHAPES, mask_bytes, wide_dtype
-from .nf4 import expect_base
+from .lora_base import mask_bytes, wide_dtype
+from .lora_contract import expect_product
 
 PAGE = 8  # rank-rows
 
@@ -119,19 +119,12 @@ def expect_multi(
 
     gradient: only gradients are asked for, so that base may be empty if its form is "given".
     """
-    if form != "nf4" and len(base) != 1 and (form != "given" or base or not gradient):
-        raise ValueError(f"multi: w must be one tensor, got {len(base)}")
-    m, k = x.shape
     rows, n = b.shape
+    expect_product("multi", x, base, n, form, block, gradient)
+    m, k = x.shape
     slot_count, pages = table.shape
     dtype = x.dtype
     wide = wide_dtype(dtype)
-    expect("multi", "x", x, (m, k), *DTYPES)
-    if form == "nf4":
-        expect_base("multi", base, block, n * k, wide)
-    elif base:
-        name = "y0" if form == "given" else "w"
-        expect("multi", name, base[0], SHAPES[form](m, n, k), dtype)
     if rows % PAGE:
         raise ValueError(f"multi: b must have whole pages of {PAGE} rows, got {rows}")
     expect("multi", "a", a, (rows, k), dtype, wide)

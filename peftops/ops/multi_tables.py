@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from .lora_formula import transformed
+from .lora_base import capturing, traced
 from .multi_contract import PAGE
 
 MOST = 1024  # tensors that are kept
@@ -53,12 +53,8 @@ def slots_of(samples: tuple[int, ...], rows: int, device: torch.device) -> Tenso
 
 def kept(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
     """make(), or what it returned before for this key."""
-    if (
-        torch.compiler.is_compiling()
-        or transformed()
-        or torch._C._len_torch_dispatch_stack()
-    ):
-        return make()  # this tensor is a tracer's
+    if traced():
+        return make()
     found = KEPT.get(key)
     if found is None:
         with torch.inference_mode(False):  # training could not save it for backward
@@ -69,7 +65,3 @@ def kept(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Ten
             KEPT.clear()
         KEPT[key] = found
     return found
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -10,15 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ... import backends
 from ...nn.dora import moves, one_position, sharded
 from ...ops.multi_autograd import stacked
 from ...ops.multi_tables import slots_of
 from .foundation import Fallback
-from .plan import NO_ADAPTER, Plan, plan_one
+from .plan import NO_ADAPTER, Plan, accelerated, plan_one
 
-# device type -> whether it has kernels for mixed batches
-ACCELERATED: dict[str, bool] = {}
 # layer -> (stamp, Stack, what is stacked) of its last mixed batch without gradient
 STACKS: WeakKeyDictionary[Any, tuple] = WeakKeyDictionary()
 
@@ -29,12 +26,10 @@ class MixedPlan(NamedTuple):
 
     Attributes:
         slots: (m,), each row's place among the adapters, or -1.
-        names: the adapters.
         plans: each adapter's Plan for all rows; they share the base.
     """
 
     slots: Tensor
-    names: list[str]
     plans: list[Plan]
 
     @property
@@ -79,21 +74,11 @@ def plan_mixed(
         return Fallback("an adapter has a bias, in a mixed batch")
     if any(call.dora is not None and call.dropout_p for call in plans):
         return Fallback("DoRA with dropout, in a mixed batch")
-    if not accelerated(x.device.type):
+    if not accelerated(x.device.type, "multi_fwd"):
         return Fallback(f"no kernels for {x.device.type}")
     samples = tuple([present.index(name) if name in present else -1 for name in names])
     rows = x.shape[:-1].numel() // len(x)
-    return MixedPlan(slots_of(samples, rows, x.device), present, plans)
-
-
-def accelerated(device_type: str) -> bool:
-    """Whether there are kernels for mixed batches on this type of device; True in dynamo's traces,
-    unless a call before has found that there are none.
-    """
-    if device_type not in ACCELERATED and not torch.compiler.is_compiling():
-        cell = backends.choose("multi_fwd", None, device_type, False)
-        ACCELERATED[device_type] = "reference" not in cell.__module__
-    return ACCELERATED.get(device_type, True)
+    return MixedPlan(slots_of(samples, rows, x.device), plans)
 
 
 class Stack(NamedTuple):

@@ -33,8 +33,8 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 # In PEFT, x·Aᵀ is fp32 here, and it may be too large for fp16.
 FP16 = "fp32 adapters over fp16 outside autocast"
 
-# device type -> whether it has kernels; filled by calls, since asking wakes CUDA
-ACCELERATED: dict[str, bool] = {}
+# (op, device type) -> whether it has kernels; filled by calls, since asking wakes CUDA
+ACCELERATED: dict[tuple[str, str], bool] = {}
 
 
 @final
@@ -223,20 +223,21 @@ def misfit(
     if device != a.device or device != b.device:
         return "tensors on different devices"
     device_type = device.type  # read once, since torch makes a new text at each reading
-    if not ACCELERATED.get(device_type) and not accelerated(device_type):
+    if not accelerated(device_type):
         return f"no kernels for {device_type}"
     return dtype_misfit(x.dtype, device_type, foundation, a, b, b_bias)
 
 
-def accelerated(device_type: str) -> bool:
-    """Whether there are kernels for this type of device.
+def accelerated(device_type: str, op: str = "lora_fwd") -> bool:
+    """Whether there are kernels of this op for this type of device.
 
     True while dynamo traces, unless a call before has found that there are none.
     """
-    if device_type not in ACCELERATED and not is_compiling():
-        cell = backends.choose("lora_fwd", None, device_type, False)
-        ACCELERATED[device_type] = "reference" not in cell.__module__
-    return ACCELERATED.get(device_type, True) or exporting()
+    key = op, device_type
+    if key not in ACCELERATED and not is_compiling():
+        cell = backends.choose(op, None, device_type, False)
+        ACCELERATED[key] = "reference" not in cell.__module__
+    return ACCELERATED.get(key, True) or exporting()
 
 
 def dtype_misfit(

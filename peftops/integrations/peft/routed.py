@@ -31,8 +31,9 @@ class RoutedModel(Patched, LoraModel):
             with LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
                 yield
             return
-        expect_known(self, names)
-        with told(self, names), bound(self, names):
+        modules = [*modules_of(self)]
+        expect_known(modules, names)
+        with told(modules, names), bound(modules, names):
             yield
 
     def refusal(self) -> str | None:
@@ -44,10 +45,10 @@ class RoutedModel(Patched, LoraModel):
         become(self, LoraModel)
 
 
-def expect_known(model: nn.Module, names: Sequence[str]) -> None:
+def expect_known(modules: Sequence[nn.Module], names: Sequence[str]) -> None:
     """Raises PEFT's ValueError for names of adapters that no layer has."""
     known = {"__base__"}
-    for layer in modules_of(model):
+    for layer in modules:
         if isinstance(layer, LoraLayer):
             known |= layer.lora_A.keys()
             known |= layer.lora_embedding_A.keys()
@@ -76,15 +77,15 @@ def modules_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def told(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, every LoRA layer below the module gets the argument adapter_names, as PEFT's do."""
+def told(modules: Sequence[nn.Module], names: Sequence[str]) -> Iterator[None]:
+    """Inside, every LoRA layer among the modules gets the argument adapter_names, as PEFT's do."""
 
     def tell(layer, args, kwargs):
         return args, kwargs | {"adapter_names": names}
 
     handles = []
     try:
-        for layer in modules_of(module):
+        for layer in modules:
             if isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
                 hook = layer.register_forward_pre_hook(tell, with_kwargs=True)
                 handles.append(hook)
@@ -95,11 +96,11 @@ def told(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def bound(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, blocks that the model checkpoints are told these names whenever they run again."""
+def bound(modules: Sequence[nn.Module], names: Sequence[str]) -> Iterator[None]:
+    """Inside, those of the modules that are checkpointed are told the names when they run again."""
     blocks: list[Any] = [
         module
-        for module in modules_of(model)
+        for module in modules
         if getattr(module, "gradient_checkpointing", False)
         and "_gradient_checkpointing_func" in vars(module)
     ]
@@ -109,7 +110,7 @@ def bound(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         if not torch.compiler.is_compiling():
             for block, checkpoint in zip(blocks, before, strict=True):
                 block._gradient_checkpointing_func = partial(
-                    checkpointed, checkpoint, model, names
+                    checkpointed, checkpoint, modules, names
                 )
         yield
     finally:
@@ -119,7 +120,7 @@ def bound(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def checkpointed(
     checkpoint: Callable[..., Any],
-    model: nn.Module,
+    modules: Sequence[nn.Module],
     names: Sequence[str],
     function: Callable[..., Any],
     *args: Any,
@@ -130,7 +131,8 @@ def checkpointed(
     def run(*args, **kwargs):
         if not in_backward():
             return function(*args, **kwargs)
-        with told(block_of(function) or model, names):
+        block = block_of(function)
+        with told(modules if block is None else [*modules_of(block)], names):
             return function(*args, **kwargs)
 
     return checkpoint(run, *args, **kwargs)
