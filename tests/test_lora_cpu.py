@@ -52,6 +52,17 @@ def test_more_rows_than_are_walked_at_once(isa, on_isa):
                 assert err <= most, f"{op}, {dtype}, {label}"
 
 
+@pytest.mark.parametrize("isa", isa.NAMES)
+def test_every_number_of_few_rows(isa, on_isa):
+    """Each size of the blocks that few rows are multiplied in, and what is left over."""
+    on_isa(isa)
+    for m in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 48, 49, 64):
+        for op in ("lora_gemv", "multi_fwd"):
+            for dtype in (torch.float32, torch.bfloat16):
+                for label, err, most in check(op, "cpu", (m, 75, 141, 10), dtype):
+                    assert err <= most, f"{op}, {m} rows, {dtype}, {label}"
+
+
 @pytest.fixture
 def multiplied(monkeypatch):
     """The names of torch's products, in the order of their calls."""

@@ -1,161 +1,223 @@
 // LoRA for few rows in fp32 arithmetic, for every dtype and instruction set. Reading the weight
-// takes most of the time, so it is read once, as it is stored, and not packed.
+// takes much of the time, so it is read once, as it is stored, and not packed.
+#include "dots.h"
+#include "few.h"
 #include "nf4.h"
 #include "ops.h"
 
 namespace peftops::ISA {
 namespace {
 
-thread_local Scratch t_few;      // of the caller, read by its team
-thread_local Scratch t_decoded;  // of each thread: rows of a 4-bit base
+thread_local Scratch t_few, t_bias;         // of the caller, read by its team
+thread_local Scratch t_decoded, t_columns;  // of each thread
 
-constexpr int COLUMNS = 4;  // rows of the weight that are read side by side
+// Rows of x up to which sums run along the rows of the weight: of floats, 16 bits and 4 bits.
+constexpr int64_t ALONE_F32 = 2, ALONE_16 = 4, ALONE_NF4 = 12;
+constexpr int COLUMNS = 4;  // rows of the weight that are read side by side then
 
-// acc[e][i] += w[e] · x[i] lane by lane. w is rounded to T if it is wider.
-template <class T, int W, int X, class From>
-PEFTOPS_INLINE void add_dots(const From* w, int64_t ldw, const float* x, int64_t ldx, int64_t k,
-                             vec (&acc)[W][X]) {
-  const auto step = [&](int64_t c, int64_t some) __attribute__((always_inline)) {
-    vec t_w[W];
-#pragma GCC unroll 4
-    for (int e = 0; e < W; ++e) t_w[e] = load_as<T>(w + e * ldw + c, some);
-#pragma GCC unroll 4
-    for (int i = 0; i < X; ++i) {
-      const vec t_x = load(x + i * ldx + c, some);
-#pragma GCC unroll 4
-      for (int e = 0; e < W; ++e) acc[e][i] = fma(t_w[e], t_x, acc[e][i]);
-    }
-  };
-  int64_t c = 0;
-  for (; c + LANES <= k; c += LANES) step(c, LANES);
-  if (c < k) step(c, k - c);
-}
-
-// The same as sums of sums, with CHAIN terms in each lane.
-template <class T, int W, int X, class From>
-PEFTOPS_INLINE void add_product(const From* w, int64_t ldw, const float* x, int64_t k,
-                                vec (&acc)[W][X]) {
-  for (int64_t c = 0; c < k; c += CHAIN * LANES) {
-    vec part[W][X];
-    clear(part);
-    add_dots<T>(w + c, ldw, x + c, k, min(CHAIN * LANES, k - c), part);
-#pragma GCC unroll 4
-    for (int e = 0; e < W; ++e)
-#pragma GCC unroll 4
-      for (int i = 0; i < X; ++i) acc[e][i] += part[e][i];
-  }
-}
-
-// The arguments of the op.
+// The arguments of the op, and memory: rows of x as floats, h and s · (gate ⊙ h).
 template <class T>
 struct Few {
-  T* y;              // (m, n)
+  Tensor y;          // (m, n), in T or fp32
   const T* base;     // (n, k), or null if it has 4 bits
   const NF4* codes;  // of a 4-bit base, or null
-  const float* x;    // (m, k)
-  const float* hs;   // (m, columns) = s · (gate ⊙ h)
-  int64_t m, n, k;
-  int64_t columns;    // of b
-  const float* gain;  // (n,), or null
-  Tensor b;           // (n, columns)
-  Tensor bias;        // (n,), or without data
+  Tensor a;          // (r, k)
+  Tensor b;          // (n, columns)
+  Tensor gate;       // (m, experts), or without data
+  float s;
+  const float *gain, *bias;  // (n,), or null
+  int64_t m, n, k, r, columns;
+  float *x, *h, *hs;
 
-  // The rows [i, i + X) and W columns from c on of y. w: where their weights begin
-  template <int W, int X>
-  void block(const T* w, int64_t i, int64_t c) const {
-    vec acc[W][X];
-    clear(acc);
-    with_operand<T>(b, [&](const auto* from) {
-      add_dots<T>(from + c * columns, columns, hs + i * columns, columns, columns, acc);
-    });
-    add_product<T>(w, k, x + i * k, k, acc);
-    for (int e = 0; e < W; ++e)
-      for (int q = 0; q < X; ++q) {
-        float value = sum(acc[e][q]);
-        if (gain) value *= gain[c + e];
-        with_operand<T>(bias,
-                        [&](const auto* added) { value += added ? widen(added[c + e]) : 0; });
-        narrow(value, y + (i + q) * n + c + e);
+  // hs = s · (gate ⊙ h), with h and its product with the gate rounded to T. Element (i, j) of a
+  // matrix lies at i · row + j · column.
+  void scale_h(int64_t row_of_h, int64_t row_of_hs, int64_t column) const {
+    const int64_t experts = gate.data ? gate.shape[1] : 1, each = columns / experts;
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        float value = rounded<T>(h[i * row_of_h + j % r * column]);
+        if (gate.data) value = rounded<T>(value * as<float>(gate)[i * experts + j / each]);
+        hs[i * row_of_hs + j * column] = s * value;
       }
-  }
-
-  // All rows of W columns from c on. What is summed at once fits into the registers.
-  template <int W>
-  void some(int64_t c) const {
-    const T* w = base + c * k;
-    if (codes) {
-      T* out = t_decoded.get<T>(W * k);
-      for (int e = 0; e < W; ++e) decode(*codes, (c + e) * k, k, out + e * k);
-      w = out;
-    }
-    constexpr int AT_ONCE = VECTORS == 4 || W < 2 ? W : 2;
-    by_rows<4, 2, 1>(0, m, [&](int64_t i, auto count) {
-      constexpr int X = decltype(count)::value, SOME = X == 4 ? AT_ONCE : W;
-      for (int e = 0; e < W; e += SOME) block<SOME, X>(w + e * k, i, c + e);
-    });
   }
 };
 
-// hs (m, columns) = s · (gate ⊙ x·aᵀ), rounded to T before s. h: memory for x·aᵀ (m, r)
+// Rows of x that are few even here. x is (m, k), h (m, r) and hs (m, columns).
 template <class T>
-void down(float* hs, const float* x, Tensor a, Tensor gate, int64_t m, int64_t columns, float s,
-          float* h) {
-  const int64_t r = a.shape[0], k = a.shape[1], experts = gate.data ? gate.shape[1] : 1;
-  with_operand<T>(a, [&](const auto* from) {
-#pragma omp parallel for num_threads(threads_for(m * r * k)) schedule(static)
-    for (int64_t j = 0; j < r; ++j)
-      by_rows<4, 2, 1>(0, m, [&](int64_t i, auto count) {
-        constexpr int X = decltype(count)::value;
-        vec acc[1][X];
-        clear(acc);
-        add_product<T>(from + j * k, k, x + i * k, k, acc);
-        for (int q = 0; q < X; ++q) h[(i + q) * r + j] = rounded<T>(sum(acc[0][q]));
+struct Alone {
+  const Few<T>& t;
+
+  // sums (X, W) = x · w for W rows of a weight, or += if `add`.
+  template <int W, int X, class From>
+  static void add_dots(const From* w, const float* x, int64_t k, bool add, float* sums,
+                       int64_t ld) {
+    constexpr int64_t step = CHAIN * LANES;  // so that each lane adds CHAIN terms
+    constexpr int SOME = W > VECTORS && X > 2 ? VECTORS : W;  // fit into the registers
+    for (int64_t c = 0; c < max(k, 1); c += step)
+      for (int e = 0; e < W; e += SOME)
+        put_dots<T, SOME, X>(w + e * k + c, k, x + c, k, min(step, k - c), add || c, sums + e,
+                             ld);
+  }
+
+  // W rows of a 4-bit base.
+  template <int W>
+  const T* decoded(int64_t row) const {
+    T* out = t_decoded.get<T>(W * t.k);
+    for (int e = 0; e < W; ++e) decode(*t.codes, (row + e) * t.k, t.k, out + e * t.k);
+    return out;
+  }
+
+  // W columns of y, from column c on.
+  template <int W>
+  void columns_from(int64_t c) const {
+    const T* w = t.codes ? decoded<W>(c) : t.base + c * t.k;
+    by_rows<4, 3, 2, 1>(0, t.m, [&](int64_t i, auto rows) {
+      constexpr int X = decltype(rows)::value;
+      float sums[X * W];
+      with_operand<T>(t.b, [&](const auto* b) {
+        add_dots<W, X>(b + c * t.columns, t.hs + i * t.columns, t.columns, false, sums, W);
       });
-  });
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      float value = h[i * r + j % r];
-      if (gate.data)
-        value = rounded<T>(value * as<float>(gate)[i * experts + j / (columns / experts)]);
-      hs[i * columns + j] = s * value;
+      add_dots<W, X>(w, t.x + i * t.k, t.k, true, sums, W);
+      with_operand<T>(t.y, [&](auto* y) {
+        for (int q = 0; q < X; ++q)
+          for (int e = 0; e < W; ++e) {
+            float value = sums[q * W + e];
+            if (t.gain) value *= t.gain[c + e];
+            if (t.bias) value += t.bias[c + e];
+            narrow(value, y + (i + q) * t.n + c + e);
+          }
+      });
+    });
+  }
+
+  void run(const T* x, Team& team) const {
+    widen_row(x, t.m * t.k, nullptr, t.x);
+    with_operand<T>(t.a, [&](const auto* a) {
+#pragma omp parallel for num_threads(threads_for(t.m* t.r* t.k)) schedule(static)
+      for (int64_t j = 0; j < t.r; ++j)
+        by_rows<4, 3, 2, 1>(0, t.m, [&](int64_t i, auto rows) {
+          add_dots<1, decltype(rows)::value>(a + j * t.k, t.x + i * t.k, t.k, false,
+                                             t.h + i * t.r + j, t.r);
+        });
+    });
+    t.scale_h(t.r, t.columns, 1);
+#pragma omp parallel for num_threads(threads_for_few(t.m, t.n, t.k)) schedule(static)
+    for (int64_t c = 0; c < t.n; c += COLUMNS)
+      team.run([&] {
+        if (c + COLUMNS <= t.n) return columns_from<COLUMNS>(c);
+        for (int64_t at = c; at < t.n; ++at) columns_from<1>(at);
+      });
+  }
+};
+
+// More rows of x, which lie side by side: x is (k, ld), h (r, ld) and hs (columns, ld).
+template <class T>
+struct Together {
+  const Few<T>& t;
+  int64_t ld;
+
+  // TALL columns of y, from c on.
+  void columns_from(int64_t c) const {
+    const int64_t count = min(TALL, t.n - c);
+    float* sums = t_columns.get<float>(TALL * ld);
+    with_operand<T>(t.b, [&](const auto* b) {
+      multiply_side_by_side(dense_rows<T>(b, t.columns), c, count, t.hs, ld, t.columns, false,
+                            sums);
+    });
+    if (t.codes)
+      add_coded(c, count, sums);
+    else
+      multiply_side_by_side(dense_rows<T>(t.base, t.k), c, count, t.x, ld, t.k, true, sums);
+    for (int64_t j = 0; j < count; j += LANES)
+      for (int64_t i = 0; i < t.m; i += LANES) store_square(c + j, i, sums + j * ld + i);
+  }
+
+  // sums += the product with rows of a 4-bit base. A few are decoded at a time, to stay in a
+  // cache.
+  void add_coded(int64_t first, int64_t count, float* sums) const {
+    float* decoded = t_decoded.get<float>(SUMS * t.k);
+    for (int64_t e = 0; e < count; e += SUMS) {
+      const int64_t rows = min(SUMS, count - e);
+      for (int64_t i = 0; i < rows; ++i) decode_row(first + e + i, decoded + i * t.k);
+      multiply_side_by_side(dense_rows<float>(decoded, t.k), 0, rows, t.x, ld, t.k, true,
+                            sums + e * ld);
     }
-}
+  }
+
+  // A row of a 4-bit base as floats, rounded to T.
+  void decode_row(int64_t row, float* out) const {
+    constexpr int64_t some = 256;
+    if constexpr (sizeof(T) == sizeof(float)) return decode(*t.codes, row * t.k, t.k, out);
+    T values[some];
+    for (int64_t c = 0; c < t.k; c += some) {
+      const int64_t count = min(some, t.k - c);
+      decode(*t.codes, row * t.k + c, count, values);
+      for (int64_t v = 0; v < count; ++v) out[c + v] = widen(values[v]);
+    }
+  }
+
+  // LANES columns of LANES rows of y.
+  void store_square(int64_t c, int64_t i, const float* sums) const {
+    const int64_t left = t.n - c;
+    vec v[LANES];
+    for (int e = 0; e < LANES; ++e) v[e] = e < left ? load(sums + e * ld) : vec{};
+    transpose(v);
+    for (int e = 0; e < min(LANES, t.m - i); ++e) {
+      if (t.gain) v[e] *= load(t.gain + c, left);
+      if (t.bias) v[e] += load(t.bias + c, left);
+      with_operand<T>(t.y, [&](auto* y) { store(y + (i + e) * t.n + c, v[e], left); });
+    }
+  }
+
+  void run(const T* x, Team& team) const {
+    constexpr int64_t some = SUMS / WIDEST;  // rows of a
+    lay_side_by_side(x, t.m, t.k, t.x, ld);
+    with_operand<T>(t.a, [&](const auto* a) {
+#pragma omp parallel for num_threads(threads_for(t.m* t.r* t.k)) schedule(static)
+      for (int64_t j = 0; j < t.r; j += some)
+        multiply_side_by_side(dense_rows<T>(a, t.k), j, min(some, t.r - j), t.x, ld, t.k, false,
+                              t.h + j * ld);
+    });
+    t.scale_h(1, 1, ld);
+#pragma omp parallel for num_threads(threads_for_few(t.m, t.n, t.k)) schedule(static)
+    for (int64_t c = 0; c < t.n; c += TALL) team.run([&] { columns_from(c); });
+  }
+};
 
 }  // namespace
 
 void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale, Tensor bias,
               Tensor gain, Tensor gate, Form form, int64_t block) {
-  const int64_t m = x.shape[0], k = x.shape[1], n = b.shape[0], r = a.shape[0];
-  const int64_t columns = b.shape[1];
   const NF4 codes(base, form == Form::nf4 ? block : 0);
   with_type(x.dtype, [&](auto e) {
     using T = decltype(e);
-    float* wide = t_few.get<float>(pad16(m * k) + m * (columns + r));
-    float* hs = wide + pad16(m * k);
-    widen_row(as<T>(x), m * k, nullptr, wide);
-    down<T>(hs, wide, a, gate, m, columns, *as<float>(scale), hs + m * columns);
     Few<T> few{};
-    few.y = as<T>(y);
+    few.y = y;
     if (form == Form::nf4)
       few.codes = &codes;
     else
       few.base = as<T>(base.at[0]);
-    few.x = wide;
-    few.hs = hs;
-    few.m = m;
-    few.n = n;
-    few.k = k;
-    few.columns = columns;
-    few.gain = as<float>(gain);
+    few.a = a;
     few.b = b;
-    few.bias = bias;
-    const auto columns_from = [&](int64_t c) {
-      if (c + COLUMNS <= n) return few.template some<COLUMNS>(c);
-      for (; c < n; ++c) few.template some<1>(c);
-    };
+    few.gate = gate;
+    few.gain = as<float>(gain);
+    few.bias = as_float<T>(bias, t_bias);
+    few.m = x.shape[0];
+    few.n = b.shape[0];
+    few.k = x.shape[1];
+    few.r = a.shape[0];
+    few.columns = b.shape[1];
+    few.s = few.columns ? *as<float>(scale) : 0;  // multi-LoRA without an adapter has none
+    const int64_t ld = ceil_div(few.m, LANES) * LANES;
+    few.x = t_few.get<float>(pad16(few.k * ld) + (few.r + few.columns) * ld);
+    few.h = few.x + pad16(few.k * ld);
+    few.hs = few.h + few.r * ld;
     Team team;
-#pragma omp parallel for num_threads(threads_for_few(m, n, k)) schedule(static)
-    for (int64_t c = 0; c < n; c += COLUMNS) team.run([&] { columns_from(c); });
+    const int64_t alone = few.codes ? ALONE_NF4 : sizeof(T) < 4 ? ALONE_16 : ALONE_F32;
+    if (few.m <= alone)
+      Alone<T>{few}.run(as<T>(x), team);
+    else
+      Together<T>{few, ld}.run(as<T>(x), team);
     team.finish();
   });
 }

@@ -243,7 +243,7 @@ struct Worker {
     for (int64_t v = 0; v < min(PANEL, t.n - c); v += LANES) {
       const int64_t at = i * t.n + c + v, left = t.n - c - v;
       vec value = load(sums + v);
-      if (t.y0.data) value += load(as<T>(t.y0) + at, left);
+      if (t.y0.data) with_operand<T>(t.y0, [&](auto* y0) { value += load(y0 + at, left); });
       if (t.z.data) store(as<T>(t.z) + at, value, left);
       if (gain) value *= load(gain + c + v, left);
       if (t.bias) value += load(t.bias + c + v, left);

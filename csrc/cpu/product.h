@@ -29,7 +29,7 @@ struct Product {
   Tensor out;           // (m, n)
   Tensor z;             // (m, n), or absent
   Tensor x;             // (m, k), or absent: then there is no x·w
-  Tensor y0;            // (m, n), or absent
+  Tensor y0;            // (m, n), in fp32 or x's dtype, or absent
   const float* h;       // (m, r)
   int64_t m, n, k, r;   // of this product, not of the layer
   float s;              // LoRA's scale

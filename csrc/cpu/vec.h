@@ -195,7 +195,7 @@ PEFTOPS_INLINE void transpose(vec (&v)[LANES]) {
 // Sets all to zero. It is written out because "= {}" also writes memory that is never read.
 template <int MR, int NV>
 PEFTOPS_INLINE void clear(vec (&acc)[MR][NV]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = vec{};
@@ -226,7 +226,7 @@ PEFTOPS_INLINE void multiply(const float* x, int64_t ldx, int64_t k, const float
     vec t_w[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) t_w[v] = load(w + c * ldw + LANES * v);
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int i = 0; i < MR; ++i) {
       const vec t_x = all(row[i][c]);
 #pragma GCC unroll 4

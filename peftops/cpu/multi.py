@@ -1,14 +1,14 @@
 """Multi-LoRA on a CPU, in fp32 arithmetic whatever the dtype.
 
-One kernel makes the whole operation. For few rows in fp32 the base's product is LoRA's, which reads
-the weight once as it lies, and the kernel adds the rest. (In 16 bits this would round twice.)
+One kernel makes the whole operation. For few rows the base's product is LoRA's, in fp32, which
+reads the weight once as it lies, and the kernel adds the rest.
 """
 
 import torch
 
 from .._C import cpu as _C
 from .._replay import noted
-from .lora import few_rows, zero
+from .lora import FEW, READ_AS_THEY_LIE, zero
 
 
 def multi_fwd(
@@ -32,11 +32,10 @@ def multi_fwd(
     block,
     keep_z,
 ):
-    few = few_rows(x, form)
-    if few is not None and x.dtype is torch.float32:
-        y0 = x.new_empty(y.shape)
+    if form in READ_AS_THEY_LIE and 1 <= x.shape[0] <= FEW:
+        y0 = x.new_empty(y.shape, dtype=torch.float32)
         none = x.new_empty(0, x.shape[1]), x.new_empty(y.shape[1], 0)
-        noted(few, y0, x, base, *none, scale, None, None, None, form, block)
+        noted(_C.lora_few, y0, x, base, *none, scale, None, None, None, form, block)
         base = [y0]
         form = "given"
     noted(
