@@ -14,7 +14,7 @@ from ...nn.dora import moves, one_position, sharded
 from ...ops.multi_autograd import stacked
 from ...ops.multi_tables import slots_of
 from .foundation import Fallback
-from .plan import NO_ADAPTER, Plan, accelerated, plan_one
+from .plan import NO_ADAPTER, Plan, accelerated, ground_of, plan_on
 
 # layer -> (stamp, Stack, what is stacked) of its last mixed batch without gradient
 STACKS: WeakKeyDictionary[Any, tuple] = WeakKeyDictionary()
@@ -61,12 +61,14 @@ def plan_mixed(
     present = [name for name in dict.fromkeys(names) if name in adapters]
     if not present:
         return NO_ADAPTER
+    ground = ground_of(layer, x)
+    if type(ground) is Fallback:
+        return ground
     plans: list[Plan] = []
     for name in present:
-        call = plan_one(layer, x, name)
+        call = plan_on(ground, layer, x, name)
         if type(call) is Fallback:
             return call
-        assert type(call) is Plan
         plans.append(call)
     if len(present) == 1 and all(name == present[0] for name in names):
         return plans[0]

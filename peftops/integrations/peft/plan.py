@@ -30,8 +30,11 @@ from .foundation import (
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
-# In PEFT, x·Aᵀ is fp32 here, and it may be too large for fp16.
+# The dtypes of adapters over fp16 outside autocast, and why they may not be fp32: in PEFT, x·Aᵀ is
+# fp32 then, and it may be too large for fp16.
+HALF_ALONE = (torch.float16,)
 FP16 = "fp32 adapters over fp16 outside autocast"
+TRACED = Fallback("torch.func, forward-mode AD, tracing or export")
 
 # (op, device type) -> whether it has kernels; filled by calls, since asking wakes CUDA
 ACCELERATED: dict[tuple[str, str], bool] = {}
@@ -98,29 +101,104 @@ def plan(layer: object, x: Tensor) -> Plan | Fallback:
 
 def plan_one(layer: object, x: Tensor, name: str) -> Plan | Fallback:
     """The Plan for layer(x) with this adapter alone, or a Fallback."""
+    if name not in layer.__dict__["_modules"]["lora_A"].__dict__["_modules"]:
+        return NO_ADAPTER
+    ground = ground_of(layer, x)
+    return ground if type(ground) is Fallback else plan_on(ground, layer, x, name)
+
+
+class Ground(NamedTuple):
+    """What all adapters of a layer stand on in one call.
+
+    Attributes:
+        foundation: what the base layer gives.
+        dtypes: those that an adapter may have.
+        widen: see Plan.
+    """
+
+    foundation: Foundation
+    dtypes: tuple[torch.dtype, ...]
+    widen: bool
+
+
+def ground_of(layer: object, x: Tensor) -> Ground | Fallback:
+    """The Ground of a layer's adapters for this x, or why none of them runs fused."""
+    base = layer.__dict__["_modules"]["base_layer"]
+    foundation = HOOKED if hooked(base) else foundation_of(base, x)
+    held = foundation.held
+    bias = foundation.bias
+    if type(x) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        return Fallback("a tensor is not plain")
+    if transformed() or torch._C._get_tracing_state():
+        return TRACED
+    device = x.device
+    if held is not None:
+        if hasattr(held, "ds_id"):
+            return Fallback("ZeRO-3")
+        if held.requires_grad:
+            return Fallback("base weight is trained")
+        if device != held.device:
+            return Fallback("tensors on different devices")
+    device_type = device.type  # read once, since torch makes a new text at each reading
+    if not accelerated(device_type):
+        return Fallback(f"no kernels for {device_type}")
+    return ground_in(x.dtype, device_type, foundation)
+
+
+def ground_in(
+    given: torch.dtype, device_type: str, foundation: Foundation
+) -> Ground | Fallback:
+    """The Ground for an x of this dtype, or why lora_linear would not round as PEFT does."""
+    computes = foundation.computes
+    bias = foundation.bias
+    if given not in DTYPES or (computes is not None and computes not in DTYPES):
+        return Fallback("dtype of x or of the base weight")
+    held = foundation.held
+    in_4_bits = held is not None and held.dtype is torch.uint8
+    dtypes: tuple[torch.dtype, ...] = given, torch.float32
+    widen = False
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        dtypes = dtype, torch.float32
+        if in_4_bits and not {given, computes} <= {*dtypes, None}:
+            return Fallback("compute_dtype or x is not of autocast's dtype")
+    elif computes is not None and given is not computes:
+        # A 4-bit base that computes in fp32 widens x.
+        if not in_4_bits or computes is not torch.float32:
+            return Fallback("x is not of the base weight's dtype")
+        dtypes = (torch.float32,)
+        widen = True
+    elif given is torch.float16:
+        dtypes = HALF_ALONE
+    if (
+        bias is not None
+        and bias.dtype is not torch.float32
+        and bias.dtype not in dtypes
+    ):
+        return Fallback("dtype of a bias")
+    return Ground(foundation, dtypes, widen)
+
+
+def plan_on(ground: Ground, layer: object, x: Tensor, name: str) -> Plan | Fallback:
+    """The Plan for layer(x) with an adapter that it has, or a Fallback."""
     state = layer.__dict__
     modules = state["_modules"]
-    adapters = modules["lora_A"].__dict__["_modules"]
-    if name not in adapters:
-        return NO_ADAPTER
     dora = None
     if name in state["lora_variant"]:
         variant = type(state["lora_variant"][name])
         if variant is not DoraLinearVariant:
             return Fallback(f"variant {variant.__name__}")
         dora = name
-    base = modules["base_layer"]
-    lora_a = adapters[name]
+    lora_a = modules["lora_A"].__dict__["_modules"][name]
     lora_b = modules["lora_B"].__dict__["_modules"][name]
     dropout = modules["lora_dropout"].__dict__["_modules"][name]
-    foundation = HOOKED if hooked(base) else foundation_of(base, x)
     reason = modules_misfit(lora_a, lora_b, dropout)
     if reason:
         return Fallback(reason)
     a = parameter(lora_a, "weight")
     b = parameter(lora_b, "weight")
     b_bias = parameter(lora_b, "bias")
-    reason = misfit(x, foundation, a, b, b_bias, dora is not None)
+    reason = misfit(x, ground.dtypes, a, b, b_bias, dora is not None)
     if reason:
         return Fallback(reason)
     if not state.get("cast_input_dtype_enabled", True) and a.dtype is not x.dtype:
@@ -130,15 +208,13 @@ def plan_one(layer: object, x: Tensor, name: str) -> Plan | Fallback:
         return Fallback("scaling is not a number")
     if dora is not None:
         magnitude = modules["lora_magnitude_vector"].__dict__["_modules"][dora]
-        reason = dora_misfit(x, foundation, b_bias, magnitude)
+        reason = dora_misfit(x, ground.foundation, b_bias, magnitude)
         if reason:
             return Fallback(reason)
-    weight, _, computes, bias, cast, own = foundation
+    foundation, _, widen = ground
+    weight, _, _, bias, cast, own = foundation
     if b_bias is not None:
         bias = biases(bias, b_bias, scaling)
-    widen = computes is torch.float32 and x.dtype is not computes
-    if widen and torch.is_autocast_enabled(x.device.type):
-        widen = False
     if widen and bias is not None:
         bias = bias.float()
     dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
@@ -150,9 +226,12 @@ def plan_several(layer: Any, x: Tensor, names: Sequence[str]) -> Plan | Fallback
 
     Where their scalings differ, each is multiplied into its lora_B, in fp32.
     """
+    ground = ground_of(layer, x)
+    if type(ground) is Fallback:
+        return ground
     plans = []
     for name in names:
-        call = plan_one(layer, x, name)
+        call = plan_on(ground, layer, x, name)
         if type(call) is Fallback:
             return call
         if call.dora is not None:
@@ -192,40 +271,38 @@ def modules_misfit(
 
 def misfit(
     x: Tensor,
-    foundation: Foundation,
+    dtypes: tuple[torch.dtype, ...],
     a: Tensor,
     b: Tensor,
     b_bias: Tensor | None,
     dora: bool,
 ) -> str | None:
-    """Why lora_linear would not compute what PEFT does with these tensors, or None.
+    """Why lora_linear would not compute what PEFT does with an adapter, or None.
 
-    dora: whether the adapter is DoRA's.
+    Args:
+        dtypes: see Ground.
+        dora: whether the adapter is DoRA's.
     """
-    held, bias = foundation.held, foundation.bias
-    if type(a) not in PLAIN or type(b) not in PLAIN or type(x) not in PLAIN:
+    if type(a) not in PLAIN or type(b) not in PLAIN:
         return "a tensor is not plain"
-    if (bias is not None and type(bias) not in PLAIN) or (
-        b_bias is not None and type(b_bias) not in PLAIN
-    ):
+    if b_bias is not None and type(b_bias) not in PLAIN:
         return "a tensor is not plain"
-    if hasattr(held, "ds_id") or hasattr(a, "ds_id"):
+    if hasattr(a, "ds_id"):
         return "ZeRO-3"
     # An export runs by PEFT's own code, DoRA's apart, which dynamo cannot follow.
-    if transformed() or torch._C._get_tracing_state() or (exporting() and not dora):
-        return "torch.func, forward-mode AD, tracing or export"
+    if exporting() and not dora:
+        return TRACED.reason
     device = x.device
-    if held is not None:
-        if held.requires_grad:
-            return "base weight is trained"
-        if device != held.device:
-            return "tensors on different devices"
     if device != a.device or device != b.device:
         return "tensors on different devices"
-    device_type = device.type  # read once, since torch makes a new text at each reading
-    if not accelerated(device_type):
-        return f"no kernels for {device_type}"
-    return dtype_misfit(x.dtype, device_type, foundation, a, b, b_bias)
+    dtype = a.dtype
+    if dtypes is HALF_ALONE and dtype is torch.float32:
+        return FP16
+    if dtype is not b.dtype or dtype not in dtypes:
+        return "dtype of the adapter"
+    if b_bias is not None and b_bias.dtype not in (*dtypes, torch.float32):
+        return "dtype of a bias"
+    return None
 
 
 def accelerated(device_type: str, op: str = "lora_fwd") -> bool:
@@ -238,46 +315,6 @@ def accelerated(device_type: str, op: str = "lora_fwd") -> bool:
         cell = backends.choose(op, None, device_type, False)
         ACCELERATED[key] = "reference" not in cell.__module__
     return ACCELERATED.get(key, True) or exporting()
-
-
-def dtype_misfit(
-    given: torch.dtype,
-    device_type: str,
-    foundation: Foundation,
-    a: Tensor,
-    b: Tensor,
-    b_bias: Tensor | None,
-) -> str | None:
-    """Why lora_linear would not round as PEFT does for these dtypes, or None.
-
-    given: the dtype of x.
-    """
-    held = foundation.held
-    computes = foundation.computes
-    bias = foundation.bias
-    if given not in DTYPES or (computes is not None and computes not in DTYPES):
-        return "dtype of x or of the base weight"
-    dtype = given
-    adapter = a.dtype
-    in_4_bits = held is not None and held.dtype is torch.uint8
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        if in_4_bits and not {given, computes} <= {dtype, torch.float32, None}:
-            return "compute_dtype or x is not of autocast's dtype"
-    elif computes is not None and dtype is not computes:
-        # A 4-bit base that computes in fp32 widens x.
-        if not in_4_bits or computes is not torch.float32 or adapter is not computes:
-            return "x is not of the base weight's dtype"
-    elif dtype is torch.float16 and adapter is torch.float32:
-        return FP16
-    narrow = dtype, torch.float32
-    if adapter is not b.dtype or adapter not in narrow:
-        return "dtype of the adapter"
-    if bias is not None and bias.dtype not in narrow:
-        return "dtype of a bias"
-    if b_bias is not None and b_bias.dtype not in narrow:
-        return "dtype of a bias"
-    return None
 
 
 def dora_misfit(
