@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import LARGEST, explained, tensor, tensor_or_none
-from .lora_base import Base, base_rows, prepared, rows, shaped, weight_fault, wide_dtype
+from .lora_base import Base, base_rows, prepared, rows, weight_fault, wide_dtype
 from .lora_formula import applied, by_formula, differentiable
 from .multi_autograd import MultiLoRA, forward, plain
 from .multi_contract import (  # noqa: F401  testing/law.py gets a row's ops from the row's own file
@@ -147,7 +147,7 @@ def arguments(x, weight, lora_A, lora_B, slots, bias, scaling, p, gain) -> tuple
     )
 
 
-def mixed_of_stacks(
+def arguments_of_stacks(
     x: Tensor,
     weight: Tensor | NF4Weight | Base,
     a: Tensor,
@@ -157,8 +157,8 @@ def mixed_of_stacks(
     bias: Tensor | None,
     scaling: tuple[float, ...],
     gain: Tensor | None,
-) -> Tensor:
-    """`mixed` without gradient and dropout, for callers that keep what `stacked` returns.
+) -> tuple:
+    """multi_fwd's arguments, for callers that keep what `stacked` returns; nothing is dropped.
 
     Args:
         a, b: every lora_A, and every lora_B turned, one below the other.
@@ -167,23 +167,22 @@ def mixed_of_stacks(
     x, base, _ = prepared(x, weight, a, b.T, 1.0)
     device = x.device
     wide = wide_dtype(x.dtype)
-    table, rank = pages_of(ranks, device)
     form = base.form
-    y, *_ = multi_fwd(
+    return (
         rows(x),
         base_rows(base.tensors, form),
         a,
         b,
         slots,
-        table,
-        rank,
+        *pages_of(ranks, device),
         tensor_of(scaling, wide, device),
-        bias=bias,
-        gain=gain if gain is None or gain.dtype is wide else gain.to(wide),
-        form=form,
-        block=base.block,
+        None,
+        bias,
+        gain if gain is None or gain.dtype is wide else gain.to(wide),
+        None,
+        form,
+        base.block,
     )
-    return shaped(y, x.shape)
 
 
 def each_of(name: str, value: Numbers, count: int) -> tuple[float, ...]:

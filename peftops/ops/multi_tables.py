@@ -31,15 +31,20 @@ def tensor_of(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def pages_of(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """table (adapters, pages) and rank (adapters,) of adapters that lie one below the other."""
-    pages = [-(-rank // PAGE) for rank in ranks]
-    most = max(pages)
-    table: list[int] = []
-    first = 0
-    for count in pages:
-        table += [*range(first, first + count), *[0] * (most - count)]
-        first += count
-    flat = tensor_of(tuple(table), torch.int32, device)
-    return flat.view(len(ranks), most), tensor_of(ranks, torch.int32, device)
+
+    def make():
+        pages = [-(-rank // PAGE) for rank in ranks]
+        most = max(pages)
+        table: list[int] = []
+        first = 0
+        for count in pages:
+            table += [*range(first, first + count), *[0] * (most - count)]
+            first += count
+        flat = tensor_of(tuple(table), torch.int32, device)
+        return flat.view(len(ranks), most)
+
+    table = kept(("pages", ranks, device), device, make)
+    return table, tensor_of(ranks, torch.int32, device)
 
 
 def slots_of(samples: tuple[int, ...], rows: int, device: torch.device) -> Tensor:

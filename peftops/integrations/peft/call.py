@@ -1,6 +1,6 @@
 """One call of a patched layer: what it runs with, and its result, fused or PEFT's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor
 from ...functional import Base
 from ...ops.dora import linear_of_gain
 from ...ops.lora import linear
-from ...ops.multi import mixed, mixed_of_stacks, stacked_gains
+from ...ops.lora_base import rows, shaped
+from ...ops.lora_formula import by_formula
+from ...ops.multi import arguments_of_stacks, mixed, multi_fwd, stacked_gains
 from .foundation import Fallback
-from .mixed import STACKS, MixedPlan, plan_mixed, stack_of
+from .mixed import STACKS, MixedPlan, Repeat, plan_mixed, remember, repeatable, stack_of
 from .plan import Plan, plan
 
 EXTRA = Fallback("extra arguments")
@@ -19,7 +21,7 @@ EXTRA = Fallback("extra arguments")
 
 def plan_call(
     layer: Any, x: Tensor, args: tuple, kwargs: dict
-) -> Plan | MixedPlan | Fallback:
+) -> Plan | MixedPlan | Repeat | Fallback:
     """What a call of a layer runs with."""
     if not args and not kwargs:
         return plan(layer, x)
@@ -37,6 +39,12 @@ def stock_forward(layer: Any, stock: Any, x: Tensor, args: tuple, kwargs: dict) 
     if any(layer.use_dora.get(name, False) for name in names):
         return stock._mixed_batch_forward(layer, x, *args, **kwargs)
     return stock.forward(layer, x, *args, **kwargs)
+
+
+def of_base(layer: Any, x: Tensor) -> Tensor:
+    """The result of a call all of whose samples meet the base alone."""
+    modules = layer._modules
+    return modules.get("quant_linear_module", modules["base_layer"])(x)
 
 
 def fused(layer: Any, layer_class: Any, x: Tensor, call: Plan) -> Tensor:
@@ -72,11 +80,12 @@ def fused(layer: Any, layer_class: Any, x: Tensor, call: Plan) -> Tensor:
 
 def fused_mixed(layer: Any, layer_class: Any, x: Tensor, call: MixedPlan) -> Tensor:
     """The result of a call whose samples have several adapters."""
-    first = call.plans[0]
-    a = [plan.a for plan in call.plans]
-    b = [plan.b for plan in call.plans]
-    scaling = tuple([plan.scaling for plan in call.plans])
-    dropout_p = tuple([plan.dropout_p for plan in call.plans])
+    first = call.first
+    plans = [*call.plans.values()]
+    a = [plan.a for plan in plans]
+    b = [plan.b for plan in plans]
+    scaling = tuple([plan.scaling for plan in plans])
+    dropout_p = tuple([plan.dropout_p for plan in plans])
     if first.widen:
         x = x.float()
     if first.own is not None:
@@ -89,33 +98,48 @@ def fused_mixed(layer: Any, layer_class: Any, x: Tensor, call: MixedPlan) -> Ten
 
         return on_top(layer, layer_class.widens, x, update)
     weight: Any = first.weight
-    gain = None
-    if any(plan.dora is not None for plan in call.plans):
-        gain = stacked_gains(
-            [
-                None
-                if plan.dora is None
-                else layer_class.gain(
-                    layer,
-                    layer_class,
-                    plan.dora,
-                    x,
-                    weight,
-                    plan.a,
-                    plan.b,
-                    plan.scaling,
-                )
-                for plan in call.plans
-            ]
-        )
-    kept = not (torch.is_grad_enabled() or any(dropout_p))
-    if not kept or torch.compiler.is_compiling():
+    if (
+        torch.is_grad_enabled()
+        or any(dropout_p)
+        or torch.compiler.is_compiling()
+        or by_formula()
+    ):
         STACKS.pop(layer, None)
+        gain = gains(layer, layer_class, x, plans)
         y = mixed(x, weight, a, b, call.slots, first.bias, scaling, dropout_p, gain)
-    else:
-        stack = stack_of(layer, x, call.plans)
-        y = mixed_of_stacks(x, weight, *stack, call.slots, first.bias, scaling, gain)
-    return y if first.cast is None else y.to(first.cast)
+        return y if first.cast is None else y.to(first.cast)
+    repeat = repeatable(layer, x, call)
+    gain = gains(layer, layer_class, x, plans)
+    stack = stack_of(layer, x, plans)
+    args = arguments_of_stacks(x, weight, *stack, call.slots, first.bias, scaling, gain)
+    remember(layer, call, repeat, args[1:])
+    return of_arguments(x.shape, args, first.cast)
+
+
+def gains(layer: Any, layer_class: Any, x: Tensor, plans: list[Plan]) -> Tensor | None:
+    """The gains of the adapters (adapters, n), or None without DoRA."""
+    if all(one.dora is None for one in plans):
+        return None
+    each: list[Tensor | None] = []
+    for one in plans:
+        operands = one.weight, one.a, one.b, one.scaling
+        if one.dora is None:
+            each.append(None)
+        else:
+            each.append(layer_class.gain(layer, layer_class, one.dora, x, *operands))
+    return stacked_gains(each)
+
+
+def fused_again(x: Tensor, call: Repeat) -> Tensor:
+    """The result of a call that repeats an earlier one with another x."""
+    return of_arguments(x.shape, (rows(x), *call.args), call.cast)
+
+
+def of_arguments(shape: Sequence[int], args: tuple, cast: torch.dtype | None) -> Tensor:
+    """The result of multi_fwd with these arguments, for an x of this shape."""
+    y, *_ = multi_fwd(*args)
+    y = shaped(y, shape)
+    return y if cast is None else y.to(cast)
 
 
 def on_top(
@@ -132,8 +156,8 @@ def on_top(
         widens: see Fused.
         update: a function of x, the base and whether adapters are to be fp32; returns the sum.
     """
-    modules, device_type = layer._modules, x.device.type
-    product = modules.get("quant_linear_module", modules["base_layer"])(x)
+    device_type = x.device.type
+    product = of_base(layer, x)
     dtype = x.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

@@ -18,9 +18,17 @@ from ...nn import LinearNF4
 from ...nn.dora import Normed, Operands
 from ...nn.dora_magnitude import Magnitude
 from . import merge
-from .call import fused, fused_mixed, in_backward, plan_call, stock_forward
+from .call import (
+    fused,
+    fused_again,
+    fused_mixed,
+    in_backward,
+    of_base,
+    plan_call,
+    stock_forward,
+)
 from .foundation import Fallback, dtype_of, foundation_of, rows_like
-from .mixed import STACKS, MixedPlan
+from .mixed import BASE_ALONE, STACKS, MixedPlan, Repeat
 
 FUSED = "fused"
 OWN = "fused, base's own product"
@@ -75,8 +83,12 @@ class Fused(Patched, Normed):
             if kwargs or "_peftops_routed" in self.__dict__:
                 watch_route(self, bool(kwargs))
         if type(call) is Fallback:
+            if call is BASE_ALONE:
+                return of_base(self, x)
             return stock_forward(self, layer_class.stock, x, args, kwargs)
-        if type(call) is MixedPlan:
+        if type(call) is Repeat:
+            y = fused_again(x, call)
+        elif type(call) is MixedPlan:
             y = fused_mixed(self, layer_class, x, call)
         else:
             y = fused(self, layer_class, x, call)

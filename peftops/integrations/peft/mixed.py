@@ -3,21 +3,28 @@
 Samples with an adapter that the layer does not have, and those of "__base__", meet the base alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ...nn.dora import moves, one_position, sharded
+from ...nn.dora import CHECKING, moves, one_position, sharded
+from ...ops.lora_formula import transformed
 from ...ops.multi_autograd import stacked
 from ...ops.multi_tables import slots_of
 from .foundation import Fallback
 from .plan import NO_ADAPTER, Plan, accelerated, ground_of, plan_on
 
+# A call none of whose samples has an adapter of the layer.
+BASE_ALONE = Fallback(NO_ADAPTER.reason)
 # layer -> (stamp, Stack, what is stacked) of its last mixed batch without gradient
 STACKS: WeakKeyDictionary[Any, tuple] = WeakKeyDictionary()
+# id of the names that a model has told its layers -> what belongs to them
+TOLD: dict[int, "Told"] = {}
 
 
 @final
@@ -25,22 +32,84 @@ class MixedPlan(NamedTuple):
     """The arguments of multi_lora_linear for one call of a layer.
 
     Attributes:
+        names: each sample's adapter.
         slots: (m,), each row's place among the adapters, or -1.
-        plans: each adapter's Plan for all rows; they share the base.
+        plans: {adapter: its Plan for all rows}; they share the base.
     """
 
+    names: Sequence[str]
     slots: Tensor
-    plans: list[Plan]
+    plans: dict[str, Plan]
 
     @property
     def own(self) -> str | None:
         """Why the base layer is called for its product, or None."""
-        return self.plans[0].own
+        return self.first.own
+
+    @property
+    def first(self) -> Plan:
+        """Any of the plans, for what they share."""
+        return next(iter(self.plans.values()))
+
+
+@final
+class Repeat(NamedTuple):
+    """What a call of one position ran with, so that the next token need not look at everything.
+
+    Inside one call of the model, the layers' modules, hooks and scalings are taken not to change.
+    Weights are looked at.
+
+    Attributes:
+        shape: of x.
+        homes: where the modules hold the weights: adapters', and DoRA's magnitudes and base.
+        stamp: of x and these weights; see stamp_of.
+        weights: held, so that no others have their ids.
+        args: of multi_fwd after x.
+        cast: see Plan.
+        dora: whether an adapter is DoRA's.
+    """
+
+    shape: torch.Size
+    homes: list[dict[str, Tensor]]
+    stamp: tuple
+    weights: list[Tensor]
+    args: tuple
+    cast: torch.dtype | None
+    dora: bool
+
+    @property
+    def own(self) -> None:
+        """The base's product is part of the operation."""
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a call with x would run with the same."""
+        if x.shape != self.shape or torch.is_grad_enabled() or transformed():
+            return False
+        if self.dora and CHECKING:
+            return False
+        return stamp_of(x, [home["weight"] for home in self.homes]) == self.stamp
+
+
+class Told(NamedTuple):
+    """The names that a model tells its layers, each once, and what a layer's last call ran with."""
+
+    names: list[str]
+    repeats: dict[Any, Repeat]
+
+
+@contextmanager
+def remembered(names: tuple[str, ...]) -> Iterator[None]:
+    """Inside, layers that are told these very names remember their calls."""
+    TOLD[id(names)] = Told([*dict.fromkeys(names)], {})
+    try:
+        yield
+    finally:
+        del TOLD[id(names)]
 
 
 def plan_mixed(
     layer: Any, x: Tensor, names: Sequence[str]
-) -> MixedPlan | Plan | Fallback:
+) -> MixedPlan | Repeat | Plan | Fallback:
     """The plan for layer(x, adapter_names=names), or a Fallback where PEFT has to run the call.
 
     Where all samples have the same adapter, it is a Plan.
@@ -57,30 +126,65 @@ def plan_mixed(
         return Fallback("merged")
     if len(names) != len(x):
         return Fallback("adapter_names are not as many as samples")
+    told = None if is_compiling() else TOLD.get(id(names))
+    repeat = None if told is None else told.repeats.get(layer)
+    if repeat is not None and repeat.fits(x):
+        return repeat
     adapters = state["_modules"]["lora_A"].__dict__["_modules"]
-    present = [name for name in dict.fromkeys(names) if name in adapters]
+    each = dict.fromkeys(names) if told is None else told.names
+    present = [name for name in each if name in adapters]
     if not present:
-        return NO_ADAPTER
+        return BASE_ALONE
     ground = ground_of(layer, x)
     if type(ground) is Fallback:
         return ground
-    plans: list[Plan] = []
+    plans: dict[str, Plan] = {}
     for name in present:
         call = plan_on(ground, layer, x, name)
         if type(call) is Fallback:
             return call
-        plans.append(call)
+        plans[name] = call
     if len(present) == 1 and all(name == present[0] for name in names):
-        return plans[0]
+        return plans[present[0]]
     if any(state["lora_bias"][name] for name in present):
         return Fallback("an adapter has a bias, in a mixed batch")
-    if any(call.dora is not None and call.dropout_p for call in plans):
+    if any(call.dora is not None and call.dropout_p for call in plans.values()):
         return Fallback("DoRA with dropout, in a mixed batch")
     if not accelerated(x.device.type, "multi_fwd"):
         return Fallback(f"no kernels for {x.device.type}")
     samples = tuple([present.index(name) if name in present else -1 for name in names])
     rows = x.shape[:-1].numel() // len(x)
-    return MixedPlan(slots_of(samples, rows, x.device), plans)
+    return MixedPlan(names, slots_of(samples, rows, x.device), plans)
+
+
+def repeatable(layer: Any, x: Tensor, call: MixedPlan) -> Repeat | None:
+    """A Repeat of this call, before its weights are read and without args; None if it has none."""
+    if id(call.names) not in TOLD or not one_position(x) or call.first.widen:
+        return None
+    modules = layer.__dict__["_modules"]
+    owners: list[Any] = []
+    for name, plan in call.plans.items():
+        owners += modules["lora_A"][name], modules["lora_B"][name]
+        if plan.dora is not None:
+            owners.append(modules["lora_magnitude_vector"][name])
+    dora = len(owners) > 2 * len(call.plans)
+    if dora:
+        owners.append(modules["base_layer"])
+    homes = [owner.__dict__["_parameters"] for owner in owners]
+    if not all("weight" in home for home in homes):
+        return None
+    weights = [home["weight"] for home in homes]
+    stamp = stamp_of(x, weights)
+    if stamp is None or torch.is_autocast_enabled(x.device.type):
+        return None
+    return Repeat(x.shape, homes, stamp, weights, (), call.first.cast, dora)
+
+
+def remember(layer: Any, call: MixedPlan, repeat: Repeat | None, args: tuple) -> None:
+    """Lets the layer's next call repeat this one. args: of multi_fwd after x."""
+    told = TOLD.get(id(call.names))
+    if repeat is not None and told is not None:
+        told.repeats[layer] = repeat._replace(args=args)
 
 
 class Stack(NamedTuple):
@@ -115,13 +219,16 @@ def stack_of(layer: Any, x: Tensor, plans: Sequence[Plan]) -> Stack:
     return stack
 
 
-def stamp_of(x: Tensor, matrices: Sequence[Tensor]) -> tuple | None:
-    """Identifies the adapters as they are now; None where their versions do not show a change."""
+def stamp_of(x: Tensor, weights: Sequence[Tensor]) -> tuple | None:
+    """Identifies weights as they are now; None where their versions do not show a change."""
     if sharded():
         return None
     try:
-        versions = [(id(t), t.data_ptr(), t._version) for t in matrices]
+        versions = [t._version for t in weights]
     except RuntimeError:
         return None  # tensors of inference_mode count no versions
+    # lists that C fills: a token looks at the weights of all its adapters in every layer
+    ids = [*map(id, weights)]
+    addresses = [*map(Tensor.data_ptr, weights)]
     autocast = torch.is_autocast_enabled(x.device.type)
-    return moves(), x.dtype, autocast, versions
+    return moves(), x.dtype, x.device, autocast, ids, addresses, versions

@@ -1,8 +1,10 @@
-"""adapter_names in training: each LoRA layer is told the adapter of each sample, and told again
-where a checkpointed block runs a second time, in backward.
+"""adapter_names: each LoRA layer is told the adapter of each sample, in training too.
 
-PEFT tells its layers by hooks that it removes when the model's forward returns. A block that runs
-again after that would train the active adapter, whatever the names were.
+Generation tells its layers the adapter of each beam and of each returned sequence.
+
+Blocks that are checkpointed run a second time, in backward, and are told again. PEFT tells its
+layers by hooks that it removes when the model's forward returns. A block that runs again after that
+would train the active adapter, whatever the names were.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,23 +19,31 @@ from torch import nn
 
 from .call import in_backward
 from .layer import Patched, become
+from .mixed import remembered
 
 
 class RoutedModel(Patched, LoraModel):
-    """PEFT's LoraModel, which takes adapter_names in training too."""
+    """PEFT's LoraModel, which takes adapter_names in training too, and for copies of samples."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        others = kwargs.get("alora_offsets") is not None
-        if names is None or others or not self.training:
+        if names is None or kwargs.get("alora_offsets") is not None:
             # not super(): another thread may restore the class in between
             with LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
                 yield
             return
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(
+                f"Got adapter names of type {type(names)}, expected a list of str."
+            )
         modules = [*modules_of(self)]
         expect_known(modules, names)
-        with told(modules, names), bound(modules, names):
+        with (
+            told(modules, names),
+            bound(modules, names),
+            copied(self.model, modules, names),
+        ):
             yield
 
     def refusal(self) -> str | None:
@@ -79,9 +89,10 @@ def modules_of(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def told(modules: Sequence[nn.Module], names: Sequence[str]) -> Iterator[None]:
     """Inside, every LoRA layer among the modules gets the argument adapter_names, as PEFT's do."""
+    route = tuple(names)
 
     def tell(layer, args, kwargs):
-        return args, kwargs | {"adapter_names": names}
+        return args, kwargs | {"adapter_names": route}
 
     handles = []
     try:
@@ -89,10 +100,55 @@ def told(modules: Sequence[nn.Module], names: Sequence[str]) -> Iterator[None]:
             if isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
                 hook = layer.register_forward_pre_hook(tell, with_kwargs=True)
                 handles.append(hook)
-        yield
+        with remembered(route):
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def copied(
+    model: Any, modules: Sequence[nn.Module], names: Sequence[str]
+) -> Iterator[None]:
+    """Inside, model.generate tells the layers of a decoder the name of each copy of a sample.
+
+    Beams and returned sequences are such copies. An encoder sees each sample once.
+    """
+    own = vars(model).get("generate")
+    if not hasattr(model, "generate") or torch.compiler.is_compiling():
+        yield
+        return
+    generate = model.generate
+
+    def generate_copies(*args, **kwargs):
+        copies = copies_of_samples(model, args, kwargs)
+        if copies == 1:
+            return generate(*args, **kwargs)
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else model
+        encoding = set() if encoder in (None, model) else {*encoder.modules()}
+        decoding = [module for module in modules if module not in encoding]
+        with told(decoding, [name for name in names for _ in range(copies)]):
+            return generate(*args, **kwargs)
+
+    model.generate = generate_copies
+    try:
+        yield
+    finally:
+        del model.generate
+        if own is not None:
+            model.generate = own
+
+
+def copies_of_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """How many rows transformers' generate makes of each sample, called with these arguments."""
+    passed = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    configs = passed, getattr(model, "generation_config", None)
+    copies = 1
+    for key in ("num_beams", "num_return_sequences"):
+        found = [kwargs.get(key), *(getattr(config, key, None) for config in configs)]
+        copies = max(copies, next((v for v in found if v is not None), 1))
+    return copies
 
 
 @contextmanager
