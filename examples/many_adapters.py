@@ -2,7 +2,7 @@
 
 A batch names the adapter of each sample. Each adapter gets the gradients that it would get alone,
 so that its own group of the optimizer steps and decays it. An adapter without a sample in the batch
-has no gradient and stays as it is.
+has no gradient and stays as it is. At the end, each continues the same prompt in one batch.
 """
 
 import sys
@@ -78,4 +78,10 @@ trainer = ManyAdapters(
 )
 trainer.train()
 adapted.save_pretrained(out)  # a folder for each adapter
+prompts = torch.tensor([rows()[0]["input_ids"][:4]] * 4)
+tokens = adapted.eval().generate(
+    input_ids=prompts, adapter_names=["__base__", *RANKS], max_new_tokens=6
+)
+for name, continued in zip(["__base__", *RANKS], tokens, strict=True):
+    print(name, tokenizer().decode(continued))
 print(peftops.report(adapted))

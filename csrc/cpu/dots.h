@@ -46,17 +46,18 @@ __attribute__((noinline)) void put_dots(const From* w, int64_t ldw, const float*
 
 // out (rows, ≥ r) = x (rows, k) · wᵀ for some rows w of a pool, rounded to T. The columns are
 // cut into parts that stay in the nearest cache.
-//   lines: (r,) which rows of the pool; VECTORS of them lie together, from the first on
+//   lines: (r,) which rows of the pool; four of them lie together, from the first on
 template <class T, class From>
 void dot_rows(const From* pool, int64_t k, const int64_t* lines, int64_t r, const float* x,
               int64_t ldx, int64_t rows, float* out, int64_t ldo) {
   constexpr int64_t step = CHAIN * LANES;        // so that each lane adds CHAIN terms
   for (int64_t c = 0; c < max(k, 1); c += step)  // without k, zeros are written
     by_rows<ROWS, 4, 2, 1>(0, rows, [&](int64_t i, auto count) {
-      by_rows<VECTORS, 1>(0, r, [&](int64_t j, auto beside) {
-        put_dots<T, decltype(beside)::value, decltype(count)::value>(
-            pool + lines[j] * k + c, k, x + i * ldx + c, ldx, min(step, k - c), c > 0,
-            out + i * ldo + j, ldo);
+      constexpr int X = decltype(count)::value, MOST = X > 2 ? VECTORS : 4;
+      by_rows<MOST, 1>(0, r, [&](int64_t j, auto beside) {
+        put_dots<T, decltype(beside)::value, X>(pool + lines[j] * k + c, k, x + i * ldx + c,
+                                                ldx, min(step, k - c), c > 0, out + i * ldo + j,
+                                                ldo);
       });
     });
 }

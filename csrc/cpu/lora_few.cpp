@@ -116,9 +116,8 @@ struct Together {
   const Few<T>& t;
   int64_t ld;
 
-  // TALL columns of y, from c on.
-  void columns_from(int64_t c) const {
-    const int64_t count = min(TALL, t.n - c);
+  // Up to TALL columns of y, from c on.
+  void columns_from(int64_t c, int64_t count) const {
     float* sums = t_columns.get<float>(TALL * ld);
     with_operand<T>(t.b, [&](const auto* b) {
       multiply_side_by_side(dense_rows<T>(b, t.columns), c, count, t.hs, ld, t.columns, false,
@@ -179,8 +178,14 @@ struct Together {
                               t.h + j * ld);
     });
     t.scale_h(1, 1, ld);
-#pragma omp parallel for num_threads(threads_for_few(t.m, t.n, t.k)) schedule(static)
-    for (int64_t c = 0; c < t.n; c += TALL) team.run([&] { columns_from(c); });
+    const int64_t squares = ceil_div(t.n, LANES);
+#pragma omp parallel num_threads(threads_for_few(t.m, t.n, t.k))
+    team.run([&] {
+      const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
+      const int64_t end = min(t.n, squares * (id + 1) / threads * LANES);
+      for (int64_t c = squares * id / threads * LANES; c < end; c += TALL)
+        columns_from(c, min(TALL, end - c));
+    });
   }
 };
 

@@ -4,6 +4,7 @@
 #include "multi.h"
 
 #include "dots.h"
+#include "multi_expand.h"
 #include "ops.h"
 
 namespace peftops::ISA {
@@ -290,6 +291,18 @@ void multi_fwd(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base
     shrink.multiply_all();
     const auto scale_of = [&](int64_t slot) { return scales[slot]; };
     const Routes scaled = routes(route, count, ldh, scale_of, as<float>(gain), n);
+    if (form == Form::given && route.m <= EXPANDED) {
+      Expand<T> expand{route};
+      expand.y = y;
+      expand.z = z;
+      expand.y0 = base.at[0];
+      expand.h = gated<T>(h, Tensor{}, ldh, t_h);
+      expand.ldh = ldh;
+      expand.b = b;
+      expand.of = scaled.adapters;
+      expand.bias = as_float<T>(bias, t_bias);
+      return expand.expand_all();
+    }
     Product t{};
     t.out = y;
     t.z = z;

@@ -83,7 +83,7 @@ def backward(ctx, dy):
     )
     grads = [
         *parts(da, lora_A, each[:adapters]),
-        *(t if t is None else t.T for t in parts(db, turned(lora_B), each[adapters:])),
+        *turned_parts(db, lora_B, each[adapters:]),
     ]
     dbase = [None] * (len(needs) - CONSTANTS - 1 - 2 * adapters)
     if needs[CONSTANTS + 1]:  # of a given product
@@ -201,6 +201,21 @@ def parts(grad, matrices, wanted):
             piece = piece.to(t.dtype)
         grads.append(piece if want else None)
     return grads
+
+
+def turned_parts(grad, lora_B, wanted):
+    """The gradient of each lora_B (n, r), whose stack was rank-major; None for those not wanted.
+
+    Gradients that autograd can keep as they are save a copy of each. Where all adapters have one
+    rank, of whole pages, one copy turns them all.
+    """
+    kinds = {(b.shape[1], b.dtype) for b in lora_B}
+    rank, dtype = next(iter(kinds))
+    if len(kinds) > 1 or not rank or rank % PAGE or not all(wanted):
+        every = parts(grad, turned(lora_B), wanted)
+        return [t if t is None else t.T for t in every]
+    every = grad.view(len(lora_B), rank, grad.shape[1]).transpose(1, 2)
+    return every.to(dtype).contiguous().unbind()
 
 
 def of_each_row(dy, gain, slots):

@@ -256,9 +256,15 @@ def rebased(layer):
     layer.base_layer.weight.mul_(1.1)
 
 
-@pytest.mark.parametrize(
-    "change", [added, swapped, replaced, aliased, lengthened, rebased]
-)
+def on_another_base(layer):
+    weight = layer.base_layer.weight.detach() * 1.1
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+CHANGES = added, swapped, replaced, aliased, lengthened, rebased, on_another_base
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dora", [(), ("default", "b")], ids=str)
 def test_weights_that_change_between_two_tokens(change, dora):
     if change is lengthened and not dora:
@@ -299,8 +305,8 @@ def test_nothing_is_left():
     def stop(input_ids, scores):
         raise Stop
 
-    for names, processor in ((NAMES, None), (NAMES, stop), (NAMES[:5], None)):
-        more = {"logits_processor": LogitsProcessorList([processor] * bool(processor))}
+    for names, processors in ((NAMES, []), (NAMES, [stop]), (NAMES[:5], [])):
+        more = {"logits_processor": LogitsProcessorList(processors)}
         with suppress(Stop, ValueError):
             ours.generate(adapter_names=names, num_beams=2, **prompt(), **GREEDY | more)
         assert mixed_batch.TOLD == {}

@@ -16,7 +16,7 @@ from ...nn.dora import CHECKING, moves, one_position, sharded
 from ...ops.lora_formula import transformed
 from ...ops.multi_autograd import stacked
 from ...ops.multi_tables import slots_of
-from .foundation import Fallback
+from .foundation import PLAIN, Fallback
 from .plan import NO_ADAPTER, Plan, accelerated, ground_of, plan_on
 
 # A call none of whose samples has an adapter of the layer.
@@ -61,7 +61,7 @@ class Repeat(NamedTuple):
 
     Attributes:
         shape: of x.
-        homes: where the modules hold the weights: adapters', and DoRA's magnitudes and base.
+        homes: where the modules hold the weights: adapters', DoRA's magnitudes and the base's.
         stamp: of x and these weights; see stamp_of.
         weights: held, so that no others have their ids.
         args: of multi_fwd after x.
@@ -83,9 +83,9 @@ class Repeat(NamedTuple):
 
     def fits(self, x: Tensor) -> bool:
         """Whether a call with x would run with the same."""
-        if x.shape != self.shape or torch.is_grad_enabled() or transformed():
+        if x.shape != self.shape or type(x) not in PLAIN:
             return False
-        if self.dora and CHECKING:
+        if torch.is_grad_enabled() or transformed() or (self.dora and CHECKING):
             return False
         return stamp_of(x, [home["weight"] for home in self.homes]) == self.stamp
 
@@ -168,8 +168,7 @@ def repeatable(layer: Any, x: Tensor, call: MixedPlan) -> Repeat | None:
         if plan.dora is not None:
             owners.append(modules["lora_magnitude_vector"][name])
     dora = len(owners) > 2 * len(call.plans)
-    if dora:
-        owners.append(modules["base_layer"])
+    owners.append(modules["base_layer"])
     homes = [owner.__dict__["_parameters"] for owner in owners]
     if not all("weight" in home for home in homes):
         return None
@@ -211,11 +210,8 @@ def stack_of(layer: Any, x: Tensor, plans: Sequence[Plan]) -> Stack:
     a = stacked([plan.a for plan in plans]).to(dtype)
     b = stacked([plan.b.T for plan in plans]).to(dtype)
     stack = Stack(a, b, tuple([plan.a.shape[0] for plan in plans]))
-    STACKS[layer] = (
-        now,
-        stack,
-        matrices,
-    )  # as long as they are held, no other has their ids
+    # as long as the matrices are held, no others have their ids
+    STACKS[layer] = now, stack, matrices
     return stack
 
 
