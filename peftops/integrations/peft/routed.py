@@ -115,15 +115,16 @@ def copied(
 
     Beams and returned sequences are such copies. An encoder sees each sample once.
     """
-    own = vars(model).get("generate")
     if not hasattr(model, "generate") or torch.compiler.is_compiling():
         yield
         return
+    own = vars(model).get("generate")
     generate = model.generate
+    inside = True  # a call in another thread may put the function back after the end
 
     def generate_copies(*args, **kwargs):
         copies = copies_of_samples(model, args, kwargs)
-        if copies == 1:
+        if copies == 1 or not inside:
             return generate(*args, **kwargs)
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else model
         encoding = set() if encoder in (None, model) else {*encoder.modules()}
@@ -135,9 +136,11 @@ def copied(
     try:
         yield
     finally:
-        del model.generate
-        if own is not None:
-            model.generate = own
+        inside = False
+        if vars(model).get("generate") is generate_copies:
+            del model.generate
+            if own is not None:
+                model.generate = own
 
 
 def copies_of_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
