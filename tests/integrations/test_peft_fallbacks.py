@@ -189,7 +189,7 @@ CASES = {  # reason -> what is done to the model, how it is called, options of t
         lambda model, x: model(x.to("meta")),
     ),
     "tensors on different devices": (
-        lambda model: adapter_module(model, "lora_A").to("meta"),
+        lambda model: lin(model).base_layer.to("meta"),
         plain,
     ),
 }

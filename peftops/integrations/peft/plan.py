@@ -34,6 +34,7 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 # fp32 then, and it may be too large for fp16.
 HALF_ALONE = (torch.float16,)
 FP16 = "fp32 adapters over fp16 outside autocast"
+NO_KERNELS: tuple[torch.dtype, ...] = ()
 TRACED = Fallback("torch.func, forward-mode AD, tracing or export")
 
 # (op, device type) -> whether it has kernels; filled by calls, since asking wakes CUDA
@@ -112,7 +113,7 @@ class Ground(NamedTuple):
 
     Attributes:
         foundation: what the base layer gives.
-        dtypes: those that an adapter may have.
+        dtypes: those that an adapter may have, none where the device has no kernels.
         widen: see Plan.
     """
 
@@ -141,7 +142,7 @@ def ground_of(layer: object, x: Tensor) -> Ground | Fallback:
             return Fallback("tensors on different devices")
     device_type = device.type  # read once, since torch makes a new text at each reading
     if not accelerated(device_type):
-        return Fallback(f"no kernels for {device_type}")
+        return Ground(foundation, NO_KERNELS, False)
     return ground_in(x.dtype, device_type, foundation)
 
 
@@ -295,6 +296,8 @@ def misfit(
     device = x.device
     if device != a.device or device != b.device:
         return "tensors on different devices"
+    if not dtypes:
+        return f"no kernels for {device.type}"
     dtype = a.dtype
     if dtypes is HALF_ALONE and dtype is torch.float32:
         return FP16
