@@ -21,6 +21,10 @@ PEFTOPS_INLINE void add_lanes(const From* const (&w)[W], const float* const (&x)
   }
 }
 
+// Rows of a weight whose sums with X rows of x fit into the registers.
+template <int X>
+constexpr int BESIDE = X > 2 ? VECTORS : 4;
+
 // out[i · ldo + e] = w[e]·x[i] over k columns, or += if `add`. It is not inlined, so that its
 // pointers stay in registers.
 template <class T, int W, int X, class From>
@@ -53,8 +57,8 @@ void dot_rows(const From* pool, int64_t k, const int64_t* lines, int64_t r, cons
   constexpr int64_t step = CHAIN * LANES;        // so that each lane adds CHAIN terms
   for (int64_t c = 0; c < max(k, 1); c += step)  // without k, zeros are written
     by_rows<ROWS, 4, 2, 1>(0, rows, [&](int64_t i, auto count) {
-      constexpr int X = decltype(count)::value, MOST = X > 2 ? VECTORS : 4;
-      by_rows<MOST, 1>(0, r, [&](int64_t j, auto beside) {
+      constexpr int X = decltype(count)::value;
+      by_rows<BESIDE<X>, 1>(0, r, [&](int64_t j, auto beside) {
         put_dots<T, decltype(beside)::value, X>(pool + lines[j] * k + c, k, x + i * ldx + c,
                                                 ldx, min(step, k - c), c > 0, out + i * ldo + j,
                                                 ldo);

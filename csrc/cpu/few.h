@@ -19,6 +19,20 @@ constexpr int WIDEST = 4;  // vectors of rows of x that meet a weight at once
 // rows that meet up to two vectors at once.
 constexpr int64_t TALL = LANES == 4 ? 8 : 3 * LANES;
 
+// Calls f(begin, end) in each thread of a team that shares n columns; begin is a multiple of
+// LANES.
+template <class F>
+void by_columns(int64_t n, int threads, F f) {
+  const int64_t squares = ceil_div(n, LANES);
+  Team team;
+#pragma omp parallel num_threads(threads)
+  team.run([&] {
+    const int64_t all = omp_get_num_threads(), id = omp_get_thread_num();
+    f(squares * id / all * LANES, min(n, squares * (id + 1) / all * LANES));
+  });
+  team.finish();
+}
+
 // Rows of x (rows, k), side by side: (k, ld), with zeros beyond the last one.
 template <class T>
 void lay_side_by_side(const T* x, int64_t rows, int64_t k, float* out, int64_t ld) {

@@ -29,6 +29,13 @@ struct Few {
   int64_t m, n, k, r, columns;
   float *x, *h, *hs;
 
+  // Rows of a 4-bit base, until the thread's next call.
+  const T* decoded(int64_t first, int64_t rows) const {
+    T* out = t_decoded.get<T>(rows * k);
+    for (int64_t i = 0; i < rows; ++i) decode(*codes, (first + i) * k, k, out + i * k);
+    return out;
+  }
+
   // hs = s · (gate ⊙ h), with h and its product with the gate rounded to T. Element (i, j) of a
   // matrix lies at i · row + j · column.
   void scale_h(int64_t row_of_h, int64_t row_of_hs, int64_t column) const {
@@ -52,25 +59,17 @@ struct Alone {
   static void add_dots(const From* w, const float* x, int64_t k, bool add, float* sums,
                        int64_t ld) {
     constexpr int64_t step = CHAIN * LANES;  // so that each lane adds CHAIN terms
-    constexpr int SOME = W > VECTORS && X > 2 ? VECTORS : W;  // fit into the registers
+    constexpr int SOME = W < BESIDE<X> ? W : BESIDE<X>;
     for (int64_t c = 0; c < max(k, 1); c += step)
       for (int e = 0; e < W; e += SOME)
         put_dots<T, SOME, X>(w + e * k + c, k, x + c, k, min(step, k - c), add || c, sums + e,
                              ld);
   }
 
-  // W rows of a 4-bit base.
-  template <int W>
-  const T* decoded(int64_t row) const {
-    T* out = t_decoded.get<T>(W * t.k);
-    for (int e = 0; e < W; ++e) decode(*t.codes, (row + e) * t.k, t.k, out + e * t.k);
-    return out;
-  }
-
   // W columns of y, from column c on.
   template <int W>
   void columns_from(int64_t c) const {
-    const T* w = t.codes ? decoded<W>(c) : t.base + c * t.k;
+    const T* w = t.codes ? t.decoded(c, W) : t.base + c * t.k;
     by_rows<4, 3, 2, 1>(0, t.m, [&](int64_t i, auto rows) {
       constexpr int X = decltype(rows)::value;
       float sums[X * W];
@@ -90,7 +89,7 @@ struct Alone {
     });
   }
 
-  void run(const T* x, Team& team) const {
+  void run(const T* x) const {
     widen_row(x, t.m * t.k, nullptr, t.x);
     with_operand<T>(t.a, [&](const auto* a) {
 #pragma omp parallel for num_threads(threads_for(t.m* t.r* t.k)) schedule(static)
@@ -101,12 +100,14 @@ struct Alone {
         });
     });
     t.scale_h(t.r, t.columns, 1);
+    Team team;
 #pragma omp parallel for num_threads(threads_for_few(t.m, t.n, t.k)) schedule(static)
     for (int64_t c = 0; c < t.n; c += COLUMNS)
       team.run([&] {
         if (c + COLUMNS <= t.n) return columns_from<COLUMNS>(c);
         for (int64_t at = c; at < t.n; ++at) columns_from<1>(at);
       });
+    team.finish();
   }
 };
 
@@ -134,24 +135,10 @@ struct Together {
   // sums += the product with rows of a 4-bit base. A few are decoded at a time, to stay in a
   // cache.
   void add_coded(int64_t first, int64_t count, float* sums) const {
-    float* decoded = t_decoded.get<float>(SUMS * t.k);
     for (int64_t e = 0; e < count; e += SUMS) {
       const int64_t rows = min(SUMS, count - e);
-      for (int64_t i = 0; i < rows; ++i) decode_row(first + e + i, decoded + i * t.k);
-      multiply_side_by_side(dense_rows<float>(decoded, t.k), 0, rows, t.x, ld, t.k, true,
-                            sums + e * ld);
-    }
-  }
-
-  // A row of a 4-bit base as floats, rounded to T.
-  void decode_row(int64_t row, float* out) const {
-    constexpr int64_t some = 256;
-    if constexpr (sizeof(T) == sizeof(float)) return decode(*t.codes, row * t.k, t.k, out);
-    T values[some];
-    for (int64_t c = 0; c < t.k; c += some) {
-      const int64_t count = min(some, t.k - c);
-      decode(*t.codes, row * t.k + c, count, values);
-      for (int64_t v = 0; v < count; ++v) out[c + v] = widen(values[v]);
+      const T* w = t.decoded(first + e, rows);
+      multiply_side_by_side(dense_rows<T>(w, t.k), 0, rows, t.x, ld, t.k, true, sums + e * ld);
     }
   }
 
@@ -168,7 +155,7 @@ struct Together {
     }
   }
 
-  void run(const T* x, Team& team) const {
+  void run(const T* x) const {
     constexpr int64_t some = SUMS / WIDEST;  // rows of a
     lay_side_by_side(x, t.m, t.k, t.x, ld);
     with_operand<T>(t.a, [&](const auto* a) {
@@ -178,13 +165,9 @@ struct Together {
                               t.h + j * ld);
     });
     t.scale_h(1, 1, ld);
-    const int64_t squares = ceil_div(t.n, LANES);
-#pragma omp parallel num_threads(threads_for_few(t.m, t.n, t.k))
-    team.run([&] {
-      const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
-      const int64_t end = min(t.n, squares * (id + 1) / threads * LANES);
-      for (int64_t c = squares * id / threads * LANES; c < end; c += TALL)
-        columns_from(c, min(TALL, end - c));
+    const int threads = threads_for_few(t.m, t.n, t.k);
+    by_columns(t.n, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; c += TALL) columns_from(c, min(TALL, end - c));
     });
   }
 };
@@ -217,13 +200,11 @@ void lora_few(Tensor y, Tensor x, Tensors base, Tensor a, Tensor b, Tensor scale
     few.x = t_few.get<float>(pad16(few.k * ld) + (few.r + few.columns) * ld);
     few.h = few.x + pad16(few.k * ld);
     few.hs = few.h + few.r * ld;
-    Team team;
     const int64_t alone = few.codes ? ALONE_NF4 : sizeof(T) < 4 ? ALONE_16 : ALONE_F32;
     if (few.m <= alone)
-      Alone<T>{few}.run(as<T>(x), team);
+      Alone<T>{few}.run(as<T>(x));
     else
-      Together<T>{few, ld}.run(as<T>(x), team);
-    team.finish();
+      Together<T>{few, ld}.run(as<T>(x));
   });
 }
 

@@ -2,6 +2,7 @@
 // adapters are read as they are stored: packing them would take longer than the sum, where each
 // row has its own.
 #pragma once
+#include "few.h"
 #include "multi.h"
 
 namespace peftops::ISA {
@@ -66,20 +67,15 @@ struct Expand {
   }
 
   void expand_all() const {
-    const int64_t n = y.shape[1], squares = ceil_div(n, LANES);
-    const int64_t work = 4 * route.m * n + route.r * n;
-#pragma omp parallel num_threads(threads_for(work))
-    {
-      const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
-      const int64_t end = min(n, squares * (id + 1) / threads * LANES);
-      const int64_t begin = squares * id / threads * LANES;
+    const int64_t n = y.shape[1], work = 4 * route.m * n + route.r * n;
+    by_columns(n, threads_for(work), [&](int64_t begin, int64_t end) {
       for (const Run* run = route.runs; run < route.runs + route.count; ++run) {
         const int64_t broad = run->end - run->begin > 2 ? SHARED : ALONE;
         for (int64_t c = begin; c < end; c += broad)
           for (int64_t i = run->begin; i < run->end; ++i)
             piece(route.order[i], of[run->slot], c, min(broad, end - c));
       }
-    }
+    });
   }
 };
 

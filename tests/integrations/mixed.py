@@ -5,7 +5,6 @@ import copy
 import peft
 import torch
 from law import error
-from peft.tuners.lora import LoraLayer
 from tiny import tiny
 from torch import nn
 
@@ -78,10 +77,6 @@ def alone(model, names, tokens=TOKENS):
 def flat(outcome):
     logits, grads = outcome
     return [logits, *(grad for grad in grads.values() if grad is not None)]
-
-
-def lora_layers(model):
-    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
 def on_two_ranks(rank):

@@ -11,13 +11,14 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from law import bound, error
-from mixed import NAMES, TOKENS, exact_of, lora_layers, several
+from mixed import NAMES, TOKENS, exact_of, several
+from tiny import in_4_bits, lora_layers
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.models.t5.modeling_t5 import T5Config, T5ForConditionalGeneration
 
 import peftops
 from peftops.integrations.peft import mixed as mixed_batch
-from peftops.nn import LinearNF4, checked_norms
+from peftops.nn import checked_norms
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -135,10 +136,7 @@ def forcing(tokens):
 
 def test_over_4_bits():
     stock = several(("c",))
-    ours = copy.deepcopy(stock)
-    for theirs, mine in zip(lora_layers(stock), lora_layers(ours), strict=True):
-        mine.base_layer = LinearNF4.from_linear(mine.base_layer)
-        theirs.base_layer.weight.data = mine.base_layer.dequantize()
+    ours = in_4_bits(stock)
     sequences, logits = generated(peftops.patch(ours), NAMES)
     exact = alone(exact_of(stock))
     assert torch.equal(sequences, exact[0])

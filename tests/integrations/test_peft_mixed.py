@@ -18,15 +18,13 @@ from mixed import (
     exact_of,
     flat,
     gradients,
-    lora_layers,
     several,
     step,
 )
 from peft.tuners.lora import LoraModel
-from tiny import single, tiny
+from tiny import in_4_bits, lora_layers, single, tiny
 
 import peftops
-from peftops.nn import LinearNF4
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -87,10 +85,7 @@ def test_absent_adapters_have_no_gradient(names, architecture):
 
 def test_over_4_bits():
     stock = several(("c",))
-    ours = copy.deepcopy(stock)
-    for theirs, mine in zip(lora_layers(stock), lora_layers(ours), strict=True):
-        mine.base_layer = LinearNF4.from_linear(mine.base_layer)
-        theirs.base_layer.weight.data = mine.base_layer.dequantize()
+    ours = in_4_bits(stock)
     assert_as_alone(stock, peftops.patch(ours))
 
 

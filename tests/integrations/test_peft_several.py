@@ -17,10 +17,9 @@ from mixed import (
     exact_of,
     flat,
     gradients,
-    lora_layers,
     several,
 )
-from tiny import single
+from tiny import lora_layers, single
 
 import peftops
 

@@ -66,21 +66,27 @@ def tiny(
     return model
 
 
+def lora_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+def in_4_bits(stock):
+    """A copy whose bases are in 4 bits. Those of stock get the values that they stand for."""
+    ours = copy.deepcopy(stock)
+    for theirs, mine in zip(lora_layers(stock), lora_layers(ours), strict=True):
+        mine.base_layer = LinearNF4.from_linear(mine.base_layer)
+        theirs.base_layer.weight.data = mine.base_layer.dequantize()
+    return ours
+
+
 METHODS = "lora", "qlora", "dora", "qdora"
 
 
 def pair(method, **config):
     """A model of stock PEFT, and one to patch with equal weights, whose base is in 4 bits for q."""
     stock = tiny(use_dora=method.endswith("dora"), **config)
-    ours = copy.deepcopy(stock)
-    layers = [
-        [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-        for model in (stock, ours)
-    ]
-    for theirs, mine in zip(*layers, strict=True):
-        if method.startswith("q"):
-            mine.base_layer = LinearNF4.from_linear(mine.base_layer)
-            theirs.base_layer.weight.data = mine.base_layer.dequantize()
+    ours = in_4_bits(stock) if method.startswith("q") else copy.deepcopy(stock)
+    for theirs, mine in zip(lora_layers(stock), lora_layers(ours), strict=True):
         if method.endswith("dora"):  # magnitudes near the norm, as training leaves them
             length = theirs.base_layer.weight.norm(dim=1)
             magnitude = length * torch.linspace(0.8, 1.2, len(length))
