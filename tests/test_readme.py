@@ -38,6 +38,10 @@ def names(tmp_path, monkeypatch, tokenizer):
     )
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
+    config = peft.LoraConfig(target_modules="all-linear")
+    adapters = peft.get_peft_model(model, config, "anna")
+    adapters.add_adapter("ben", config)
+    adapters.save_pretrained("adapters")
     text = " ".join(WORDS[:12])
     data = {
         "rows": [{"input_ids": list(range(12)), "labels": list(range(12))}],
@@ -99,5 +103,6 @@ def test_there_are_blocks_of_everything():
         "F.lora_linear(",
         "use_dora=True",
         "transformers.enable()",
+        "peftops.AdapterPool(",
     ):
         assert code in readme

@@ -25,55 +25,68 @@ struct Route {
   int64_t m, count, r;
 };
 
-// Raises ValueError for a slot, a rank or the page of a rank-row that does not exist.
-void check_route(Tensor slots, Tensor table, Tensor rank, int64_t pool) {
-  const int64_t count = table.shape[0], pages = table.shape[1];
-  const auto expect = [](const char* name, int64_t begin, int64_t end, int64_t value) {
-    if (value < begin || value >= end) out_of_range(name, begin, end, value);
-  };
-  for (int64_t i = 0; i < slots.shape[0]; ++i)
-    expect("slots", -1, count, as<int32_t>(slots)[i]);
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t r = as<int32_t>(rank)[s];
-    expect("rank", 0, PAGE * pages + 1, r);
-    for (int64_t j = 0; j < ceil_div(r, PAGE); ++j)
-      expect("table", 0, pool / PAGE, as<int32_t>(table)[s * pages + j]);
-  }
+// Raises ValueError for a value that is none of [begin, end).
+void expect(const char* name, int64_t begin, int64_t end, int64_t value) {
+  if (value < begin || value >= end) out_of_range(name, begin, end, value);
 }
 
-// The route of these slots through pools of so many rank-rows. Raises as check_route does.
+// The rows 0 .. m - 1 in the order of their slots, from slot -1 on; rows of a slot stay in
+// order. A counting sort by 8 bits at a time, so that the number of slots hardly matters.
+//   slots: (m,), each in [-1, count)
+const int64_t* sorted(const int32_t* slots, int64_t m, int64_t count) {
+  int64_t* order = t_order.get<int64_t>(2 * m);
+  int64_t* other = order + m;
+  for (int64_t i = 0; i < m; ++i) order[i] = i;
+  for (int shift = 0; count >> shift; shift += 8) {
+    const auto digit = [&](int64_t row) { return (int64_t(slots[row]) + 1) >> shift & 255; };
+    int64_t next[257] = {};  // the place of the next row of each digit
+    for (int64_t i = 0; i < m; ++i) ++next[digit(i) + 1];
+    for (int64_t d = 0; d < 256; ++d) next[d + 1] += next[d];
+    for (int64_t i = 0; i < m; ++i) other[next[digit(order[i])]++] = order[i];
+    int64_t* before = order;
+    order = other;
+    other = before;
+  }
+  return order;
+}
+
+// The rows of one run of Route::order that begins at `begin`, with the rank of their slot.
+Run run_from(int64_t begin, const Route& route, Tensor table, Tensor rank) {
+  Run run{};
+  run.slot = route.slots[route.order[begin]];
+  run.begin = begin;
+  run.end = begin + 1;
+  while (run.end < route.m && route.slots[route.order[run.end]] == run.slot) ++run.end;
+  if (run.slot >= 0) run.r = as<int32_t>(rank)[run.slot];
+  expect("rank", 0, PAGE * table.shape[1] + 1, run.r);
+  run.first = route.r;
+  return run;
+}
+
+// The route of these slots through pools of so many rank-rows. It takes the same time however
+// many slots there are.
+// Raises ValueError for a slot, or for the rank or a page of a row's slot, that does not exist.
 Route routed(Tensor slots, Tensor table, Tensor rank, int64_t pool) {
-  check_route(slots, table, rank, pool);
-  const int64_t m = slots.shape[0], count = table.shape[0], pages = table.shape[1];
+  const int64_t m = slots.shape[0], pages = table.shape[1];
   Route route{};
   route.slots = as<int32_t>(slots);
   route.m = m;
-  int64_t* order = t_order.get<int64_t>(m + count + 2);
-  int64_t* next = order + m;  // the place of the next row of each slot, from slot -1 on
-  memset(next, 0, size_t(count + 2) * sizeof(int64_t));
-  for (int64_t i = 0; i < m; ++i) ++next[route.slots[i] + 2];
-  for (int64_t s = 0; s < count; ++s) next[s + 1] += next[s];
-  for (int64_t i = 0; i < m; ++i) order[next[route.slots[i] + 1]++] = i;
+  for (int64_t i = 0; i < m; ++i) expect("slots", -1, table.shape[0], route.slots[i]);
+  route.order = sorted(route.slots, m, table.shape[0]);
 
-  Run* runs = t_runs.get<Run>(min(m, count + 1));
-  for (int64_t slot = -1, begin = 0; slot < count; begin = next[++slot]) {
-    const int64_t end = next[slot + 1];
-    if (begin == end) continue;
-    Run& run = runs[route.count++];
-    run.slot = slot;
-    run.begin = begin;
-    run.end = end;
-    run.r = slot < 0 ? 0 : as<int32_t>(rank)[slot];
-    run.first = route.r;
-    route.r += run.r;
+  Run* runs = t_runs.get<Run>(m);
+  route.runs = runs;
+  for (int64_t begin = 0; begin < m; begin = runs[route.count++].end) {
+    runs[route.count] = run_from(begin, route, table, rank);
+    route.r += runs[route.count].r;
   }
   int64_t* lines = t_lines.get<int64_t>(route.r);
   for (const Run* run = runs; run < runs + route.count; ++run)
-    for (int64_t j = 0; j < run->r; ++j)
-      lines[run->first + j] =
-          PAGE * as<int32_t>(table)[run->slot * pages + j / PAGE] + j % PAGE;
-  route.order = order;
-  route.runs = runs;
+    for (int64_t j = 0; j < run->r; ++j) {
+      const int64_t page = as<int32_t>(table)[run->slot * pages + j / PAGE];
+      expect("table", 0, pool / PAGE, page);
+      lines[run->first + j] = PAGE * page + j % PAGE;
+    }
   route.lines = lines;
   return route;
 }

@@ -60,6 +60,7 @@ class Adapter:
         wrapped: the name of a wrapper -> the keys that contain it.
         targets: what names.answer says of each module.
         ranks: the ranks that rank_pattern has for modules.
+        alphas: the numbers that alpha_pattern has for modules.
         saved: those of others that belong to modules_to_save.
         unmet: the names in the config that match no module, by field.
 
@@ -76,6 +77,7 @@ class Adapter:
     wrapped: dict[str, list[str]] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
     unmet: dict[str, list] = field(default_factory=dict)
 
@@ -87,14 +89,17 @@ class Adapter:
         except ValueError as error:
             raise ValueError(f"{self.folder / CONFIG}: {error}") from None
         self.targets = dict(zip(self.modules, answer["targets"], strict=True))
-        ranks = list(self.config["rank_pattern"].values()) if self.is_lora else []
-        matches = zip(self.modules, answer["ranks"], strict=True)
-        self.ranks = {
-            module: ranks[index] for module, index in matches if index is not None
-        }
+        self.ranks = self.matched("rank_pattern", answer["ranks"])
+        self.alphas = self.matched("alpha_pattern", answer["alphas"])
         others = zip(self.others, answer["saved"], strict=True)
         self.saved = {key for key, is_saved in others if is_saved}
         self.unmet = answer["unmet"]
+
+    def matched(self, pattern: str, indices: list[int | None]) -> dict[str, Any]:
+        """{module: its value in a field of patterns}, where one matches it."""
+        values = list(self.config[pattern].values()) if self.is_lora else []
+        matches = zip(self.modules, indices, strict=True)
+        return {module: values[index] for module, index in matches if index is not None}
 
     def sort(self, key: str, stored: Stored) -> None:
         """Adds a tensor to modules, or its key to others; and the key to named and wrapped."""
@@ -147,6 +152,12 @@ class Adapter:
             return None
         return self.ranks.get(module, self.config["r"])
 
+    def scaling_of(self, module: str) -> float:
+        """What B·A is multiplied by: lora_alpha / r, or lora_alpha / √r with use_rslora."""
+        rank = self.rank_of(module) or self.config["r"]
+        alpha = self.alphas.get(module, self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
     def __str__(self) -> str:
         dtypes = " and ".join({stored.dtype: None for stored in self.tensors.values()})
         method = self.config["peft_type"]
@@ -188,6 +199,17 @@ def load(folder: Path) -> Adapter:
     Raises:
         ValueError: a file is missing or broken. The text is one sentence for the user.
     """
+    adapter = read(folder)
+    path = folder / WEIGHTS
+    try:
+        values.look_at_values(path, adapter.tensors.values())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    return adapter
+
+
+def read(folder: Path) -> Adapter:
+    """The same without a look at the numbers in the tensors: all count as finite."""
     try:
         is_folder = folder.is_dir()
     except OSError as error:
@@ -198,12 +220,7 @@ def load(folder: Path) -> Adapter:
     path = folder / WEIGHTS
     if not path.exists():
         raise ValueError(f"{folder} has no {WEIGHTS}{another_format(folder)}")
-    adapter = Adapter(folder, config, read_header(path, size_of_file(path)))
-    try:
-        values.look_at_values(path, adapter.tensors.values())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    return adapter
+    return Adapter(folder, config, read_header(path, size_of_file(path)))
 
 
 def another_format(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,24 @@ def read_config(path: Path) -> dict:
     config = parse(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return checked(config, path)
+
+
+def checked(config: dict, path: Path) -> dict:
+    """The config with PEFT's defaults for the fields that are read here.
+
+    Raises:
+        ValueError: a field has another type than PEFT gives it. path: what the text begins with.
+    """
     defaults = DEFAULTS
     rules = GENERAL
     if config.get("peft_type") == "LORA":
         defaults = DEFAULTS | LORA_DEFAULTS
         rules = GENERAL | LORA
-    config |= {
+    missing = {
         name: default for name, default in defaults.items() if config.get(name) is None
     }
+    config = config | missing
     for name, (is_allowed, wanted) in rules.items():
         if not is_allowed(config.get(name)):
             raise ValueError(
@@ -107,7 +118,8 @@ def is_rank(value: object) -> bool:
 
 
 def is_scale(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")  # NaN is not less
+    # NaN is not less; a whole number may be too large for a float
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_index(value: object) -> bool:
@@ -126,7 +138,9 @@ def list_of(is_allowed: Rule) -> Rule:
 def dict_of(is_allowed: Rule) -> Rule:
     """A rule for dicts whose values this rule allows."""
     return lambda value: (
-        isinstance(value, dict) and all(map(is_allowed, value.values()))
+        isinstance(value, dict)
+        and all(map(is_text, value))
+        and all(map(is_allowed, value.values()))
     )
 
 

@@ -100,6 +100,7 @@ def answer(question: Question) -> Answer:
         targets: for each module "module" where target_modules match it, "parameter" where
             target_parameters do, or else the field that leaves it out.
         ranks: for each module the index of the first rank_pattern that matches it, or None.
+        alphas: the same of alpha_pattern.
         saved: for each key, whether it belongs to a module of modules_to_save.
         unmet: the names in target_modules, layers_to_transform and modules_to_save that match
             nothing, by field.
@@ -120,6 +121,9 @@ def answer(question: Question) -> Answer:
     return {
         "targets": targets,
         "ranks": [first_match(patterns["rank_pattern"], module) for module in modules],
+        "alphas": [
+            first_match(patterns["alpha_pattern"], module) for module in modules
+        ],
         "saved": [any(name in key for name in saved) for key in keys],
         "unmet": {
             "target_modules": unmet_targets(question, modules),

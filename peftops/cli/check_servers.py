@@ -3,21 +3,9 @@
 import re
 
 from ..adapter_file import listed
+from ..adapter_file.features import LACKED, MOVES_BASE, UNREAD
 
-# Initializations that change the base's weights.
-MOVES_BASE = re.compile("pissa.*|olora|corda|loftq", re.IGNORECASE)
 BASE_EMBEDDINGS = ".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight"
-UNREAD = {
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-}
-LACKED = {
-    "alora_invocation_tokens": "aLoRA",
-    "layer_replication": "replicated layers",
-    "use_bdlora": "BD-LoRA",
-    "use_qalora": "QALoRA",
-}
 VLLM_RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # what --max-lora-rank may be
 VLLM_RANK = 16  # what it is by default
 VLLM_SAVES = "classifier", "score"

@@ -148,7 +148,14 @@ def no_zeros(norm: Tensor) -> Tensor:
     return norm.masked_fill(norm == 0, float("inf"))
 
 
-def norm_for(x, weight, a, b, scaling, detach_norm):
+def norm_for(
+    x,
+    weight,
+    a,
+    b,
+    scaling,
+    detach_norm,
+):
     """The norm (n,) for a product with x, with inf for 0."""
     if detach_norm:
         a = a.detach()

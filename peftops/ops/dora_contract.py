@@ -84,7 +84,15 @@ def dora_mix(u: Tensor, v: Tensor | None, bits: Tensor, p: float) -> Tensor:
     return torch.empty_like(u)
 
 
-def expect_delta(x, base, a, b, scale, form, block):
+def expect_delta(
+    x,
+    base,
+    a,
+    b,
+    scale,
+    form,
+    block,
+):
     if form == "given" or not base:
         raise ValueError("dora: w must be given itself, got a product of it")
     expect_lora(x, base, a, b, scale, form=form, block=block)

@@ -13,7 +13,18 @@ from .lora_contract import lora_bwd, lora_fwd
 from .lora_formula import formula, gradients, graph_wanted
 
 
-def dropped(ctx, given, a, b, bias, gain, scale, seed, constants, *base):
+def dropped(
+    ctx,
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """y of dropout_mode "peft"; in ctx, what backward needs. ctx may be None."""
     x = rows(given)
     base = list(base)
@@ -90,7 +101,13 @@ class Dropped(torch.autograd.Function):
         form, block, p = ctx.constants
         base = ctx.saved_tensors[9:]
 
-        def function(given, a, b, bias, gain):
+        def function(
+            given,
+            a,
+            b,
+            bias,
+            gain,
+        ):
             y = formula(
                 "dora_formula",
                 rows(given),
@@ -111,7 +128,15 @@ class Dropped(torch.autograd.Function):
         return *grads, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
-def product_bwd(dy, x, base, scale, form, block, no_bits):
+def product_bwd(
+    dy,
+    x,
+    base,
+    scale,
+    form,
+    block,
+    no_bits,
+):
     """dy·Ŵ (m, k), the gradient of x in x·Ŵᵀ."""
     delta = no_delta(x.shape[1], dy.shape[1], x.dtype, x.device)
     empty = x.new_empty(x.shape[0], 0)
@@ -132,7 +157,17 @@ def product_bwd(dy, x, base, scale, form, block, no_bits):
     return dx
 
 
-def plain(given, a, b, bias, gain, scale, seed, constants, *base):
+def plain(
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """dropped's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     x = rows(given)
     y = formula("dora_plain", x, base, a, b, scale, bias, gain, seed, *constants)

@@ -10,7 +10,19 @@ from .lora_contract import FEW, expect_lora, lora_bwd, lora_fwd, lora_gemv
 from .lora_formula import formula, gradients, graph_wanted
 
 
-def forward(ctx, given, a, b, bias, gain, gate, scale, seed, constants, *base):
+def forward(
+    ctx,
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    gate,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """y; in ctx, what backward needs. ctx may be None if there is no backward."""
     x = rows(given)
     gates = rows(gate)
@@ -110,7 +122,15 @@ def backward_again(ctx, dy):
         # only a gradient of gain reads y0's values, and then it was saved
         y0 = base or [torch.zeros_like(dy, requires_grad=True)]
 
-    def function(given, a, b, bias, gain, gate, *y0):
+    def function(
+        given,
+        a,
+        b,
+        bias,
+        gain,
+        gate,
+        *y0,
+    ):
         weight = [rows(t) for t in y0] or base
         y, _, _ = formula(
             "lora_formula",
@@ -135,7 +155,18 @@ def backward_again(ctx, dy):
     return *grads[:6], None, None, None, *grads[6:], *others
 
 
-def plain(given, a, b, bias, gain, gate, scale, seed, constants, *base):
+def plain(
+    given,
+    a,
+    b,
+    bias,
+    gain,
+    gate,
+    scale,
+    seed,
+    constants,
+    *base,
+):
     """forward's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     form, block, p = constants
     x = rows(given)

@@ -126,10 +126,20 @@ def prepared(
     if isinstance(weight, NF4Weight) and weight.shape != (lora_B.shape[0], x.shape[-1]):
         shape = lora_B.shape[0], x.shape[-1]
         raise ValueError(f"lora: w must be {shape}, got {tuple(weight.shape)}")
-    base = Base.of(weight)
-    device = x.device
     dtype = x.dtype
-    device_type = device.type
+    x, base = based(x, weight)
+    if not isinstance(scaling, Tensor):
+        return x, base, scale_of(scaling, wide_dtype(dtype), x.device)
+    if scaling.requires_grad:
+        raise ValueError("lora: scaling must be a constant, got one that requires grad")
+    return x, base, scaling
+
+
+def based(x: Tensor, weight: Tensor | NF4Weight | Base) -> tuple[Tensor, Base]:
+    """x and the Base of weight, as `prepared` returns them."""
+    base = Base.of(weight)
+    dtype = x.dtype
+    device_type = x.device.type
     if (
         device_type != "meta"
         and dtype is not torch.float64
@@ -140,11 +150,7 @@ def prepared(
             x = x.to(wanted)
         if base.form != "nf4" and any(t.dtype is not wanted for t in base.tensors):
             base = base._replace(tensors=[t.to(wanted) for t in base.tensors])
-    if not isinstance(scaling, Tensor):
-        return x, base, scale_of(scaling, wide_dtype(dtype), device)
-    if scaling.requires_grad:
-        raise ValueError("lora: scaling must be a constant, got one that requires grad")
-    return x, base, scaling
+    return x, base
 
 
 def expect_dims(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

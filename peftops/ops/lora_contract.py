@@ -152,7 +152,15 @@ def expect_lora(
         )
 
 
-def expect_product(row, x, base, n, form, block, gradient):
+def expect_product(
+    row,
+    x,
+    base,
+    n,
+    form,
+    block,
+    gradient,
+):
     """Raises unless x (m, k) and the base are those of a product with n columns.
 
     gradient: only gradients are asked for, so that base may be empty if its form is "given".

@@ -73,7 +73,13 @@ def split(args, sizes):
     return args[:first], args[first : first + second], args[first + second :]
 
 
-def forward(ctx, given, x, sizes, *args):
+def forward(
+    ctx,
+    given,
+    x,
+    sizes,
+    *args,
+):
     """y; in ctx, what backward needs.
 
     given: x before autocast, whose gradient is summed in its dtype.

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from .._arguments import LARGEST, explained, tensor, tensor_or_none
-from .lora_base import Base, base_rows, prepared, rows, weight_fault, wide_dtype
+from .lora_base import (
+    Base,
+    base_rows,
+    based,
+    prepared,
+    rows,
+    weight_fault,
+    wide_dtype,
+)
 from .lora_formula import applied, by_formula, differentiable
 from .multi_autograd import MultiLoRA, forward, plain
 from .multi_contract import (  # noqa: F401  testing/law.py gets a row's ops from the row's own file
@@ -121,7 +129,17 @@ def mixed(
     return forward(None, *args)
 
 
-def arguments(x, weight, lora_A, lora_B, slots, bias, scaling, p, gain) -> tuple:
+def arguments(
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    slots,
+    bias,
+    scaling,
+    p,
+    gain,
+) -> tuple:
     """The arguments of multi_autograd's forward after ctx; draws the seed of dropout."""
     x, base, _ = prepared(x, weight, lora_A[0], lora_B[0], 1.0)
     device = x.device
@@ -164,8 +182,26 @@ def arguments_of_stacks(
         a, b: every lora_A, and every lora_B turned, one below the other.
         ranks: of the adapters.
     """
-    x, base, _ = prepared(x, weight, a, b.T, 1.0)
     device = x.device
+    scale = tensor_of(scaling, wide_dtype(x.dtype), device)
+    route = slots, *pages_of(ranks, device), scale
+    return arguments_of_pages(x, weight, a, b, *route, bias, gain)
+
+
+def arguments_of_pages(
+    x: Tensor,
+    weight: Tensor | NF4Weight | Base,
+    a: Tensor,
+    b: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    rank: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+) -> tuple:
+    """multi_fwd's arguments, for callers whose adapters lie in pages; nothing is dropped."""
+    x, base = based(x, weight)
     wide = wide_dtype(x.dtype)
     form = base.form
     return (
@@ -174,8 +210,9 @@ def arguments_of_stacks(
         a,
         b,
         slots,
-        *pages_of(ranks, device),
-        tensor_of(scaling, wide, device),
+        table,
+        rank,
+        scale,
         None,
         bias,
         gain if gain is None or gain.dtype is wide else gain.to(wide),

@@ -135,7 +135,19 @@ def backward_again(ctx, dy):
     return *grads[:3], *[None] * 7, *dbase, *grads[3 + len(y0) :]
 
 
-def plain(given, bias, gain, slots, table, rank, scale, p, seed, constants, *tensors):
+def plain(
+    given,
+    bias,
+    gain,
+    slots,
+    table,
+    rank,
+    scale,
+    p,
+    seed,
+    constants,
+    *tensors,
+):
     """forward's y by torch's own operations, for torch.func, forward-mode AD and torch.export."""
     base, lora_A, lora_B = divided(tensors, constants)
     form, block, _ = constants

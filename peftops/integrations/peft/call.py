@@ -31,7 +31,13 @@ def plan_call(
     return plan_mixed(layer, x, names)
 
 
-def stock_forward(layer: Any, stock: Any, x: Tensor, args: tuple, kwargs: dict) -> Any:
+def stock_forward(
+    layer: Any,
+    stock: Any,
+    x: Tensor,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
     """PEFT's forward. It refuses DoRA in mixed batches, which its parts compute."""
     names = kwargs.get("adapter_names")
     if names is None or layer.disable_adapters or layer.merged or len(names) != len(x):

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...nn.pool import copies_of_samples
 from .call import in_backward
 from .layer import Patched, become
 from .mixed import remembered
@@ -141,17 +142,6 @@ def copied(
             del model.generate
             if own is not None:
                 model.generate = own
-
-
-def copies_of_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    """How many rows transformers' generate makes of each sample, called with these arguments."""
-    passed = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    configs = passed, getattr(model, "generation_config", None)
-    copies = 1
-    for key in ("num_beams", "num_return_sequences"):
-        found = [kwargs.get(key), *(getattr(config, key, None) for config in configs)]
-        copies = max(copies, next((v for v in found if v is not None), 1))
-    return copies
 
 
 @contextmanager
