@@ -17,7 +17,7 @@ from torch import nn
 
 import peftops
 from peftops.adapter_file import CONFIG, PREFIX, WEIGHTS, names
-from peftops.nn import pool_parts
+from peftops.nn.pool_files import Folders
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -342,13 +342,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     folder = save(tmp_path / "new", PLAIN)
     other = save(tmp_path / "other", {key: 2 * PLAIN[key] for key in PLAIN}) / WEIGHTS
     os.utime(folder / WEIGHTS, (1, 1))
-    read = pool_parts.read_whole
+    read = Folders.read
 
-    def read_changed(file, size):
+    def read_changed(self, file, size):
         change(file, other)
-        return read(file, size)
+        return read(self, file, size)
 
-    monkeypatch.setattr(pool_parts, "read_whole", read_changed)
+    monkeypatch.setattr(Folders, "read", read_changed)
     assert "changed while it was read" in refusal(pool, entrance, folder)
 
 

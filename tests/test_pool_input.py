@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from test_pool_files import AQ, BV, FIELDS, SOURCE, Tiny, offer, pool_of, state_of
+from adapters import PLAIN, save
+from test_pool_files import (
+    AQ,
+    BV,
+    FIELDS,
+    SOURCE,
+    Tiny,
+    check_served,
+    offer,
+    pool_of,
+    state_of,
+)
 from torch import nn
 
 import peftops
@@ -70,6 +81,23 @@ def test_numbers_that_16_bit_pages_cannot_hold():
     pool.load("anna", SOURCE, FIELDS)
     with pytest.raises(ValueError, match=r"lora_B.weight holds a number of more than"):
         pool.load("new", SOURCE | {BV: SOURCE[BV] + 1e5}, FIELDS)
+
+
+def test_adapters_of_one_kind_are_told_apart_by_what_differs(pool, tmp_path):
+    """One has other numbers, one another scaling, one a broken number."""
+    other = {key: 2 * t.numpy() for key, t in SOURCE.items()}
+    broken = other | {AQ: other[AQ] * float("nan")}
+    pool.load("first", save(tmp_path / "first", PLAIN))
+    (kind,) = pool.store.folders.kinds
+    pool.load("second", save(tmp_path / "second", other))
+    assert [*pool.store.folders.kinds] == [kind]
+    assert check_served(pool, "second", {k: 2 * t for k, t in SOURCE.items()}, FIELDS)
+    with pytest.raises(ValueError, match=r"third: .* holds NaN"):
+        pool.load("third", save(tmp_path / "third", broken))
+    pool.load("fourth", save(tmp_path / "fourth", other, lora_alpha=24))
+    fields = FIELDS | {"lora_alpha": 24}
+    assert check_served(pool, "fourth", {k: 2 * t for k, t in SOURCE.items()}, fields)
+    assert len(pool.store.folders.kinds) == 2
 
 
 class Tied(nn.Module):

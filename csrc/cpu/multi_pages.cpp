@@ -18,25 +18,28 @@ struct Job {
 template <class To, class From>
 void convert(const From* in, int64_t columns, To* out) {
   if constexpr (std::is_same_v<To, From>) {
-    memcpy((void*)out, in, size_t(columns) * sizeof(To));
+    copy_past_caches(out, in, columns * int64_t(sizeof(To)));
   } else {
     for (int64_t c = 0; c < columns; c += LANES)
       store(out + c, load(in + c, columns - c), columns - c);
   }
 }
 
-// Row by row, row(j) = column j of in (n, r), rounded to To.
+// row(j) (n,) = column j of in (n, r), rounded to To, for each j.
 template <class To, class From, class F>
 void convert_turned(const From* in, int64_t r, int64_t n, F row) {
-  float tile[LANES * LANES];
+  constexpr int64_t width = 16;  // floats of a cache line
+  float tile[LANES * width];
   for (int64_t j = 0; j < r; j += LANES) {
     const int64_t count = min(LANES, r - j);
     To* out[LANES];
     for (int64_t e = 0; e < count; ++e) out[e] = row(j + e);
-    for (int64_t i = 0; i < n; i += LANES) {
-      const int64_t some = min(LANES, n - i);
-      transpose_into<float>(in + i * r + j, r, some, count, tile, LANES);
-      for (int64_t e = 0; e < count; ++e) store(out[e] + i, load(tile + e * LANES), some);
+    for (int64_t i = 0; i < n; i += width) {
+      const int64_t some = min(width, n - i);
+      for (int64_t c = 0; c < some; c += LANES)
+        transpose_into<float>(in + (i + c) * r + j, r, min(LANES, some - c), count, tile + c,
+                              width);
+      for (int64_t e = 0; e < count; ++e) convert(tile + e * width, some, out[e] + i);
     }
   }
 }
@@ -51,6 +54,7 @@ void put(const Job& job, const int32_t* pages) {
     convert(a + j * job.k, min(PAGE, job.r - j) * job.k, row(job.a_to, job.k, j));
   convert_turned<To>((const From*)job.b_from, job.r, job.n,
                      [&](int64_t j) { return row(job.b_to, job.n, j); });
+  finish_copies();
 }
 
 // The bits of an element, as an unsigned integer, and those of its exponent. All of them are

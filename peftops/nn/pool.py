@@ -125,7 +125,7 @@ class AdapterPool:
         self.store.expect_new(name)
         entry = Entry(name, pinned=pin)
         content = self.store.content(entry, source, config)
-        self.store.add(entry, content.parts)
+        self.store.add(entry, content)
 
     def register(
         self,
@@ -163,7 +163,7 @@ class AdapterPool:
         entry = self.store.known(name)
         fresh = Entry(name, layout=entry.layout)
         content = self.store.content(fresh, source, config)
-        self.store.swap(entry, fresh, content.parts)
+        self.store.swap(entry, fresh, content)
 
     def unload(self, name: str) -> None:
         """Forgets an adapter. Whoever uses it keeps it.

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import adapter_file
-from ..adapter_file import EMBEDDING, WEIGHTS, Adapter, faults, without_prefix
-from ..adapter_file.config import checked, size_of_file
+from ..adapter_file import EMBEDDING, Adapter, faults, without_prefix
+from ..adapter_file.config import checked
 from ..adapter_file.features import LACKED, MOVES_BASE, UNREAD
 from ..adapter_file.header import Stored
 from ..ops.multi_pages import not_finite
@@ -22,7 +21,6 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_SCALING = torch.finfo(torch.float32).max
-READ_AT_ONCE = 1 << 30  # bytes; systems read at most 2 GiB in one call
 
 
 class Site(NamedTuple):
@@ -97,32 +95,15 @@ class Layout(NamedTuple):
 
 
 class Content(NamedTuple):
-    """An adapter that a pool can mount."""
+    """An adapter that a pool can mount.
+
+    Attributes:
+        data: the memory that its matrices lie in, if another file may be read into it afterwards.
+    """
 
     layout: Layout
     parts: list[Part]
-
-
-def content_of_folder(folder: Path, sites: Sites) -> Content:
-    """The adapter that PEFT has saved in a folder, as safetensors.
-
-    Raises:
-        ValueError: a file is missing, broken, or changes while it is read; or the adapter is none
-            that these layers can have. The text is one sentence that names the tensor.
-    """
-    path = folder / WEIGHTS
-    before = signature(path)
-    adapter = adapter_file.read(folder)
-    expect_servable(adapter, sites)
-    try:
-        data = read_whole(path, size_of_file(path))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    if before is None or signature(path) != before:
-        raise ValueError(f"{path} changed while it was read")
-    tensors = tensors_in(data, adapter.tensors)
-    layout = layout_of(adapter, tensors, sites)
-    return Content(layout, parts_of(layout, tensors, folder, sites.largest))
+    data: Tensor | None = None
 
 
 def content_of_tensors(
@@ -152,16 +133,15 @@ def content_of_tensors(
             raise TypeError(f"{name}: {key} must be a tensor, got {type(t).__name__}")
         if t.layout is not torch.strided or t.is_nested or t.is_meta:
             raise TypeError(f"{name}: {key} must be a dense tensor with values")
-    held = {key: t.detach() for key, t in tensors.items()}
     layout = before
-    if config is not None or before is None or kinds_of(held) != before.kinds:
-        stored = {key: stored_of(key, t) for key, t in held.items()}
+    if config is not None or before is None or kinds_of(tensors) != before.kinds:
+        stored = {key: stored_of(key, t) for key, t in tensors.items()}
         fields = fields_of(before.config if config is None and before else config)
         adapter = Adapter(Path(name), checked(fields, Path(name)), stored)
         expect_servable(adapter, sites)
-        layout = layout_of(adapter, held, sites)
+        layout = layout_of(adapter, sites)
     assert layout is not None
-    return Content(layout, parts_of(layout, held, Path(name), sites.largest))
+    return Content(layout, parts_of(layout, tensors, Path(name), sites.largest))
 
 
 def stored_of(key: str, t: Tensor) -> Stored:
@@ -248,7 +228,6 @@ def misplaced(
 
 def layout_of(
     adapter: Adapter,
-    tensors: Mapping[str, Tensor],
     sites: Sites,
 ) -> Layout:
     """The layout of an adapter that was found servable.
@@ -272,7 +251,11 @@ def layout_of(
                 f"{adapter.folder}: {' and '.join(both)} are of one layer, which can have one"
             )
         places[place.layer] = place
-    return Layout(adapter.config, kinds_of(tensors), [*places.values()])
+    kinds = {
+        key: (torch.Size(t.shape), DTYPES[t.dtype])
+        for key, t in adapter.tensors.items()
+    }
+    return Layout(adapter.config, kinds, [*places.values()])
 
 
 def parts_of(
@@ -287,8 +270,13 @@ def parts_of(
     if wrong is not None:
         key = without_prefix([*tensors][wrong])
         raise ValueError(f"{source}: {key} holds NaN or infinity")
+    wide = {
+        dtype
+        for dtype in {t.dtype for t in tensors.values()}
+        if torch.finfo(dtype).max > largest
+    }
     for key, t in tensors.items():
-        if torch.finfo(t.dtype).max > largest and t.abs().max() > largest:
+        if t.dtype in wide and t.abs().max() > largest:
             raise ValueError(
                 f"{source}: {without_prefix(key)} holds a number of more than "
                 f"{largest:.3g}, which the pages cannot hold"
@@ -308,55 +296,8 @@ def parts_of(
 def marks_of(parts: Sequence[Part]) -> list[Part]:
     """The parts with empty matrices, and with magnitudes of their own."""
     none = torch.empty(0)
-    return [
-        part._replace(
-            a=none,
-            b=none,
-            magnitude=None if part.magnitude is None else part.magnitude.clone(),
-        )
-        for part in parts
-    ]
-
-
-def signature(path: Path) -> Sequence[int] | None:
-    """What changes when a file is written or replaced; None if it cannot be asked."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def read_whole(path: Path, size: int) -> Tensor:
-    """The file as (size,) uint8. Memory of its own: a mapped file can be cut off under a reader."""
-    data = torch.empty(size, dtype=torch.uint8)
-    view: Any = data.numpy()
-    filled = 0
-    with path.open("rb", buffering=0) as file:
-        while filled < size:
-            count = file.readinto(view[filled : filled + READ_AT_ONCE])
-            if not count:
-                raise ValueError(f"{path} changed while it was read")
-            filled += count
-    return data
-
-
-def tensors_in(data: Tensor, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """The tensors of a file that was read whole, which follow each other in this order."""
-    first = next(iter(stored.values()))
-    dtype = DTYPES[first.dtype]
-    if {t.dtype for t in stored.values()} != {first.dtype} or first.start % 8:
-        return {key: tensor_in(data, t) for key, t in stored.items()}
-    pieces = data[first.start :].view(dtype)
-    each = pieces.split([t.bytes // dtype.itemsize for t in stored.values()])
-    shaped = zip(stored.items(), each, strict=True)
-    return {key: piece.view(t.shape) for (key, t), piece in shaped}
-
-
-def tensor_in(data: Tensor, stored: Stored) -> Tensor:
-    """A tensor of a file that was read whole."""
-    dtype = DTYPES[stored.dtype]
-    piece = data[stored.start : stored.start + stored.bytes]
-    if stored.start % dtype.itemsize:
-        piece = piece.clone()
-    return piece.view(dtype).view(stored.shape)
+    marks = []
+    for layer, _, _, scaling, magnitude in parts:
+        own = None if magnitude is None else magnitude.detach().clone()
+        marks.append(Part(layer, none, none, scaling, own))
+    return marks

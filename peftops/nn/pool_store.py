@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..ops.multi_contract import PAGE
+from .pool_files import Folders
 from .pool_layers import Layers
-from .pool_parts import Content, Part, content_of_folder, content_of_tensors, marks_of
+from .pool_parts import Content, Part, content_of_tensors, marks_of
 from .pool_room import Entry, Fences, Room, Version
 
 BASE = "__base__"
@@ -27,6 +28,7 @@ class Store:
     Attributes:
         entries: {name: Entry}, in the order in which they came.
         old: versions that are retired and in use.
+        folders: reads adapters from folders.
         numbers: of versions.
         uses, mounts, evictions: how many there were.
         mounting: held while pages are filled. A thread that has both locks took this one first.
@@ -39,6 +41,7 @@ class Store:
         self.room = Room(layers.slots.pages)
         self.entries: dict[str, Entry] = {}
         self.old: set[Version] = set()
+        self.folders = Folders(layers.sites)
         self.numbers = itertools.count(1)
         self.uses = 0
         self.mounts = 0
@@ -88,14 +91,13 @@ class Store:
             )
         if is_folder and config is not None:
             raise TypeError("AdapterPool: config must be None with a folder")
-        sites = self.layers.sites
         try:
             if is_folder:
                 entry.folder = Path(source)
-                content = content_of_folder(entry.folder, sites)
+                content = self.folders.content(entry.folder)
             else:
                 content = content_of_tensors(
-                    entry.name, source, config, entry.layout, sites
+                    entry.name, source, config, entry.layout, self.layers.sites
                 )
         except ValueError as error:
             raise ValueError(printable(str(error))) from None
@@ -106,26 +108,27 @@ class Store:
     def add(
         self,
         entry: Entry,
-        parts: list[Part] | None = None,
+        content: Content | None = None,
     ) -> None:
-        """Adds an adapter, and mounts it if its parts are given."""
+        """Adds an adapter, and mounts it if its content is given."""
 
         def publish() -> None:
             self.expect_new(entry.name)
             self.entries[entry.name] = entry
 
-        if parts is None:
+        if content is None:
             with self.lock:
                 publish()
         else:
             with self.mounting:
-                self.mount(entry, parts, publish)
+                self.mount(entry, content.parts, publish)
+            self.folders.keep(content)
 
     def swap(
         self,
         entry: Entry,
         fresh: Entry,
-        parts: list[Part],
+        content: Content,
     ) -> None:
         """Mounts another version of an adapter, which is from where `fresh` is."""
 
@@ -137,7 +140,8 @@ class Store:
             entry.number = fresh.number
 
         with self.mounting:
-            self.mount(entry, parts, publish)
+            self.mount(entry, content.parts, publish)
+        self.folders.keep(content)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter."""
@@ -197,9 +201,16 @@ class Store:
                 if entry.version is not None:
                     return self.taken(entry, entry.version)
                 parts = entry.parts
-            if parts is None:
-                parts = self.content(entry, entry.folder).parts
-            return self.mount(entry, parts, lambda: self.expect_same(entry), users=1)
+
+            def publish() -> None:
+                self.expect_same(entry)
+
+            if parts is not None:
+                return self.mount(entry, parts, publish, users=1)
+            content = self.content(entry, entry.folder)
+            version = self.mount(entry, content.parts, publish, users=1)
+            self.folders.keep(content)
+            return version
 
     def mount(
         self,

@@ -1,7 +1,8 @@
 """Multi-LoRA's contracts: what each op takes and returns, and the checks of its arguments.
 
 Adapters lie in pages of 8 rank-rows. Slot s has the pages table[s], of which the first rank[s] rows
-are its own; what the others hold is never used. A slot of -1 means the base alone.
+are its own; what the others hold is never used, nor slots that no row has. A slot of -1 means the
+base alone.
 """
 
 import torch

@@ -35,22 +35,16 @@ class Put(NamedTuple):
 
 def put(puts: Sequence[Put], pages: Sequence[int]) -> None:
     """Copies adapters into these pages of their pools, lora_B turned, in the pools' dtype."""
-    pools = [pool for each in puts for pool in each[:2]]
-    sources = [source for each in puts for source in each[2:]]
-    if not (compiled(pools) and compiled(sources)):
+    each_a, each_b, lora_A, lora_B = zip(*puts, strict=True)
+    if not (compiled([*each_a, *each_b]) and compiled([*lora_A, *lora_B])):
         put_by_torch(puts, pages)
         return
-    jobs = [
-        (
-            *map(Tensor.data_ptr, each),
-            each.lora_A.shape[1],
-            *each.lora_B.shape,
-        )
-        for each in puts
-    ]
+    addresses = [map(Tensor.data_ptr, ts) for ts in (each_a, each_b, lora_A, lora_B)]
+    sizes = [(a.shape[1], *b.shape) for a, b in zip(lora_A, lora_B, strict=True)]
+    jobs = [(*at, *size) for *at, size in zip(*addresses, sizes, strict=True)]
     _C.multi_put(
-        pools[0],
-        sources[0],
+        each_a[0],
+        lora_A[0],
         torch.tensor(jobs, dtype=torch.int64),
         torch.tensor(pages, dtype=torch.int32),
     )

@@ -53,7 +53,12 @@ def of_base(layer: Any, x: Tensor) -> Tensor:
     return modules.get("quant_linear_module", modules["base_layer"])(x)
 
 
-def fused(layer: Any, layer_class: Any, x: Tensor, call: Plan) -> Tensor:
+def fused(
+    layer: Any,
+    layer_class: Any,
+    x: Tensor,
+    call: Plan,
+) -> Tensor:
     """The result of a call with one adapter."""
     weight: Any
     weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own = call
@@ -84,7 +89,12 @@ def fused(layer: Any, layer_class: Any, x: Tensor, call: Plan) -> Tensor:
     return y if cast is None else y.to(cast)
 
 
-def fused_mixed(layer: Any, layer_class: Any, x: Tensor, call: MixedPlan) -> Tensor:
+def fused_mixed(
+    layer: Any,
+    layer_class: Any,
+    x: Tensor,
+    call: MixedPlan,
+) -> Tensor:
     """The result of a call whose samples have several adapters."""
     first = call.first
     plans = [*call.plans.values()]
@@ -122,7 +132,12 @@ def fused_mixed(layer: Any, layer_class: Any, x: Tensor, call: MixedPlan) -> Ten
     return of_arguments(x.shape, args, first.cast)
 
 
-def gains(layer: Any, layer_class: Any, x: Tensor, plans: list[Plan]) -> Tensor | None:
+def gains(
+    layer: Any,
+    layer_class: Any,
+    x: Tensor,
+    plans: list[Plan],
+) -> Tensor | None:
     """The gains of the adapters (adapters, n), or None without DoRA."""
     if all(one.dora is None for one in plans):
         return None
@@ -141,7 +156,11 @@ def fused_again(x: Tensor, call: Repeat) -> Tensor:
     return of_arguments(x.shape, (rows(x), *call.args), call.cast)
 
 
-def of_arguments(shape: Sequence[int], args: tuple, cast: torch.dtype | None) -> Tensor:
+def of_arguments(
+    shape: Sequence[int],
+    args: tuple,
+    cast: torch.dtype | None,
+) -> Tensor:
     """The result of multi_fwd with these arguments, for an x of this shape."""
     y, *_ = multi_fwd(*args)
     y = shaped(y, shape)

@@ -157,7 +157,11 @@ def plan_mixed(
     return MixedPlan(names, slots_of(samples, rows, x.device), plans)
 
 
-def repeatable(layer: Any, x: Tensor, call: MixedPlan) -> Repeat | None:
+def repeatable(
+    layer: Any,
+    x: Tensor,
+    call: MixedPlan,
+) -> Repeat | None:
     """A Repeat of this call, before its weights are read and without args; None if it has none."""
     if id(call.names) not in TOLD or not one_position(x) or call.first.widen:
         return None
@@ -179,7 +183,12 @@ def repeatable(layer: Any, x: Tensor, call: MixedPlan) -> Repeat | None:
     return Repeat(x.shape, homes, stamp, weights, (), call.first.cast, dora)
 
 
-def remember(layer: Any, call: MixedPlan, repeat: Repeat | None, args: tuple) -> None:
+def remember(
+    layer: Any,
+    call: MixedPlan,
+    repeat: Repeat | None,
+    args: tuple,
+) -> None:
     """Lets the layer's next call repeat this one. args: of multi_fwd after x."""
     told = TOLD.get(id(call.names))
     if repeat is not None and told is not None:
@@ -194,7 +203,11 @@ class Stack(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def stack_of(layer: Any, x: Tensor, plans: Sequence[Plan]) -> Stack:
+def stack_of(
+    layer: Any,
+    x: Tensor,
+    plans: Sequence[Plan],
+) -> Stack:
     """The Stack of these adapters.
 
     The tokens of a generation reuse that of the call before, while nothing shows that an adapter

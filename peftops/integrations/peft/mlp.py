@@ -30,7 +30,11 @@ Targets = dict[str, tuple[Any, type["FusedMLP"]]]
 log = logging.getLogger("peftops")
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+) -> nn.Module:
     """Makes each module that computes down(silu(gate(x)) ⊙ up(x)) with three patched layers one.
 
     Experimental: no GPU has shown yet that it pays. Call it after `patch`, and again after patching
@@ -90,7 +94,11 @@ class FusedMLP(Patched):
     if TYPE_CHECKING:
         _peftops: Recipe
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         # The class is read once: another thread may restore the module during this call.
         mlp_class = type(self)
         if not issubclass(mlp_class, FusedMLP):
@@ -124,7 +132,11 @@ class FusedMLP(Patched):
 
 
 @functools.cache
-def fused_class(stock: type, roles: Roles, others: Others) -> type[FusedMLP]:
+def fused_class(
+    stock: type,
+    roles: Roles,
+    others: Others,
+) -> type[FusedMLP]:
     """The fused class for modules of class `stock`.
 
     roles: the names of their gate, up and down. others: the names and types of other children.
@@ -137,7 +149,11 @@ def fused_class(stock: type, roles: Roles, others: Others) -> type[FusedMLP]:
     return type(f"Fused{stock.__name__}", (FusedMLP, stock), body)
 
 
-def blank(stock: type, roles: Roles, others: Others) -> FusedMLP:
+def blank(
+    stock: type,
+    roles: Roles,
+    others: Others,
+) -> FusedMLP:
     """A module without content, for pickle and deepcopy to fill."""
     cls = fused_class(stock, roles, others)
     return cls.__new__(cls)
@@ -155,7 +171,11 @@ def beside(module: object, roles: Roles) -> Others:
     return tuple((name, type(child)) for name, child in children if name not in roles)
 
 
-def operands(module: object, recipe: Recipe, x: Tensor) -> list[tuple] | Fallback:
+def operands(
+    module: object,
+    recipe: Recipe,
+    x: Tensor,
+) -> list[tuple] | Fallback:
     """[what lora_mlp takes for gate, for up, for down], or why it goes layer by layer."""
     _, roles, others = recipe
     if beside(module, roles) != others:
@@ -212,7 +232,12 @@ def tensors_of(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def is_swiglu(module: nn.Module, roles: Roles, k: int, n: int) -> bool:
+def is_swiglu(
+    module: nn.Module,
+    roles: Roles,
+    k: int,
+    n: int,
+) -> bool:
     """Whether the module's own forward computes down(silu(gate(x)) ⊙ up(x)).
 
     A copy with other layers of sizes k and n in these roles is run, and its result compared.
@@ -246,7 +271,12 @@ def is_swiglu(module: nn.Module, roles: Roles, k: int, n: int) -> bool:
 class Picked(nn.Module):
     """A linear layer whose weight has one entry a row: cheap at any size."""
 
-    def __init__(self, k: int, n: int, generator: torch.Generator):
+    def __init__(
+        self,
+        k: int,
+        n: int,
+        generator: torch.Generator,
+    ):
         super().__init__()
         self.index = torch.randint(k, (n,), generator=generator)
         self.scale = torch.randn(n, generator=generator)

@@ -100,7 +100,11 @@ def plan(layer: object, x: Tensor) -> Plan | Fallback:
     return plan_one(layer, x, name)
 
 
-def plan_one(layer: object, x: Tensor, name: str) -> Plan | Fallback:
+def plan_one(
+    layer: object,
+    x: Tensor,
+    name: str,
+) -> Plan | Fallback:
     """The Plan for layer(x) with this adapter alone, or a Fallback."""
     if name not in layer.__dict__["_modules"]["lora_A"].__dict__["_modules"]:
         return NO_ADAPTER
@@ -180,7 +184,12 @@ def ground_in(
     return Ground(foundation, dtypes, widen)
 
 
-def plan_on(ground: Ground, layer: object, x: Tensor, name: str) -> Plan | Fallback:
+def plan_on(
+    ground: Ground,
+    layer: object,
+    x: Tensor,
+    name: str,
+) -> Plan | Fallback:
     """The Plan for layer(x) with an adapter that it has, or a Fallback."""
     state = layer.__dict__
     modules = state["_modules"]
@@ -222,7 +231,11 @@ def plan_on(ground: Ground, layer: object, x: Tensor, name: str) -> Plan | Fallb
     return Plan(weight, a, b, bias, scaling, dropout_p, cast, dora, widen, own)
 
 
-def plan_several(layer: Any, x: Tensor, names: Sequence[str]) -> Plan | Fallback:
+def plan_several(
+    layer: Any,
+    x: Tensor,
+    names: Sequence[str],
+) -> Plan | Fallback:
     """The Plan for layer(x) with several active adapters: one adapter of all their ranks.
 
     Where their scalings differ, each is multiplied into its lora_B, in fp32.
