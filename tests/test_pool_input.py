@@ -163,6 +163,14 @@ def test_arguments_of_the_pool(options):
         peftops.AdapterPool(Tiny(), **options)
 
 
+def test_more_memory_than_there_is():
+    model = Tiny()
+    with pytest.raises(MemoryError, match="of memory cannot be had"):
+        peftops.AdapterPool(model, memory=1 << 55)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert type(model.model["layers"][0]["self_attn"]["q_proj"]) is nn.Linear
+
+
 def test_models_that_have_no_pool():
     for options, text in [
         ({"target_modules": ["nothing"]}, r"\['nothing'\] match no linear layer"),

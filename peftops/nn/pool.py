@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from .pool_parts import fields_of
 from .pool_room import Entry
 from .pool_store import BASE, Store
 
+METHODS = "forward", "generate"  # of the model, which take adapter_names
 SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", re.IGNORECASE)
 
 
@@ -58,9 +59,9 @@ class AdapterPool:
 
         pool = peftops.AdapterPool(model, memory="4GiB")
         pool.load("anna", "adapters/anna")
+        logits = model(input_ids=ids, adapter_names=["anna", "__base__"]).logits
         with pool.use(["anna", "__base__"]):
-            logits = model(input_ids=ids).logits
-        tokens = model.generate(input_ids=ids, adapter_names=["anna", "__base__"])
+            tokens = model.generate(input_ids=ids)
 
     Args:
         model: a model without PEFT's layers, on one device. It is changed in place.
@@ -72,6 +73,7 @@ class AdapterPool:
 
     Raises:
         ValueError: an argument is none of the above, or memory is too small for one adapter.
+        MemoryError: there is not so much memory.
 
     Source: Sheng et al., S-LoRA, arXiv 2311.03285.
     """
@@ -95,10 +97,12 @@ class AdapterPool:
         )
         self.store = Store(layers)
         self.current = layers.slots.route
-        self.own_generate = vars(model).get("generate")
-        generate: Any = getattr(model, "generate", None)
-        if generate is not None:
-            vars(model)["generate"] = self.generating(generate)
+        self.own: dict[str, Any] = {}
+        for name in METHODS:
+            method: Any = getattr(model, name, None)
+            if method is not None:
+                self.own[name] = vars(model).get(name)
+                vars(model)[name] = self.taking_names(name, method)
 
     def load(
         self,
@@ -272,23 +276,26 @@ class AdapterPool:
         finally:
             self.current.reset(token)
 
-    def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's generate, which takes adapter_names: one for each prompt."""
+    def taking_names(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the model that takes adapter_names, too: one for each sample."""
 
-        @wraps(generate)
-        def generate_with_adapters(
+        @wraps(method)
+        def call(
             *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
         ) -> Any:
-            with ExitStack() as stack:
-                if adapter_names is not None:
-                    stack.enter_context(self.use(adapter_names))
-                route = self.current.get()
-                if route is not None:
-                    copies = copies_of_samples(self.model, args, kwargs)
-                    stack.enter_context(self.routed(route.of_copies(copies)))
-                return generate(*args, **kwargs)
+            if adapter_names is not None:
+                with self.use(adapter_names):
+                    return call(*args, **kwargs)
+            if name == "forward":
+                return method(*args, **kwargs)
+            route = self.current.get()
+            if route is None:
+                return method(*args, **kwargs)
+            copies = copies_of_samples(self.model, args, kwargs)
+            with self.routed(route.of_copies(copies)):
+                return method(*args, **kwargs)
 
-        return generate_with_adapters
+        return call
 
     def close(self) -> None:
         """Gives the model its own layers back, and lets the parameters train that did before.
@@ -303,9 +310,10 @@ class AdapterPool:
             for name in self.names():
                 self.unload(name)
             self.unwrap()
-            vars(self.model).pop("generate", None)
-            if self.own_generate is not None:
-                vars(self.model)["generate"] = self.own_generate
+            for name, method in self.own.items():
+                del vars(self.model)[name]
+                if method is not None:
+                    vars(self.model)[name] = method
 
 
 def bytes_of(memory: int | str) -> int:

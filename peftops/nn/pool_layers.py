@@ -49,13 +49,17 @@ class Layers:
                 f"AdapterPool: memory must hold one adapter of rank {max_rank}, "
                 f"{least * self.page_bytes} bytes, got {memory}"
             )
-        self.slots = SlotTable(
-            pages, max_rank, len(unique), device_of_all(unique), wide
-        )
-        self.each = [
-            MultiLoRALinear(base, self.slots, index, of)
-            for index, (base, of) in enumerate(zip(unique, dtypes, strict=True))
-        ]
+        try:
+            self.slots = SlotTable(
+                pages, max_rank, len(unique), device_of_all(unique), wide
+            )
+            self.each = [
+                MultiLoRALinear(base, self.slots, index, of)
+                for index, (base, of) in enumerate(zip(unique, dtypes, strict=True))
+            ]
+        except RuntimeError as error:
+            text = f"AdapterPool: {memory} bytes of memory cannot be had"
+            raise MemoryError(text) from error
         index_of = {base: index for index, base in enumerate(unique)}
         by_name = {
             name: Site(index_of[base], *features_of(base), readable(base))
@@ -167,7 +171,12 @@ def wrap(
             f"AdapterPool: target_modules {target_modules!r} match no linear layer"
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = Layers(bases, memory, max_rank, dtype)
+    try:
+        layers = Layers(bases, memory, max_rank, dtype)
+    except BaseException:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
     model.requires_grad_(False)
     for name, site in layers.sites.by_name.items():
         owner, _, child = name.rpartition(".")

@@ -1,6 +1,7 @@
 """AdapterPool on transformers' models: each sample is what PEFT gives with its adapter alone."""
 
 import copy
+import inspect
 from contextlib import nullcontext
 from types import MethodType
 
@@ -49,6 +50,20 @@ def served(
 ):
     with pool.use(names):
         return base(input_ids=tokens).logits
+
+
+def test_the_models_call_takes_names(tmp_path):
+    pool, base = pooled(several(), tmp_path)
+    expected = served(pool, base, NAMES)
+    with torch.no_grad():
+        plain = base(input_ids=TOKENS).logits
+        assert torch.equal(base(TOKENS, adapter_names=NAMES).logits, expected)
+        assert torch.equal(base(TOKENS).logits, plain)
+        with pool.use(["c"] * 6):
+            assert torch.equal(base(TOKENS, adapter_names=NAMES).logits, expected)
+    assert "adapter_names" not in inspect.signature(base.forward).parameters
+    pool.close()
+    assert not {"forward", "generate"} & vars(base).keys()
 
 
 @torch.no_grad()
