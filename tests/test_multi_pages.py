@@ -255,6 +255,17 @@ def test_one_graph_serves_every_batch(change):
     assert len(graphs) == 1
 
 
+def test_a_compiled_layer_without_adapters_may_have_another_batch():
+    """Adapter d has nothing in the third layer."""
+    model = Net()
+    pool = pool_of(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.lins[2], fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 16)
+    with torch.no_grad(), pool.use(["d", "__base__"]):
+        assert torch.equal(compiled(x), model.lins[2].base_layer(x))
+
+
 def tensors_of(pool, name):
     """The tensors of a mounted adapter that all layers have."""
     tensors = {}

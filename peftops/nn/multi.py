@@ -66,14 +66,14 @@ class Route:
         count = shape[0] if shape else 1
         # x (tokens, k) has the tokens of a sample one after the other
         fits = count in (samples, samples * self.copies) or (
-            len(shape) == 1 and samples and count % samples == 0
+            len(shape) == 1 and count % samples == 0
         )
         if not fits:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{samples} and {count} respectively."
             )
-        rows = torch.Size(shape).numel() // max(samples, 1)
+        rows = torch.Size(shape).numel() // samples
         with torch.inference_mode(False):
             slots = torch.tensor(self.samples, dtype=torch.int32)
             return slots.repeat_interleave(rows).to(self.device)
@@ -180,11 +180,9 @@ class MultiLoRALinear(nn.Module):
         """y by the route of now."""
         route = self.slots.route.get()
         base: Any = self._modules["base_layer"]
-        if route is None:
-            return base(x)
+        if route is None or self.index not in route.layers:
+            return base(x)  # whatever its batch is: a vision tower has another one
         slots = route.slots_of(x)
-        if self.index not in route.layers:
-            return base(x)
         if readable(base):
             call = operands_of(base, x)
         else:
@@ -203,7 +201,7 @@ class MultiLoRALinear(nn.Module):
         if recorded or not (readable(base) or self.gain is None):
             # what to do depends on the route, so it is done between two graphs
             return torch.compiler.disable(self.routed)(x)
-        slots = torch.ops.peftops.pool_slots(x, self.slots.number)
+        slots = torch.ops.peftops.pool_slots(x, self.slots.number, self.index)
         call = operands_of(base, x) if readable(base) else self.called(base, x)
         y = self.fused(call, slots)
         return y if call.cast is None else y.to(call.cast)
@@ -288,27 +286,29 @@ class MultiLoRALinear(nn.Module):
         return f"pages={self.slots.pages}, dtype={self.a.dtype}"
 
 
-def pool_slots(x: Tensor, table: int) -> Tensor:
+def pool_slots(x: Tensor, table: int, layer: int) -> Tensor:
     """The slot of each row of x (..., k) in this thread's route through a pool, (m,) int32.
 
     Args:
         table: the number of the pool's SlotTable.
+        layer: the index of the layer.
     """
     route = TABLES[table].route.get()
-    if route is None:
-        return no_slots(x, table)
+    if route is None or layer not in route.layers:
+        return no_slots(x, table, layer)
     return route.slots_of(x).clone()  # a graph may write over what it got
 
 
-def no_slots(x: Tensor, table: int) -> Tensor:
-    """The same without a route."""
+def no_slots(x: Tensor, table: int, layer: int) -> Tensor:
+    """The same where no sample has an adapter."""
     m = x.shape[:-1].numel()
     return torch.full((m,), -1, dtype=torch.int32, device=x.device)
 
 
 # A CUDA graph would keep the route with which it was captured.
 LIBRARY.define(
-    "pool_slots(Tensor x, int table) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,)
+    "pool_slots(Tensor x, int table, int layer) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 LIBRARY.impl("pool_slots", pool_slots, "CompositeExplicitAutograd")
 torch.library.register_fake("peftops::pool_slots", no_slots, lib=LIBRARY)

@@ -287,6 +287,17 @@ def test_names_not_as_many_as_samples(count, tmp_path):
         served(pool, base, ["b"] * count)
 
 
+def test_a_layer_without_adapters_may_have_another_batch(tmp_path):
+    """As the layers of a vision tower have. Adapter b has no k_proj."""
+    pool, base = pooled(several(), tmp_path)
+    attention = base.model.layers[0].self_attn
+    x = torch.ones(5, 3, attention.k_proj.in_features)
+    with pool.use(["b", "__base__"]):
+        assert torch.equal(attention.k_proj(x), attention.k_proj.base_layer(x))
+        with pytest.raises(ValueError, match="but got 2 and 5"):
+            attention.q_proj(x)
+
+
 def test_unknown_names(tmp_path):
     pool, _ = pooled(several(), tmp_path)
     text = r"non-existing adapter\(s\): nobody, x"
