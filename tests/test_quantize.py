@@ -257,6 +257,7 @@ def alive():
         for tensor in gc.get_objects()
         if type(tensor) is torch.Tensor
         and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
         and not torch._is_functional_tensor(tensor)  # a compiler's, without memory
     ]
     return {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
