@@ -10,12 +10,6 @@ from ..functional import Base
 from .nf4 import LinearNF4
 
 PLAIN = nn.Parameter, Tensor  # the exact types that our kernels may read
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class Operands(NamedTuple):
@@ -40,8 +34,12 @@ def operands_of(base: Any, x: Tensor) -> Operands:
         cast = None if base.compute_dtype is None else x.dtype
         x = x.to(base.computes(x))
         return Operands(x, base.base(x.dtype), base.bias_for(x.dtype), cast)
-    weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
-    return Operands(x, weight, base.bias, None)
+    return Operands(x, dense_weight(base), base.bias, None)
+
+
+def dense_weight(base: Any) -> Tensor:
+    """The weight (n, k) of nn.Linear or Conv1D."""
+    return base.weight if isinstance(base, nn.Linear) else base.weight.T
 
 
 def is_conv1d(layer: object) -> bool:
@@ -58,8 +56,19 @@ def readable(base: nn.Module) -> bool:
     known = type(base) is nn.Linear or type(base) is LinearNF4 or is_conv1d(base)
     if not known or type(base._parameters.get("weight")) not in PLAIN:
         return False
-    state = base.__dict__
-    return "forward" not in state and not any([state[hooks] for hooks in HOOKS])
+    return not hooked(base)
+
+
+def hooked(module: object) -> object:
+    """Whether the module has hooks or a forward of its own: fused layers do not call it."""
+    state = module.__dict__
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 def features_of(base: Any) -> tuple[int, int]:
@@ -75,5 +84,5 @@ def weight_of(base: Any) -> tuple[Tensor | Base, torch.dtype]:
     if isinstance(base, LinearNF4):
         dtype = base.compute_dtype or base.weight_dtype
         return base.base(dtype), dtype
-    weight = base.weight.T if is_conv1d(base) else base.weight
+    weight = dense_weight(base)
     return weight, weight.dtype

@@ -5,7 +5,7 @@ that an adapter has the same pages in each of them.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -35,19 +35,21 @@ class Route:
     """
 
     def __init__(
-        self, samples: Sequence[int], layers: frozenset[int], device: torch.device
+        self,
+        samples: Sequence[int],
+        layers: frozenset[int],
+        device: torch.device,
+        copies: int = 1,
     ):
         self.samples = tuple(samples)
         self.layers = layers
-        self.copies = 1
         self.device = device
+        self.copies = copies
         self.kept: dict[Sequence[int], Tensor] = {}
 
     def of_copies(self, copies: int) -> "Route":
         """The route of a batch that has so many rows of each sample, or one."""
-        route = Route(self.samples, self.layers, self.device)
-        route.copies = copies
-        return route
+        return Route(self.samples, self.layers, self.device, copies)
 
     def slots_of(self, x: Tensor) -> Tensor:
         """The slot of each row of x (..., k), as (m,) int32.
@@ -77,6 +79,21 @@ class Route:
         with torch.inference_mode(False):
             slots = torch.tensor(self.samples, dtype=torch.int32)
             return slots.repeat_interleave(rows).to(self.device)
+
+
+def copies_of_samples(
+    model: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> int:
+    """How many rows transformers' generate makes of each sample, called with these arguments."""
+    passed = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    configs = passed, getattr(model, "generation_config", None)
+    copies = 1
+    for key in ("num_beams", "num_return_sequences"):
+        found = [kwargs.get(key), *(getattr(config, key, None) for config in configs)]
+        copies = max(copies, next((v for v in found if v is not None), 1))
+    return copies
 
 
 class SlotTable:

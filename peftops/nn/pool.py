@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.multi_contract import PAGE
-from .multi import Route
+from .multi import Route, copies_of_samples
 from .pool_layers import wrap
 from .pool_parts import fields_of
 from .pool_room import Entry
@@ -328,18 +328,3 @@ def bytes_of(memory: int | str) -> int:
     number, prefix, binary = match.groups()
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
     return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def copies_of_samples(
-    model: Any,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-) -> int:
-    """How many rows transformers' generate makes of each sample, called with these arguments."""
-    passed = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    configs = passed, getattr(model, "generation_config", None)
-    copies = 1
-    for key in ("num_beams", "num_return_sequences"):
-        found = [kwargs.get(key), *(getattr(config, key, None) for config in configs)]
-        copies = max(copies, next((v for v in found if v is not None), 1))
-    return copies

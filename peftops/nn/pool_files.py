@@ -42,7 +42,7 @@ class Folders:
 
     Attributes:
         sites: what adapters may be.
-        kinds: {config, header and size of the files: Kind}; the last one is the latest.
+        kinds: {config, header and size of the files: Kind}; the first one leaves first.
         spare: memory for the next file, since reading into fresh memory takes twice as long.
     """
 

@@ -44,6 +44,7 @@ class Version:
         users: how many `use` blocks have it now.
         retired: whether it has been replaced or unloaded. Its last user gives the pages back.
         filled: what a stream of a GPU waits for before it reads the pages.
+        layers: the indices of the layers that it is in.
     """
 
     pages: list[int]
@@ -51,8 +52,7 @@ class Version:
     users: int = 0
     retired: bool = False
     filled: "torch.cuda.Event | None" = None
-
-    layers: frozenset[int] = frozenset()  # the indices of those that it is in
+    layers: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.layers = frozenset([part.layer for part in self.marks])

@@ -37,6 +37,14 @@ def several(dora=(), **config):
     return model.train()
 
 
+def several_in(dtype):
+    """The same without dropout or DoRA, all of whose parameters are of this dtype."""
+    model = several(dtype=dtype, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def exact_of(model):
     return copy.deepcopy(model).double()
 

@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from law import bound, error
-from mixed import NAMES, TOKENS, exact_of, several
+from mixed import NAMES, TOKENS, exact_of, several, several_in
 from tiny import in_4_bits, lora_layers
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.models.t5.modeling_t5 import T5Config, T5ForConditionalGeneration
@@ -111,9 +111,7 @@ def test_each_sample_is_continued_by_its_adapter(dora, looks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_16_bits(dtype):
-    stock = several(dtype=dtype, autocast_adapter_dtype=False)
-    for parameter in stock.parameters():
-        parameter.data = parameter.data.to(dtype)
+    stock = several_in(dtype)
     ours = peftops.patch(copy.deepcopy(stock))
     sequences, logits = generated(ours, NAMES)
     forced = sequences[:, TOKENS.shape[1] :]

@@ -10,7 +10,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from law import bound, error
-from mixed import NAMES, TOKENS, exact_of, several
+from mixed import NAMES, TOKENS, exact_of, several, several_in
 from test_peft_generation import (
     GREEDY,
     NEW,
@@ -159,9 +159,7 @@ def test_generate_without_names_is_the_bases(options, tmp_path):
 
 
 def test_16_bits_generate(tmp_path):
-    stock = several(dtype=torch.bfloat16, autocast_adapter_dtype=False)
-    for parameter in stock.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    stock = several_in(torch.bfloat16)
     _, base = pooled(stock, tmp_path)
     sequences, logits = generated(base, NAMES)
     forced = sequences[:, TOKENS.shape[1] :]

@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from law import bound, chain_bound, error, orders
-from mixed import NAMES, TOKENS, exact_of, several
+from mixed import NAMES, TOKENS, exact_of, several, several_in
 from tiny import in_4_bits, tiny
 
 import peftops
@@ -134,9 +134,7 @@ def test_in_16_bits(
     adapters,
     tmp_path,
 ):
-    stock = several(dtype=dtype, autocast_adapter_dtype=False)
-    for parameter in stock.parameters():
-        parameter.data = parameter.data.to(dtype)
+    stock = several_in(dtype)
     pages = torch.float32 if adapters == "wide" else None
     pool, base = pooled(stock, tmp_path, dtype=pages)
     logits = served(pool, base, NAMES)

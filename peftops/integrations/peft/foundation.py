@@ -8,9 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...functional import Base
 from ...nn import LinearNF4
+from ...nn.base_layer import PLAIN
 from ...ops.nf4_state import NESTED, scales_of, table_of
-
-PLAIN = nn.Parameter, Tensor  # the exact types that our kernels may read
 
 
 @final
@@ -96,18 +95,6 @@ def packed(base: Any, weight: Any) -> tuple[Tensor, Base] | Fallback:
         return Fallback("a tensor is not plain")
     return codes, Base(
         "nf4", [codes, table_of(state), *scales_of(state)], state.blocksize
-    )
-
-
-def hooked(module: object) -> object:
-    """Whether the module has hooks or a forward of its own: fused layers do not call it."""
-    state = module.__dict__
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
     )
 
 

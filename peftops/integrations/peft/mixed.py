@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ...nn.base_layer import PLAIN
 from ...nn.dora import CHECKING, moves, one_position, sharded
 from ...ops.lora_formula import transformed
 from ...ops.multi_autograd import stacked
 from ...ops.multi_tables import slots_of
-from .foundation import PLAIN, Fallback
+from .foundation import Fallback
 from .plan import NO_ADAPTER, Plan, accelerated, ground_of, plan_on
 
 # A call none of whose samples has an adapter of the layer.

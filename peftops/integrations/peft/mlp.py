@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ...nn.base_layer import hooked
 from ...ops.lora_mlp import lora_mlp
 from .call import EXTRA
-from .foundation import Fallback, hooked, rows_like
+from .foundation import Fallback, rows_like
 from .layer import FUSED, Fused, Patched, count
 from .plan import plan
 from .sharded import gathered

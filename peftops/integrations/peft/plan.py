@@ -16,15 +16,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ... import backends
 from ...functional import Base
+from ...nn.base_layer import PLAIN, hooked
 from ...nn.lora import biases
 from ...ops.lora_formula import exporting, transformed
 from .foundation import (
     HOOKED,
-    PLAIN,
     Fallback,
     Foundation,
     foundation_of,
-    hooked,
     parameter,
 )
 

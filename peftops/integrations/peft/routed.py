@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...nn.pool import copies_of_samples
+from ...nn.multi import copies_of_samples
 from .call import in_backward
 from .layer import Patched, become
 from .mixed import remembered
