@@ -10,7 +10,7 @@ from peftops import backends
 from . import lora, nf4
 from .peers import BASE, LORA, MULTI, OURS, Problem
 
-OPS = ("multi_fwd", "multi_bwd")
+OPS = ("multi_fwd", "multi_bwd", "multi_add_")
 ADAPTERS = {  # rows of a batch, and how many adapters they choose from
     8192: (16,),
     512: (4, 16),

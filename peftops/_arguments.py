@@ -119,3 +119,24 @@ def flag(value):
 
 def instance(cls):
     return lambda value: None if isinstance(value, cls) else cls.__name__
+
+
+def expect(
+    row,
+    name,
+    tensor,
+    shape,
+    *dtypes,
+):
+    """Raises unless a tensor has this shape and one of these dtypes; None is always accepted.
+
+    Every contract checks its tensors here, so that all errors have one form.
+    """
+    if tensor is None or (tensor.shape == shape and tensor.dtype in dtypes):
+        return
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+    wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
+    raise TypeError(f"{row}: {name} must be {wanted}, got {tensor.dtype}")

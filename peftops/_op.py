@@ -1,11 +1,12 @@
 """@op: makes a torch op of a contract, which checks the op's inputs and allocates its outputs."""
 
 import inspect
+from functools import partial
 
 import torch
 
 from . import backends
-from ._ready import device_of, elsewhere, ready
+from ._ready import device_of, elsewhere, expect_no_grad, ready, watched
 from ._replay import Replay, run_and_plan
 
 LIBRARY = torch.library.Library("peftops", "FRAGMENT")
@@ -18,29 +19,29 @@ def op(contract):
 
     Returns a function for the op. If no tracer, transform or subclass has to see the call, it runs
     the backend's function directly, which saves the dispatcher's 11 µs, and it replays what it can.
+    A contract whose name ends with "_" has no outputs: its op changes the first argument.
     """
     name = contract.__name__
+    in_place = name.endswith("_")
     CONTRACTS[name] = contract
 
-    def run(args, plan=False):
-        """The outputs, and the plan of how they were filled, or None without one."""
-        outputs = contract(*args)
-        fill = backends.find(name, args[0])
-        single = not isinstance(outputs, tuple)
-        every = (outputs, *args) if single else (*outputs, *args)
-        if plan and backends.can_replay(fill):
-            return outputs, run_and_plan(lambda: fill(*every), single, args, outputs)
-        fill(*every)
-        return outputs, None
+    def finished(result, args, plain):
+        """The result for args of a call that was made with copies of some of them."""
+        if in_place and plain[0] is not args[0]:
+            args[0].copy_(plain[0])
+        return result
 
     def run_for_dispatcher(plan, *args):
         """What the dispatcher calls if there is no plan for these arguments."""
         plain = ready(contract, args, subclasses=True)
         with device_of(args[0]):
-            return run(plain, plan and plain is args)
+            result = run(contract, plain, plan and plain is args)
+            return finished(result, args, plain)
 
     def dispatched(*args):
         # without this, ops with out= refuse inputs that require grad
+        if in_place:
+            expect_no_grad(name, args)
         with torch._C._AutoDispatchBelowAutograd():
             return planned_for_dispatcher(*args)
 
@@ -51,26 +52,40 @@ def op(contract):
         plain = ready(contract, args)
         if plain is None:
             return overload(*args), None
-        if elsewhere(args[0]):
-            with torch.cuda.device(args[0].device):
-                return direct(*plain), None
-        return run(args, plan) if plain is args else (direct(*plain), None)
+        if plain is args and not elsewhere(args[0]):
+            return run(contract, args, plan)
+        with device_of(args[0]):
+            return finished((direct(*plain), None), args, plain)
 
     direct = planned(run_directly)
     planned_for_dispatcher = planned(run_for_dispatcher)
 
     def run_or_dispatch(*args):
-        watched = (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._get_tracing_state()
-            or torch._C._are_functorch_transforms_active()
-        )
-        return overload(*args) if watched else direct(*args)
+        if watched():
+            return overload(*args)
+        if in_place:
+            expect_no_grad(name, args)
+        result = direct(*args)
+        if in_place and not args[0].is_inference():
+            torch.autograd.graph.increment_version(args[0])
+        return result
 
     call = taking(contract, run_or_dispatch)
     call.direct = direct
     return call
+
+
+def run(contract, args, plan):
+    """The outputs of an op, and the plan of how they were filled, or None without one."""
+    outputs = contract(*args)
+    fill = backends.find(contract.__name__, args[0])
+    single = isinstance(outputs, torch.Tensor)
+    made = (outputs,) if single else outputs or ()
+    if plan and backends.can_replay(fill):
+        body = partial(fill, *made, *args)
+        return outputs, run_and_plan(body, single, args, made)
+    fill(*made, *args)
+    return outputs, None
 
 
 def register(name, contract, run):
@@ -78,7 +93,9 @@ def register(name, contract, run):
 
     run gets all arguments; the dispatcher itself leaves out last ones that equal their defaults.
     """
-    LIBRARY.define(name + torch.library.infer_schema(contract, mutates_args=()))
+    changed = [next(iter(inspect.signature(contract).parameters))]
+    mutates = changed if name.endswith("_") else ()
+    LIBRARY.define(name + torch.library.infer_schema(contract, mutates_args=mutates))
     LIBRARY.impl(name, taking(contract, run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftops::{name}", contract, lib=LIBRARY)
     return getattr(torch.ops.peftops, name).default
@@ -108,18 +125,3 @@ def planned(run):
     if Replay:
         return Replay(run, backends.FORCED, backends.forced, MOST)
     return lambda *args: run(False, *args)[0]
-
-
-def expect(row, name, tensor, shape, *dtypes):
-    """Raises unless a tensor has this shape and one of these dtypes; None is always accepted.
-
-    Every contract checks its tensors here, so that all errors have one form.
-    """
-    if tensor is None or (tensor.shape == shape and tensor.dtype in dtypes):
-        return
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{row}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}"
-        )
-    wanted = " or ".join(map(str, dict.fromkeys(dtypes)))
-    raise TypeError(f"{row}: {name} must be {wanted}, got {tensor.dtype}")

@@ -76,3 +76,21 @@ def expect_one_device(contract, args):
                 raise ValueError(
                     f"{contract.__name__}: {name} must be on {device}, got {t.device}"
                 )
+
+
+def expect_no_grad(name, args):
+    """Raises if autograd would have to record an op that changes its first argument."""
+    if not torch.is_grad_enabled():
+        return
+    if any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        raise RuntimeError(f"{name} has no gradients; call it in torch.no_grad()")
+
+
+def watched():
+    """Whether a tracer, a mode or a transform has to see calls of ops."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+    )

@@ -289,7 +289,7 @@ def unwanted(x, *shape, dtype=None):
 
 def run_and_plan(body, single, args, outputs):
     """Runs body(), a launcher's work on args and outputs, and returns its Plan or None."""
-    notes = Notes(list(tensors(args)), [outputs] if single else list(outputs))
+    notes = Notes(list(tensors(args)), list(outputs))
     with notes:
         body()
     return notes.plan(single)

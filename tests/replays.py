@@ -3,7 +3,7 @@
 import torch
 
 from peftops.testing.cases import CASES
-from peftops.testing.law import every
+from peftops.testing.law import outputs
 
 
 def copied(arg):
@@ -11,10 +11,6 @@ def copied(arg):
     if isinstance(arg, list):
         return [copied(item) for item in arg]
     return arg.clone() if torch.is_tensor(arg) else arg
-
-
-def outputs(call, args):
-    return every(call(*args))
 
 
 def twice(call, args):

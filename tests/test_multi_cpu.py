@@ -3,16 +3,20 @@
 import isa
 import pytest
 import torch
-from replays import outputs, same, twice
+from replays import same, twice
 
 from peftops import _replay, backend, backends
 from peftops.testing.cases import CASES
-from peftops.testing.law import call, check, check_case, function
+from peftops.testing.law import call, check, check_case, function, outputs
 
 pytest.importorskip("peftops._C")
 
 SHAPE = 37, 96, 130, 5
-OPS = {"multi_fwd": 4, "multi_bwd": 5}  # and where their slots, table and rank begin
+OPS = {
+    "multi_fwd": 4,
+    "multi_bwd": 5,
+    "multi_add_": 4,
+}  # and where their slots, table and rank begin
 WRONG = [  # (an argument's place after slots, its new value, what the error says)
     (0, 4, r"multi: slots must be in \[-1, 4\), got 4"),
     (0, -2, r"multi: slots must be in \[-1, 4\), got -2"),
@@ -62,9 +66,22 @@ def test_a_route_that_does_not_exist_is_an_error(op, place, value, text):
         assert same(outputs(run, args), expected)
         fill = backends.find(op, args[0])
     untouched = [torch.full_like(out, 7) for out in expected]
+    given = wrong[1:] if op.endswith("_") else wrong
     with pytest.raises(ValueError, match=text):
-        fill(*untouched, *wrong)
+        fill(*untouched, *given)
     assert all((out == 7).all() for out in untouched)
+
+
+def test_parts_are_columns_of_y():
+    args = case("multi_add_")
+    before = args[0].clone()
+    args[-1][1] = 200
+    with (
+        backend("cpu"),
+        pytest.raises(ValueError, match=r"multi: widths must be in \[0, 88\), got 200"),
+    ):
+        function("multi_add_")(*args)
+    assert torch.equal(args[0], before)
 
 
 def test_pages_of_what_is_not_live_may_be_anything():
@@ -76,8 +93,17 @@ def test_pages_of_what_is_not_live_may_be_anything():
     assert all(map(torch.equal, call("multi_fwd", "cpu", args), expected))
 
 
-@pytest.mark.parametrize("label", ["runs", "dropout", "gain"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op, label",
+    [
+        *((op, label) for op in OPS for label in ("runs", "mixed")),
+        *(
+            (op, label)
+            for op in ("multi_fwd", "multi_bwd")
+            for label in ("dropout", "gain")
+        ),
+    ],
+)
 def test_any_number_of_threads_gives_the_same_bits(op, label):
     args = case(op, (300, 260, 200, 20), label)
     before = torch.get_num_threads()

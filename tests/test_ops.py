@@ -8,7 +8,7 @@ from peftops import backend, backends
 from peftops._op import CONTRACTS
 from peftops._ready import expect_one_device
 from peftops.testing.cases import CASES, SHAPES
-from peftops.testing.law import call, check, double
+from peftops.testing.law import call, check, double, function
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CELLS = [
@@ -40,7 +40,8 @@ def test_law_where_threads_share_the_work(op, shape, dtype):
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("op", CONTRACTS)
 def test_opcheck(op):
-    differentiable = op != "nf4_quantize"  # its first output is of integers
+    # outputs of integers, or none
+    differentiable = op not in ("nf4_quantize", "multi_add_")
     for _, args in CASES[op]((5, 16, 24, 4), torch.float32):
         for arg in args:
             real = isinstance(arg, torch.Tensor) and arg.dtype == torch.float32
@@ -56,6 +57,54 @@ def test_strides_and_alignment_do_not_matter():
     strided = torch.empty(16, 5).T.copy_(args[0])
     for x in (shifted, strided):
         assert torch.equal(call("lora_fwd", "cpu", [x, *args[1:]])[0], expected)
+
+
+IN_PLACE = [op for op in CONTRACTS if op.endswith("_")]
+
+
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_what_changes_may_lie_anywhere(op):
+    _, args = next(CASES[op]((5, 16, 24, 4), torch.float32))
+    (expected,) = call(op, "cpu", args)
+    shifted = torch.empty(args[0].numel() + 1)[1:].view(args[0].shape)
+    strided = torch.empty(args[0].shape[::-1]).T
+    for run in (function(op), getattr(torch.ops.peftops, op)):
+        for y in (shifted, strided):
+            y.copy_(args[0])
+            assert run(y, *args[1:]) is None
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_autograd_sees_a_change(op):
+    """What was kept for backward may not change, and what wants a gradient gets an error."""
+    run = function(op)
+    _, args = next(CASES[op]((5, 16, 24, 4), torch.float32))
+    factor = torch.ones_like(args[0]).requires_grad_()
+    product = (args[0] * factor).sum()
+    with torch.no_grad():
+        run(*args)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with pytest.raises(
+        RuntimeError, match=r"multi_add_ has no gradients; call it in torch\.no_grad"
+    ):
+        run(args[0], args[1].requires_grad_(), *args[2:])
+
+
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_a_change_inside_a_graph(op):
+    run = function(op)
+    _, args = next(CASES[op]((5, 16, 24, 4), torch.float32))
+
+    def twice(y, *rest):
+        y = y * 2
+        run(y, *rest)
+        return y + 1
+
+    expected = twice(*args)
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), expected)
 
 
 def test_tensors_are_of_one_device():

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from replays import copied, lora_args, outputs, same, twice
+from replays import copied, lora_args, same, twice
 
 import peftops.functional as F
 from peftops import _replay, backend, backends
@@ -14,6 +14,7 @@ from peftops._op import CONTRACTS
 from peftops._replay import paused
 from peftops.testing.cases import CASES, SHAPES
 from peftops.testing.law import function as op
+from peftops.testing.law import outputs
 
 pytest.importorskip("peftops._C")
 

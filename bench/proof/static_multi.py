@@ -6,6 +6,8 @@ from . import static_cases
 from .static_cases import HALF, WIDE, Case
 
 BOTH = "multi_fwd", "multi_bwd"
+ADD = "multi_add_"
+PARTS = 3
 CASES = [
     *(Case("16 slots", op, 8192, 4096, 4096, 16, slots=16) for op in BOTH),
     *(
@@ -113,6 +115,13 @@ CASES = [
         )
         for op in BOTH
     ),
+    Case("16 slots", ADD, 8192, 4096, 6144, 16, slots=16),
+    Case("few rows", ADD, 256, 4096, 6144, 16, HALF, fp32=True, slots=64),
+    Case("one row", ADD, 1, 4096, 6144, 64, slots=16),
+    Case("multiples of 8", ADD, 1001, 4104, 4120, 8, slots=3),
+    Case("odd", ADD, 1001, 4099, 4101, 5, slots=3, fast=False),
+    Case("fp32", ADD, 8192, 4096, 4096, 16, WIDE, slots=16, fast=False),
+    Case("few rows, fp32", ADD, 16, 4096, 1024, 16, WIDE, slots=16, fast=False),
 ]
 
 
@@ -125,7 +134,7 @@ def tensors(c):
     narrow = WIDE if c.fp32 else c.dtype
     pages = -(-c.r // 8)
     rows = 8 * pages * c.slots
-    return static_cases.tensors(c) | {
+    values = static_cases.tensors(c) | {
         "a": make(rows, c.k, dtype=narrow),
         "b": make(rows, c.n, dtype=narrow),
         "slots": make(c.m, dtype=torch.int32),
@@ -137,3 +146,12 @@ def tensors(c):
         "h": make(c.m, 8 * pages, dtype=c.dtype),
         "need": [True, True, True, c.bias, c.gain],
     }
+    if c.op == ADD:
+        values |= {
+            "y": make(c.m, c.n, dtype=c.dtype),
+            "a": make(PARTS, rows, c.k, dtype=narrow),
+            "rank": make(PARTS, c.slots, dtype=torch.int32),
+            "scale": make(PARTS, c.slots),
+            "widths": make(PARTS, dtype=torch.int32),
+        }
+    return values

@@ -21,6 +21,7 @@ import peftops.functional  # noqa: F401  registers the ops
 from peftops import backends
 from peftops._op import CONTRACTS
 from peftops.testing.cases import names
+from peftops.testing.law import every
 from peftops.triton import _gemm, lora_tma
 
 from . import sass, static_cases, static_multi
@@ -106,9 +107,7 @@ def launches_of(case, target):
     contract = CONTRACTS[case.op]
     values = (static_multi if case.slots else static_cases).tensors(case)
     args = [values[name] for name in names(contract)]
-    outputs = contract(*args)
-    if not isinstance(outputs, tuple):
-        outputs = (outputs,)
+    outputs = every(contract(*args))
     with launches_on(table, processors, case.product) as collected:
         backends.cell("triton", case.op)(*outputs, *args)
     return [Launch(*launch, target, case) for launch in collected]

@@ -62,8 +62,8 @@ struct Alone {
     constexpr int SOME = W < BESIDE<X> ? W : BESIDE<X>;
     for (int64_t c = 0; c < max(k, 1); c += step)
       for (int e = 0; e < W; e += SOME)
-        put_dots<T, SOME, X>(w + e * k + c, k, x + c, k, min(step, k - c), add || c, sums + e,
-                             ld);
+        put_dots<T, SOME, X, false>(w + e * k + c, k, x + c, k, min(step, k - c), add || c,
+                                    sums + e, ld, w);
   }
 
   // W columns of y, from column c on.

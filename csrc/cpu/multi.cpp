@@ -3,8 +3,8 @@
 // is that of product.h. Many adapters have few rows each, so none is packed for h or dh.
 #include "multi.h"
 
-#include "dots.h"
 #include "multi_expand.h"
+#include "multi_shrink.h"
 #include "ops.h"
 
 namespace peftops::ISA {
@@ -12,76 +12,11 @@ namespace {
 
 thread_local Scratch t_rows;  // of each thread of a team
 // Of the caller, read by its team.
-thread_local Scratch t_blocks, t_h, t_bias, t_dz, t_turned, t_dh, t_owned;
+thread_local Scratch t_h, t_bias, t_dz, t_turned, t_dh, t_owned, t_added;
 
 constexpr int64_t WIDE = 64;       // columns of a tile
 constexpr int64_t HIGH = 64;       // rows of a tile, which stays in the nearest cache
 constexpr int64_t LD = WIDE + 16;  // from row to row, so that rows do not share a cache set
-
-// Rows of a run that are multiplied at once.
-struct Block {
-  const Run* run;
-  int64_t begin, end;  // in Route::order
-};
-
-// h = factor · drop(x)·aᵀ with the adapter of each row, rounded to T, and zeros beyond its
-// rank. The adapters are read as they are stored.
-template <class T>
-struct Shrink {
-  const Route& route;
-  Tensor h;           // (m, ldh)
-  Tensor x;           // (m, k)
-  Tensor a;           // (R, k)
-  const Adapter* of;  // by slot; their s is the factor
-  uint8_t* bits;      // receives the mask, or null
-  const float* p;     // (S,), or null
-  uint64_t seed;
-
-  void multiply_block(const Block& block) const {
-    const Run& run = *block.run;
-    const int64_t k = x.shape[1], bytes = mask_bytes(k), ld = pad16(k) + 16;
-    const int64_t width = pad16(run.r), count = block.end - block.begin;
-    const int64_t* row = route.order + block.begin;
-    const float drop = p && run.slot >= 0 ? p[run.slot] : 0;
-    const Philox generator(seed, drop);
-    float* wide = t_rows.get<float>(2 * ROWS * (ld + width));  // rows of drop(x)
-    float* sums = wide + 2 * ROWS * ld;
-    const bool as_it_lies =
-        sizeof(T) == sizeof(float) && !drop && row[count - 1] - row[0] == count - 1;
-    for (int64_t e = 0; e < count; ++e) {
-      uint8_t* keep = bits ? bits + row[e] * bytes : nullptr;
-      if (keep && drop) generator.draw(keep, row[e], bytes);
-      if (keep && !drop) memset(keep, 0xff, size_t(bytes));
-      if (run.r && !as_it_lies)
-        widen_row(as<T>(x) + row[e] * k, k, drop ? keep : nullptr, wide + e * ld);
-    }
-    with_operand<T>(a, [&](const auto* from) {
-      dot_rows<T>(from, k, route.lines + run.first, run.r,
-                  as_it_lies ? as<float>(x) + row[0] * k : wide, as_it_lies ? k : ld, count,
-                  sums, width);
-    });
-    for (int64_t e = 0; e < count; ++e) {
-      T* out = as<T>(h) + row[e] * h.shape[1];
-      for (int64_t j = 0; j < run.r; j += LANES)
-        store(out + j, load(sums + e * width + j) * all(of[run.slot].s), run.r - j);
-      for (int64_t j = run.r; j < h.shape[1]; ++j) narrow(0, out + j);
-    }
-  }
-
-  void multiply_all() const {
-    constexpr int64_t tall = 2 * ROWS;
-    Block* blocks = t_blocks.get<Block>(route.m / tall + route.count);
-    int64_t count = 0;
-    for (const Run* run = route.runs; run < route.runs + route.count; ++run)
-      for (int64_t i = run->begin; i < run->end; i += tall)
-        blocks[count++] = {run, i, min(i + tall, run->end)};
-    Team team;
-    const int threads = threads_for(route.m * x.shape[1] * h.shape[1]);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) team.run([&] { multiply_block(blocks[i]); });
-    team.finish();
-  }
-};
 
 // dz (m, n) = gain[slot] ⊙ dy, rounded to T.
 template <class T>
@@ -267,6 +202,59 @@ void backward(const Route& route, Tensor dx, Tensor da, Tensor db, Tensor dz, Te
   }
 }
 
+// Layers that lie side by side in y; see multi_add of ops.h.
+template <class T>
+struct Parts {
+  Route& route;
+  Tensor y, x, a, b, table, rank, scale, widths;
+
+  // Calls f(part, its first column, its columns) for each part that has columns, once the route
+  // has the part's rank-rows.
+  template <class F>
+  void each(F f) const {
+    int64_t begin = 0;
+    for (int64_t part = 0; part < widths.shape[0]; ++part) {
+      const int64_t columns = as<int32_t>(widths)[part];
+      expect("widths", 0, b.shape[1] - begin + 1, columns);
+      set_ranks(route, table, as<int32_t>(rank) + part * table.shape[0], b.shape[0]);
+      if (columns) f(part, begin, columns);
+      begin += columns;
+    }
+  }
+
+  // y += s · (x·aᵀ)·b in the columns of a part.
+  void add(int64_t part, int64_t begin, int64_t columns) const {
+    const int64_t slots = table.shape[0], ldh = PAGE * table.shape[1];
+    const float* scales = as<float>(scale) + part * slots;
+    if (!route.r) return;
+    Shrink<T> shrink{route};
+    shrink.h = {t_added.get<T>(route.m * ldh), {route.m, ldh}, x.dtype};
+    shrink.x = x;
+    shrink.a = from(a, part * b.shape[0] * x.shape[1]);
+    shrink.of = routes(route, slots, ldh, [](int64_t) { return 1.0f; }, nullptr, 0).adapters;
+    shrink.multiply_all();
+
+    const auto scale_of = [&](int64_t slot) { return scales[slot]; };
+    const Routes scaled = routes(route, slots, ldh, scale_of, nullptr, 0);
+    Expand<T> expand{route};
+    expand.y = expand.y0 = from(y, begin);
+    expand.n = columns;
+    expand.ldo = y.shape[1];
+    expand.ldp = b.shape[1];
+    expand.h = gated<T>(shrink.h, Tensor{}, ldh, t_h);
+    expand.ldh = ldh;
+    expand.b = from(b, begin);
+    expand.of = scaled.adapters;
+    expand.expand_all();
+  }
+
+  // A tensor from one of its elements on.
+  static Tensor from(Tensor t, int64_t element) {
+    with_operand<T>(t, [&](auto* data) { t.data = data + element; });
+    return t;
+  }
+};
+
 }  // namespace
 
 void multi_fwd(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base, Tensor a,
@@ -291,11 +279,12 @@ void multi_fwd(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base
     shrink.multiply_all();
     const auto scale_of = [&](int64_t slot) { return scales[slot]; };
     const Routes scaled = routes(route, count, ldh, scale_of, as<float>(gain), n);
-    if (form == Form::given && route.m <= EXPANDED) {
+    if (form == Form::given) {
       Expand<T> expand{route};
       expand.y = y;
       expand.z = z;
       expand.y0 = base.at[0];
+      expand.n = expand.ldo = expand.ldp = n;
       expand.h = gated<T>(h, Tensor{}, ldh, t_h);
       expand.ldh = ldh;
       expand.b = b;
@@ -306,10 +295,7 @@ void multi_fwd(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base
     Product t{};
     t.out = y;
     t.z = z;
-    if (form == Form::given)
-      t.y0 = base.at[0];
-    else
-      t.x = x;
+    t.x = x;
     t.h = gated<T>(h, Tensor{}, ldh, t_h);
     t.m = route.m;
     t.n = n;
@@ -322,6 +308,17 @@ void multi_fwd(Tensor y, Tensor h, Tensor bits, Tensor z, Tensor x, Tensors base
     t.delta = b;
     t.routes = &scaled;
     product(t);
+  });
+}
+
+void multi_add(Tensor y, Tensor x, Tensor a, Tensor b, Tensor slots, Tensor table, Tensor rank,
+               Tensor scale, Tensor widths) {
+  Route route = grouped(slots, table.shape[0]);
+  with_type(x.dtype, [&](auto e) {
+    const Parts<decltype(e)> parts{route, y, x, a, b, table, rank, scale, widths};
+    parts.each([](int64_t, int64_t, int64_t) {});  // raises before anything is written
+    parts.each(
+        [&](int64_t part, int64_t begin, int64_t columns) { parts.add(part, begin, columns); });
   });
 }
 

@@ -20,7 +20,7 @@ struct Run {
 struct Route {
   const int32_t* slots;  // (m,)
   const int64_t* order;  // (m,) all rows, sorted by slot
-  const Run* runs;       // (count,) in order
+  Run* runs;             // (count,) in order
   const int64_t* lines;  // (r,) the row of a pool that is each rank-row of the runs
   int64_t m, count, r;
 };
@@ -50,44 +50,57 @@ const int64_t* sorted(const int32_t* slots, int64_t m, int64_t count) {
   return order;
 }
 
-// The rows of one run of Route::order that begins at `begin`, with the rank of their slot.
-Run run_from(int64_t begin, const Route& route, Tensor table, Tensor rank) {
+// The rows of one run of Route::order that begins at `begin`.
+Run run_from(int64_t begin, const Route& route) {
   Run run{};
   run.slot = route.slots[route.order[begin]];
   run.begin = begin;
   run.end = begin + 1;
   while (run.end < route.m && route.slots[route.order[run.end]] == run.slot) ++run.end;
-  if (run.slot >= 0) run.r = as<int32_t>(rank)[run.slot];
-  expect("rank", 0, PAGE * table.shape[1] + 1, run.r);
-  run.first = route.r;
   return run;
 }
 
-// The route of these slots through pools of so many rank-rows. It takes the same time however
-// many slots there are.
-// Raises ValueError for a slot, or for the rank or a page of a row's slot, that does not exist.
-Route routed(Tensor slots, Tensor table, Tensor rank, int64_t pool) {
-  const int64_t m = slots.shape[0], pages = table.shape[1];
+// The runs of these slots, without their rank-rows. It takes the same time however many slots
+// there are. Raises ValueError for a slot that is none of `count`.
+Route grouped(Tensor slots, int64_t count) {
+  const int64_t m = slots.shape[0];
   Route route{};
   route.slots = as<int32_t>(slots);
   route.m = m;
-  for (int64_t i = 0; i < m; ++i) expect("slots", -1, table.shape[0], route.slots[i]);
-  route.order = sorted(route.slots, m, table.shape[0]);
+  for (int64_t i = 0; i < m; ++i) expect("slots", -1, count, route.slots[i]);
+  route.order = sorted(route.slots, m, count);
+  route.runs = t_runs.get<Run>(m);
+  for (int64_t begin = 0; begin < m; begin = route.runs[route.count++].end)
+    route.runs[route.count] = run_from(begin, route);
+  return route;
+}
 
-  Run* runs = t_runs.get<Run>(m);
-  route.runs = runs;
-  for (int64_t begin = 0; begin < m; begin = runs[route.count++].end) {
-    runs[route.count] = run_from(begin, route, table, rank);
-    route.r += runs[route.count].r;
+// Gives the runs the rank-rows that their slots have in pools of so many.
+//   rank: (S,)
+// Raises ValueError for a rank, or for a page, of a row's slot that does not exist.
+void set_ranks(Route& route, Tensor table, const int32_t* rank, int64_t pool) {
+  const int64_t pages = table.shape[1];
+  route.r = 0;
+  for (Run* run = route.runs; run < route.runs + route.count; ++run) {
+    run->r = run->slot >= 0 ? rank[run->slot] : 0;
+    expect("rank", 0, PAGE * pages + 1, run->r);
+    run->first = route.r;
+    route.r += run->r;
   }
   int64_t* lines = t_lines.get<int64_t>(route.r);
-  for (const Run* run = runs; run < runs + route.count; ++run)
+  for (const Run* run = route.runs; run < route.runs + route.count; ++run)
     for (int64_t j = 0; j < run->r; ++j) {
       const int64_t page = as<int32_t>(table)[run->slot * pages + j / PAGE];
       expect("table", 0, pool / PAGE, page);
       lines[run->first + j] = PAGE * page + j % PAGE;
     }
   route.lines = lines;
+}
+
+// The route of these slots through pools of so many rank-rows.
+Route routed(Tensor slots, Tensor table, Tensor rank, int64_t pool) {
+  Route route = grouped(slots, table.shape[0]);
+  set_ranks(route, table, as<int32_t>(rank), pool);
   return route;
 }
 

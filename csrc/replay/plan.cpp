@@ -196,6 +196,7 @@ py::object Plan::play(const Arguments& arguments) const {
   }
   for (const auto& step : steps) step->run(slots);
   if (single) return made[0];
+  if (!outputs) return py::none();
   auto result = own(PyTuple_New(outputs));
   for (size_t i = 0; i < outputs; ++i)
     PyTuple_SET_ITEM(result.ptr(), i, made[i].release().ptr());

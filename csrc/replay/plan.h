@@ -91,7 +91,7 @@ struct Fresh {
 class Plan {
  public:
   // outputs, temporaries: lists of what Fresh takes.
-  // single: the op returns its one output instead of a tuple.
+  // single: the op returns its one output instead of a tuple; one without outputs returns None.
   // scratch: None, or (what Fresh takes, the offsets of its parts in bytes).
   // steps: list of what Call and Launch take.
   // unless: None, or a function that returns True if something has to see the launches, such as

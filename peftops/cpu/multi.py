@@ -114,3 +114,7 @@ def multi_bwd(
     )
     if need[3]:
         noted(_C.lora_sums, dbias, None, dy, z)
+
+
+def multi_add_(y, x, a, b, slots, table, rank, scale, widths):
+    noted(_C.multi_add, y, x, a, b, slots, table, rank, scale, widths)

@@ -6,8 +6,14 @@ The norm is taken of each row.
 import torch
 from torch import Tensor
 
-from .._arguments import dtype_or_none, explained, number, tensor, tensor_or_none
-from .._op import expect
+from .._arguments import (
+    dtype_or_none,
+    expect,
+    explained,
+    number,
+    tensor,
+    tensor_or_none,
+)
 from .dora_contract import (  # noqa: F401  testing/law.py gets a row's ops from the row's own file
     dora_drop,
     dora_mix,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._op import expect, op
+from .._arguments import expect
+from .._op import op
 from .lora_base import DTYPES, mask_bytes
 from .lora_contract import expect_lora, expect_probability
 

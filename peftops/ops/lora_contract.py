@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._op import expect, op
+from .._arguments import expect
+from .._op import op
 from .._replay import unwanted
 from .lora_base import DTYPES, SHAPES, mask_bytes, wide_dtype
 from .nf4 import expect_base

@@ -18,6 +18,7 @@ from .lora_base import (
 from .lora_formula import applied, by_formula, differentiable
 from .multi_autograd import MultiLoRA, forward, plain
 from .multi_contract import (  # noqa: F401  testing/law.py gets a row's ops from the row's own file
+    multi_add_,
     multi_bwd,
     multi_fwd,
 )

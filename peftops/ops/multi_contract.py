@@ -8,7 +8,8 @@ base alone.
 import torch
 from torch import Tensor
 
-from .._op import expect, op
+from .._arguments import expect
+from .._op import op
 from .._replay import unwanted
 from .lora_base import mask_bytes, wide_dtype
 from .lora_contract import expect_product
@@ -98,6 +99,44 @@ def multi_bwd(
         torch.empty_like(t, memory_format=plain) if wanted else unwanted(x, 0)
         for t, wanted in zip((x, a, b, bias, gain), need, strict=True)
     )
+
+
+@op
+def multi_add_(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    rank: Tensor,
+    scale: Tensor,
+    widths: Tensor,
+) -> None:
+    """y_i += scale[j, s] · (x_i·a[j, s]ᵀ)·b[s]ᵀ in the columns of each part j, with s = slots[i]
+
+    It is for engines that have made the base's product. Layers that share x, such as q, k and v,
+    are parts: part j has the next widths[j] columns. It has no gradients.
+
+    y (m, ≥ n) · x (m, k) · a (parts, R, k) · b (R, n) · slots (m,) · table (S, P) ·
+    rank (parts, S) · scale (parts, S) · widths (parts,), at most n together
+    """
+    parts, rows, _ = a.shape
+    m, k = x.shape
+    n = b.shape[1]
+    slot_count, pages = table.shape
+    dtype = x.dtype
+    wide = wide_dtype(dtype)
+    if rows % PAGE:
+        raise ValueError(f"multi: a must have whole pages of {PAGE} rows, got {rows}")
+    expect("multi", "y", y, (m, max(n, y.shape[-1])), dtype)
+    expect("multi", "a", a, (parts, rows, k), dtype, wide)
+    expect("multi", "b", b, (rows, n), dtype, wide)
+    expect("multi", "slots", slots, (m,), torch.int32)
+    expect("multi", "table", table, (slot_count, pages), torch.int32)
+    expect("multi", "rank", rank, (parts, slot_count), torch.int32)
+    expect("multi", "scale", scale, (parts, slot_count), wide)
+    expect("multi", "widths", widths, (parts,), torch.int32)
 
 
 def expect_multi(

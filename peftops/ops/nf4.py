@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import dtype_or_none, explained, flag, instance, size, tensor
-from .._op import expect, op
+from .._arguments import dtype_or_none, expect, explained, flag, instance, size, tensor
+from .._op import op
 from .lora_formula import exporting, formula
 from .nf4_state import BLOCKS, DTYPES, NESTED, read, write
 from .nf4_tables import FOUR_BITS, bounds, eight_bits, four_bits

@@ -110,7 +110,12 @@ def lora(
     return t
 
 
-def random_bits(m, k, generator, device):
+def random_bits(
+    m,
+    k,
+    generator,
+    device,
+):
     """Bits of dropout for an (m, k) matrix: rows of whole 32-bit words."""
     shape = m, mask_bytes(k)
     return torch.randint(256, shape, generator=generator, device=device).to(torch.uint8)
@@ -131,7 +136,11 @@ def nf4(
         where scales are nested. All but codes and absmax8 are of the dtype `wide`.
     """
 
-    def random(high, count, dtype):
+    def random(
+        high,
+        count,
+        dtype,
+    ):
         return torch.randint(high, (count,), generator=generator, device=device).to(
             dtype
         )
@@ -170,7 +179,11 @@ NORMS = (
 def arguments(names: list[str], dropout: bool = True) -> Callable[..., Cases]:
     """The cases of an op of LoRA that has these arguments. Without dropout there are fewer."""
 
-    def make(shape, dtype, device="cpu"):
+    def make(
+        shape,
+        dtype,
+        device="cpu",
+    ):
         for label, options in VARIANTS.items():
             if options.get("p") and not dropout:
                 continue
@@ -185,7 +198,11 @@ def arguments(names: list[str], dropout: bool = True) -> Callable[..., Cases]:
 def mixed(op: str) -> Callable[..., Cases]:
     """The cases of an op of multi-LoRA."""
 
-    def make(shape, dtype, device="cpu"):
+    def make(
+        shape,
+        dtype,
+        device="cpu",
+    ):
         for label, options in multi_cases.VARIANTS.items():
             single = {key: value for key, value in options.items() if key != "route"}
             tensors = lora(*shape, dtype, device, **single)
@@ -196,14 +213,37 @@ def mixed(op: str) -> Callable[..., Cases]:
     return make
 
 
-def mask(shape, dtype, device="cpu") -> Cases:
+def added(
+    shape,
+    dtype,
+    device="cpu",
+) -> Cases:
+    """Cases of multi_add_."""
+    for label in ("runs", "mixed", "base"):
+        options = multi_cases.VARIANTS[label]
+        fp32 = options.get("fp32", False)
+        tensors = lora(*shape, dtype, device, fp32=fp32)
+        tensors = multi_cases.multi(tensors, options["route"], shape[3], 0.0)
+        tensors = multi_cases.parts(tensors)
+        yield label, [tensors[name] for name in names(CONTRACTS["multi_add_"])]
+
+
+def mask(
+    shape,
+    dtype,
+    device="cpu",
+) -> Cases:
     """Cases of lora_mask."""
     m, k, _, _ = shape
     for p in (0.0, 0.1, 1.0):
         yield f"p={p}", [torch.tensor([SEED], device=device), m, k, p]
 
 
-def quantize(shape, dtype, device="cpu") -> Cases:
+def quantize(
+    shape,
+    dtype,
+    device="cpu",
+) -> Cases:
     """Weights whose rows may end within a block, and one that ends within a byte."""
     _, k, n, _ = shape
     for encoding, block in (("nf4", 64), ("nf4", 32), ("fp4", 128)):
@@ -214,7 +254,11 @@ def quantize(shape, dtype, device="cpu") -> Cases:
         yield f"{encoding}, {block}", [w, *bounds(four_bits(encoding, w.device)), block]
 
 
-def dequantize(shape, dtype, device="cpu") -> Cases:
+def dequantize(
+    shape,
+    dtype,
+    device="cpu",
+) -> Cases:
     """Weights with small and large blocks, and with nested scales."""
     _, k, n, _ = shape
     for block, nested in ((64, False), (64, True), (32, False), (4096, True)):
@@ -227,7 +271,11 @@ def dequantize(shape, dtype, device="cpu") -> Cases:
 def norms(names: list[str]) -> Callable[..., Cases]:
     """The cases of an op of DoRA's norm that has these arguments. Some norms are 0 or infinite."""
 
-    def make(shape, dtype, device="cpu"):
+    def make(
+        shape,
+        dtype,
+        device="cpu",
+    ):
         for label in NORMS:
             tensors = lora(*shape, dtype, device, **VARIANTS[label])
             dn = torch.linspace(
@@ -242,14 +290,22 @@ def norms(names: list[str]) -> Callable[..., Cases]:
     return make
 
 
-def drop(shape, dtype, device="cpu") -> Cases:
+def drop(
+    shape,
+    dtype,
+    device="cpu",
+) -> Cases:
     """Cases of dora_drop."""
     for p in (0.1, 0.5, 1.0):
         tensors = lora(*shape, dtype, device, p=p)
         yield f"p={p}", [tensors["x"], tensors["seed"], p]
 
 
-def mix(shape, dtype, device="cpu") -> Cases:
+def mix(
+    shape,
+    dtype,
+    device="cpu",
+) -> Cases:
     """Cases of dora_mix, with one operand and with two."""
     for p in (0.1, 0.5, 1.0):
         tensors = lora(*shape, dtype, device, p=p)
@@ -266,6 +322,7 @@ CASES: dict[str, Callable[..., Cases]] = {
     "lora_mask": mask,
     "multi_fwd": mixed("multi_fwd"),
     "multi_bwd": mixed("multi_bwd"),
+    "multi_add_": added,
     "dora_norm": norms(NORM),
     "dora_norm_bwd": norms(NORM_BWD),
     "dora_drop": drop,

@@ -36,7 +36,11 @@ def check(
         yield label, *check_case(op, backend, args)
 
 
-def check_case(op: str, backend: str, args: list) -> tuple[float, float]:
+def check_case(
+    op: str,
+    backend: str,
+    args: list,
+) -> tuple[float, float]:
     """(error, bound) of the worst output of one case."""
     exact = call(op, "reference", double(args))
     same = call(op, "reference", args)
@@ -49,15 +53,28 @@ def check_case(op: str, backend: str, args: list) -> tuple[float, float]:
     return wrong[0] if wrong else max(errors)
 
 
-def call(op: str, backend: str, args: list) -> tuple[torch.Tensor, ...]:
+def call(
+    op: str,
+    backend: str,
+    args: list,
+) -> tuple[torch.Tensor, ...]:
     """The outputs of an op that runs on this backend."""
     with backends.backend(backend):
-        return every(getattr(torch.ops.peftops, op)(*args))
+        return outputs(getattr(torch.ops.peftops, op), args)
+
+
+def outputs(op: Callable, args: list) -> tuple[torch.Tensor, ...]:
+    """The outputs of an op as a tuple. Of one that works in place it is a changed copy."""
+    if op.__name__.endswith("_"):
+        changed = args[0].clone()
+        op(changed, *args[1:])
+        return (changed,)
+    return every(op(*args))
 
 
 def every(outputs) -> tuple[torch.Tensor, ...]:
-    """The outputs of an op as a tuple, also where it has a single one."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    """What an op returns as a tuple, also where it is a single tensor or nothing."""
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs or ()
 
 
 def function(op: str) -> Callable:
@@ -86,7 +103,11 @@ def error(out: torch.Tensor, exact: torch.Tensor) -> float:
     return (difference / exact.abs().max().clamp_min(1e-30)).item()
 
 
-def bound(out: torch.Tensor, same: torch.Tensor, exact: torch.Tensor) -> float:
+def bound(
+    out: torch.Tensor,
+    same: torch.Tensor,
+    exact: torch.Tensor,
+) -> float:
     """The largest error that the law allows.
 
     Args:

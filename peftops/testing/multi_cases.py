@@ -83,3 +83,36 @@ def multi(tensors: dict, route: str, r: int, p: float) -> dict:
             tensors["gain"] is not None,
         ],
     }
+
+
+def parts(tensors: dict) -> dict:
+    """Every argument of multi_add_ by its name: three layers side by side, the second empty.
+
+    Args:
+        tensors: what `multi` returns. The third part has lower ranks.
+    """
+    rank = tensors["rank"]
+    table = tensors["table"]
+    y = tensors["dy"]
+    n = y.shape[1]
+    middle = n // 3
+    own = PAGE * table[:, :, None] + torch.arange(PAGE, device=y.device)
+    each = torch.stack([rank, rank.flip(0), torch.minimum(rank, rank.roll(1))])
+    a = torch.full_like(tensors["a"], float("nan")).expand(3, -1, -1).clone()
+    b = torch.full_like(tensors["b"], float("nan"))
+    widths = torch.tensor([middle, 0, n - middle], dtype=torch.int32, device=y.device)
+    for part, columns in (0, slice(middle)), (2, slice(middle, n)):
+        for slot, rows in enumerate(own.flatten(1)):
+            live = rows[: each[part, slot]]
+            a[part, live] = (part + 1) * tensors["a"][live]
+            b[live, columns] = tensors["b"][live, columns]
+    scale = torch.stack([tensors["scale"], tensors["scale"], -2 * tensors["scale"]])
+    spare = y.new_ones(y.shape[0], 3)
+    return tensors | {
+        "y": torch.cat([y, spare], 1),
+        "a": a,
+        "b": b,
+        "rank": each,
+        "scale": scale,
+        "widths": widths,
+    }

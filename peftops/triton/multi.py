@@ -2,16 +2,18 @@
 
     y = gain[slot] ⊙ (x·Ŵᵀ + s[slot] · h·b[slot]) + bias,  h = drop(x)·a[slot]ᵀ
 
-multi_rank.py makes h, multi_product.py y, and multi_grads.py has backward. Rows are neither sorted
-nor counted: kernels find the slots of their rows themselves, see multi_route.py. So nothing waits
-for the host, and a CUDA graph serves every batch of a shape. Slots and pages are not checked here.
+multi_rank.py makes h, multi_product.py y, and multi_grads.py has backward. multi_add.py adds the
+update to a y that has the base's product. Rows are neither sorted nor counted: kernels find the
+slots of their rows themselves, see multi_route.py. So nothing waits for the host, and a CUDA graph
+serves every batch of a shape. Slots and pages are not checked here.
 """
 
+from .multi_add import multi_add_
 from .multi_grads import multi_bwd
 from .multi_product import make_y
 from .multi_rank import shrink
 
-__all__ = ["multi_bwd", "multi_fwd"]
+__all__ = ["multi_add_", "multi_bwd", "multi_fwd"]
 
 
 def multi_fwd(

@@ -4,6 +4,8 @@ Both are the same sum, of rows of x or dz with the rank-rows of their slot. As i
 split into stripes. A program loads only the rows of the slot it is at, so it reads each row once.
 """
 
+from math import prod
+
 import triton
 import triton.language as tl
 
@@ -34,12 +36,13 @@ from .multi_route import (
 @launched
 @triton.jit
 def multi_shrink_kernel(
-    H, BITS, X, A, SLOTS, TABLE, RANK, SCALE, P, SEED, M, K, R, PAGES, KS,
+    H, BITS, X, A, SLOTS, TABLE, RANK, SCALE, P, SEED, M, K, R, PAGES, KS, S,
     EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """h = factor[slot] · drop(x)·a[slot]ᵀ over one stripe of KS columns.
 
     Programs of the first block of ranks write the bits, also of rows that have the base alone.
+    With S, the number of slots, there are several parts, which have A, RANK and H each.
     """
     if EVEN:
         K = K // 8 * 8  # tells the compiler that it may load 16 bytes at once
@@ -48,6 +51,12 @@ def multi_shrink_kernel(
     i_m = tl.program_id(0).to(tl.int64) // ranks
     i_r = tl.program_id(0) % ranks
     i_s = tl.program_id(1)
+    i_h = i_s.to(tl.int64)
+    if S is not None:
+        i_p = tl.program_id(2).to(tl.int64)
+        A += i_p * R * K
+        RANK += i_p * S
+        i_h = i_h * tl.num_programs(2) + i_p
     o_m, o_r = i_m * BM + tl.arange(0, BM), i_r * BR + tl.arange(0, BR)
     row = (K + 31) // 32 * 4  # bytes of bits in each row
     written = tl.where(i_r == 0, row, 0)  # how many of them this program writes
@@ -81,15 +90,19 @@ def multi_shrink_kernel(
         acc = tl.where(mine[:, None], part, acc)
         left, slot = next_slot(left, slot)
     acc *= factors(SCALE, P, t_slot)[:, None]
-    store_tile(H + i_s.to(tl.int64) * M * PAGES * 8, acc, o_m, o_r, M, PAGES * 8)
+    store_tile(H + i_h * M * PAGES * 8, acc, o_m, o_r, M, PAGES * 8)
 
 
 INTERPRETED = _gemm.tile(4, 1, BM=64, BK=64)
 
 
 def shrink(h, bits, x, a, slots, table, rank, scale, p, seed):
-    """h = factor[slot] · drop(x)·a[slot]ᵀ, and the bits of dropout where they are not None."""
-    m, k, width = *x.shape, h.shape[1]
+    """h = factor[slot] · drop(x)·a[slot]ᵀ, and the bits of dropout where they are not None.
+
+    a may be (parts, R, k). Then rank is (parts, S), h (parts, m, 8P), and the last three are None.
+    """
+    m, k, width = *x.shape, h.shape[-1]
+    parts = a.shape[:-2]
     if m == 0 or (width == 0 and bits is None):
         return
     br = rank_block(width)
@@ -103,9 +116,9 @@ def shrink(h, bits, x, a, slots, table, rank, scale, p, seed):
         # The draws of wider tiles would spill beside the sums of a slot.
         sizes = SHRINK if br <= 32 and bits is None else SHRINK_WIDE
     programs = cdiv(m, sizes["BM"]) * max(1, cdiv(width, br))
-    count, span = _gemm.stripes(k, sizes["BK"], programs, x)
+    count, span = _gemm.stripes(k, sizes["BK"], programs * prod(parts), x)
     sums = partial_sums(h, count)
-    multi_shrink_kernel[(programs, count)](
+    multi_shrink_kernel[(programs, count, *parts)](
         sums,
         bits,
         x,
@@ -118,9 +131,10 @@ def shrink(h, bits, x, a, slots, table, rank, scale, p, seed):
         seed,
         m,
         k,
-        a.shape[0],
+        a.shape[-2],
         table.shape[1],
         span,
+        table.shape[0] if parts else None,
         EVEN=k % 8 == 0,
         BR=br,
         **sizes,
