@@ -175,3 +175,19 @@ LORA = {
     "layers_pattern": NAMES,
     "trainable_token_indices": TOKENS,
 } | {name: (is_flag, "true or false") for name in FLAGS}
+
+
+def fields_of(config: Any, asker: str) -> dict[str, Any]:
+    """The fields of a LoraConfig, or of a dict of them, as adapter_config.json has them.
+
+    asker: who needs them, for errors.
+    """
+    if hasattr(config, "to_dict") and not isinstance(config, type):
+        config = config.to_dict()
+    if not isinstance(config, dict):
+        got = type(config).__name__
+        raise TypeError(f"{asker}: config must be a LoraConfig or a dict, got {got}")
+    return {
+        key: list(value) if isinstance(value, set) else value
+        for key, value in config.items()
+    }

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file.config import fields_of
 from ..ops.multi_contract import PAGE
 from .multi import Route, copies_of_samples
 from .pool_layers import wrap
-from .pool_parts import fields_of
 from .pool_room import Entry
 from .pool_store import BASE, Store
 
@@ -235,7 +235,7 @@ class AdapterPool:
 
         0 where its largest rank is more than max_rank.
         """
-        fields = fields_of(config)
+        fields = fields_of(config, "AdapterPool")
         patterns = (fields.get("rank_pattern") or {}).values()
         rank = max(fields.get("r") or 8, *patterns, 1)
         if rank > self.store.layers.sites.max_rank:

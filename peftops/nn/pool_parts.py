@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapter_file import EMBEDDING, Adapter, faults, without_prefix
-from ..adapter_file.config import checked
+from ..adapter_file.config import checked, fields_of
 from ..adapter_file.features import LACKED, MOVES_BASE, UNREAD
 from ..adapter_file.header import Stored
 from ..ops.multi_pages import not_finite
@@ -136,7 +136,9 @@ def content_of_tensors(
     layout = before
     if config is not None or before is None or kinds_of(tensors) != before.kinds:
         stored = {key: stored_of(key, t) for key, t in tensors.items()}
-        fields = fields_of(before.config if config is None and before else config)
+        fields = fields_of(
+            before.config if config is None and before else config, "AdapterPool"
+        )
         adapter = Adapter(Path(name), checked(fields, Path(name)), stored)
         expect_servable(adapter, sites)
         layout = layout_of(adapter, sites)
@@ -151,21 +153,6 @@ def stored_of(key: str, t: Tensor) -> Stored:
 
 def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {key: (t.shape, t.dtype) for key, t in tensors.items()}
-
-
-def fields_of(config: Any) -> dict[str, Any]:
-    """The fields of a LoraConfig as adapter_config.json has them."""
-    if hasattr(config, "to_dict") and not isinstance(config, type):
-        config = config.to_dict()
-    if not isinstance(config, dict):
-        got = type(config).__name__
-        raise TypeError(
-            f"AdapterPool: config must be a LoraConfig or a dict, got {got}"
-        )
-    return {
-        key: list(value) if isinstance(value, set) else value
-        for key, value in config.items()
-    }
 
 
 def expect_servable(adapter: Adapter, sites: Sites) -> None:
