@@ -10,6 +10,7 @@ import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from peftops.integrations.vllm import load_lora, load_lora_async
+from peftops.integrations.vllm.plugin import chosen
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -303,6 +305,9 @@ def test_an_adapter_that_is_refused_changes_nothing(engine, folder):
 
 
 def test_bad_arguments(engine, folder):
+    config = SimpleNamespace(additional_config={"peftops": "yes"})
+    with pytest.raises(ValueError, match="peftops must be true or false, got 'yes'"):
+        chosen(config)
     tensors, config = tensors_of(folder, "small")
     with pytest.raises(
         ValueError, match=r'made with additional_config=\{"peftops": True\}'

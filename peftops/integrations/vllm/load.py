@@ -38,8 +38,9 @@ def load_lora(
         The LoRARequest to generate with.
 
     Raises:
-        ValueError: the engine was made without the plugin, or vLLM refuses the adapter.
+        ValueError: the engine was made without the plugin or without LoRA.
         TypeError: config or tensors are of another type.
+        Exception: what vLLM raises for an adapter that it refuses; nothing has changed then.
     """
     engine = llm.llm_engine
     request, staged = staged_for(engine.vllm_config, name, tensors, config)

@@ -9,7 +9,7 @@ from .layers import Embedding, Head, Linear, Slots, can_pool, can_serve, extende
 from .staged import STAGED, expect_shapes, stage
 
 TESTED = "0.32."  # the versions of vLLM whose layers are known
-WRAPPER = f"{__name__}.punica_wrapper"
+WRAPPER = f"{__name__}.peftops_punica_wrapper"  # vLLM logs the last part
 ORIGINAL: dict[str, str] = {}  # vLLM's own wrapper, by the platform's name
 
 
@@ -30,14 +30,23 @@ def register() -> None:
 
 
 def chosen(config: Any = None) -> bool:
-    """Whether an engine asks for the plugin; without a config, the one that is being made."""
+    """Whether an engine asks for the plugin; without a config, the one that is being made.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
     from vllm.config import get_current_vllm_config
 
     more = (config or get_current_vllm_config()).additional_config
-    return isinstance(more, Mapping) and more.get("peftops") is True
+    asked = more.get("peftops", False) if isinstance(more, Mapping) else False
+    if not isinstance(asked, bool):
+        raise ValueError(
+            f"additional_config: peftops must be true or false, got {asked!r}"
+        )
+    return asked
 
 
-def punica_wrapper(*args: Any, **kwargs: Any) -> Any:
+def peftops_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
     """What vLLM calls for its punica wrapper."""
     from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
