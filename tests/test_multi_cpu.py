@@ -84,13 +84,18 @@ def test_parts_are_columns_of_y():
     assert torch.equal(args[0], before)
 
 
-def test_pages_of_what_is_not_live_may_be_anything():
-    """A slot without a rank has no pages, and a page of its line in the table may be free."""
-    args = case("multi_fwd")
-    expected = call("multi_fwd", "cpu", args)
-    args[5] = args[5].clone()
-    args[5][2] = -9  # the slot of rank 0
-    assert all(map(torch.equal, call("multi_fwd", "cpu", args), expected))
+@pytest.mark.parametrize("op", ["multi_fwd", "multi_add_"])
+@pytest.mark.parametrize("m", [37, 70])
+def test_what_is_not_live_may_be_anything(op, m):
+    """A slot without a rank has no pages and no scale, and a page of its line may be free."""
+    args = case(op, (m, *SHAPE[1:]))
+    expected = call(op, "cpu", args)
+    _, table, rank, scale = range(OPS[op], OPS[op] + 4)
+    args[table] = args[table].clone()
+    if op == "multi_fwd":  # in multi_add_ each slot has a rank in one of the parts
+        args[table][2] = -9
+    args[scale] = args[scale].masked_fill(args[rank] == 0, float("nan"))
+    assert all(map(torch.equal, call(op, "cpu", args), expected))
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ Routes routes(const Route& route, int64_t slots, int64_t ldh, F scale, const flo
     Adapter& adapter = adapters[run->slot];
     adapter.first = run->first;
     adapter.r = run->r;
-    adapter.s = scale(run->slot);
+    adapter.s = run->r ? scale(run->slot) : 0;  // what is not used may be NaN
     adapter.gain = gain ? gain + run->slot * n : nullptr;
   }
   Routes out{};
