@@ -18,6 +18,8 @@ from .multi_route import load_slots, next_slot, rank_block, rank_rows
 
 # limits: registers 48-255, spilled 0-16, reloads 0, loop 0-300, mma 1-, wide 3-
 # limits gfx942: wide 1-
+# limits sm_90: reloads 0-4
+# limits sm_100: reloads 0-4
 @launched
 @triton.jit
 def multi_add_kernel(
