@@ -39,9 +39,9 @@ def op(contract):
             return finished(result, args, plain)
 
     def dispatched(*args):
-        # without this, ops with out= refuse inputs that require grad
         if in_place:
             expect_no_grad(name, args)
+        # without this, ops with out= refuse inputs that require grad
         with torch._C._AutoDispatchBelowAutograd():
             return planned_for_dispatcher(*args)
 

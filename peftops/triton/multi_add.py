@@ -11,9 +11,10 @@ import triton.language as tl
 
 from . import _gemm
 from ._launch import launched
-from ._tile import cast, dot, load_tile, tile_of
+from ._tile import cast, tile_of
+from .multi_product import rank_sum
 from .multi_rank import shrink
-from .multi_route import load_slots, next_slot, rank_block, rank_rows
+from .multi_route import load_slots, next_slot, rank_block
 
 
 # limits: registers 48-255, spilled 0-16, reloads 0, loop 0-300, mma 1-, wide 3-
@@ -51,13 +52,9 @@ def multi_add_kernel(
                 rank = tl.load(RANK + j * S + slot)
                 has_rank = tl.where(mine, tl.maximum(has_rank, rank), has_rank)
                 o_s = tl.where(mine, o_m, M)
-                part = tl.zeros((BM, BN), tl.float32)
-                for r in tl.range(0, rank, BR, num_stages=1):
-                    o_r = r + tl.arange(0, BR)
-                    o_b = rank_rows(TABLE, slot, rank, o_r, PAGES, R)
-                    t_b = cast(load_tile(B, o_b, o_n, R, N), H.dtype.element_ty)
-                    t_h = load_tile(H + j * size, o_s, o_r, M, PAGES * 8)
-                    part = dot(t_h, t_b, part)
+                part = rank_sum(
+                    H + j * size, B, TABLE, slot, rank, o_s, o_n, M, N, R, PAGES, BM, BN, BR
+                )  # fmt: skip
                 part *= tl.load(SCALE + j * S + slot)
                 acc = tl.where(mine[:, None] & columns[None, :], part, acc)
                 left, slot = next_slot(left, slot)

@@ -33,6 +33,21 @@ from .multi_route import (
 from .nf4 import nf4_tile
 
 
+@triton.jit
+def rank_sum(
+    H, B, TABLE, slot, rank, o_s, o_n, M, N, R, PAGES,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """h·b of a slot in fp32, for the rows o_s and the columns o_n."""
+    part = tl.zeros((BM, BN), tl.float32)
+    for r in tl.range(0, rank, BR, num_stages=1):
+        o_r = r + tl.arange(0, BR)
+        o_b = rank_rows(TABLE, slot, rank, o_r, PAGES, R)
+        t_b = cast(load_tile(B, o_b, o_n, R, N), H.dtype.element_ty)
+        part = dot(load_tile(H, o_s, o_r, M, PAGES * 8), t_b, part)
+    return part
+
+
 # limits: registers 48-255, spilled 0, reloads 0, loop 0-750, waits 0-1, mma 1-, wide 4-
 # limits -BLOCK: loop 0-300
 # limits -W: wide 1-
@@ -61,12 +76,7 @@ def multi_combine_kernel(
         mine = t_slot == slot
         rank = tl.load(RANK + slot)
         o_s = tl.where(mine, o_m, M)
-        part = tl.zeros((BM, BN), tl.float32)
-        for r in tl.range(0, rank, BR, num_stages=1):
-            o_r = r + tl.arange(0, BR)
-            o_b = rank_rows(TABLE, slot, rank, o_r, PAGES, R)
-            t_b = cast(load_tile(B, o_b, o_n, R, N), H.dtype.element_ty)
-            part = dot(load_tile(H, o_s, o_r, M, PAGES * 8), t_b, part)
+        part = rank_sum(H, B, TABLE, slot, rank, o_s, o_n, M, N, R, PAGES, BM, BN, BR)
         acc = tl.where(mine[:, None], part, acc)
         left, slot = next_slot(left, slot)
     acc *= factors(SCALE, P, t_slot)[:, None]

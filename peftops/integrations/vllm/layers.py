@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ...ops.multi import multi_add_
 from ...ops.multi_contract import PAGE
-
-DTYPES = torch.float32, torch.bfloat16, torch.float16
+from ...ops.multi_pages import DTYPES
 
 
 class Slots:
