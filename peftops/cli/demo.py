@@ -1,6 +1,7 @@
 """peftops demo: fine-tune a small real model with stock PEFT and with peftops, side by side.
 
-It shows one table of both.
+It shows one table of both. With --adapters N it serves N adapters instead, and shows one table of
+a pool, stock PEFT and the model alone.
 """
 
 import json
@@ -30,6 +31,7 @@ from .progress import Progress
 CHOICES = "lora", "qlora", "dora", "qdora", "full"
 # A step in fp32 takes twice as long. With these the whole stays under five minutes.
 STEPS = {"bf16": 40, "fp32": 20}
+STEPS_OF_MANY = 10  # of adapters that are trained to be served
 
 
 def options(argv):
@@ -54,7 +56,8 @@ def options(argv):
     parser.add_argument(
         "--steps",
         type=positive,
-        help=f"of training; by default {STEPS['bf16']} in bf16, {STEPS['fp32']} in fp32",
+        help=f"of training; by default {STEPS['bf16']} in bf16, {STEPS['fp32']} in fp32,"
+        f" {STEPS_OF_MANY} with --adapters",
     )
     parser.add_argument(
         "--rank",
@@ -82,6 +85,7 @@ def options(argv):
         default=0,
         help="of adapters, batches and dropout",
     )
+    serving(parser)
     parser.add_argument(
         "--out",
         type=folder,
@@ -92,9 +96,36 @@ def options(argv):
     return parser.parse_args(argv)
 
 
+def serving(parser):
+    """Adds the options of --adapters."""
+    group = parser.add_argument_group("serving many adapters")
+    group.add_argument(
+        "--adapters",
+        metavar="N",
+        type=positive,
+        help="serve so many, of which a few are trained; the others are perturbed copies",
+    )
+    group.add_argument(
+        "--requests",
+        type=positive,
+        default=128,
+        help="the i-th adapter is asked for 1/i as often as the first",
+    )
+    group.add_argument(
+        "--memory",
+        default="1GiB",
+        help="of mounted adapters, such as 500MB",
+    )
+
+
 def main(argv=None):
     o = options(argv)
     need("peft", "transformers", "gguf", "matplotlib", "rich", extra="demo")
+    return serve(o) if o.adapters else fine_tune(o)
+
+
+def fine_tune(o):
+    """Trains stock PEFT and ours, and shows both."""
     import torch
     from rich.console import Console
 
@@ -120,11 +151,41 @@ def main(argv=None):
     for line in remarks(result):
         console.print(line, highlight=False, soft_wrap=True)
     draw(result, o.out / "loss.png")
-    text = json.dumps(result, indent=1) + "\n"
-    replace(o.out / "result.json", lambda path: path.write_text(text))
+    keep(o, result)
     adapters = [folder for label, folder in ADAPTERS.items() if label in labels]
     console.print(f"In {o.out}: {', '.join([*adapters, 'loss.png', 'result.json'])}")
     return 0
+
+
+def serve(o):
+    """Serves many adapters by a pool and by stock PEFT, and shows both. 1 if a sample is wrong."""
+    import torch
+    from rich.console import Console
+
+    from . import demo_serving
+    from .demo_contenders import refuse_folder
+
+    demo_serving.refuse(o)
+    device, chosen = resolve(o)
+    refuse_folder(o.model)
+    console = Console()
+    console.print(chosen, highlight=False, soft_wrap=True)
+    dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
+    with logging_to(console):
+        served = demo_serving.run(o, dtype, device, console)
+    result = settings(o, device) | served
+    console.print(demo_serving.table(result))
+    for line in demo_serving.remarks(result):
+        console.print(line, highlight=False, soft_wrap=True)
+    keep(o, result)
+    console.print(f"In {o.out}: adapters, result.json")
+    return 1 if result["check"]["wrong"] else 0
+
+
+def keep(o, result):
+    """Writes the result as JSON."""
+    text = json.dumps(result, indent=1) + "\n"
+    replace(o.out / "result.json", lambda path: path.write_text(text))
 
 
 def resolve(o):
@@ -140,7 +201,7 @@ def resolve(o):
         o.dtype, why = default_dtype(device)
         reasons.append(why)
     if o.steps is None:
-        o.steps = STEPS[o.dtype]
+        o.steps = STEPS_OF_MANY if o.adapters else STEPS[o.dtype]
     because = f" ({', '.join(reasons)})" if reasons else ""
     return device, f"On {device_name(device)}, in {o.dtype}{because}."
 
