@@ -1,6 +1,7 @@
 """The row multi: one layer whose batch mixes adapters, beside its peers and our LoRA."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from math import gcd
 
 import torch
@@ -8,11 +9,11 @@ import torch
 from peftops import backends
 
 from . import lora, nf4
-from .peers import BASE, LORA, MULTI, OURS, Problem
+from .peers import BASE, LORA, MIXING, MULTI, OURS, Problem
 
 OPS = ("multi_fwd", "multi_bwd", "multi_add_")
-ADAPTERS = {  # rows of a batch, and how many adapters they choose from
-    8192: (16,),
+ADAPTERS = {  # rows of a batch, and how many adapters they choose from; the first when quick
+    8192: (16, 4),
     512: (4, 16),
     64: (64,),
     32: (8,),
@@ -57,8 +58,9 @@ def jobs(o, dtype, device):
             plural = "s" if adapters > 1 else ""
             yield f"{name}, {adapters} adapter{plural}", mixing(problem, adapters)
         if name == UNEVEN[device.type] and not o.quick:
-            title = f"{name}, {counts[-1]} adapters of mixed ranks"
-            yield title, replace(mixing(problem, counts[-1]), uneven=True)
+            most = max(counts)
+            title = f"{name}, {most} adapters of mixed ranks"
+            yield title, replace(mixing(problem, most), uneven=True)
 
 
 def mixing(problem, adapters):
@@ -73,7 +75,13 @@ def contenders(problem, wanted):
     Args:
         wanted: backends to measure beside the one in use.
     """
-    return [BASE, *MULTI, LORA, *(f"{OURS}, {name}" for name in wanted)], {}
+    missing = [label for label in MIXING if find_spec(label) is None]
+    absent = dict.fromkeys(missing, "is not installed")
+    if problem.device.type != "cuda":
+        absent |= {label: "runs on a GPU" for label in MIXING if label != "vllm"}
+    packages = [label for label in MIXING if label not in absent]
+    forced = [f"{OURS}, {name}" for name in wanted]
+    return [BASE, *MULTI, *packages, LORA, *forced], absent
 
 
 def describe(problem, pass_name):

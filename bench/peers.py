@@ -17,7 +17,7 @@ from torch.nn import functional
 import peftops
 from peftops.cli import BadInput
 
-from .peers_gpu import GPU
+from .peers_gpu import GPU, MIXING
 from .peers_multi import MULTI
 from .problem import SCALING, Absent, Problem, frozen
 from .timing import Contender
@@ -182,7 +182,7 @@ BUILDERS = HERE | NF4 | GPU | {LORA: ours_lora} | FORCED
 def builders(t: Problem) -> dict:
     """{label: peer} of those that build layers for a problem."""
     if t.samples:
-        return {BASE: frozen, LORA: ours_lora} | MULTI | FORCED
+        return {BASE: frozen, LORA: ours_lora} | MULTI | MIXING | FORCED
     return BUILDERS
 
 

@@ -1,18 +1,23 @@
 """peftops bench multi: the peers of batches that mix adapters, what they compute, and the table."""
 
 import json
+import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from commands import run
+from fake_peers import FAKES, LORAFUSION, OTHERS, package
 from law import error
 from peftops.bench import (
     lora,
     measure,
     multi,
     peers,
+    peers_gpu,
     peers_multi,
     readme,
     results,
@@ -28,6 +33,8 @@ pytest.importorskip("peft")
 CPU = torch.device("cpu")
 SMALL = Problem((72, 32, 48, 8), torch.float32, CPU, adapters=3, samples=3)
 FEW = replace(SMALL, shape=(6, 32, 48, 8), samples=6)
+MIXED = replace(SMALL, dtype=torch.bfloat16, uneven=True)
+ONE = Problem((1, 32, 48, 4), torch.bfloat16, CPU)
 BOTH = "forward + backward"
 EVERYBODY = {BASE, *peers.MULTI, LORA}
 
@@ -41,6 +48,7 @@ def short(monkeypatch, one_thread):
     monkeypatch.setattr(timing, "ceilings", lambda *_: (1e10, 1e11))
     monkeypatch.setattr("peftops.bench.problem.copies", lambda *_: 1)
     monkeypatch.setattr(multi, "layers", lambda *_: shapes)
+    monkeypatch.setattr(multi, "find_spec", lambda _: None)
 
 
 def test_the_row_is_measured_and_kept(capsys, tmp_path, short):
@@ -68,12 +76,26 @@ def test_the_row_is_measured_and_kept(capsys, tmp_path, short):
     assert max(errors) < peers.WRONG
 
 
+def test_packages_take_part_where_they_can(monkeypatch):
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(multi, "find_spec", lambda _: None)
+    labels, absent = multi.contenders(on_gpu, [])
+    assert set(labels) == EVERYBODY
+    assert absent == dict.fromkeys(peers.MIXING, "is not installed")
+    monkeypatch.setattr(multi, "find_spec", lambda label: label)
+    labels, absent = multi.contenders(on_gpu, [])
+    assert set(labels) == EVERYBODY | {"vllm", "sglang", "lorafusion"}
+    assert absent == {}
+    labels, absent = multi.contenders(SMALL, [])
+    assert set(labels) == EVERYBODY | {"vllm"}
+    assert absent == dict.fromkeys(["lorafusion", "sglang"], "runs on a GPU")
+
+
 @pytest.mark.parametrize("uneven", [False, True])
 def test_everybody_computes_the_same(uneven):
     """Our LoRA does so with the first adapter, whatever the sample's."""
-    labels, absent = multi.contenders(SMALL, ["reference"])
-    assert set(labels) == EVERYBODY | {f"{OURS}, reference"}
-    assert absent == {}
+    labels = [*EVERYBODY, f"{OURS}, reference"]
+    assert labels[-1] in multi.contenders(SMALL, ["reference"])[0]
     for problem in (SMALL, FEW, replace(FEW, dtype=torch.bfloat16)):
         problem = replace(problem, uneven=uneven)
         for label in labels:
@@ -144,6 +166,72 @@ def test_another_process_builds_the_same_problem():
         assert remote.error == peers.contender(OURS, problem).error
 
 
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Makes packages importable from their code until the test ends."""
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(sys.modules):
+        yield partial(package, tmp_path)
+
+
+@pytest.mark.parametrize("fakes", [FAKES, OTHERS])
+@pytest.mark.parametrize("label", ["vllm", "sglang"])
+def test_packages_that_serve_mixed_adapters(label, fakes, installed, monkeypatch):
+    """In turns, with as many rows as are several of SGLang's chunks."""
+    installed(label, fakes[label])
+    if fakes is OTHERS:  # the CPU stands in for a GPU
+        monkeypatch.setattr(peers_gpu, "vllm_torch", peers_gpu.vllm_triton)
+    for samples in (60, 20, 3):
+        problem = replace(MIXED, shape=(60, 32, 48, 8), samples=samples)
+        contender = peers.contender(label, problem)
+        assert contender.error < peers.WRONG
+        assert list(contender.calls) == ["forward"]
+    assert peers.contender(label, ONE).error < peers.WRONG
+    with pytest.raises(Absent, match="made for serving"):
+        peers.contender(label, MIXED)
+    single = replace(problem, dtype=torch.float32)
+    if fakes is OTHERS and label == "vllm":
+        with pytest.raises(Absent, match="16 bits"):
+            peers.contender(label, single)
+    else:
+        assert peers.contender(label, single).error < 1e-5
+
+
+def test_lorafusion_trains_mixed_adapters(installed):
+    installed("lorafusion", LORAFUSION)
+    for problem in (MIXED, replace(MIXED, dtype=torch.float32, uneven=False)):
+        contender = peers.contender("lorafusion", problem)
+        assert contender.error < peers.WRONG
+        weights, a, b, x, dy = problem.tensors
+        wanted = {}
+        for label in ("lorafusion", "torch, bmm"):
+            layer, trained = peers.builders(problem)[label](problem, weights[0], a, b)
+            x = x.clone().requires_grad_()
+            wanted[label] = peers.both(layer, x, dy, trained, problem)()
+        dx, da, db = wanted["torch, bmm"]
+        theirs = wanted["lorafusion"]
+        assert error(theirs[0], dx) < 0.02
+        for slot, rank in enumerate(problem.ranks):
+            assert error(theirs[1 + slot], da[slot, :rank]) < 0.02
+            assert error(theirs[4 + slot], db[slot, :, :rank]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"shape": (60, 32, 48, 8)}, "made for training"),
+        ({"adapters": 6, "samples": 6}, "at most 4 adapters"),
+        ({"p": 0.1}, "drops the frozen weight's input"),
+        ({"samples": 6}, "one run"),
+        ({"shape": (78, 32, 48, 8)}, "whole blocks of 8 rows"),
+    ],
+)
+def test_lorafusion_names_what_it_lacks(settings, why, installed):
+    installed("lorafusion", LORAFUSION)
+    with pytest.raises(Absent, match=why):
+        peers.contender("lorafusion", replace(MIXED, **settings))
+
+
 def test_jobs_have_equal_runs_and_few_rows_have_turns():
     o = SimpleNamespace(dropout=None, shape=None, quick=False)
     jobs = list(multi.jobs(o, torch.float32, CPU))
@@ -161,6 +249,10 @@ def test_jobs_have_equal_runs_and_few_rows_have_turns():
     o.quick = True
     assert {name for name, _ in multi.jobs(o, None, CPU)} == {
         "SmolLM2 k, v, 4 adapters"
+    }
+    o.layers = {"for a target": (8192, 8, 8, 2)}
+    assert {name for name, _ in multi.jobs(o, None, CPU)} == {
+        "for a target, 16 adapters"
     }
     for m, adapters in ((70, 2), (71, 1), (512, 4), (6, 2)):
         o.shape = m, 8, 8, 2

@@ -3,11 +3,11 @@
 An absent one is named with the reason.
 """
 
-import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
+from fake_peers import FAKES, package
 from peftops.bench import measure, peers
 from peftops.bench.peers import BASE, OURS, Absent, Problem
 from peftops.bench.worker import Remote
@@ -58,116 +58,10 @@ def test_peers_are_named_alone_or_between_commas():
         peers.known(["PEFT,nobody"])
 
 
-# The part of each peer's package that is called, in plain torch under the package's names.
-FAKES = {
-    "unsloth": """
-        class LoRA_W(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, X, W, W_quant, A, B, S):
-                assert X.dim() == 3
-                ctx.save_for_backward(X, W, A, B)
-                return X @ W.T + S * (X @ A.T.to(X.dtype) @ B.T.to(X.dtype))
-            @staticmethod
-            def backward(ctx, dY):
-                X, W, A, B = ctx.saved_tensors
-                return dY @ W, None, None, A * 0, B * 0, None
-        sys.modules["unsloth.kernels.fast_lora"] = module(LoRA_W=LoRA_W)
-    """,
-    "axolotl": """
-        class LoRA_O(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, X, X_drop, W, bias, W_quant, A, B, s, lora_bias, magnitude):
-                assert X.dim() == 3 and X_drop is bias is magnitude is None
-                ctx.save_for_backward(W, A, B)
-                return X @ W.T + s * (X @ A.T @ B.T)
-            @staticmethod
-            def backward(ctx, dY):
-                W, A, B = ctx.saved_tensors
-                return dY @ W, None, None, None, None, A * 0, B * 0, None, None, None
-        sys.modules["axolotl.kernels.lora"] = module(LoRA_O=LoRA_O)
-    """,
-    "lorafusion": """
-        def fused_linear_lora(
-            x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None
-        ):
-            assert x.dim() == 3
-            return x @ linear_w.T + alpha * (x @ lora_a.T @ lora_b.T)
-        sys.modules["lorafusion.ops.lora_v1"] = module(fused_linear_lora=fused_linear_lora)
-    """,
-    "vllm": """
-        class LoRAKernelMeta:
-            @classmethod
-            def make(cls, max_loras, max_num_tokens, device):
-                return cls()
-            def prepare_tensors(self, mapping):
-                assert mapping.dtype == torch.int32
-            def meta_args(self, token_nums, specialize_active_lora):
-                return (token_nums,)
-        def lora_shrink(inputs, weights, out, tokens, scaling):
-            out.copy_(scaling * (inputs @ weights[0][0].T)[None])
-        def lora_expand(inputs, weights, out, tokens, offset_start=0, add_inputs=False):
-            out += (inputs[0] @ weights[0][0].float().T).to(out.dtype)
-        sys.modules["vllm.lora.ops.triton_ops"] = module(
-            LoRAKernelMeta=LoRAKernelMeta, lora_shrink=lora_shrink, lora_expand=lora_expand
-        )
-    """,
-    "sglang": """
-        from dataclasses import dataclass
-        @dataclass
-        class LoRABatchInfo:
-            use_cuda_graph: bool
-            bs: int
-            num_segments: int
-            seg_indptr: object
-            weight_indices: object
-            lora_ranks: object
-            scalings: object
-            max_len: int
-            seg_lens: object
-            permutation: object
-        def a_fwd(x, weights, info, stack_num=1):
-            return x @ weights[0].T
-        def b_fwd(x, weights, info, base_output=None):
-            return base_output.add_(x @ weights[0].T, alpha=info.scalings.item())
-        sys.modules["sglang.srt.lora.utils"] = module(LoRABatchInfo=LoRABatchInfo)
-        sys.modules["sglang.kernels.ops.lora.dense.sgemm_lora_a"] = module(sgemm_lora_a_fwd=a_fwd)
-        sys.modules["sglang.kernels.ops.lora.dense.sgemm_lora_b"] = module(sgemm_lora_b_fwd=b_fwd)
-    """,
-    "flashinfer": """
-        class SegmentGEMMWrapper:
-            def __init__(self, buffer):
-                pass
-            def run(
-                self, x, weights, batch_size, weight_column_major,
-                out=None, seg_lens=None, seg_indptr=None,
-            ):
-                assert weight_column_major and seg_indptr.dtype == torch.int64
-                return x @ weights[0].T
-        sys.modules["flashinfer.gemm"] = module(SegmentGEMMWrapper=SegmentGEMMWrapper)
-    """,
-}
-FAKE = """
-import sys, types, torch
-print("a banner that nobody asked for")
-def module(**names):
-    made = types.ModuleType("made")
-    made.__dict__.update(names)
-    return made
-for name in {parents}:
-    sys.modules.setdefault(name, module(__path__=[]))
-"""
-
-
 @pytest.mark.parametrize("label", FAKES)
 def test_a_peer_of_its_own_process(label, tmp_path):
     """Calls each peer in a fake of its package, as none is installed; ignores what that prints."""
-    parents = {name.rpartition(".")[0] for name in FAKES[label].split('"')[1::2]}
-    parents |= {".".join(name.split(".")[:i]) for name in parents for i in range(2, 6)}
-    (tmp_path / label).mkdir()
-    code = FAKE.format(parents=sorted(parents - {label, ""})) + textwrap.dedent(
-        FAKES[label]
-    )
-    (tmp_path / label / "__init__.py").write_text(code)
+    package(tmp_path, label, FAKES[label])
     serving = label in ("vllm", "sglang", "flashinfer")
     problem = ONE if serving else SMALL
     if label == "lorafusion":
