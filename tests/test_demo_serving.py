@@ -72,8 +72,8 @@ def test_adapters_make_room(capsys, tmp_path, batches_of_four):
 def test_peft_lets_those_go_that_were_not_used_for_the_longest_time():
     deleted = []
     model = SimpleNamespace(delete_adapter=deleted.append)
-    stock = servers.Stock(model, memory=3)
-    stock.load = lambda name: stock.loaded.update({name: 1})
+    stock = servers.Stock(model, sizes=dict.fromkeys("abcde", 1), memory=3)
+    stock.load = lambda name: stock.loaded.update({name: stock.sizes[name]})
     for name in "abcabd":
         stock.mount(name, [name], None)
     assert deleted == ["c"]

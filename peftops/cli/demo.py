@@ -108,7 +108,7 @@ def serving(parser):
     group.add_argument(
         "--requests",
         type=positive,
-        default=128,
+        default=64,
         help="the i-th adapter is asked for 1/i as often as the first",
     )
     group.add_argument(

@@ -115,6 +115,7 @@ class Stock(Server):
 
     Attributes:
         folders: {name: folder} of all adapters.
+        sizes: {name: bytes}.
         memory: bytes that its adapters may take.
         mixes: whether PEFT has batches that mix such adapters. Of DoRA it has none, so they are
             answered one by one.
@@ -122,6 +123,7 @@ class Stock(Server):
     """
 
     folders: dict[str, Path] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     memory: int = 0
     mixes: bool = True
     loaded: dict[str, int] = field(default_factory=dict)
@@ -146,28 +148,24 @@ class Stock(Server):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if self.loaded:
-                self.model.load_adapter(folder, name, low_cpu_mem_usage=True)
+                self.model.load_adapter(folder, name)
             else:
                 self.model = peft.PeftModel.from_pretrained(self.model, folder, name)
-        self.model.eval()
-        self.loaded[name] = sum(
-            p.nbytes for key, p in self.model.named_parameters() if f".{name}." in key
-        )
+        self.loaded[name] = self.sizes[name]
 
     def generate(self, names, prompts, **options):
         if self.mixes:
             return super().generate(names, prompts, adapter_names=names)
         tokens = prompts.new_zeros(len(prompts), prompts.shape[1] + NEW)
-        for name in dict.fromkeys(names):
-            own = torch.tensor([other == name for other in names])
+        for name, own in samples(names).items():
             with self.only(name):
                 tokens[own] = super().generate(names, prompts[own])
         return tokens
 
     def logits(self, name, tokens):
-        """Those of one sample, with its adapter alone."""
+        """Those of samples that have this adapter alone."""
         with self.only(name):
-            return self.model(input_ids=tokens[None]).logits[0]
+            return self.model(input_ids=tokens).logits
 
     @contextmanager
     def only(self, name):
@@ -180,6 +178,14 @@ class Stock(Server):
     @property
     def bytes(self):
         return sum(self.loaded.values())
+
+
+def samples(names):
+    """{name: the samples that have this adapter}"""
+    return {
+        name: [i for i, other in enumerate(names) if other == name]
+        for name in dict.fromkeys(names)
+    }
 
 
 @dataclass

@@ -4,6 +4,7 @@ A pool, stock PEFT and the model alone answer the same requests by turns, batch 
 """
 
 import tempfile
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -11,12 +12,13 @@ import torch
 
 import peftops
 
+from .. import adapter_file
 from ..nn.pool import bytes_of
 from . import BadInput, refusing
 from . import demo_adapters as adapters
 from . import demo_contenders as training
 from .demo_adapters import BASE
-from .demo_servers import NEW, Check, Pooled, Server, Stock
+from .demo_servers import NEW, Check, Pooled, Server, Stock, samples
 from .progress import Progress
 
 ALONE = "model alone"
@@ -55,6 +57,7 @@ def run(o, dtype, device, console):
         for name, folder in folders.items():
             servers[OURS].pool.register(name, folder)
         servers[STOCK].folders = folders
+        servers[STOCK].sizes = {name: in_fp32(f) for name, f in folders.items()}
         asked = adapters.requests([*folders], ids, o.requests, PROMPT, o.seed)
         with torch.no_grad():
             check = race(servers, adapters.in_batches(*asked, BATCH), o, progress)
@@ -130,6 +133,12 @@ def serving(base, o):
     }
 
 
+def in_fp32(folder):
+    """The bytes that an adapter takes in PEFT, which computes in fp32 by its default."""
+    tensors = adapter_file.load(folder).tensors.values()
+    return sum(4 * prod(tensor.shape) for tensor in tensors)
+
+
 def race(servers, batches, o, progress):
     """Lets all servers answer all batches by turns. Returns what became of the samples."""
     names = [*ranks(o)]
@@ -147,9 +156,10 @@ def race(servers, batches, o, progress):
         }
         tokens = made[OURS]
         ours = servers[OURS].logits(names, tokens)
-        for row, name in enumerate(names):
-            alone = servers[STOCK].logits(name, tokens[row])
-            check.take(ours[row], alone, tokens[row], TOLERANCE[o.dtype])
+        for name, own in samples(names).items():
+            alone = servers[STOCK].logits(name, tokens[own])
+            for i, row in enumerate(own):
+                check.take(ours[row], alone[i], tokens[row], TOLERANCE[o.dtype])
         stage.advance(f"{check.wrong} wrong")
     return check
 
