@@ -1,6 +1,7 @@
 """The adapters of `peftops demo --adapters N`, and the requests for them.
 
-A few are trained, all of them in each batch. The others are perturbed copies of these.
+A few are trained, all of them in each batch. The others are copies of these whose matrices are
+made stronger, weaker or negative at random.
 """
 
 import copy
@@ -19,7 +20,7 @@ import peftops
 from . import BadInput
 
 RATE = 5e-4
-NOISE = 0.5  # of a tensor's standard deviation: what a copy differs by
+SPREAD = 1.3  # so that copies of one adapter differ by more than what bf16 rounds
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 BASE = "__base__"
@@ -114,17 +115,11 @@ def write(adapted, out: Path, copies: Path, count: int, seed: int, stage):
     folders = {name: out / name for name in trained}
     originals = [read(folder) for folder in folders.values()]
     expect_room(copies, originals, count)
-    longest = max(t.numel() for tensors in originals for t in tensors.values())
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(2 * longest, generator=generator)
     for number in range(len(trained), count):
         parent = number % len(trained)
         folder = copies / called(number)
-        perturbed = {
-            key: beside(tensor, noise, generator)
-            for key, tensor in originals[parent].items()
-        }
-        save(folder, perturbed, out / trained[parent])
+        save(folder, perturbed(originals[parent], generator), out / trained[parent])
         folders[folder.name] = folder
         stage.advance()
     return folders
@@ -146,12 +141,18 @@ def save(folder: Path, tensors, parent: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-def beside(tensor, noise, generator):
-    """The tensor and a part of the noise, in bf16."""
-    most = len(noise) - tensor.numel()
-    start = torch.randint(most + 1, (), generator=generator).item()
-    part = noise[start : start + tensor.numel()].view_as(tensor)
-    return (tensor + NOISE * tensor.std() * part).bfloat16()
+def perturbed(tensors, generator):
+    """The tensors in bf16, the matrices among them times 1 + SPREAD · N(0, 1).
+
+    DoRA's magnitudes, which are vectors, stay.
+    """
+    result = {}
+    for key, tensor in tensors.items():
+        factor = 1.0
+        if tensor.dim() == 2:
+            factor += SPREAD * torch.randn((), generator=generator).item()
+        result[key] = (factor * tensor).bfloat16()
+    return result
 
 
 def expect_room(folder, originals, count):

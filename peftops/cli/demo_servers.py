@@ -195,7 +195,7 @@ class Check:
     Attributes:
         samples, wrong: how many there were, and how many have other logits.
         tokens, equal: how many were made, and how many are PEFT's best.
-        error: the largest difference of logits, as a share of the largest.
+        error: ‖difference of logits‖ / ‖logits‖ of the worst sample.
     """
 
     samples: int = 0
@@ -210,11 +210,11 @@ class Check:
         Args:
             ours, alone: logits (tokens, words).
             tokens: of the prompt and the answer.
-            tolerance: how far the logits may be apart, as a share of the largest.
+            tolerance: what the relative error of the logits may be.
         """
         answer = tokens[-NEW:]
         best = alone[-NEW - 1 : -1].argmax(-1)
-        error = ((ours - alone).abs().max() / alone.abs().max()).item()
+        error = ((ours - alone).float().norm() / alone.float().norm()).item()
         self.samples += 1
         self.wrong += not error <= tolerance
         self.tokens += NEW
