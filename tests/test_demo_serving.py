@@ -18,8 +18,11 @@ FEW = "--adapters", "7", "--requests", "13", "--steps", "2", "--rank", "4"
 
 
 @pytest.fixture
-def batches_of_four(monkeypatch, tiny):
+def short(monkeypatch, tiny):
+    """Makes the demo short: batches of four requests, and four new tokens for each."""
     monkeypatch.setattr(serving, "BATCH", 4)
+    for module in (serving, servers):
+        monkeypatch.setattr(module, "NEW", 4)
 
 
 def serve(capsys, folder, *argv):
@@ -30,14 +33,14 @@ def serve(capsys, folder, *argv):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_every_sample_is_answered_as_by_peft_with_its_adapter_alone(
-    capsys, tmp_path, batches_of_four, method
+    capsys, tmp_path, short, method
 ):
     argv = ["--method", method, "--dtype", "fp32"]
     code, out, result = serve(capsys, tmp_path, *argv)
     assert code == 0
     check = result["check"]
     assert (check["samples"], check["wrong"]) == (13, 0)
-    assert check["tokens"] == check["equal"] == 13 * servers.NEW
+    assert check["tokens"] == check["equal"] == 13 * 4
     assert 0 < check["error"] < 1e-5
     assert "13 of 13 samples have the logits of PEFT" in out
     assert ("one by one" in out) == (method == "dora")
@@ -58,7 +61,7 @@ def requested(count):
     return asked
 
 
-def test_adapters_make_room(capsys, tmp_path, batches_of_four):
+def test_adapters_make_room(capsys, tmp_path, short):
     """Four fit into memory at once, and all samples are still answered right."""
     argv = ["--memory", str(5 * PAGE), "--dtype", "fp32"]
     code, _, result = serve(capsys, tmp_path, *argv)
@@ -82,9 +85,7 @@ def test_peft_lets_those_go_that_were_not_used_for_the_longest_time():
 
 
 @pytest.mark.parametrize("fault", ["another adapter", "no adapter"])
-def test_a_wrong_adapter_is_noticed(
-    capsys, tmp_path, batches_of_four, monkeypatch, fault
-):
+def test_a_wrong_adapter_is_noticed(capsys, tmp_path, short, monkeypatch, fault):
     logits = servers.Pooled.logits
 
     def wrong(self, names, tokens):
@@ -99,9 +100,7 @@ def test_a_wrong_adapter_is_noticed(
     assert f"{13 - result['check']['wrong']} of 13 samples have" in out
 
 
-def test_trained_adapters_are_kept_and_copies_are_not(
-    capsys, tmp_path, batches_of_four
-):
+def test_trained_adapters_are_kept_and_copies_are_not(capsys, tmp_path, short):
     _, out, result = serve(capsys, tmp_path)
     kept = sorted(folder.name for folder in (tmp_path / "adapters").glob("0*"))
     assert kept == ["0000", "0001", "0002"]
@@ -190,15 +189,13 @@ def test_percentiles_are_values_that_were_measured():
         (["--adapters", "0"], "must be a whole number from 1 on"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    capsys, tmp_path, batches_of_four, argv, message
-):
+def test_what_does_not_go_together_is_refused(capsys, tmp_path, short, argv, message):
     out = str(tmp_path / "out")
     assert message in refusal(capsys, "demo", *FEW, *argv, "--out", out)
 
 
 def test_adapters_for_which_the_disk_has_no_room_are_refused(
-    capsys, tmp_path, batches_of_four, monkeypatch
+    capsys, tmp_path, short, monkeypatch
 ):
     usage = SimpleNamespace(free=10)
     monkeypatch.setattr(adapters.shutil, "disk_usage", lambda folder: usage)

@@ -158,8 +158,8 @@ def race(servers, batches, o, progress):
         ours = servers[OURS].logits(names, tokens)
         for name, own in samples(names).items():
             alone = servers[STOCK].logits(name, tokens[own])
-            for i, row in enumerate(own):
-                check.take(ours[row], alone[i], tokens[row], TOLERANCE[o.dtype])
+            for logits, row in zip(alone, own, strict=True):
+                check.take(ours[row], logits, tokens[row], TOLERANCE[o.dtype])
         stage.advance(f"{check.wrong} wrong")
     return check
 
