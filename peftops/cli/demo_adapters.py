@@ -5,7 +5,6 @@ made stronger, weaker or negative at random.
 """
 
 import copy
-import json
 import shutil
 import warnings
 from itertools import islice
@@ -17,13 +16,13 @@ from torch.nn.functional import cross_entropy
 
 import peftops
 
+from ..nn.pool_store import BASE
 from . import BadInput
 
 RATE = 5e-4
 SPREAD = 1.3  # so that copies of one adapter differ by more than what bf16 rounds
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-BASE = "__base__"
 ALONE = 16  # one request in so many is for the model without an adapter
 
 
@@ -137,8 +136,7 @@ def save(folder: Path, tensors, parent: Path) -> None:
 
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    config = json.loads((parent / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config))
+    shutil.copyfile(parent / CONFIG, folder / CONFIG)
 
 
 def perturbed(tensors, generator):

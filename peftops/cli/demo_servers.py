@@ -26,30 +26,28 @@ class Server:
     Attributes:
         model: what generates.
         seconds: of each batch, without what it took to mount its adapters.
-        mounts: seconds of each adapter that was mounted, by batch.
+        mounts: seconds of each adapter that was mounted.
         evictions: how many adapters made room.
     """
 
     model: torch.nn.Module
     seconds: list[float] = field(default_factory=list)
-    mounts: list[list[float]] = field(default_factory=list)
+    mounts: list[float] = field(default_factory=list)
     evictions: int = 0
 
     def answer(self, names, prompts):
         """The prompts with their answers. It takes the time."""
         device = prompts.device
-        mounts = []
         with ExitStack() as held:
             for name in dict.fromkeys(names):
                 if name == BASE:
                     continue
                 start = clock(device)
                 if self.mount(name, names, held):
-                    mounts.append(clock(device) - start)
+                    self.mounts.append(clock(device) - start)
             start = clock(device)
             tokens = self.generate(names, prompts)
             self.seconds.append(clock(device) - start)
-        self.mounts.append(mounts)
         return tokens
 
     def mount(self, name, names, held):

@@ -168,7 +168,7 @@ def numbers(servers, label, tokens):
     """What the table shows of one server that made so many tokens."""
     server = servers[label]
     alone = servers[ALONE].seconds
-    mounts = sorted(second for batch in server.mounts for second in batch)
+    mounts = sorted(server.mounts)
     pairs = zip(alone, server.seconds, strict=True)
     seconds = sum(server.seconds) + sum(mounts)
     return {
