@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import run
-from gpu_runs import run_stages
+from gpu_runs import give_time, run_stages
 from peftops.bench import dora, lora, multi, nf4, peers
 from peftops.bench.proof import gpu as command
 from peftops.bench.proof import stack, stages, whole
@@ -30,11 +30,7 @@ def test_a_rehearsal_of_every_stage(capsys, tmp_path, monkeypatch):
     for each other there.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    longer = {
-        stage: (4 * seconds, what) for stage, (seconds, what) in command.STAGES.items()
-    }
-    longer["bench"] = 140, command.STAGES["bench"][1]
-    monkeypatch.setattr(command, "STAGES", longer)
+    give_time(monkeypatch, 4, bench=140)
     # bench comes first: otherwise it would take the time that others leave
     only = "bench,build,doctor,sanitizer,layers,models,tma,stack"
     code, out, summary, events = run_stages(capsys, tmp_path, only, "--seconds", "2000")

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from gpu_runs import run_stages
+from gpu_runs import give_time, run_stages
 from peftops.bench.proof import matrix, stages
 
 import peftops.functional  # noqa: F401  registers the ops
@@ -13,9 +13,12 @@ pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 
-def test_every_kernel_meets_the_law(capsys, tmp_path):
-    code, _, summary, events = run_stages(capsys, tmp_path, "kernels")
-    assert code == 0
+def test_every_kernel_meets_the_law(capsys, tmp_path, monkeypatch):
+    give_time(monkeypatch, 8)
+    code, out, summary, events = run_stages(
+        capsys, tmp_path, "kernels", "--seconds", "2000"
+    )
+    assert code == 0, out
     assert summary["parts"]["kernels"]["ok"] == len(events) > 400
     cells = {tuple(event["what"].split(", ")[:2]) for event in events}
     for name in ("cpu", "triton"):
