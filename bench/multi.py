@@ -11,7 +11,7 @@ from peftops import backends
 from . import lora, nf4
 from .peers import BASE, LORA, MIXING, MULTI, OURS, Problem
 
-OPS = ("multi_fwd", "multi_bwd", "multi_add_")
+OPS = ("multi_fwd", "multi_bwd", "multi_gemv", "multi_add_")
 ADAPTERS = {  # rows of a batch, and how many adapters they choose from; the first when quick
     8192: (16, 4),
     512: (4, 16),
@@ -88,9 +88,10 @@ def describe(problem, pass_name):
     """The ops and the backend for a pass of ours. A single adapter is LoRA's."""
     if problem.adapters == 1:
         return lora.describe(problem, pass_name)
-    cell = backends.find("multi_fwd", problem.tensors[3])
+    op = "multi_gemv" if problem.few else "multi_fwd"
+    cell = backends.find(op, problem.tensors[3])
     return {
-        "op": "multi_fwd + multi_bwd" if "backward" in pass_name else "multi_fwd",
+        "op": "multi_fwd + multi_bwd" if "backward" in pass_name else op,
         "backend": cell.__module__.split(".")[1],
         "path": "",
     }

@@ -69,7 +69,7 @@ def test_the_row_is_measured_and_kept(capsys, tmp_path, short):
     for adapters in (4, 16):
         few = lines[f"tiny, 16 rows, {adapters} adapters", 0.0, "forward"]
         assert set(few["ms"]) == EVERYBODY
-        assert (few["op"], few["backend"]) == ("multi_fwd", "cpu")
+        assert (few["op"], few["backend"]) == ("multi_gemv", "cpu")
     host = lines[multi.HOST[0], 0.0, "forward, grad"]
     assert set(host["ms"]) == {BASE, "PEFT", LORA, OURS}
     errors = [e for line in lines.values() for e in line.get("error", {}).values()]

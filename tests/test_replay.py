@@ -222,7 +222,7 @@ def test_training_replays_plans_made_in_inference_mode():
 
 
 @pytest.mark.parametrize(
-    "name", ["lora_gemv", "dora_norm", "nf4_quantize", "nf4_dequantize"]
+    "name", ["lora_gemv", "multi_gemv", "dora_norm", "nf4_quantize", "nf4_dequantize"]
 )
 def test_launchers_of_cuda_are_replayed(name, cuda_on_cpu, monkeypatch):
     """Emulates CUDA C++ on the CPU. Each replay asks for the stream that is current then."""

@@ -6,6 +6,7 @@ from . import static_cases
 from .static_cases import HALF, WIDE, Case
 
 BOTH = "multi_fwd", "multi_bwd"
+GEMV = "multi_gemv"
 ADD = "multi_add_"
 PARTS = 3
 CASES = [
@@ -115,6 +116,8 @@ CASES = [
         )
         for op in BOTH
     ),
+    Case("few rows", GEMV, 16, 4096, 4096, 16, slots=16),
+    Case("few rows, nf4", GEMV, 64, 4096, 14336, 16, form="nf4", gain=True, slots=64),
     Case("16 slots", ADD, 8192, 4096, 6144, 16, slots=16),
     Case("few rows", ADD, 256, 4096, 6144, 16, HALF, fp32=True, slots=64),
     Case("one row", ADD, 1, 4096, 6144, 64, slots=16),

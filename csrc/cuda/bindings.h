@@ -25,6 +25,7 @@ inline void bind_cuda(pybind11::module_& m) {
   m.def("runs", device_runs);
   BIND_CUDA(dora_norm);
   BIND_CUDA(lora_gemv);
+  BIND_CUDA(multi_gemv);
   BIND_CUDA(nf4_quantize);
   BIND_CUDA(nf4_dequantize);
 }

@@ -28,14 +28,28 @@ struct Gemv {
   bool inside;     // the kernel that makes y makes h too; else the launch before has made it
 };
 
+constexpr int PAGE = 8;  // rank-rows
+
+// The same, where rows may have adapters of their own: a is (R, k) then, b (R, n), scale (S,),
+// gain (S, n), h (m, 8·pages), and there is no gate. Each row has those of its slot.
+struct Routed : Gemv {
+  const int* slots;  // (m,), -1 for the base alone; or null: all rows have the same adapter
+  const int* table;  // (S, pages): pages of eight rank-rows
+  const int* rank;   // (S,)
+  int pages;
+};
+
 // The same with a 4-bit base; w is null then.
-struct GemvNf4 : Gemv {
+struct GemvNf4 : Routed {
   Nf4 base;
 };
 
+// Launches what makes y: if `given`, so that g.w is y0, by adding to it, else by one of the
+// next two. h was made by the launch before, unless there is no rank or it is made `inside`.
+int launch_product(const GemvNf4& g, Dtype dtype, bool given, int processors, uintptr_t stream);
 // For five rows and more, in 16 bits.
-int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream);
-// For up to 64 rows, or four of fp32. h, if there is a rank, was made by the launch before.
+int launch_lora_mma(const Routed& g, Dtype dtype, int processors, uintptr_t stream);
+// For up to 64 rows, or four of fp32.
 int launch_lora_nf4(const GemvNf4& g, Dtype dtype, int processors, uintptr_t stream);
 
 namespace {
@@ -82,6 +96,58 @@ DEVICE void store(const Gemv& g, int row, int column, float sum, const float* h)
   const float gain = g.gain ? g.gain[column] : 1.0f;
   const float bias = g.bias ? element<T>(g.bias, column, g.wide_bias) : 0.0f;
   static_cast<T*>(g.y)[int64_t(row) * g.n + column] = narrow<T>(total * gain + bias);
+}
+
+// h·b of one row and column, with b in the pages of the row's slot. h as in delta.
+template <class T>
+DEVICE float delta_of(const Routed& g, const float* h, int slot, int column) {
+  float sum = 0;
+  const int rank = g.rank[slot];
+  const int* table = g.table + int64_t(slot) * g.pages;
+#pragma unroll 1
+  for (int j = 0; j < rank; j += PAGE) {
+    const int64_t at = int64_t(table[j / PAGE]) * PAGE * g.n + column;
+    const int last = min(PAGE, rank - j) - 1;
+    float r_b[PAGE], r_h[PAGE];
+#pragma unroll
+    for (int i = 0; i < PAGE; ++i)
+      r_b[i] = element<T>(g.b, at + int64_t(min(i, last)) * g.n, g.wide_b);
+    *reinterpret_cast<float4*>(r_h) = *reinterpret_cast<const float4*>(h + j);
+    *reinterpret_cast<float4*>(r_h + 4) = *reinterpret_cast<const float4*>(h + j + 4);
+#pragma unroll
+    for (int i = 0; i < PAGE; ++i) sum += i <= last ? r_h[i] * rounded<T>(r_b[i]) : 0.0f;
+  }
+  return sum;
+}
+
+// Brings what a block reads of b, for rows from m0 and columns from n0 on, nearer to it, while
+// it multiplies x and w. There is a route.
+template <class T>
+DEVICE void prefetch_b(const Routed& g, int m0, int rows, int n0, int columns) {
+  const int size = g.wide_b ? 4 : sizeof(T);
+  const char* b = static_cast<const char*>(g.b) + int64_t(n0) * size;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < rows * g.r; at += blockDim.x) {
+    const int slot = g.slots[m0 + at / g.r], j = at % g.r;
+    if (slot < 0 || j >= g.rank[slot]) continue;
+    const int64_t page = g.table[int64_t(slot) * g.pages + j / PAGE];
+    prefetch(b + (page * PAGE + j % PAGE) * g.n * size);
+  }
+}
+
+template <class T>
+DEVICE void store(const Routed& g, int row, int column, float sum, const float* h) {
+  if (!g.slots) {
+    store<T>(static_cast<const Gemv&>(g), row, column, sum, h);
+    return;
+  }
+  float gain = 1;
+  if (const int slot = g.slots[row]; slot >= 0) {
+    sum += g.scale[slot] * delta_of<T>(g, h, slot, column);
+    if (g.gain) gain = g.gain[int64_t(slot) * g.n + column];
+  }
+  const float bias = g.bias ? element<T>(g.bias, column, g.wide_bias) : 0.0f;
+  static_cast<T*>(g.y)[int64_t(row) * g.n + column] = narrow<T>(sum * gain + bias);
 }
 
 }  // namespace

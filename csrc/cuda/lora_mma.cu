@@ -36,7 +36,7 @@ DEVICE int chunk_at(int row, int chunk) { return (row * CHUNKS + (chunk ^ (row &
 // of y fill its sixteen rows.
 // limits: registers 48-176, shared 0, mma 4-, ldsm 4-, async 6-
 template <int BM, int BN, class T>
-__global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gemv g) {
+__global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Routed g) {
   using S = Shape<BM, BN>;
   extern __shared__ __align__(128) unsigned char s_memory[];
   T* s_tiles = reinterpret_cast<T*>(s_memory);
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
     }
     commit_copies();
   }
+  if (g.slots) prefetch_b<T>(g, m0, min(BM, g.m - m0), n0, min(BN, g.n - n0));
   const bool makes_h = adds && i_n == 0;  // one of the warps that read the same rows of x
   float acc[BM / 8][4] = {}, acc_h[BM / 8][4] = {};
 #pragma unroll 1
@@ -179,14 +180,14 @@ __global__ void __launch_bounds__(THREADS, BM == 16 ? 2 : 1) lora_mma_kernel(Gem
 
 // An instance of the kernel.
 struct Choice {
-  void (*kernel)(Gemv);
+  void (*kernel)(Routed);
   size_t shared;  // bytes of shared memory
   int bm, bn;     // rows and columns of y that a block makes
 };
 
 // most: bytes of shared memory that a block may have
 template <class T, int BN>
-Choice choose(const Gemv& g, int most) {
+Choice choose(const Routed& g, int most) {
   const int ranks = g.inside ? MOST : 0;
   const size_t shared = Shape<64, BN>::shared(ranks);
   if (g.m > 16 && shared <= size_t(most)) return {lora_mma_kernel<64, BN, T>, shared, 64, BN};
@@ -197,7 +198,7 @@ Choice choose(const Gemv& g, int most) {
 
 // A block makes 64 columns if every second multiprocessor gets a block then, else 32. It makes
 // as many rows as the device's shared memory allows.
-int launch_lora_mma(const Gemv& g, Dtype dtype, int processors, uintptr_t stream) {
+int launch_lora_mma(const Routed& g, Dtype dtype, int processors, uintptr_t stream) {
   if (g.inside && g.r > MOST) return cudaErrorInvalidValue;
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);

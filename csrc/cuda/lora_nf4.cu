@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(THREADS, BM == 64 ? 1 : 2) lora_nf4_kernel(Gem
     if (t < tiles) start(t, first[t]);
     commit_copies();
   }
+  if (g.slots) prefetch_b<T>(g, 0, g.m, n0, min(BN, g.n - n0));
   if (base.nested) s_nested[tid] = base.nested_table[tid];
   static_assert(THREADS == NESTED, "");
   float2* s_pairs = reinterpret_cast<float2*>(s_memory);

@@ -22,6 +22,13 @@ int lora_gemv(peftops::Tensor y, peftops::Tensor h, peftops::Tensor x, peftops::
               peftops::Tensor b, peftops::Tensor scale, peftops::Tensor bias,
               peftops::Tensor gain, peftops::Tensor gate, int64_t block, bool given,
               int processors, uintptr_t stream);
+int multi_gemv(peftops::Tensor y, peftops::Tensor h, peftops::Tensor x, peftops::Tensor w,
+               peftops::Tensor codes_table, peftops::Tensor absmax, peftops::Tensor nested,
+               peftops::Tensor nested_table, peftops::Tensor offset, peftops::Tensor a,
+               peftops::Tensor b, peftops::Tensor slots, peftops::Tensor table,
+               peftops::Tensor rank, peftops::Tensor scale, peftops::Tensor bias,
+               peftops::Tensor gain, int64_t block, bool given, int processors,
+               uintptr_t stream);
 int nf4_quantize(peftops::Tensor codes, peftops::Tensor absmax, peftops::Tensor w,
                  peftops::Tensor bounds, peftops::Tensor order, int64_t size, int64_t block,
                  uintptr_t stream);

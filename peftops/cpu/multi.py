@@ -61,6 +61,43 @@ def multi_fwd(
     )
 
 
+def multi_gemv(
+    y,
+    x,
+    base,
+    a,
+    b,
+    slots,
+    table,
+    rank,
+    scale,
+    bias,
+    gain,
+    form,
+    block,
+):
+    h = x.new_empty(x.shape[0], 8 * table.shape[1])
+    route = slots, table, rank, scale
+    multi_fwd(
+        y,
+        h,
+        None,
+        None,
+        x,
+        base,
+        a,
+        b,
+        *route,
+        None,
+        bias,
+        gain,
+        None,
+        form,
+        block,
+        False,
+    )
+
+
 def multi_bwd(
     dx,
     da,

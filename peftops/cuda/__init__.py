@@ -1,7 +1,7 @@
 """The backend for NVIDIA GPUs in CUDA C++.
 
-It has the ops that memory or latency bounds, where it beats Triton: LoRA for few rows, DoRA's
-norm and 4-bit weights. The kernels are in csrc/cuda.
+It has the ops that memory or latency bounds, where it beats Triton: LoRA and multi-LoRA for few
+rows, DoRA's norm and 4-bit weights. The kernels are in csrc/cuda.
 """
 
 REPLAYED = True  # launchers call _C by _replay.noted

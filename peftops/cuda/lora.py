@@ -16,22 +16,10 @@ SCRATCH = 32 << 20  # bytes of a 4-bit base that are decoded at once
 
 def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
     m, k, n, r = *x.shape, b.shape[0], a.shape[0]
-    w = base[0]
     if not y.numel():
         return
     product = describe("lora_gemv", x, m, n, k, r, form)
-    scales = [None] * 5
-    given = True  # whether w is the product x·Ŵᵀ
-    if product == "cuBLAS + epilogue":
-        noted(torch.mm, x, w if form == "transposed" else w.T, out=y)
-        w = y
-    elif product == "dequantize + cuBLAS":
-        multiply(y, x, base, block)
-        w = y
-    elif product != "epilogue":
-        given = False
-        if form == "nf4":
-            scales = [*base[1:], None, None, None][:5]
+    w, scales, given = operands(y, x, base, product, form, block)
     h = x.new_empty(0 if product == "one launch" else (m, r), dtype=torch.float32)
     noted(
         _C.lora_gemv,
@@ -51,6 +39,29 @@ def lora_gemv(y, x, base, a, b, scale, bias, gain, gate, form, block):
         _device.processors(x.device),
         _device.stream(x.device),
     )
+
+
+def operands(y, x, base, product, form, block):
+    """(w, the five tensors of a 4-bit w, whether w is x·Ŵᵀ), as a launcher of C++ takes them.
+
+    Where cuBLAS multiplies, its product is made here, in y.
+
+    Args:
+        product: what `describe` returns.
+    """
+    w = base[0]
+    scales = [None] * 5
+    if product == "epilogue":
+        return w, scales, True
+    if product == "cuBLAS + epilogue":
+        noted(torch.mm, x, w if form == "transposed" else w.T, out=y)
+        return y, scales, True
+    if product == "dequantize + cuBLAS":
+        multiply(y, x, base, block)
+        return y, scales, True
+    if form == "nf4":
+        scales = [*base[1:], None, None, None][:5]
+    return w, scales, False
 
 
 def multiply(y, x, base, block):

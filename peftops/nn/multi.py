@@ -17,7 +17,8 @@ from .._op import LIBRARY
 from ..functional import Base
 from ..ops.lora_base import shaped
 from ..ops.lora_formula import differentiable, transformed
-from ..ops.multi import arguments_of_pages, mixed, multi_fwd
+from ..ops.multi import arguments_of_pages, mixed
+from ..ops.multi_autograd import y_alone
 from ..ops.multi_contract import PAGE
 from .base_layer import Operands, features_of, operands_of, readable
 
@@ -265,8 +266,7 @@ class MultiLoRALinear(nn.Module):
             bias,
             self.gain,
         )
-        y, *_ = multi_fwd(*args)
-        return shaped(y, x.shape)
+        return shaped(y_alone(*args), x.shape)
 
     def recorded(
         self,

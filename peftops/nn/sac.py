@@ -29,6 +29,7 @@ def sac_policy(*more: torch._ops.OpOverload) -> Callable[..., CheckpointPolicy]:
         ops.lora_fwd.default,
         ops.lora_gemv.default,
         ops.multi_fwd.default,
+        ops.multi_gemv.default,
         ops.dora_norm.default,
         *more,
     }

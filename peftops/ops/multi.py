@@ -21,6 +21,7 @@ from .multi_contract import (  # noqa: F401  testing/law.py gets a row's ops fro
     multi_add_,
     multi_bwd,
     multi_fwd,
+    multi_gemv,
 )
 from .multi_tables import pages_of, tensor_of
 from .nf4 import NF4Weight
@@ -177,7 +178,7 @@ def arguments_of_stacks(
     scaling: tuple[float, ...],
     gain: Tensor | None,
 ) -> tuple:
-    """multi_fwd's arguments, for callers that keep what `stacked` returns; nothing is dropped.
+    """y_alone's arguments, for callers that keep what `stacked` returns.
 
     Args:
         a, b: every lora_A, and every lora_B turned, one below the other.
@@ -201,7 +202,7 @@ def arguments_of_pages(
     bias: Tensor | None,
     gain: Tensor | None,
 ) -> tuple:
-    """multi_fwd's arguments, for callers whose adapters lie in pages; nothing is dropped."""
+    """y_alone's arguments, for callers whose adapters lie in pages."""
     x, base = based(x, weight)
     wide = wide_dtype(x.dtype)
     form = base.form
@@ -214,10 +215,8 @@ def arguments_of_pages(
         table,
         rank,
         scale,
-        None,
         bias,
         gain if gain is None or gain.dtype is wide else gain.to(wide),
-        None,
         form,
         base.block,
     )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .lora_base import base_rows, rows, shaped
+from .lora_contract import FEW
 from .lora_formula import formula, gradients, graph_wanted
-from .multi_contract import PAGE, expect_multi, multi_bwd, multi_fwd
+from .multi_contract import PAGE, expect_multi, multi_bwd, multi_fwd, multi_gemv
 
 SAVED = 13  # tensors that are saved for backward before those of the base
 CONSTANTS = 9  # the place of constants among the arguments, after which tensors follow
@@ -23,6 +24,11 @@ def forward(
     form, block, _ = constants
     a = stacked(lora_A)
     b = stacked(turned(lora_B))
+    if ctx is None and p is None:
+        x = rows(given)
+        weight = base_rows(base, form)
+        y = y_alone(x, weight, a, b, slots, table, rank, scale, bias, gain, form, block)
+        return shaped(y, given.shape)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[2]
     y, h, bits, z = multi_fwd(
         rows(given),
@@ -52,6 +58,29 @@ def forward(
         )
         ctx.constants = constants
     return shaped(y, given.shape)
+
+
+def y_alone(
+    x,
+    base,
+    a,
+    b,
+    slots,
+    table,
+    rank,
+    scale,
+    bias,
+    gain,
+    form,
+    block,
+) -> Tensor:
+    """multi_fwd's y, by one pass over the base where there are few rows. Nothing is dropped."""
+    route = slots, table, rank, scale
+    # x's shape is read last: once it is read, torch.compile compiles anew for another one
+    if x.shape[0] <= FEW:
+        return multi_gemv(x, base, a, b, *route, bias, gain, form, block)
+    y, *_ = multi_fwd(x, base, a, b, *route, None, bias, gain, None, form, block)
+    return y
 
 
 def backward(ctx, dy):

@@ -102,6 +102,27 @@ def multi_bwd(
 
 
 @op
+def multi_gemv(
+    x: Tensor,
+    base: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    rank: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    form: str = "dense",
+    block: int = 0,
+) -> Tensor:
+    """multi_fwd for few rows, without dropout: only y (m, n), in one pass over the base."""
+    route = slots, table, rank, scale
+    expect_multi(x, base, a, b, *route, None, bias, gain, form, block)
+    return x.new_empty(x.shape[0], b.shape[1])
+
+
+@op
 def multi_add_(
     y: Tensor,
     x: Tensor,

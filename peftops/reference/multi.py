@@ -47,6 +47,26 @@ def multi_fwd(
         z.copy_(exact[2])
 
 
+def multi_gemv(
+    y,
+    x,
+    base,
+    a,
+    b,
+    slots,
+    table,
+    rank,
+    scale,
+    bias,
+    gain,
+    form,
+    block,
+):
+    route = slots, table, rank, scale
+    exact = multi_formula(x, base, a, b, *route, None, bias, gain, None, form, block)
+    y.copy_(exact[0])
+
+
 @outside_autocast
 def multi_formula(
     x, base, a, b, slots, table, rank, scale, p, bias, gain, bits, form, block

@@ -195,8 +195,8 @@ def arguments(names: list[str], dropout: bool = True) -> Callable[..., Cases]:
     return make
 
 
-def mixed(op: str) -> Callable[..., Cases]:
-    """The cases of an op of multi-LoRA."""
+def mixed(op: str, dropout: bool = True) -> Callable[..., Cases]:
+    """The cases of an op of multi-LoRA. Without dropout there are fewer."""
 
     def make(
         shape,
@@ -204,9 +204,11 @@ def mixed(op: str) -> Callable[..., Cases]:
         device="cpu",
     ):
         for label, options in multi_cases.VARIANTS.items():
+            p = options.get("p", 0.0)
+            if p and not dropout:
+                continue
             single = {key: value for key, value in options.items() if key != "route"}
             tensors = lora(*shape, dtype, device, **single)
-            p = options.get("p", 0.0)
             tensors = multi_cases.multi(tensors, options["route"], shape[3], p)
             yield label, [tensors[name] for name in names(CONTRACTS[op])]
 
@@ -322,6 +324,7 @@ CASES: dict[str, Callable[..., Cases]] = {
     "lora_mask": mask,
     "multi_fwd": mixed("multi_fwd"),
     "multi_bwd": mixed("multi_bwd"),
+    "multi_gemv": mixed("multi_gemv", dropout=False),
     "multi_add_": added,
     "dora_norm": norms(NORM),
     "dora_norm_bwd": norms(NORM_BWD),

@@ -13,7 +13,7 @@ from .multi_grads import multi_bwd
 from .multi_product import make_y
 from .multi_rank import shrink
 
-__all__ = ["multi_add_", "multi_bwd", "multi_fwd"]
+__all__ = ["multi_add_", "multi_bwd", "multi_fwd", "multi_gemv"]
 
 
 def multi_fwd(
@@ -43,3 +43,40 @@ def multi_fwd(
     shrink(h, None if p is None else bits, x, a, *route, None, p, seed)
     z = z if keep_z else None
     make_y(y, z, x, base, h, b, route, scale, bias, gain, form, block)
+
+
+def multi_gemv(
+    y,
+    x,
+    base,
+    a,
+    b,
+    slots,
+    table,
+    rank,
+    scale,
+    bias,
+    gain,
+    form,
+    block,
+):
+    h = x.new_empty(x.shape[0], 8 * table.shape[1])
+    route = slots, table, rank, scale
+    multi_fwd(
+        y,
+        h,
+        None,
+        None,
+        x,
+        base,
+        a,
+        b,
+        *route,
+        None,
+        bias,
+        gain,
+        None,
+        form,
+        block,
+        False,
+    )

@@ -3,10 +3,13 @@
 test_ops.py holds them to the law, too.
 """
 
+import inspect
+
 import pytest
 import torch
 
 import peftops.functional  # noqa: F401  registers the ops
+from peftops._op import CONTRACTS
 from peftops.cuda import lora, nf4
 from peftops.testing.cases import CASES, NORM
 from peftops.testing.cases import lora as tensors
@@ -26,8 +29,8 @@ PLANS = {
     (3, 1072, 40, 12): "two launches",
     (5, 264, 100, 2): "one launch",
     (9, 400, 520, 16): "one launch",
-    (33, 136, 72, 24): "two launches",
-    (80, 264, 200, 16): "two launches",
+    (33, 136, 40, 24): "two launches",
+    (80, 264, 72, 16): "two launches",
 }
 # The same for a 4-bit base. There are more tiles of k than stages, and the last tile is not full.
 NF4_PLANS = {
@@ -48,10 +51,22 @@ NORM_SHAPES = [
     (1, 133, 70, 20),
     (1, 144, 36, 0),
 ]
+# One row, few rows, a tile of many, and rows in two and in three words of 32 bits.
+MULTI_SHAPES = [
+    (1, 72, 40, 5),
+    (3, 1056, 40, 12),
+    (9, 416, 100, 16),
+    (40, 160, 40, 4),
+    (70, 40, 24, 3),
+]
 
 
 def cases(shape, dtype, form="nf4"):
-    """The cases of 4-bit bases (form "nf4"), or all other cases."""
+    """The cases of 4-bit bases (form "nf4"), or all other cases; of the row that the form names."""
+    if form == "multi":
+        return list(CASES["multi_gemv"](shape, dtype))
+    if form == "norm":
+        return list(CASES["dora_norm"](shape, dtype))
     wanted = form == "nf4"
     return [
         (label, args)
@@ -78,6 +93,48 @@ def test_law_of_4_bit_bases_under_every_schedule(cuda_on_cpu, schedule):
             for label, args in cases(shape, dtype):
                 error, bound = check_case("lora_gemv", "cuda", args)
                 assert error <= bound, (shape, dtype, label)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_law_of_mixed_rows_under_every_schedule(cuda_on_cpu, schedule):
+    cuda_on_cpu.schedule(*schedule)
+    for shape in MULTI_SHAPES:
+        for dtype in DTYPES:
+            for label, args in cases(shape, dtype, "multi"):
+                error, bound = check_case("multi_gemv", "cuda", args)
+                assert error <= bound, (shape, dtype, label)
+
+
+def test_mixed_rows_take_two_launches_whatever_their_slots(cuda_on_cpu):
+    """And blocks by the shapes alone, so that a CUDA graph serves every batch of a shape."""
+    for shape, tiled in (((3, 1056, 40, 12), False), ((9, 416, 100, 16), True)):
+        counted = set()
+        for label in ("runs", "base"):
+            args = dict(cases(shape, torch.bfloat16, "multi"))[label]
+            cuda_on_cpu.counts()
+            call("multi_gemv", "cuda", args)
+            counts = cuda_on_cpu.counts()
+            assert counts["launches"] == 2 and counts["conflicts"] == 0
+            assert (counts["mma"] > 0) == tiled
+            counted.add(counts["blocks"])
+        assert len(counted) == 1
+
+
+def test_slots_that_no_row_has_cost_nothing(cuda_on_cpu):
+    """Beside 4 slots, 1,000 others whose pages would be read outside of the pool."""
+    args = dict(cases((9, 416, 100, 16), torch.bfloat16, "multi"))["mixed"]
+    names = [*inspect.signature(CONTRACTS["multi_gemv"]).parameters]
+    (expected,) = call("multi_gemv", "cuda", args)
+    cuda_on_cpu.counts()
+    call("multi_gemv", "cuda", args)
+    before = cuda_on_cpu.counts()
+    for name in ("table", "rank", "scale"):
+        at = names.index(name)
+        more = args[at].new_full((1000, *args[at].shape[1:]), 1 << 20)
+        args[at] = torch.cat([args[at], more])
+    (y,) = call("multi_gemv", "cuda", args)
+    assert torch.equal(y, expected)
+    assert cuda_on_cpu.counts() == before
 
 
 def test_the_plan_of_each_shape(cuda_on_cpu):
@@ -228,15 +285,23 @@ def test_launches(cuda_on_cpu):
         assert cuda_on_cpu.counts()["launches"] == wanted
 
 
-def test_is_deterministic_whatever_the_order(cuda_on_cpu):
-    for shape in (*PLANS, *NF4_PLANS):
-        for label, args in cases(
-            shape, torch.bfloat16, "nf4" if shape in NF4_PLANS else "dense"
-        ):
+@pytest.mark.parametrize(
+    "op, form, shapes",
+    [
+        ("lora_gemv", "dense", PLANS),
+        ("lora_gemv", "nf4", NF4_PLANS),
+        ("multi_gemv", "multi", MULTI_SHAPES),
+        ("dora_norm", "norm", NORM_SHAPES),
+    ],
+    ids=["lora", "nf4", "multi", "norm"],
+)
+def test_is_deterministic_whatever_the_order(cuda_on_cpu, op, form, shapes):
+    for shape in shapes:
+        for label, args in cases(shape, torch.bfloat16, form):
             results = []
             for schedule in (SCHEDULES[0], SCHEDULES[-1]):
                 cuda_on_cpu.schedule(*schedule)
-                results.append(call("lora_gemv", "cuda", args)[0])
+                results.append(call(op, "cuda", args)[0])
             assert torch.equal(*results), (shape, label)
 
 
@@ -317,16 +382,6 @@ def test_norms_need_no_more_shared_memory_than_there_is(cuda_on_cpu):
         cuda_on_cpu.limit_shared(before)
 
 
-def test_norms_are_deterministic_whatever_the_order(cuda_on_cpu):
-    for shape in NORM_SHAPES:
-        for label, args in CASES["dora_norm"](shape, torch.bfloat16):
-            results = []
-            for schedule in (SCHEDULES[0], SCHEDULES[-1]):
-                cuda_on_cpu.schedule(*schedule)
-                results.append(call("dora_norm", "cuda", args)[0])
-            assert torch.equal(*results), (shape, label)
-
-
 def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
     # h of 99999 ranks fits into no shared memory.
     monkeypatch.setattr(lora, "describe", lambda *args: "one launch")
@@ -340,17 +395,19 @@ def test_errors_are_raised_with_the_name_of_the_op(cuda_on_cpu, monkeypatch):
 LAW = """
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.test_kernels import NF4_PLANS, NORM_SHAPES, PLANS, cases
+from cuda_on_cpu.test_kernels import MULTI_SHAPES, NF4_PLANS, NORM_SHAPES, PLANS, cases
 from peftops import backends, cuda
 from peftops.testing.law import check, check_case
-from peftops.cuda import _device, dora, lora, nf4
+from peftops.cuda import _device, dora, lora, multi, nf4
 import peftops.functional
 
 emulator = build.opened({library!r})
 class Emulated:
     def __getattr__(self, op):
         return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
-dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
+for row in (dora, lora, multi, nf4):
+    row._C = Emulated()
+cuda.runs = lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
 for dtype in {dtypes}:
     for shape in (*PLANS, *NF4_PLANS):
@@ -361,9 +418,10 @@ for dtype in {dtypes}:
         for size in (7, 8192, 9001):
             for label, error, bound in check(op, "cuda", (0, size, 1, 0), dtype):
                 assert error <= bound, (op, size, label)
-    for shape in NORM_SHAPES:
-        for label, error, bound in check("dora_norm", "cuda", shape, dtype):
-            assert error <= bound, (shape, dtype, label)
+    for op, shapes in (("dora_norm", NORM_SHAPES), ("multi_gemv", MULTI_SHAPES)):
+        for shape in shapes:
+            for label, error, bound in check(op, "cuda", shape, dtype):
+                assert error <= bound, (op, shape, dtype, label)
 print("lawful")
 """
 

@@ -286,6 +286,54 @@ BUGS = {  # (file, its text, the text with the bug, which run has to notice it)
         "return",
         "address",
     ),
+    "barrier missing between warps of a rank, mixed rows": (
+        "multi.cu",
+        "  __syncthreads();\n  const int i = tid / PAGE",
+        "  const int i = tid / PAGE",
+        "plain",
+    ),
+    "h read before the launch that makes it, mixed rows": (
+        "multi.cu",
+        "  if (!g.inside) wait_for_launch_before();\n",
+        "",
+        "plain",
+    ),
+    "rows of a higher slot taken along, mixed rows": (
+        "multi.cu",
+        "] == slot);",
+        "] >= slot);",
+        "plain",
+    ),
+    "rows past the last taken along, mixed rows": (
+        "multi.cu",
+        "row < g.m && ",
+        "",
+        "address",
+    ),
+    "a group that begins at an earlier row, mixed rows": (
+        "multi.cu",
+        "  left &= ~earlier;\n",
+        "",
+        "plain",
+    ),
+    "rank-rows beyond the rank, mixed rows": (
+        "lora.cuh",
+        "i <= last ? r_h[i] * rounded<T>(r_b[i]) : 0.0f",
+        "r_h[i] * rounded<T>(r_b[i])",
+        "plain",
+    ),
+    "the first page for all, mixed rows": (
+        "lora.cuh",
+        "int64_t(table[j / PAGE])",
+        "int64_t(table[0])",
+        "plain",
+    ),
+    "another slot's scale, mixed rows": (
+        "lora.cuh",
+        "g.scale[slot]",
+        "g.scale[0]",
+        "plain",
+    ),
 }
 
 LAW = """
@@ -293,11 +341,13 @@ import sys
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.test_emulator import SCHEDULES
-from cuda_on_cpu.test_kernels import DTYPES, NF4_PLANS, NORM_SHAPES, PLANS, cases
+from cuda_on_cpu.test_kernels import (
+    DTYPES, MULTI_SHAPES, NF4_PLANS, NORM_SHAPES, PLANS, cases,
+)
 from peftops import cuda
 from peftops.testing.cases import CASES
 from peftops.testing.law import call, check_case
-from peftops.cuda import _device, dora, lora, nf4
+from peftops.cuda import _device, dora, lora, multi, nf4
 import peftops.functional
 
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -306,28 +356,24 @@ noticer = {noticer!r}
 class Emulated:
     def __getattr__(self, op):
         return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
-dora._C, lora._C, nf4._C, cuda.runs = Emulated(), Emulated(), Emulated(), lambda device: True
+for row in (dora, lora, multi, nf4):
+    row._C = Emulated()
+cuda.runs = lambda device: True
 _device.processors, _device.stream = lambda device: 4, lambda device: 0
-shapes = {{"dense": PLANS, "nf4": NF4_PLANS, "norm": NORM_SHAPES}}
-
-def of_form(form, dtype):
-    for shape in shapes[form]:
-        if form == "norm":
-            given = CASES["dora_norm"](shape, dtype)
-        else:
-            given = cases(shape, dtype, form)
-        for label, args in given:
-            yield shape, label, args
+shapes = {{
+    "dense": PLANS, "nf4": NF4_PLANS, "norm": NORM_SHAPES, "multi": MULTI_SHAPES,
+}}
+ops = {{"norm": "dora_norm", "multi": "multi_gemv"}}
 
 for schedule in SCHEDULES if noticer == "plain" else SCHEDULES[:1]:
     emulator.schedule(*schedule)
     for dtype in DTYPES if noticer != "thread" else DTYPES[1:]:
         for form in {forms!r}:
-            op = "dora_norm" if form == "norm" else "lora_gemv"
-            for shape, label, args in of_form(form, dtype):
-                error, bound = check_case(op, "cuda", args)
-                if not error <= bound:
-                    sys.exit(f"unlawful: {{schedule}}, {{shape}}, {{dtype}}, {{label}}")
+            for shape in shapes[form]:
+                for label, args in cases(shape, dtype, form):
+                    error, bound = check_case(ops.get(form, "lora_gemv"), "cuda", args)
+                    if not error <= bound:
+                        sys.exit(f"unlawful: {{schedule}}, {{shape}}, {{dtype}}, {{label}}")
         if "nf4" not in {forms!r}:
             continue
         for op in ("nf4_quantize", "nf4_dequantize"):
@@ -356,7 +402,7 @@ def run(folder, noticer, *forms):
 
 @pytest.mark.parametrize("noticer", NOTICED)
 def test_the_kernels_as_they_are(noticer):
-    done = run(build.KERNELS, noticer, "dense", "nf4", "norm")
+    done = run(build.KERNELS, noticer, "dense", "nf4", "norm", "multi")
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
 
 
@@ -372,6 +418,8 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
         form = "norm"
     elif "nf4" in file:
         form = "nf4"
+    elif "mixed rows" in bug:
+        form = "multi"
     done = run(folder, noticer, form)
     errors = done.stderr.strip().splitlines() or [""]
     report = next((line for line in errors if "Sanitizer" in line), errors[-1])

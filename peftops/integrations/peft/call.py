@@ -11,7 +11,8 @@ from ...ops.dora import linear_of_gain
 from ...ops.lora import linear
 from ...ops.lora_base import rows, shaped
 from ...ops.lora_formula import by_formula
-from ...ops.multi import arguments_of_stacks, mixed, multi_fwd, stacked_gains
+from ...ops.multi import arguments_of_stacks, mixed, stacked_gains
+from ...ops.multi_autograd import y_alone
 from .foundation import Fallback
 from .mixed import STACKS, MixedPlan, Repeat, plan_mixed, remember, repeatable, stack_of
 from .plan import Plan, plan
@@ -161,9 +162,8 @@ def of_arguments(
     args: tuple,
     cast: torch.dtype | None,
 ) -> Tensor:
-    """The result of multi_fwd with these arguments, for an x of this shape."""
-    y, *_ = multi_fwd(*args)
-    y = shaped(y, shape)
+    """y_alone of these arguments, for an x of this shape."""
+    y = shaped(y_alone(*args), shape)
     return y if cast is None else y.to(cast)
 
 

@@ -65,7 +65,7 @@ class Repeat(NamedTuple):
         homes: where the modules hold the weights: adapters', DoRA's magnitudes and the base's.
         stamp: of x and these weights; see stamp_of.
         weights: held, so that no others have their ids.
-        args: of multi_fwd after x.
+        args: of y_alone after x.
         cast: see Plan.
         dora: whether an adapter is DoRA's.
     """
@@ -190,7 +190,7 @@ def remember(
     repeat: Repeat | None,
     args: tuple,
 ) -> None:
-    """Lets the layer's next call repeat this one. args: of multi_fwd after x."""
+    """Lets the layer's next call repeat this one. args: of y_alone after x."""
     told = TOLD.get(id(call.names))
     if repeat is not None and told is not None:
         told.repeats[layer] = repeat._replace(args=args)
