@@ -307,7 +307,7 @@ def sanitized(sanitizer, code):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
 
 
