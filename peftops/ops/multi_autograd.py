@@ -24,15 +24,15 @@ def forward(
     form, block, _ = constants
     a = stacked(lora_A)
     b = stacked(turned(lora_B))
+    x = rows(given)
+    weight = base_rows(base, form)
     if ctx is None and p is None:
-        x = rows(given)
-        weight = base_rows(base, form)
         y = y_alone(x, weight, a, b, slots, table, rank, scale, bias, gain, form, block)
         return shaped(y, given.shape)
     keep_z = ctx is not None and gain is not None and ctx.needs_input_grad[2]
     y, h, bits, z = multi_fwd(
-        rows(given),
-        base_rows(base, form),
+        x,
+        weight,
         a,
         b,
         slots,

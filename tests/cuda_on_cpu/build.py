@@ -66,6 +66,31 @@ def opened(library):
     return loaded
 
 
+def serve(emulator, put=setattr):
+    """Lets the backend "cuda" take tensors of the CPU: its launchers and kernels run in emulation.
+
+    Args:
+        emulator: the Python module of the project's kernels.
+        put: sets an attribute, as setattr does.
+    """
+    from peftops import cuda
+    from peftops.cuda import _device, dora, lora, multi, nf4
+
+    class Emulated:
+        def __getattr__(self, op):
+            def run(*args):
+                getattr(emulator, op)(*args)
+                emulator.finish()
+
+            return run
+
+    for row in (dora, lora, multi, nf4):
+        put(row, "_C", Emulated())
+    put(cuda, "runs", lambda device: True)
+    put(_device, "processors", lambda device: 4)
+    put(_device, "stream", lambda device: 0)
+
+
 def link(sources=None, sanitizer="", module=HERE / "module.cpp", include=KERNELS):
     """The path of the shared library; arguments as for `load`."""
     sources = sorted(include.glob("*.cu")) if sources is None else sources

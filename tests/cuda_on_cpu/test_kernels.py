@@ -351,19 +351,11 @@ LAW = """
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.test_kernels import MULTI_SHAPES, NF4_PLANS, NORM_SHAPES, PLANS, cases
-from peftops import backends, cuda
 from peftops.testing.law import check, check_case
-from peftops.cuda import _device, dora, lora, multi, nf4
 import peftops.functional
 
 emulator = build.opened({library!r})
-class Emulated:
-    def __getattr__(self, op):
-        return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
-for row in (dora, lora, multi, nf4):
-    row._C = Emulated()
-cuda.runs = lambda device: True
-_device.processors, _device.stream = lambda device: 4, lambda device: 0
+build.serve(emulator)
 runs = [("dense", "lora_gemv", PLANS), ("nf4", "lora_gemv", NF4_PLANS)]
 runs += [("multi", "multi_gemv", MULTI_SHAPES), ("norm", "dora_norm", NORM_SHAPES)]
 for dtype in {dtypes}:

@@ -24,22 +24,14 @@ from cuda_on_cpu.test_emulator import SCHEDULES
 from cuda_on_cpu.test_kernels import (
     DTYPES, MULTI_SHAPES, NF4_PLANS, NORM_SHAPES, PLANS, cases,
 )
-from peftops import cuda
 from peftops.testing.cases import CASES
 from peftops.testing.law import call, check_case
-from peftops.cuda import _device, dora, lora, multi, nf4
 import peftops.functional
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 emulator = build.opened({library!r})
 noticer = {noticer!r}
-class Emulated:
-    def __getattr__(self, op):
-        return lambda *args: (getattr(emulator, op)(*args), emulator.finish())
-for row in (dora, lora, multi, nf4):
-    row._C = Emulated()
-cuda.runs = lambda device: True
-_device.processors, _device.stream = lambda device: 4, lambda device: 0
+build.serve(emulator)
 shapes = {{
     "dense": PLANS, "nf4": NF4_PLANS, "norm": NORM_SHAPES, "multi": MULTI_SHAPES,
 }}
