@@ -44,6 +44,32 @@ struct GemvNf4 : Routed {
   Nf4 base;
 };
 
+// What lora_gemv and multi_gemv have in common. n, r and rb, and a gate or a route, are the
+// caller's to set. table: of the base's codes.
+inline GemvNf4 gemv_of(Tensor y, Tensor h, Tensor x, Tensor w, Tensor table, Tensor absmax,
+                       Tensor nested, Tensor nested_table, Tensor offset, Tensor a, Tensor b,
+                       Tensor scale, Tensor bias, Tensor gain, int64_t block) {
+  GemvNf4 g{};
+  g.y = y.data;
+  g.x = x.data;
+  g.w = w.data;
+  g.a = a.data;
+  g.b = b.data;
+  g.bias = bias.data;
+  g.scale = static_cast<float*>(scale.data);
+  g.gain = static_cast<float*>(gain.data);
+  g.h = static_cast<float*>(h.data);
+  g.m = int(x.shape[0]);
+  g.k = int(x.shape[1]);
+  g.experts = 1;
+  g.wide_a = a.dtype == Dtype::f32;
+  g.wide_b = b.dtype == Dtype::f32;
+  g.wide_bias = bias.dtype == Dtype::f32;
+  g.inside = !h.data;
+  g.base = nf4_of(table.data ? w : table, table, absmax, nested, nested_table, offset, block);
+  return g;
+}
+
 // Launches what makes y: if `given`, so that g.w is y0, by adding to it, else by one of the
 // next two. h was made by the launch before, unless there is no rank or it is made `inside`.
 int launch_product(const GemvNf4& g, Dtype dtype, bool given, int processors, uintptr_t stream);

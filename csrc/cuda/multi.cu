@@ -175,32 +175,14 @@ extern "C" int multi_gemv(peftops::Tensor y, peftops::Tensor h, peftops::Tensor 
                           peftops::Tensor bias, peftops::Tensor gain, int64_t block, bool given,
                           int processors, uintptr_t stream) {
   using namespace peftops::cuda;
-  using peftops::Dtype;
-  GemvNf4 g{};
-  g.y = y.data;
-  g.x = x.data;
-  g.w = w.data;
-  g.a = a.data;
-  g.b = b.data;
-  g.bias = bias.data;
-  g.scale = static_cast<float*>(scale.data);
-  g.gain = static_cast<float*>(gain.data);
-  g.h = static_cast<float*>(h.data);
-  g.m = int(x.shape[0]);
-  g.k = int(x.shape[1]);
+  GemvNf4 g = gemv_of(y, h, x, w, codes_table, absmax, nested, nested_table, offset, a, b,
+                      scale, bias, gain, block);
   g.n = int(b.shape[1]);
   g.r = g.rb = int(h.shape[1]);
-  g.experts = 1;
-  g.wide_a = a.dtype == Dtype::f32;
-  g.wide_b = b.dtype == Dtype::f32;
-  g.wide_bias = bias.dtype == Dtype::f32;
-  g.inside = !h.data;
   g.slots = static_cast<int*>(slots.data);
   g.table = static_cast<int*>(table.data);
   g.rank = static_cast<int*>(rank.data);
   g.pages = int(table.shape[1]);
-  const peftops::Tensor codes = codes_table.data ? w : codes_table;
-  g.base = nf4_of(codes, codes_table, absmax, nested, nested_table, offset, block);
   return with_type(x.dtype, [&](auto t) {
     using T = decltype(t);
     if (g.wide_a) return gemv<T, float>(g, x.dtype, given, processors, stream);
