@@ -23,13 +23,13 @@ struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* dtypes[7];  // torch's, in the order of Dtype
+  PyObject* dtypes[8];  // torch's, in the order of Dtype
   const Exchange* exchange = Exchange::of_torch();
   Names() {
     const char* torch_names[] = {"float32", "float16", "bfloat16", "uint8",
-                                 "int64",   "int32",   "bool"};
+                                 "int64",   "int32",   "bool",     "float64"};
     auto torch = py::module_::import("torch");
-    for (int i = 0; i < 7; ++i)
+    for (int i = 0; i < 8; ++i)
       dtypes[i] = py::object(torch.attr(torch_names[i])).release().ptr();
   }
 };
@@ -52,6 +52,8 @@ Dtype dtype_of(const DLTensor& t) {
       return Dtype::i32;
     case 0x608:
       return Dtype::bit;
+    case 0x240:
+      return Dtype::f64;
   }
   return Dtype::none;
 }
@@ -90,7 +92,7 @@ Tensor view(PyObject* source) {
       numel *= size;
     }
     const auto dtype = own(PyObject_GetAttr(source, names.dtype));
-    for (int i = 0; i < 7; ++i)
+    for (int i = 0; i < 8; ++i)
       if (dtype.ptr() == names.dtypes[i]) tensor.dtype = Dtype(i);
     if (PyErr_Occurred()) throw py::error_already_set();
   }

@@ -19,6 +19,7 @@ CLEAR = (
     "dora: ",
     "nf4: ",
     "multi: ",
+    "merge: ",
 )  # how errors begin that need no explanation
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 import peftops.ops.dora_contract
+import peftops.ops.merge_contract
 import peftops.ops.multi_contract  # noqa: F401  registers the ops of multi-LoRA
 from peftops._op import CONTRACTS
 from peftops.ops.lora_base import mask_bytes, wide_dtype
 from peftops.ops.nf4_tables import bounds, eight_bits, four_bits
 
-from . import multi_cases
+from . import merge_cases, multi_cases
 
 Cases = Iterator[tuple[str, list]]
 
@@ -167,6 +168,7 @@ GEMV = names(CONTRACTS["lora_gemv"])
 BWD = names(CONTRACTS["lora_bwd"])
 NORM = names(CONTRACTS["dora_norm"])
 NORM_BWD = names(CONTRACTS["dora_norm_bwd"])
+STORED = "form", "fp32", "block", "nested"  # of a weight and its adapter
 NORMS = (
     "plain",
     "transposed",
@@ -228,6 +230,28 @@ def added(
         tensors = multi_cases.multi(tensors, options["route"], shape[3], 0.0)
         tensors = multi_cases.parts(tensors)
         yield label, [tensors[name] for name in names(CONTRACTS["multi_add_"])]
+
+
+def merged(op: str) -> Callable[..., Cases]:
+    """The cases of an op of merging. Those that undo have no weight in 4 bits."""
+
+    def make(
+        shape,
+        dtype,
+        device="cpu",
+    ):
+        for label, options in merge_cases.VARIANTS.items():
+            single = {name: options[name] for name in options if name in STORED}
+            own = {name: options[name] for name in options if name not in STORED}
+            tensors = lora(*shape, dtype, device, **single)
+            undo = tensors["form"] != "nf4"
+            if op == "merge_undo" and not undo:
+                continue
+            tensors = merge_cases.merge(tensors, **own)
+            tensors |= {"dtype": dtype, "undo": undo, "w": tensors["base"][0]}
+            yield label, [tensors[name] for name in names(CONTRACTS[op])]
+
+    return make
 
 
 def mask(
@@ -326,6 +350,8 @@ CASES: dict[str, Callable[..., Cases]] = {
     "multi_bwd": mixed("multi_bwd"),
     "multi_gemv": mixed("multi_gemv", dropout=False),
     "multi_add_": added,
+    "merge_add": merged("merge_add"),
+    "merge_undo": merged("merge_undo"),
     "dora_norm": norms(NORM),
     "dora_norm_bwd": norms(NORM_BWD),
     "dora_drop": drop,
