@@ -1,7 +1,7 @@
 """peftops bench: check that the kernels compute right, then time them beside their peers.
 
-ROW: lora, nf4, dora, multi (by default all). Commands: model (whole training steps and generation),
-host (how long a layer keeps the host of a GPU busy), readme (rewrites the tables of
+ROW: lora, nf4, dora, multi, merge (by default all). Commands: model (whole training steps and
+generation), host (how long a layer keeps the host of a GPU busy), readme (rewrites the tables of
 docs/benchmarks.md), plot (draws results), compare COMMIT [ROW ...] (this tree against another),
 static (what compilers make of the GPU kernels), gpu (everything a GPU can tell, in one go); each
 has its own --help.
@@ -23,7 +23,7 @@ from peftops.cli import (
 from . import results
 from .progress import Progress
 
-ROWS = ("lora", "nf4", "dora", "multi")
+ROWS = ("lora", "nf4", "dora", "multi", "merge")
 COMMANDS = {
     "model": ".model",
     "host": ".host",

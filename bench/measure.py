@@ -32,8 +32,8 @@ def measure(row, o, dtype, device, progress, others=True):
     Args:
         others: whether to measure what the row has beside layers, such as Python's time.
     """
-    ceilings = timing.ceilings(device, dtype, o.quick)
     jobs = list(row.jobs(o, dtype, device))
+    ceilings = timing.ceilings(device, dtype, o.quick) if jobs else None
     for name, problem in progress.track(
         jobs, len(jobs), row.__name__.rpartition(".")[2]
     ):

@@ -63,6 +63,12 @@ TABLES = {
         ("torch", "PEFT"),
         unit=COPY,
     ),
+    "merge": Table(
+        "**Merging** an adapter into a 16-bit weight W (n, k), and out of it again: times as"
+        f" multiples of those of a {COPY}",
+        ("torch", "PEFT"),
+        unit=COPY,
+    ),
     "host": Table(
         "**The host's time** of a layer on a GPU, on a stand-in for one that takes no time:"
         " multiples of PEFT's",

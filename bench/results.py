@@ -256,7 +256,7 @@ def swept(line: dict) -> bool:
 
 
 def family(line: dict) -> str:
-    """The table that shows a line: lora, nf4, dora, multi, host, or norm for DoRA's norms."""
+    """The table that shows a line: its row's, host's, or norm for DoRA's norms."""
     if line["row"] == "model":  # the name of the layer says how the model was trained
         for word in line["layer"].split(", "):
             if word in FAMILIES:

@@ -11,6 +11,7 @@ from peftops.bench import (
     dora,
     lora,
     measure,
+    merge,
     multi,
     nf4,
     peers,
@@ -119,7 +120,9 @@ def test_what_is_wrong_is_not_timed(capsys, monkeypatch, short):
 
 
 def test_every_op_is_held_to_the_law_before_it_is_timed():
-    assert {op for row in (lora, nf4, dora, multi) for op in row.OPS} == set(CONTRACTS)
+    assert {op for row in (lora, nf4, dora, multi, merge) for op in row.OPS} == set(
+        CONTRACTS
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
     [
         (
             ["nothing"],
-            "no row 'nothing'; there are lora, nf4, dora, multi and model, host, readme",
+            "no row 'nothing'; there are lora, nf4, dora, multi, merge and model, host, readme",
         ),
         (["lora", "--shape", "1,2,3"], "four whole numbers"),
         (["lora", "--shape", "1,2,3,0"], "four whole numbers"),
@@ -156,7 +159,7 @@ def test_every_op_is_held_to_the_law_before_it_is_timed():
         (["compare", "no-such-commit"], "there is no commit 'no-such-commit'"),
         (
             ["compare", "HEAD", "model"],
-            "there is no row 'model'; there are lora, nf4, dora, multi",
+            "there is no row 'model'; there are lora, nf4, dora, multi, merge",
         ),
         (
             ["static", "--triton", "0.0.0.nonsense"],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import run
 from gpu_runs import give_time, run_stages
-from peftops.bench import dora, lora, multi, nf4, peers
+from peftops.bench import dora, lora, merge, multi, nf4, peers
 from peftops.bench.proof import gpu as command
 from peftops.bench.proof import stack, stages, whole
 
@@ -210,7 +210,7 @@ def test_targets_are_read_from_graphs_where_there_are_any():
 def test_targets_are_of_layers_that_are_measured():
     gpu = torch.device("cuda")
     norms = {(f"{n} × {k}, r = {r}", 0.0) for n, k in dora.NORMS for r in dora.RANKS}
-    for row in (lora, nf4, dora, multi):
+    for row in (lora, nf4, dora, multi, merge):
         o = SimpleNamespace(
             dropout=None, shape=None, quick=True, layers=row.layers(gpu)
         )

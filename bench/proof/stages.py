@@ -234,11 +234,11 @@ def in_time(lines, end):
 
 def bench(o):
     """Layers and DoRA's norms beside their peers, those with a target first, until time is up."""
-    from .. import dora, lora, multi, nf4
+    from .. import dora, lora, merge, multi, nf4
     from ..__main__ import torch_dtype
     from ..measure import unlawful
 
-    rows = lora, nf4, dora, multi
+    rows = lora, nf4, dora, multi, merge
     # A CPU may take minutes for peers in 16 bits.
     name = "bf16" if o.device.type == "cuda" else "fp32"
     dtype = torch_dtype(name)
@@ -292,7 +292,7 @@ def measured(rows, device, dtype):
         for name, problem in row.jobs(options, dtype, device):
             order = 0 if (name, problem.p) in wanted else 2
             jobs.append((order, row, name, problem))
-        if gpu and row.__name__.endswith("dora"):
+        if gpu and row.__name__.endswith(("dora", "merge")):
             jobs.append((1, row, None, None))
     limits = ceilings(device, dtype, quick=True)
     jobs.sort(key=lambda job: job[0])

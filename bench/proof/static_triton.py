@@ -24,7 +24,7 @@ from peftops.testing.cases import names
 from peftops.testing.law import every
 from peftops.triton import _gemm, lora_tma
 
-from . import sass, static_cases, static_multi
+from . import sass, static_cases, static_merge, static_multi
 from .static_cases import Case
 
 TARGETS = {  # the tables' key, multiprocessors, target
@@ -38,13 +38,14 @@ TARGETS = {  # the tables' key, multiprocessors, target
 }
 POINTERS = {
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-CASES = [*static_cases.CASES, *static_multi.CASES]
+CASES = [*static_cases.CASES, *static_multi.CASES, *static_merge.CASES]
 ALIGNED = [["tt.divisibility", 16]]
 SIZES = ("BM", "BN", "BK", "BR", "num_warps", "num_stages")  # of a tile
 
@@ -100,12 +101,19 @@ def launches_on(table, processors, product):
         JITFunction.run, _gemm.machine, _gemm.choose_product = before
 
 
+def arguments(case):
+    """Every argument of the case's row by its name."""
+    if case.op.startswith("merge"):
+        return static_merge.tensors(case)
+    return (static_multi if case.slots else static_cases).tensors(case)
+
+
 def launches_of(case, target):
     table, processors, _ = TARGETS[target]
     if case.product == "tma" and table not in lora_tma.TILES:
         return []
     contract = CONTRACTS[case.op]
-    values = (static_multi if case.slots else static_cases).tensors(case)
+    values = arguments(case)
     args = [values[name] for name in names(contract)]
     outputs = every(contract(*args))
     with launches_on(table, processors, case.product) as collected:

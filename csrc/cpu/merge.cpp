@@ -30,7 +30,8 @@ PEFTOPS_INLINE wide add_product(wide a, wide b, wide c) {
 #endif
 }
 
-// LANES values in fp64.
+// LANES values in fp64. They are converted as vectors: GCC 12 miscompiles single lanes in
+// `undone`.
 struct Pair {
   wide half[2];
 };
@@ -43,7 +44,8 @@ PEFTOPS_INLINE Pair widened(vec v) {
   return {(wide)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
           (wide)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
 #else
-  return {wide{v[0], v[1]}, wide{v[2], v[3]}};
+  return {__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), wide),
+          __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), wide)};
 #endif
 }
 PEFTOPS_INLINE vec narrowed(Pair v) {
@@ -54,8 +56,9 @@ PEFTOPS_INLINE vec narrowed(Pair v) {
   return (vec)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)v.half[1]),
                               _mm256_cvtpd_ps((__m256d)v.half[0]));
 #else
-  return vec{float(v.half[0][0]), float(v.half[0][1]), float(v.half[1][0]),
-             float(v.half[1][1])};
+  typedef float two __attribute__((vector_size(8)));
+  return __builtin_shufflevector(__builtin_convertvector(v.half[0], two),
+                                 __builtin_convertvector(v.half[1], two), 0, 1, 2, 3);
 #endif
 }
 
@@ -66,7 +69,9 @@ PEFTOPS_INLINE uint32_t bits_of(words set) {
 #elif defined(__AVX2__)
   return uint32_t(_mm256_movemask_ps((__m256)set));
 #else
-  return (set[0] & 1) | (set[1] & 2) | (set[2] & 4) | (set[3] & 8);
+  uint32_t bits = 0;
+  for (int l = 0; l < LANES; ++l) bits |= (set[l] >> 31) << l;
+  return bits;
 #endif
 }
 

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from .._arguments import dtype_or_none, explained
 from .lora_base import Base, weight_fault
-from .merge_contract import merge_add, merge_undo
+from .merge_contract import (  # noqa: F401  testing/law.py gets a row's ops from the row's own file
+    merge_add,
+    merge_undo,
+)
 from .nf4 import NF4Weight
 
 PART = 8 << 20  # bytes of a slice of a weight in fp64
@@ -110,9 +113,7 @@ def delta_of(
         a = [t.float() for t in a]
         b = [t.float() for t in b]
     ranks = [len(t) for t in a]
-    gain = None
-    if magnitudes is not None and any(m is not None for m in magnitudes):
-        gain = gains(base, factors, magnitudes)
+    gain = None if magnitudes is None else gains(base, factors, magnitudes)
     scaling = [s for _, _, s in factors]
     return Delta(
         torch.cat(a),
@@ -142,16 +143,18 @@ def gains(
     base: Base,
     factors: Factors,
     magnitudes: Sequence[Tensor | None],
-) -> Tensor:
+) -> Tensor | None:
     """magnitude / ‖W + scaling · B·A‖ of each adapter, in fp64 (adapters, n); 1 for LoRA.
 
-    A row of zeros has gain 0.
+    A row of zeros has gain 0. None where no adapter has a magnitude.
     """
     n = factors[0][1].shape[0]
     if len(magnitudes) != len(factors):
         raise ValueError(
             f"merge: magnitudes must be {len(factors)}, got {len(magnitudes)}"
         )
+    if all(magnitude is None for magnitude in magnitudes):
+        return None
     rows = []
     for (lora_A, lora_B, scaling), magnitude in zip(factors, magnitudes, strict=True):
         if magnitude is None:

@@ -4,8 +4,8 @@ Adapter e has the next ranks[e] rows of a and columns of b. In turn each makes, 
 
     q = gain ⊙ (q + scale · b·a)    p = gain ⊙ p
 
-from q = -0 and p = 1, each operation rounded and the sum of b·a taken over the ranks in order. Since
-a product of two floats is exact in fp64, every backend and device gives the same bits.
+from q = -0 and p = 1. Each operation is rounded, and the sum of b·a goes over the ranks in order.
+Since a product of two floats is exact in fp64, every backend and device gives the same bits.
 """
 
 import torch
@@ -42,13 +42,7 @@ def merge_add(
     """
     n, k = expect_delta(a, b, scale, ranks, gain)
     if form not in ("dense", "transposed", "nf4"):
-        raise ValueError(
-            f"merge: form must be dense, transposed or nf4, got {form!r}"
-        )
-    if dtype not in OUTPUTS:
-        raise TypeError(
-            f"merge: dtype must be {' or '.join(map(str, OUTPUTS))}, got {dtype}"
-        )
+        raise ValueError(f"merge: form must be dense, transposed or nf4, got {form!r}")
     shape = (k, n) if form == "transposed" else (n, k)
     if form == "nf4":
         wide = torch.float64 if a.dtype is torch.float64 else torch.float32
@@ -59,6 +53,10 @@ def merge_add(
             raise ValueError(f"merge: base must be one weight, got {len(base)} tensors")
         expect("merge", "w", base[0], shape, *DTYPES)
         restored = base[0].dtype
+    if dtype not in OUTPUTS:
+        raise TypeError(
+            f"merge: dtype must be {' or '.join(map(str, OUTPUTS))}, got {dtype}"
+        )
     if undo and restored not in (dtype, torch.float64):
         raise ValueError(
             f"merge: undo must be of a weight in {dtype}, got {restored or form}"
