@@ -53,12 +53,20 @@ def test_triton_gives_the_bits_of_the_reference(op, dtype):
             assert same_bits(outs, call(op, "reference", args)), (shape, label)
 
 
-def test_gpus_round_each_operation():
+@pytest.mark.parametrize("op", OPS)
+def test_gpus_fuse_no_operations(op, monkeypatch):
     """The interpreter fuses nothing; a compiler must be told not to."""
-    static = pytest.importorskip("peftops.bench.proof.static_triton")
-    for case in static.static_merge.CASES:
-        for launch in static.launches_of(case, "sm_90"):
-            assert launch.arguments["enable_fp_fusion"] is False, case
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append(options)
+
+    monkeypatch.setattr("peftops.triton.merge.merge_kernel", Kernel())
+    for _, args in CASES[op]((5, 64, 48, 4), torch.bfloat16):
+        call(op, "triton", args)
+    assert len(launches) > 4
+    assert {options["enable_fp_fusion"] for options in launches} == {False}
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -66,7 +74,7 @@ def test_gpus_round_each_operation():
 def test_instruction_sets_give_the_bits_of_the_reference(op, isa, on_isa):
     on_isa(isa)
     for dtype in DTYPES:
-        for shape in (*SHAPES, (1, 513, 131, 20), (1, 700, 650, 70)):
+        for shape in (*SHAPES, (1, 513, 131, 20), (1, 700, 650, 70), (1, 70, 40, 1100)):
             for label, args in CASES[op](shape, dtype):
                 outs = call(op, "cpu", args)
                 assert same_bits(outs, call(op, "reference", args)), (shape, label)
@@ -107,6 +115,45 @@ def test_there_is_one_rounding(dtype, digits, name):
     unit = 2.0 ** (DIGITS[dtype][0] - digits + 1)
     merged, _ = call("merge_add", name, one(a * unit, b / middle / 2, w * 0, dtype))
     assert merged.flatten().tolist() == [unit, 0, 0, unit]
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_keeps_its_sign(dtype, name):
+    tiny = torch.tensor([[-(2.0**-100), 2.0**-100]])
+    w = torch.zeros(1, 2, dtype=dtype)
+    merged, _ = call(
+        "merge_add", name, one(tiny, torch.full((1, 1), 2.0**-100), w, dtype)
+    )
+    assert merged.tolist() == [[0.0, 0.0]]
+    assert merged.signbit().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_sums_go_over_ranks_and_adapters_in_order(name):
+    """2⁶⁰ swallows a one that comes before it is taken away again."""
+    large = 2.0**60
+    w = torch.zeros(2, 1)
+    b = torch.tensor([[large, 1.0, -large], [large, -large, 1.0]])
+    args = one(torch.ones(3, 1), b, w, torch.float32)
+    for ranks in ([3], [1, 1, 1], [0, 2, 1]):
+        args[3] = torch.ones(len(ranks), dtype=torch.float64)
+        args[4] = torch.tensor(ranks, dtype=torch.int32)
+        merged, _ = call("merge_add", name, args)
+        assert merged.flatten().tolist() == [0.0, 1.0], ranks
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_a_gain_is_divided_by(name):
+    """To multiply by its inverse would round once more: here the quotient is in the middle."""
+    middle = 2 - 2.0**-24
+    gain = torch.arange(3.0, 103.0, 2, dtype=torch.float64)[None]
+    n = gain.shape[1]
+    scale = torch.tensor([-middle], dtype=torch.float64)
+    ranks = torch.tensor([1], dtype=torch.int32)
+    args = [torch.zeros(n, 1), torch.ones(1, 1), torch.ones(n, 1), scale, ranks, gain]
+    (back,) = call("merge_undo", name, [*args, False])
+    assert back.flatten().tolist() == [2.0] * n
 
 
 moderate = st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 2.0**-30])
@@ -201,10 +248,11 @@ def test_few_weights_are_lost(dtype):
     assert 0.001 < (back != w).float().mean() < 0.02
 
 
-def test_a_weight_that_is_no_number_is_lost():
+@pytest.mark.parametrize("name", COMPUTING)
+def test_a_weight_that_is_no_number_is_lost(name):
     w = torch.tensor([[float("nan"), float("inf"), 1.0]], dtype=torch.bfloat16)
     a = torch.full((1, 3), 0.5)
-    merged, lost = call("merge_add", "cpu", one(a, torch.ones(1, 1), w, w.dtype))
+    merged, lost = call("merge_add", name, one(a, torch.ones(1, 1), w, w.dtype))
     assert merged.isnan().tolist() == [[True, False, False]]
     assert merged[0, 1] == float("inf")
     assert lost[0, 0] & 1

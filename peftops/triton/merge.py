@@ -146,7 +146,8 @@ def merge_kernel(
             v = t_out.to(tl.float64) - q
             if GAIN is not None:
                 v = v / factor
-            differs = (same_bits(round_once(v, DTYPE), t_w) == 0) | (t_w != t_w)
+            wide = t_w.to(tl.float32)
+            differs = (same_bits(round_once(v, DTYPE), t_w) == 0) | (wide != wide)
             inside = (o_m[:, None] < M) & (o_n[None, :] < N)
             words = (N + 31) // 32 * 4
             o_b = i_n * (BN // 8) + tl.arange(0, BN // 8)
