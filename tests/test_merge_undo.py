@@ -61,9 +61,33 @@ def test_a_record_is_the_smaller_of_a_patch_and_a_copy():
     assert small.copy is None
     assert small.nbytes < w.nbytes / 10
     large = F.merge_lora_(w.clone(), adapters(n=512, k=768, size=1e4))
-    assert large.nbytes == w.nbytes
-    tiny = torch.randn(2, 3)
-    assert F.merge_lora_(tiny, adapters(n=2, k=3)).nbytes == tiny.nbytes
+    assert torch.equal(large.copy, w)
+    assert large.nbytes == w.nbytes + large.delta.nbytes
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("size", [0.01, 1e4])
+def test_merging_more_is_merging_all_at_once(size, dora):
+    w = torch.randn(70, 96).bfloat16()
+    before = bits(w)
+    factors = adapters(3, size=size)
+    factors[1] = *[t.bfloat16() for t in factors[1][:2]], 1.5
+    magnitudes = [None, torch.rand(70) + 0.5 if dora else None, None]
+    expected = F.merge_lora(w, factors, magnitudes=magnitudes)
+    record = None
+    for factor, magnitude in zip(factors, magnitudes, strict=True):
+        record = F.merge_lora_(w, [factor], magnitudes=[magnitude], record=record)
+        factor[0].zero_()  # what is merged already does not change with it
+    assert torch.equal(w, expected)
+    F.unmerge_lora_(w, record)
+    assert torch.equal(bits(w), before)
+
+
+def test_a_weight_in_another_dtype_is_refused():
+    w = torch.randn(70, 96)
+    record = F.merge_lora_(w, adapters())
+    with pytest.raises(ValueError, match="weight must be as merged"):
+        F.unmerge_lora_(w.bfloat16(), record)
 
 
 def test_a_record_of_one_backend_undoes_on_another():

@@ -39,6 +39,30 @@ class Delta(NamedTuple):
         """The same on another device."""
         return Delta(*(t if t is None else t.to(device) for t in self))
 
+    def joined(self, other: "Delta") -> "Delta":
+        """What these adapters add, and then the other's."""
+        a = [self.a, other.a]
+        b = [self.b, other.b]
+        if self.a.dtype is not other.a.dtype:
+            a = [t.float() for t in a]
+            b = [t.float() for t in b]
+        gain = None
+        if self.gain is not None or other.gain is not None:
+            gain = torch.cat([self.gains(), other.gains()])
+        return Delta(
+            torch.cat(a),
+            torch.cat(b, 1),
+            torch.cat([self.scale, other.scale]),
+            torch.cat([self.ranks, other.ranks]),
+            gain,
+        )
+
+    def gains(self) -> Tensor:
+        """The gains, which are 1 where there are none."""
+        if self.gain is not None:
+            return self.gain
+        return self.scale.new_ones(len(self.scale), len(self.b))
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self if t is not None)

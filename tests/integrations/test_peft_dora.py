@@ -245,18 +245,20 @@ def test_weights_that_are_loaded_from_meta():
     assert len(gains(patched)) == 1
 
 
-def test_merges_as_before():
+def test_merges():
     model = peftops.patch(dora(), strict=True)
     stock = peftops.unpatch(copy.deepcopy(model))
+    truth = logits(exactly(stock))
+    before = logits(model)
     merged = copy.deepcopy(model).merge_and_unload()
     expected = stock.merge_and_unload()
-    assert torch.equal(logits(merged), logits(expected))
+    assert error(logits(merged), truth) <= bound(logits(expected), truth)
     model.merge_adapter()
-    logits(model)
+    assert torch.equal(logits(model), logits(merged))
     model.unmerge_adapter()
     with checked_norms():
-        assert logits(model).isfinite().all()
-    assert peftops.report(model).calls == {"fused": 14, "merged": 14}
+        assert torch.equal(logits(model), before)
+    assert peftops.report(model).calls == {"fused": 28, "merged": 14}
 
 
 def test_embeddings_and_convolutions_are_pefts_own():

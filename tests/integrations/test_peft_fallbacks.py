@@ -117,7 +117,7 @@ CASES = {  # reason -> what is done to the model, how it is called, options of t
         {"lora_bias": True},
     ),
     "adapters disabled": (None, disabled),
-    "merged": (lambda model: model.merge_adapter(), plain),
+    "merged": (lambda model: lin(model).merged_adapters.append("default"), plain),
     "dropout of several active adapters": (several, plain, {"lora_dropout": 0.3}),
     "DoRA among several active adapters": (several, plain, {"use_dora": True}),
     "no active adapter": (lambda model: lin(model).set_adapter([]), plain),

@@ -14,7 +14,6 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor
 
-from ...nn import LinearNF4
 from ...nn.dora import Normed, Operands
 from ...nn.dora_magnitude import Magnitude
 from . import merge
@@ -120,7 +119,7 @@ class Fused(Patched, Normed):
 
     def refusal(self) -> str | None:
         if merge.ORIGINAL in vars(self):
-            return "must be unmerged first, which PEFT cannot do over a LinearNF4"
+            return "must be unmerged first, since PEFT would not restore every bit"
         if type(self) not in fused_classes().values():
             return f"has been made a {type(self).__name__} since patch"
         if has_own_forward(self):
@@ -176,17 +175,11 @@ class FusedLinear(Fused, Linear):
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        if type(self.base_layer) is LinearNF4:
-            merge.merge(self, safe_merge, adapter_names)
-        else:
-            super().merge(safe_merge, adapter_names)
+        merge.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        if type(self.base_layer) is LinearNF4 and self.merged:
-            merge.unmerge(self)
-            self.refresh_gains()
-        else:
-            super().unmerge()
+        merge.unmerge(self)
+        self.refresh_gains()
 
 
 # PEFT's layers of other quantizers -> where PEFT defines each, in peft.tuners.lora, if its

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...ops.lora import FEW, served_by
 from .foundation import Fallback, rows_like
 from .layer import FUSED, OWN, Fused, fused_classes, has_own_forward
+from .merge import ORIGINAL
 from .plan import FP16, Plan, plan
 from .sharded import gathered
 
@@ -26,6 +27,8 @@ class Report:
         fused: the layers that run on peftops now.
         reasons: reason why a layer is PEFT's own -> layers.
         calls: FUSED, OWN or the reason why PEFT ran the call -> calls, compiled ones excluded.
+        merged: the layers whose adapters are merged, which run as their base.
+        undo_bytes: what merged layers keep, so that unmerge restores every bit.
         norms: DoRA's norms that were computed since patch, compiled calls excluded.
         paths: backend and product, as `describe` says it -> layers.
     """
@@ -33,6 +36,8 @@ class Report:
     fused: int = 0
     reasons: Counter = field(default_factory=Counter)
     calls: Counter = field(default_factory=Counter)
+    merged: int = 0
+    undo_bytes: int = 0
     norms: int = 0
     paths: Counter = field(default_factory=Counter)
 
@@ -54,6 +59,8 @@ class Report:
                     f"{count} {key}" for key, count in counts.most_common()
                 )
                 lines.append(f"{title}: {items}")
+        if self.merged:
+            lines.append(f"merged: {self.merged}, {self.undo_bytes:,} bytes to undo it")
         if self.norms:
             lines.append(f"norms: {self.norms} computed")
         return "\n".join(lines)
@@ -79,7 +86,11 @@ def report(model: nn.Module) -> Report:
                 reason = "not patched"
             if not reason and calls and not calls[FUSED] + calls[OWN]:
                 reason = calls.most_common(1)[0][0]
-            if reason:
+            if layer.merged and reason == "merged":
+                result.merged += 1
+                held = vars(layer).get(ORIGINAL)
+                result.undo_bytes += 0 if held is None else held.nbytes
+            elif reason:
                 result.reasons[reason] += 1
             else:
                 result.fused += 1

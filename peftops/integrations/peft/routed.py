@@ -18,8 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...nn.multi import copies_of_samples
+from . import merge
 from .call import in_backward
-from .layer import Patched, become
+from .layer import FusedLinear, Patched, become
 from .mixed import remembered
 
 
@@ -46,6 +47,12 @@ class RoutedModel(Patched, LoraModel):
             copied(self.model, modules, names),
         ):
             yield
+
+    def unmerge_adapter(self) -> None:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, FusedLinear) and (why := merge.fault(layer)):
+                raise ValueError(f"unmerge: {name} cannot be unmerged: {why}")
+        LoraModel.unmerge_adapter(self)
 
     def refusal(self) -> str | None:
         if type(self) is not RoutedModel:
