@@ -24,9 +24,9 @@ def patch(model: nn.Module, *, strict: bool = False) -> nn.Module:
     A call that peftops cannot run as PEFT would runs PEFT's own forward; `report` counts these
     calls by reason. Patch again after adding adapters to new layers.
 
-    Bases that are read directly are nn.Linear, Conv1D, LinearNF4, over which unmerge restores every
-    bit, and bitsandbytes' Linear4bit, whose bytes are read where they lie. Any other base (GPTQ,
-    AWQ, HQQ, int8, torchao, a subclass of nn.Linear, ...) is called for its product, and one
+    Bases that are read directly are nn.Linear, Conv1D and LinearNF4, over which unmerge restores
+    every bit, and bitsandbytes' Linear4bit, whose bytes are read where they lie. Any other base
+    (GPTQ, AWQ, HQQ, int8, torchao, a subclass of nn.Linear, ...) is called for its product, and one
     operation adds the low-rank update. Adapters in fp32 over a bf16 base, PEFT's default, are
     computed as PEFT does under autocast (see functional.lora_linear). Over an fp16 base, whose
     range is too small for that, they are PEFT's own outside autocast.
@@ -109,8 +109,8 @@ def unpatch(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: a layer was merged into a LinearNF4, sharded by itself or given a forward of its
-            own since patch. Nothing is changed then.
+        ValueError: a layer is merged, or was sharded by itself or given a forward of its own since
+            patch. Nothing is changed then.
     """
     patched = {name: m for name, m in model.named_modules() if isinstance(m, Patched)}
     for name, module in patched.items():
