@@ -246,3 +246,21 @@ def test_what_only_peft_merges_is_pefts():
             for model in models:
                 getattr(model, step)()
             assert same(base_bits(models[0]), base_bits(models[1]))
+
+
+def test_what_ours_has_merged_becomes_pefts_beside_what_only_peft_merges():
+    models = [with_two(single(use_dora=True)) for _ in range(2)]
+    peftops.patch(models[1])
+    for model in models:
+        torch.manual_seed(3)
+        train(model)
+        layer = lora_layers(model)[0]
+        layer.lora_A["other"].double()
+        layer.lora_B["other"].double()
+        model.merge_adapter(["default"])
+        model.merge_adapter(["other"])
+        assert layer.merged_adapters == ["default", "other"]
+    assert same(*map(base_bits, models))
+    for model in models:
+        model.unmerge_adapter()
+    assert same(*map(base_bits, models))

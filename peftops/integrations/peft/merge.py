@@ -76,8 +76,10 @@ def merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None
     elif names and is_dense(layer, names):
         merge_dense(layer, safe_merge, names)
     elif names:
-        vars(layer).pop(ORIGINAL, None)  # which PEFT's own merge makes worthless
-        Linear.merge(layer, safe_merge, names)
+        merged = [*layer.merged_adapters]
+        if merged:  # PEFT can only unmerge what it has merged itself
+            unmerge(layer)
+        Linear.merge(layer, safe_merge, [*merged, *names])
 
 
 def is_dense(layer: Any, names: Sequence[str]) -> bool:
