@@ -37,7 +37,14 @@ def bits(t):
     return t.contiguous().view(torch.uint8)
 
 
-def one(a, b, w, dtype, scale=1.0, undo=True):
+def one(
+    a,
+    b,
+    w,
+    dtype,
+    scale=1.0,
+    undo=True,
+):
     """The arguments of merge_add for one adapter."""
     scale = torch.tensor([scale], dtype=torch.float64)
     ranks = torch.tensor([len(a)], dtype=torch.int32)
@@ -187,7 +194,13 @@ def merges(draw):
     return a, b, w.to(dtype), scale.double(), torch.tensor(ranks, dtype=torch.int32)
 
 
-def exactly(a, b, w, scale, ranks):
+def exactly(
+    a,
+    b,
+    w,
+    scale,
+    ranks,
+):
     """(W + Σ s·b·a, |W| + Σ |s·b·a|) of each element, as fractions."""
     scales = scale.repeat_interleave(ranks.long()).tolist()
     for row, weights in zip(b.tolist(), w.tolist(), strict=True):
@@ -224,7 +237,12 @@ def test_each_weight_is_within_half_a_unit(drawn):
     restored(merged, lost, w, merge_undo(merged, a, b, scale, ranks))
 
 
-def restored(merged, lost, w, back):
+def restored(
+    merged,
+    lost,
+    w,
+    back,
+):
     """Checks that `back` has the bits of w but where `lost` says."""
     word = torch.int16 if w.element_size() == 2 else torch.int32
     differs = back.view(word) != w.view(word)

@@ -7,7 +7,20 @@ from .._replay import noted
 from . import nf4
 
 
-def merge_add(w, lost, a, b, base, scale, ranks, dtype, gain, form, block, undo):
+def merge_add(
+    w,
+    lost,
+    a,
+    b,
+    base,
+    scale,
+    ranks,
+    dtype,
+    gain,
+    form,
+    block,
+    undo,
+):
     if form != "nf4":
         turned = form == "transposed"
         lost = lost if undo else None

@@ -165,7 +165,19 @@ TILES = {
 }
 
 
-def launch(out, lost, w, a, b, scale, ranks, gain, turned, flags, back):
+def launch(
+    out,
+    lost,
+    w,
+    a,
+    b,
+    scale,
+    ranks,
+    gain,
+    turned,
+    flags,
+    back,
+):
     """Launches the kernel. turned: whether w and out are stored as (k, n)."""
     m, n = out.shape
     left, right = (a, b.T) if turned else (b.T, a)
@@ -198,7 +210,19 @@ def merge_add(w, lost, a, b, base, scale, ranks, dtype, gain, form, block, undo)
         base, "nf4" if form == "nf4" else "dense", block, w.shape[1], width
     )
     lost = lost if undo else None
-    launch(w, lost, stored, a, b, scale, ranks, gain, turned, flags, False)
+    launch(
+        w,
+        lost,
+        stored,
+        a,
+        b,
+        scale,
+        ranks,
+        gain,
+        turned,
+        flags,
+        False,
+    )
 
 
 def merge_undo(out, w, a, b, scale, ranks, gain, transposed):

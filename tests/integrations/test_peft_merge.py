@@ -264,3 +264,113 @@ def test_what_ours_has_merged_becomes_pefts_beside_what_only_peft_merges():
     for model in models:
         model.unmerge_adapter()
     assert same(*map(base_bits, models))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_and_unmerge_of_a_model(method, patched):
+    """They need no patch for layers over dense weights."""
+    model = tiny("gpt2", dtype=torch.bfloat16, **METHODS[method])
+    other = peftops.patch(copy.deepcopy(model))
+    other.merge_adapter()
+    if patched:
+        peftops.patch(model)
+    before = base_bits(model)
+    assert peftops.merge(model) is model
+    assert same(base_bits(other), base_bits(model))
+    train(model)
+    assert peftops.unmerge(model) is model
+    assert same(before, base_bits(model))
+
+
+def test_merging_some_and_then_others():
+    model = with_two(tiny(dtype=torch.bfloat16))
+    before = base_bits(model)
+    both = base_bits(peftops.merge(copy.deepcopy(model)))
+    peftops.merge(model, adapter_names=["default"])
+    assert not same(both, base_bits(model))
+    peftops.merge(model, adapter_names=["other"])
+    assert same(both, base_bits(model))
+    peftops.unmerge(model)
+    assert same(before, base_bits(model))
+
+
+def broken(layer):
+    layer.lora_B["default"].weight.data[3, 1] = float("inf")
+
+
+def too_large(layer):
+    layer.lora_B["default"].weight.data.fill_(6e4)
+    layer.lora_A["default"].weight.data.fill_(6e4)
+
+
+def no_place(layer):
+    layer.lora_bias["default"] = True
+    layer.base_layer.bias = None
+
+
+def changed(layer):
+    peftops.merge(layer)
+    layer.base_layer.weight.data[0, 0] += 1
+    layer.merged_adapters[:] = ["another"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (broken, "adapter 'default' holds NaN or infinity"),
+        (too_large, r"the sum is too large for torch\.float16"),
+        (no_place, "adapter 'default' has a bias, and the base layer has none"),
+        (changed, "its merged weight was changed since"),
+    ],
+)
+def test_one_layer_that_cannot_be_merged_stops_all(change, words):
+    model = tiny(dtype=torch.float16)
+    layer = lora_layers(model)[-1]
+    change(layer)
+    before = base_bits(model)
+    merged = [[*layer.merged_adapters] for layer in lora_layers(model)]
+    with pytest.raises(ValueError, match=f"merge: .* cannot be merged: {words}"):
+        peftops.merge(model)
+    assert same(before, base_bits(model))
+    assert merged == [[*layer.merged_adapters] for layer in lora_layers(model)]
+
+
+def test_bad_calls_are_refused_in_a_sentence():
+    model = single()
+    with pytest.raises(ValueError, match="merge: the model has no LoRA layers"):
+        peftops.merge(torch.nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="merge: the model has no adapter 'nobody'"):
+        peftops.merge(model, adapter_names=["nobody"])
+    with pytest.warns(UserWarning, match="unmerge: no adapter is merged"):
+        peftops.unmerge(model)
+    peftops.merge(model)
+    with pytest.raises(ValueError, match="merge: adapter 'default' is merged already"):
+        peftops.merge(model, adapter_names=["default"])
+
+
+def test_unmerging_a_changed_weight_stops_all():
+    model = peftops.merge(tiny())
+    lora_layers(model)[3].base_layer.weight.data.neg_()
+    before = base_bits(model)
+    with pytest.raises(ValueError, match=r"unmerge: .*layers\.0.* cannot be unmerged"):
+        peftops.unmerge(model)
+    assert same(before, base_bits(model))
+
+
+def test_what_peft_has_unmerged_is_merged_anew():
+    model = peftops.merge(single(dtype=torch.bfloat16))
+    model.unmerge_adapter()  # PEFT's own, which rounds
+    before = base_bits(model)
+    peftops.unmerge(peftops.merge(model))
+    assert same(before, base_bits(model))
+
+
+def test_embeddings_are_merged_by_peft():
+    model = tiny(target_modules=["q_proj", "embed_tokens"])
+    before = logits(model)
+    peftops.merge(model)
+    assert all(layer.merged for layer in lora_layers(model))
+    assert error(logits(model), before.double()) < 1e-3
+    peftops.unmerge(model)
+    assert not any(layer.merged for layer in lora_layers(model))

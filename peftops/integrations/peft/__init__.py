@@ -7,6 +7,7 @@ from ..._errors import naming_extra
 
 with naming_extra("peft", "peft", "transformers"):
     from .layer import FUSED, OWN, Fused, FusedLinear
+    from .merge import merge, unmerge
     from .patch import patch, unpatch
     from .report import Report, lora_layers, report
 
@@ -17,7 +18,9 @@ __all__ = [
     "FusedLinear",
     "Report",
     "lora_layers",
+    "merge",
     "patch",
     "report",
+    "unmerge",
     "unpatch",
 ]

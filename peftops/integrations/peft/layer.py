@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...nn.dora import Normed, Operands
 from ...nn.dora_magnitude import Magnitude
-from . import merge
+from . import layer_merge
 from .call import (
     fused,
     fused_again,
@@ -118,7 +118,7 @@ class Fused(Patched, Normed):
         }
 
     def refusal(self) -> str | None:
-        if merge.ORIGINAL in vars(self):
+        if layer_merge.ORIGINAL in vars(self):
             return "must be unmerged first, since PEFT would not restore every bit"
         if type(self) not in fused_classes().values():
             return f"has been made a {type(self).__name__} since patch"
@@ -175,10 +175,10 @@ class FusedLinear(Fused, Linear):
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        merge.merge(self, safe_merge, adapter_names)
+        layer_merge.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        merge.unmerge(self)
+        layer_merge.unmerge(self)
         self.refresh_gains()
 
 

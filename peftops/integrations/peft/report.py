@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...ops.lora import FEW, served_by
 from .foundation import Fallback, rows_like
 from .layer import FUSED, OWN, Fused, fused_classes, has_own_forward
-from .merge import ORIGINAL
+from .layer_merge import ORIGINAL
 from .plan import FP16, Plan, plan
 from .sharded import gathered
 

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...nn.multi import copies_of_samples
-from . import merge
+from . import layer_merge
 from .call import in_backward
 from .layer import FusedLinear, Patched, become
 from .mixed import remembered
@@ -50,7 +50,7 @@ class RoutedModel(Patched, LoraModel):
 
     def unmerge_adapter(self) -> None:
         for name, layer in self.model.named_modules():
-            if isinstance(layer, FusedLinear) and (why := merge.fault(layer)):
+            if isinstance(layer, FusedLinear) and (why := layer_merge.fault(layer)):
                 raise ValueError(f"unmerge: {name} cannot be unmerged: {why}")
         LoraModel.unmerge_adapter(self)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 if find_spec("peft"):  # PEFT has to know LinearNF4 before it adapts a model
-    from ..peft import merge  # noqa: F401
+    from ..peft import layer_merge  # noqa: F401
 
 log = logging.getLogger("peftops")
 METHOD = "bitsandbytes_4bit"
